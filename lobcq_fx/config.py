@@ -1,0 +1,152 @@
+"""LobcqConfig: what to quantize and how. Frozen, validated, with a JSON round trip."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lobcq_fx.errors import ConfigError
+from lobcq_fx.format import FormatSpec
+
+MODES = ("w4a4", "w4a16")
+ACTIVATION_SCALES = ("per_token", "static")
+CODEBOOKS = ("universal", "fitted")
+OVERRIDABLE = ("format", "mode", "activation_scale")
+
+DEFAULT_EXCLUDE = ("*lm_head", "*embed*", "*router*", "*.gate", "*norm*", "*classifier", "*score")
+"""Output heads, embeddings, mixture-of-experts routers and norms stay in float, as in the paper."""
+
+
+@dataclass(frozen=True)
+class LobcqConfig:
+    """Settings of `quantize`.
+
+    Args:
+        format: the number format, a `FormatSpec` or its name `"<N_c>x<L_A>"`; default `"8x64"`, 4.5 bits a scalar.
+        mode: `"w4a4"` encodes weights and activations, `"w4a16"` weights alone.
+        activation_scale: `"per_token"` computes a tensor scale for each token, `"static"` calibrates one a layer.
+        codebooks: `"universal"` (shipped with the package), `"fitted"` (to this model's weights and calibration
+            data), or the path of a JSON file written by `lobcq calibrate`.
+        include: shell-style patterns of layer names; a layer is quantized if one matches.
+        exclude: shell-style patterns of layer names left in float; they win over `include`.
+        overrides: pattern -> settings (`format`, `mode`, `activation_scale`) for the layers it matches; the last
+            matching pattern wins.
+        min_in_features: matmuls with a shorter reduction dimension are left in float.
+
+    Raises:
+        ConfigError: an unknown value or setting (with the nearest valid one), or settings that contradict each other.
+    """
+
+    format: FormatSpec = field(default_factory=FormatSpec)
+    mode: str = "w4a4"
+    activation_scale: str = "per_token"
+    codebooks: str = "universal"
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = DEFAULT_EXCLUDE
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    min_in_features: int = 16
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", _format_of(self.format))
+        object.__setattr__(self, "include", _patterns("include", self.include))
+        object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
+        _check_choice("mode", self.mode, MODES)
+        _check_choice("activation_scale", self.activation_scale, ACTIVATION_SCALES)
+        if self.codebooks not in CODEBOOKS and not str(self.codebooks).endswith(".json"):
+            hint = nearest(str(self.codebooks), CODEBOOKS)
+            raise ConfigError(f"codebooks={self.codebooks!r}: use one of {CODEBOOKS} or the path of a .json file{hint}")
+        if self.mode == "w4a16" and self.activation_scale == "static":
+            raise ConfigError("activation_scale='static' contradicts mode='w4a16', which leaves activations in float")
+        if not isinstance(self.min_in_features, int) or self.min_in_features < 1:
+            raise ConfigError(f"min_in_features={self.min_in_features!r}: pass a positive integer")
+        for pattern in self.overrides:
+            self._overridden(pattern)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LobcqConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a key that is no setting (names the nearest one), or a bad value.
+        """
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"unknown setting {key!r}{nearest(key, known)}; settings are {', '.join(known)}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-ready values."""
+        return {
+            "format": self.format.name,
+            "mode": self.mode,
+            "activation_scale": self.activation_scale,
+            "codebooks": self.codebooks,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "overrides": {
+                pattern: {key: _format_of(value).name if key == "format" else value for key, value in settings.items()}
+                for pattern, settings in self.overrides.items()
+            },
+            "min_in_features": self.min_in_features,
+        }
+
+    def for_layer(self, layer: str) -> LobcqConfig:
+        """The settings that hold for `layer`, overrides applied."""
+        matching = [pattern for pattern in self.overrides if fnmatchcase(layer, pattern)]
+        return self._overridden(matching[-1]) if matching else self
+
+    def refusal(self, layer: str) -> str | None:
+        """Why the patterns leave `layer` in float, or None where they do not."""
+        for pattern in self.exclude:
+            if fnmatchcase(layer, pattern):
+                return f"excluded by pattern {pattern!r}"
+        if not any(fnmatchcase(layer, pattern) for pattern in self.include):
+            return "matched by no include pattern"
+        return None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether these settings cannot be applied without calibration data."""
+        scales = [self.activation_scale, *(settings.get("activation_scale") for settings in self.overrides.values())]
+        return self.codebooks == "fitted" or "static" in scales
+
+    def _overridden(self, pattern: str) -> LobcqConfig:
+        settings = self.overrides[pattern]
+        for key in settings:
+            if key not in OVERRIDABLE:
+                hint = nearest(key, OVERRIDABLE)
+                raise ConfigError(f"overrides[{pattern!r}] sets {key!r}{hint}; it may set {', '.join(OVERRIDABLE)}")
+        try:
+            return replace(self, overrides={}, **settings)
+        except ConfigError as error:
+            raise ConfigError(f"overrides[{pattern!r}]: {error}") from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the known name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _format_of(value: FormatSpec | str) -> FormatSpec:
+    if isinstance(value, FormatSpec):
+        return value
+    try:
+        return FormatSpec.from_name(value)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(str(error)) from None
+
+
+def _patterns(name: str, value: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise ConfigError(f"{name}={value!r}: pass a list of patterns, for example [{value!r}]")
+    return tuple(value)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r}: use one of {choices}{nearest(str(value), choices)}")

@@ -1,0 +1,25 @@
+"""What can go wrong, as types a caller can catch. Every message names the layer or value and the remedy."""
+
+
+class LobcqError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(LobcqError, ValueError):
+    """A setting is unknown, contradicts another, or selects nothing."""
+
+
+class TraceError(LobcqError):
+    """A model could not be captured as one FX graph."""
+
+
+class CallError(LobcqError, TypeError):
+    """A quantized model was called in a way its traced graph cannot serve."""
+
+
+class CalibrationError(LobcqError):
+    """Calibration data are missing, unusable, or never reached a layer."""
+
+
+class CheckpointError(LobcqError):
+    """A saved folder is incomplete, damaged, of another version, or would be overwritten."""

@@ -1,0 +1,23 @@
+"""The LO-BCQ number format in plain torch: the single source of truth for every backend."""
+
+from lobcq_fx.format.encoded import Encoded, check_codebooks, decode, encode, scaled_entries
+from lobcq_fx.format.matmul import matmul, scale_product
+from lobcq_fx.format.scales import absmax_row_scale, absmax_tensor_scale, tensor_scale_of_absmax
+from lobcq_fx.format.spec import PAPER_CONFIGURATIONS, FormatSpec
+from lobcq_fx.format.universal import universal_codebooks
+
+__all__ = [
+    "PAPER_CONFIGURATIONS",
+    "Encoded",
+    "FormatSpec",
+    "absmax_row_scale",
+    "absmax_tensor_scale",
+    "check_codebooks",
+    "decode",
+    "encode",
+    "matmul",
+    "scale_product",
+    "scaled_entries",
+    "tensor_scale_of_absmax",
+    "universal_codebooks",
+]

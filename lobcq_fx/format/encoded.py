@@ -1,0 +1,157 @@
+"""An encoded operand, and the two directions between it and floats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lobcq_fx.format.codes import CHUNK, CodeTables, assign_codes, entries_of, to_grid
+from lobcq_fx.format.packing import pack_codes, pack_selectors, unpack_codes, unpack_selectors
+from lobcq_fx.format.scales import absmax_row_scale, absmax_tensor_scale, array_scales
+from lobcq_fx.format.spec import BLOCK_SIZE, CODEBOOK_SIZE, ENTRY_MAX, FormatSpec
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An operand [R, K] in LO-BCQ, packed as at rest (Kp = K rounded up to a multiple of L_A).
+
+    codes: uint8 [R, Kp/2], two 4-bit codes a byte.
+    selectors: uint8 [R, ceil(Kp/8 * log2(N_c) / 8)].
+    scales: float8_e4m3fn [R, Kp/L_A].
+    tensor_scale: fp32, [] for one scale or [R, 1] for one a row.
+    codebooks: int8 [N_c, 16].
+    columns: K.
+    """
+
+    codes: Tensor
+    selectors: Tensor
+    scales: Tensor
+    tensor_scale: Tensor
+    codebooks: Tensor
+    spec: FormatSpec
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, K) of the operand."""
+        return self.codes.shape[0], self.columns
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored, without the codebooks that all tensors share."""
+        return sum(t.numel() * t.element_size() for t in (self.codes, self.selectors, self.scales, self.tensor_scale))
+
+
+def encode(x: Tensor, spec: FormatSpec, codebooks: Tensor, tensor_scale: Tensor | None = None) -> Encoded:
+    """Encode x along its last dimension.
+
+    Args:
+        x: [R, K], fp32, bf16 or fp16 (converted to fp32 first).
+        spec: the configuration.
+        codebooks: int8 [N_c, 16], each row sorted ascending in [-31, 31].
+        tensor_scale: None for the weight rule (absmax(x) / 13888); or fp32, a scalar (a static scale) or [R, 1]
+            (one a row, see `absmax_row_scale`).
+
+    Returns:
+        The packed operand. Where a tensor scale is given (an activation), NaN or infinity in x marks its block array
+        with a NaN scale and, with [R, 1] scales, its row with a NaN tensor scale: it decodes to NaN and disturbs no
+        other row.
+
+    Raises:
+        ValueError: a wrong shape or dtype, codebooks that do not fit the spec; under the weight rule, NaN or infinity
+            in x (names the first bad index).
+    """
+    _check_operand(x)
+    check_codebooks(codebooks, spec)
+    if tensor_scale is None:
+        tensor_scale = _finite_tensor_scale(x)
+    elif tensor_scale.dim() != 0 and tensor_scale.shape != (x.shape[0], 1):
+        raise ValueError(f"tensor_scale has shape {tuple(tensor_scale.shape)}: pass a scalar or [{x.shape[0]}, 1]")
+    tensor_scale = tensor_scale.to(device=x.device, dtype=torch.float32)
+    if tensor_scale.dim() == 2:
+        tensor_scale = torch.where(torch.isfinite(absmax_row_scale(x)), tensor_scale, torch.nan)
+    codes, selectors, scales = _encode_rows(x, spec, codebooks.to(x.device), tensor_scale)
+    return Encoded(codes, selectors, scales, tensor_scale, codebooks.to(x.device), spec, x.shape[1])
+
+
+def decode(encoded: Encoded) -> Tensor:
+    """The operand's values, fp32 [R, K]: `(entry * scale) * tensor_scale`, each product rounded once."""
+    return scaled_entries(encoded) * encoded.tensor_scale
+
+
+def scaled_entries(encoded: Encoded) -> Tensor:
+    """Entry times block-array scale, fp32 [R, K]: exact, and exact in fp16 too (at most 9 significant bits)."""
+    spec, rows = encoded.spec, encoded.codes.shape[0]
+    codes = unpack_codes(encoded.codes)
+    selectors = unpack_selectors(encoded.selectors, spec.selector_bits, codes.shape[1] // BLOCK_SIZE)
+    entries = entries_of(codes, selectors, encoded.codebooks).view(rows, -1, spec.array_size)
+    values = entries.float() * encoded.scales.float().unsqueeze(-1)
+    return values.view(rows, codes.shape[1])[:, : encoded.columns]
+
+
+def check_codebooks(codebooks: Tensor, spec: FormatSpec) -> None:
+    """Refuse codebooks that are not what `spec` asks for.
+
+    Raises:
+        ValueError: names the property that does not hold and the first offending codebook.
+    """
+    expected = (spec.num_codebooks, CODEBOOK_SIZE)
+    if codebooks.dtype != torch.int8 or tuple(codebooks.shape) != expected:
+        actual = f"{codebooks.dtype} {list(codebooks.shape)}"
+        raise ValueError(f"codebooks are {actual}: format {spec.name} takes int8 {list(expected)}")
+    wide = codebooks.to(torch.int16)
+    if bool((wide.abs() > ENTRY_MAX).any()):
+        row = int((wide.abs() > ENTRY_MAX).any(dim=1).nonzero()[0])
+        raise ValueError(f"codebook {row} has an entry outside [-{ENTRY_MAX}, {ENTRY_MAX}]: {codebooks[row].tolist()}")
+    descending = (wide.diff(dim=1) < 0).any(dim=1)
+    if bool(descending.any()):
+        row = int(descending.nonzero()[0])
+        raise ValueError(f"codebook {row} is not sorted ascending: {codebooks[row].tolist()}")
+
+
+def _encode_rows(x: Tensor, spec: FormatSpec, codebooks: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode a chunk of rows at a time into preallocated outputs, so that working memory does not grow with R."""
+    rows, columns = x.shape
+    codes = torch.empty((rows, spec.code_bytes(columns)), dtype=torch.uint8, device=x.device)
+    selectors = torch.empty((rows, spec.selector_bytes(columns)), dtype=torch.uint8, device=x.device)
+    scales = torch.empty((rows, spec.num_arrays(columns)), dtype=torch.float8_e4m3fn, device=x.device)
+    if rows == 0 or columns == 0:
+        return codes, selectors, scales
+    tables = CodeTables.of(codebooks)
+    padding = spec.padded_columns(columns) - columns
+    step = max(1, CHUNK // (columns + padding))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        padded = torch.nn.functional.pad(x[part].float(), (0, padding))
+        arrays = padded.view(padded.shape[0], -1, spec.array_size)
+        scale = tensor_scale[part] if tensor_scale.dim() else tensor_scale
+        scales[part] = array_scales(arrays, scale)
+        grid = to_grid(arrays, scales[part], scale).view(padded.shape)
+        part_codes, part_selectors = assign_codes(grid, tables)
+        codes[part] = pack_codes(part_codes)
+        selectors[part] = pack_selectors(part_selectors, spec.selector_bits)
+    return codes, selectors, scales
+
+
+def _check_operand(x: Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}: pass [R, K], leading dimensions flattened")
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"x is {x.dtype}: pass fp32, bf16 or fp16")
+
+
+def _finite_tensor_scale(x: Tensor) -> Tensor:
+    """The weight rule's scale.
+
+    Raises:
+        ValueError: NaN or infinity in x.
+    """
+    scale = absmax_tensor_scale(x)
+    if bool(scale.isnan()):
+        bad = (~torch.isfinite(x)).nonzero()[0].tolist()
+        raise ValueError(f"x[{bad[0]}, {bad[1]}] is {x[tuple(bad)].item()}: a weight must be finite")
+    return scale

@@ -1,0 +1,32 @@
+"""The product of two encoded operands, the reference that every kernel is compared with."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lobcq_fx.format.encoded import Encoded, scaled_entries
+
+
+def matmul(a: Encoded, w: Encoded, bias: Tensor | None = None) -> Tensor:
+    """`decode(a) @ decode(w).T + bias`, the tensor scales applied after the sum.
+
+    Args:
+        a: [M, K], tensor scale [] or [M, 1].
+        w: [N, K], tensor scale [].
+        bias: [N] or None.
+
+    Returns:
+        fp32 [M, N]. Every term is an exact product of two numbers of 9 significant bits; the sum over K is fp32.
+
+    Raises:
+        ValueError: a and w differ in K.
+    """
+    if a.columns != w.columns:
+        raise ValueError(f"a has K = {a.columns} and w has K = {w.columns}: they must agree")
+    return scale_product(scaled_entries(a) @ scaled_entries(w).t(), a.tensor_scale, w.tensor_scale, bias)
+
+
+def scale_product(product: Tensor, a_scale: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`(product * a_scale) * w_scale + bias`: one scale at a time, since their product may underflow."""
+    out = product * a_scale * w_scale
+    return out if bias is None else out + bias.float()

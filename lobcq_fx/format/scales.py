@@ -1,0 +1,65 @@
+"""Tensor scales and block-array scales: steps 1 and 2 of the encoding."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lobcq_fx.format.spec import E4M3_MAX, E4M3_MIN_SUBNORMAL, ENTRY_MAX, TENSOR_SCALE_DIVISOR
+
+
+def tensor_scale_of_absmax(absmax: Tensor) -> Tensor:
+    """Tensor scale that goes with a largest magnitude: `absmax / 13888`, and 1 where that magnitude is 0.
+
+    Args:
+        absmax: fp32, any shape, not negative.
+
+    Returns:
+        fp32, same shape; NaN where `absmax` is not finite, so that what is scaled by it decodes to NaN.
+    """
+    scale = torch.where(absmax == 0, 1.0, _divide(absmax, TENSOR_SCALE_DIVISOR))
+    return torch.where(torch.isfinite(absmax), scale, torch.nan)
+
+
+def absmax_tensor_scale(x: Tensor) -> Tensor:
+    """The weight rule: one scale for all of x. Returns fp32 []; 1 for an empty tensor."""
+    return tensor_scale_of_absmax(_absmax(x.reshape(1, -1))).reshape(())
+
+
+def absmax_row_scale(x: Tensor) -> Tensor:
+    """The activation rule: one scale for each row of x [..., K]. Returns fp32 [..., 1]."""
+    return tensor_scale_of_absmax(_absmax(x)).unsqueeze(-1)
+
+
+def array_scales(arrays: Tensor, tensor_scale: Tensor) -> Tensor:
+    """Scale of each block array, relative to the tensor scale.
+
+    Args:
+        arrays: fp32 [..., L_A], a block array a row.
+        tensor_scale: fp32, broadcastable to `arrays.shape[:-1]`.
+
+    Returns:
+        float8_e4m3fn, shape `arrays.shape[:-1]`: `(absmax / 31) / tensor_scale` rounded to nearest even, saturating at
+        448; 2**-9 where that rounds a positive absmax to 0; 0 where absmax is 0; NaN where absmax or the tensor
+        scale is not finite.
+    """
+    absmax = _absmax(arrays)
+    ratio = _divide(absmax, ENTRY_MAX) / tensor_scale
+    scales = ratio.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
+    scales = torch.where(absmax == 0, 0.0, scales.clamp(min=E4M3_MIN_SUBNORMAL))
+    finite = torch.isfinite(absmax) & torch.isfinite(tensor_scale)
+    return torch.where(finite, scales, torch.nan).to(torch.float8_e4m3fn)
+
+
+def _absmax(x: Tensor) -> Tensor:
+    """Largest magnitude along the last dimension in fp32, NaN if there is one; 0 where that dimension is empty."""
+    if x.shape[-1] == 0:
+        return torch.zeros(x.shape[:-1], device=x.device)
+    return torch.linalg.vector_norm(x, ord=math.inf, dim=-1, dtype=torch.float32)
+
+
+def _divide(x: Tensor, divisor: float) -> Tensor:
+    """IEEE division. CUDA multiplies by the reciprocal of a Python scalar instead, which rounds differently."""
+    return x / torch.full_like(x, divisor)

@@ -1,0 +1,103 @@
+"""The inventory: every matmul of a traced model, what became of it, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MatmulRecord:
+    """One matmul.
+
+    layer: module path, for example `model.layers.0.self_attn.q_proj`.
+    operation: what it was in the traced graph, for example `linear`, `addmm`, `scaled_dot_product_attention`.
+    shape: (N, K) of the constant weight; None for activation x activation.
+    reason: why it was left in float; None if it was quantized.
+    format: name of the number format, mode: `w4a4` or `w4a16`; None if left in float.
+    float_bytes, packed_bytes: of the weight, before and after (equal if left in float; 0 without a weight).
+    weight_sqnr_db, activation_sqnr_db: signal-to-quantization-noise ratio in dB; None if not measured.
+    """
+
+    layer: str
+    operation: str
+    shape: tuple[int, int] | None
+    reason: str | None = None
+    format: str | None = None
+    mode: str | None = None
+    float_bytes: int = 0
+    packed_bytes: int = 0
+    weight_sqnr_db: float | None = None
+    activation_sqnr_db: float | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the matmul now runs in LO-BCQ."""
+        return self.reason is None
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds per token of a matmul with a weight: N * K; 0 without one."""
+        return self.shape[0] * self.shape[1] if self.shape else 0
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Every matmul of a model, and the model's bytes before and after.
+
+    model_parameters: scalars in all parameters of the traced model.
+    model_float_bytes, model_packed_bytes: bytes of all parameters before and after.
+    """
+
+    records: tuple[MatmulRecord, ...]
+    model_parameters: int
+    model_float_bytes: int
+    model_packed_bytes: int
+
+    def __iter__(self) -> Iterator[MatmulRecord]:
+        return iter(self.records)
+
+    @property
+    def quantized(self) -> tuple[MatmulRecord, ...]:
+        """The matmuls that run in LO-BCQ."""
+        return tuple(record for record in self.records if record.quantized)
+
+    @property
+    def left_alone(self) -> tuple[MatmulRecord, ...]:
+        """The matmuls left in float, each with its reason."""
+        return tuple(record for record in self.records if not record.quantized)
+
+    @property
+    def parameter_coverage(self) -> float:
+        """Share of the model's parameters that are now packed, from 0 to 1."""
+        return sum(record.macs for record in self._distinct_weights()) / max(1, self.model_parameters)
+
+    @property
+    def mac_coverage(self) -> float:
+        """Share of the multiply-adds with a constant weight, per token, that now run in LO-BCQ, from 0 to 1."""
+        total = sum(record.macs for record in self.records)
+        return sum(record.macs for record in self.quantized) / max(1, total)
+
+    @property
+    def bits_per_scalar(self) -> float:
+        """Stored bits per scalar over all packed weights, padding and scales included; 0 if there are none."""
+        weights = self._distinct_weights()
+        return 8 * sum(w.packed_bytes for w in weights) / max(1, sum(w.macs for w in weights))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Inventory:
+        """Inverse of `to_dict`."""
+        records = tuple(
+            MatmulRecord(**{**record, "shape": tuple(record["shape"]) if record["shape"] else None})
+            for record in values["records"]
+        )
+        return cls(**{**values, "records": records})
+
+    def _distinct_weights(self) -> list[MatmulRecord]:
+        # A tied weight serves several matmuls and is stored once: only its first record carries bytes.
+        return [record for record in self.quantized if record.packed_bytes]
