@@ -83,7 +83,7 @@ def assign_codes(grid: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
         selectors = errors.argmin(dim=-1)
     index = selectors.unsqueeze(-1) * NUM_BUCKETS + _bucket_of(blocks)
     codes = tables.nearest.flatten().take(index)
-    return codes.view(grid.shape), selectors.to(torch.uint8).view(grid.shape[0], -1)
+    return codes.view(grid.shape), selectors.to(torch.uint8).view(grid.shape[0], grid.shape[1] // BLOCK_SIZE)
 
 
 def entries_of(codes: Tensor, selectors: Tensor, codebooks: Tensor) -> Tensor:

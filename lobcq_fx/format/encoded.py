@@ -85,12 +85,12 @@ def decode(encoded: Encoded) -> Tensor:
 
 def scaled_entries(encoded: Encoded) -> Tensor:
     """Entry times block-array scale, fp32 [R, K]: exact, and exact in fp16 too (at most 9 significant bits)."""
-    spec, rows = encoded.spec, encoded.codes.shape[0]
+    spec = encoded.spec
     codes = unpack_codes(encoded.codes)
     selectors = unpack_selectors(encoded.selectors, spec.selector_bits, codes.shape[1] // BLOCK_SIZE)
-    entries = entries_of(codes, selectors, encoded.codebooks).view(rows, -1, spec.array_size)
+    entries = entries_of(codes, selectors, encoded.codebooks).view(*encoded.scales.shape, spec.array_size)
     values = entries.float() * encoded.scales.float().unsqueeze(-1)
-    return values.view(rows, codes.shape[1])[:, : encoded.columns]
+    return values.flatten(1)[:, : encoded.columns]
 
 
 def check_codebooks(codebooks: Tensor, spec: FormatSpec) -> None:
@@ -127,7 +127,7 @@ def _encode_rows(x: Tensor, spec: FormatSpec, codebooks: Tensor, tensor_scale: T
     for start in range(0, rows, step):
         part = slice(start, start + step)
         padded = torch.nn.functional.pad(x[part].float(), (0, padding))
-        arrays = padded.view(padded.shape[0], -1, spec.array_size)
+        arrays = padded.unflatten(1, (-1, spec.array_size))
         scale = tensor_scale[part] if tensor_scale.dim() else tensor_scale
         scales[part] = array_scales(arrays, scale)
         grid = to_grid(arrays, scales[part], scale).view(padded.shape)

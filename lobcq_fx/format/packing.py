@@ -27,7 +27,7 @@ def pack_selectors(selectors: Tensor, bits: int) -> Tensor:
     rows, blocks = selectors.shape
     num_bytes = -(-blocks * bits // BITS_PER_BYTE)
     stream = selectors.new_zeros((rows, num_bytes * BITS_PER_BYTE))
-    stream[:, : blocks * bits] = ((selectors.unsqueeze(-1) >> _positions(bits, selectors)) & 1).reshape(rows, -1)
+    stream[:, : blocks * bits] = ((selectors.unsqueeze(-1) >> _positions(bits, selectors)) & 1).flatten(1)
     weighted = stream.view(rows, num_bytes, BITS_PER_BYTE) << _positions(BITS_PER_BYTE, selectors)
     return weighted.sum(dim=-1, dtype=torch.uint8)
 
@@ -37,7 +37,7 @@ def unpack_selectors(packed: Tensor, bits: int, blocks: int) -> Tensor:
     rows = packed.shape[0]
     if bits == 0:
         return packed.new_zeros((rows, blocks))
-    stream = ((packed.unsqueeze(-1) >> _positions(BITS_PER_BYTE, packed)) & 1).view(rows, -1)
+    stream = ((packed.unsqueeze(-1) >> _positions(BITS_PER_BYTE, packed)) & 1).flatten(1)
     weighted = stream[:, : blocks * bits].reshape(rows, blocks, bits) << _positions(bits, packed)
     return weighted.sum(dim=-1, dtype=torch.uint8)
 

@@ -1,0 +1,114 @@
+"""`lobcq::linear` (W4A4) and `lobcq::linear.float_activation` (W4A16): default implementations and fake kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lobcq_fx.format import Encoded, FormatSpec, decode, matmul
+from lobcq_fx.ops.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION
+
+
+@torch.library.impl(LINEAR, "CompositeExplicitAutograd")
+def linear(
+    codes: Tensor,
+    selectors: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor,
+    codebooks: Tensor,
+    w_codes: Tensor,
+    w_selectors: Tensor,
+    w_scales: Tensor,
+    w_tensor_scale: Tensor,
+    w_codebooks: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    array_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`x @ w.T + bias` of two packed operands.
+
+    Args:
+        codes, selectors, scales, tensor_scale: an activation from `lobcq::quantize_activation`, leading dimensions [...].
+        codebooks: int8 [N_c, 16], the activation's.
+        w_codes, w_selectors, w_scales, w_tensor_scale: a weight [N, K] packed as at rest, tensor scale fp32 [].
+        w_codebooks: int8 [N_c, 16], the weight's.
+        bias: [N] or None.
+        in_features: K.
+        array_size: L_A, of both operands.
+        dtype: of the result.
+
+    Returns:
+        [..., N] in `dtype`; NaN in the rows whose tensor scale is NaN.
+    """
+    leading = codes.shape[:-1]
+    rows = leading.numel()
+    parts = [part.reshape(rows, part.shape[-1]) for part in (codes, selectors, scales, tensor_scale)]
+    a = Encoded(*parts, codebooks, FormatSpec(codebooks.shape[0], array_size), in_features)
+    w = _weight(w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, in_features, array_size)
+    return matmul(a, w, bias).to(dtype).view(*leading, w_codes.shape[0])
+
+
+@torch.library.impl(LINEAR_FLOAT_ACTIVATION, "CompositeExplicitAutograd")
+def linear_float_activation(
+    x: Tensor,
+    w_codes: Tensor,
+    w_selectors: Tensor,
+    w_scales: Tensor,
+    w_tensor_scale: Tensor,
+    w_codebooks: Tensor,
+    bias: Tensor | None,
+    array_size: int,
+) -> Tensor:
+    """`x @ w.T + bias` of a float activation [..., K] and a packed weight [N, K]; fp32 arithmetic, result in x's dtype."""
+    w = _weight(w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, x.shape[-1], array_size)
+    out = torch.nn.functional.linear(x.float(), decode(w), None if bias is None else bias.float())
+    return out.to(x.dtype)
+
+
+@torch.library.register_fake(LINEAR)
+def _fake_linear(
+    codes: Tensor,
+    selectors: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor,
+    codebooks: Tensor,
+    w_codes: Tensor,
+    w_selectors: Tensor,
+    w_scales: Tensor,
+    w_tensor_scale: Tensor,
+    w_codebooks: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    array_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], w_codes.shape[0]), dtype=dtype)
+
+
+@torch.library.register_fake(LINEAR_FLOAT_ACTIVATION)
+def _fake_linear_float_activation(
+    x: Tensor,
+    w_codes: Tensor,
+    w_selectors: Tensor,
+    w_scales: Tensor,
+    w_tensor_scale: Tensor,
+    w_codebooks: Tensor,
+    bias: Tensor | None,
+    array_size: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w_codes.shape[0]))
+
+
+def _weight(
+    codes: Tensor,
+    selectors: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor,
+    codebooks: Tensor,
+    columns: int,
+    array_size: int,
+) -> Encoded:
+    return Encoded(
+        codes, selectors, scales, tensor_scale, codebooks, FormatSpec(codebooks.shape[0], array_size), columns
+    )

@@ -1,0 +1,123 @@
+"""The lobcq:: ops against the float product, and under torch.library.opcheck."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lobcq_fx.ops  # noqa: F401
+from lobcq_fx.errors import LobcqError
+from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
+
+SHAPES = [(4, 64), (2, 3, 200), (1, 64), (0, 64), (5, 72), (2, 0, 64)]
+CONFIGS = [FormatSpec(8, 64), FormatSpec(16, 128), FormatSpec(2, 32), FormatSpec(1, 16)]
+
+# All of opcheck's tests but "test_schema", which compares float8 tensors with allclose and fails for want of a kernel
+# ("mul_cpu_reduced_float" not implemented for 'Float8_e4m3fn'); assert_functional checks the same.
+OPCHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def assert_functional(op, args):
+    """The op changes no input and returns no view of one, as its schema says."""
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    before = [t.clone() for t in tensors]
+    outputs = op(*args)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    for tensor, old in zip(tensors, before, strict=True):
+        assert torch.equal(
+            tensor.contiguous().reshape(-1).view(torch.uint8), old.contiguous().reshape(-1).view(torch.uint8)
+        )
+    storages = {t.untyped_storage().data_ptr() for t in tensors if t.numel()}
+    assert not storages & {out.untyped_storage().data_ptr() for out in outputs if out.numel()}
+
+
+def operands(shape, spec, dtype=torch.float32, rows=48, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator).to(dtype)
+    weight = torch.randn(rows, shape[-1], generator=generator) * 0.05
+    bias = torch.randn(rows, generator=generator)
+    codebooks = universal_codebooks(spec.num_codebooks)
+    return x, encode(weight, spec, codebooks), bias, codebooks
+
+
+def weight_args(w):
+    return w.codes, w.selectors, w.scales, w.tensor_scale, w.codebooks
+
+
+@pytest.mark.parametrize("spec", CONFIGS, ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("static", [False, True])
+def test_linear_is_the_product_of_the_decoded_operands(shape, spec, static):
+    x, w, bias, codebooks = operands(shape, spec)
+    scale = torch.tensor(3.0 / 13888) if static else None
+    packed = torch.ops.lobcq.quantize_activation(x, codebooks, spec.array_size, scale)
+    out = torch.ops.lobcq.linear(*packed, codebooks, *weight_args(w), bias, shape[-1], spec.array_size, torch.float32)
+
+    rows = x.reshape(-1, shape[-1])
+    a = decode(encode(rows, spec, codebooks, absmax_row_scale(rows) if scale is None else scale))
+    expected = (a.double() @ decode(w).double().t() + bias).float().view(*shape[:-1], 48)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_and_strides_agree_with_the_fake_kernels(dtype):
+    spec = FormatSpec(8, 64)
+    x, w, bias, codebooks = operands((2, 3, 200), spec, dtype)
+    x = x.transpose(0, 1)  # not contiguous
+    bias = bias.to(dtype)
+    packed = torch.ops.lobcq.quantize_activation(x, codebooks, 64)
+    checks = [
+        (torch.ops.lobcq.quantize_activation.default, (x, codebooks, 64)),
+        (torch.ops.lobcq.quantize_activation.default, (x, codebooks, 64, torch.tensor(1e-3))),
+        (torch.ops.lobcq.linear.default, (*packed, codebooks, *weight_args(w), bias, 200, 64, dtype)),
+        (torch.ops.lobcq.linear.default, (*packed, codebooks, *weight_args(w), None, 200, 64, torch.float32)),
+        (torch.ops.lobcq.linear.float_activation, (x, *weight_args(w), bias, 64)),
+    ]
+    for op, args in checks:
+        torch.library.opcheck(op, args, test_utils=OPCHECKS)
+        assert_functional(op, args)
+
+
+def test_float_activation_is_the_product_with_the_decoded_weight():
+    spec = FormatSpec(8, 64)
+    x, w, bias, _ = operands((2, 3, 200), spec)
+    out = torch.ops.lobcq.linear.float_activation(x, *weight_args(w), bias, 64)
+    torch.testing.assert_close(out, x @ decode(w).t() + bias)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_bad_activation_spoils_its_own_row_and_no_other(bad, static):
+    spec = FormatSpec(8, 64)
+    x, w, bias, codebooks = operands((5, 200), spec)
+    scale = torch.tensor(1e-3) if static else None
+
+    def run(x):
+        packed = torch.ops.lobcq.quantize_activation(x, codebooks, 64, scale)
+        return torch.ops.lobcq.linear(*packed, codebooks, *weight_args(w), bias, 200, 64, torch.float32)
+
+    clean = run(x)
+    x[2, 131] = bad
+    spoiled = run(x)
+    assert spoiled[2].isnan().all()
+    others = torch.tensor([0, 1, 3, 4])
+    assert torch.equal(spoiled[others], clean[others])
+
+
+def test_padding_contributes_nothing_without_a_zero_entry():
+    spec = FormatSpec(1, 64)
+    codebooks = torch.tensor([[-31, -29, -27, -25, -23, -21, -19, -17, 1, 3, 5, 7, 9, 11, 13, 31]], dtype=torch.int8)
+    x, weight = torch.randn(3, 70), torch.randn(4, 70)
+    w = encode(weight, spec, codebooks)
+    packed = torch.ops.lobcq.quantize_activation(x, codebooks, 64)
+    out = torch.ops.lobcq.linear(*packed, codebooks, *weight_args(w), None, 70, 64, torch.float32)
+    a = encode(x, spec, codebooks, absmax_row_scale(x))
+    torch.testing.assert_close(out, decode(a) @ decode(w).t())
+
+
+def test_backward_says_that_the_ops_are_inference_only():
+    spec = FormatSpec(8, 64)
+    x, w, bias, _ = operands((3, 64), spec)
+    out = torch.ops.lobcq.linear.float_activation(x.requires_grad_(), *weight_args(w), bias, 64)
+    with pytest.raises(LobcqError, match="inference only"):
+        out.sum().backward()
