@@ -1,0 +1,129 @@
+"""What an observer keeps of one matmul's activations: constant memory, however much it sees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lobcq_fx.calibration.lloyd_max import NUM_BINS
+from lobcq_fx.calibration.reservoir import Reservoir
+from lobcq_fx.errors import CalibrationError
+from lobcq_fx.format.codes import CHUNK, to_grid
+from lobcq_fx.format.scales import absmax_row_scale, array_scales, tensor_scale_of_absmax
+from lobcq_fx.format.spec import GRID_MAX, FormatSpec
+
+SAMPLED_ARRAYS = 4096
+"""Block arrays kept for fitting codebooks: 1 MiB a layer at L_A = 64."""
+
+
+class ActivationStatistics:
+    """Streaming statistics of one activation operand x [..., K].
+
+    The result depends on the rows and their order, not on how they are cut into batches.
+
+    Attributes:
+        layer: the layer whose activations these are, for messages.
+        spec: gives L_A.
+        num_updates: tensors seen, empty ones included.
+        num_rows: rows (tokens) seen.
+        num_scalars: scalars seen, padding not counted.
+        histogram: int64 [4095], how often each value of the format's grid (-2047 to 2047, FORMAT step 3) occurred
+            when every row has its own tensor scale; padding not counted.
+    """
+
+    def __init__(self, layer: str, spec: FormatSpec, sampled_arrays: int = SAMPLED_ARRAYS, seed: int = 0) -> None:
+        self.layer = layer
+        self.spec = spec
+        self.num_updates = 0
+        self.num_rows = 0
+        self.num_scalars = 0
+        self.histogram = torch.zeros(NUM_BINS, dtype=torch.long)
+        self._absmax = torch.zeros(())
+        self._sample = Reservoir(sampled_arrays, seed)
+
+    @property
+    def seen(self) -> bool:
+        """Whether any data arrived: False until an update brings a scalar."""
+        return self.num_scalars > 0
+
+    def update(self, x: Tensor) -> None:
+        """Add an activation x [..., K], fp32, bf16 or fp16, on any device.
+
+        Raises:
+            CalibrationError: NaN or infinity in x; nothing of x is counted then.
+        """
+        rows = x.detach().reshape(-1, x.shape[-1]) if x.numel() else x.detach().new_zeros((0, max(x.shape[-1], 1)))
+        row_scale = absmax_row_scale(rows)
+        if bool(row_scale.isnan().any()):
+            self._refuse_non_finite(rows)
+        self.num_updates += 1
+        self.num_rows += rows.shape[0]
+        self.num_scalars += rows.numel()
+        for part in range(0, rows.shape[0], self._rows_at_a_time(rows.shape[1])):
+            chunk = slice(part, part + self._rows_at_a_time(rows.shape[1]))
+            self._add(rows[chunk].float(), row_scale[chunk])
+
+    def absmax(self) -> Tensor:
+        """Largest magnitude seen, fp32 [].
+
+        Raises:
+            CalibrationError: no data seen.
+        """
+        self._require_data()
+        return self._absmax.clone()
+
+    def static_tensor_scale(self) -> Tensor:
+        """The static scale for this operand: the weight rule on the largest magnitude seen, fp32 [].
+
+        Raises:
+            CalibrationError: no data seen.
+        """
+        return tensor_scale_of_absmax(self.absmax())
+
+    def sample(self) -> Tensor:
+        """A uniform sample of the block arrays seen, fp32 [n, L_A], n at most `sampled_arrays`, in random order.
+
+        Raises:
+            CalibrationError: no data seen.
+        """
+        self._require_data()
+        return self._sample.rows()[:, :-1].clone()
+
+    def sample_in_row_scales(self) -> Tensor:
+        """`sample()`, each array divided by its own row's tensor scale: what per-token scales make of it.
+
+        Raises:
+            CalibrationError: no data seen.
+        """
+        self._require_data()
+        rows = self._sample.rows()
+        return rows[:, :-1] / rows[:, -1:]
+
+    def _add(self, rows: Tensor, row_scale: Tensor) -> None:
+        """rows fp32 [n, K] and their tensor scales fp32 [n, 1]."""
+        columns = rows.shape[1]
+        padded = torch.nn.functional.pad(rows, (0, self.spec.padded_columns(columns) - columns))
+        arrays = padded.view(rows.shape[0], -1, self.spec.array_size)
+        grid = to_grid(arrays, array_scales(arrays, row_scale), row_scale).view(padded.shape)[:, :columns]
+        self.histogram += torch.bincount(grid.flatten() + GRID_MAX, minlength=NUM_BINS).cpu()
+        self._absmax = torch.maximum(self._absmax, rows.abs().max().cpu())
+        scales = row_scale.unsqueeze(1).expand(-1, arrays.shape[1], 1)
+        self._sample.add(torch.cat((arrays, scales), dim=-1).flatten(0, 1))
+
+    def _rows_at_a_time(self, columns: int) -> int:
+        return max(1, CHUNK // columns)
+
+    def _require_data(self) -> None:
+        if not self.seen:
+            raise CalibrationError(
+                f"no activation of {self.layer} was observed: pass calibration data that reaches this layer, or use "
+                "per-token scales and the universal codebooks, which need none"
+            )
+
+    def _refuse_non_finite(self, rows: Tensor) -> None:
+        bad = (~torch.isfinite(rows)).nonzero()
+        row, column = bad[0].tolist()
+        raise CalibrationError(
+            f"the activation of {self.layer} holds {rows[row, column].item()} at row {row}, column {column} "
+            f"({bad.shape[0]} such values in this batch): leave this input out, or run the model in a wider dtype"
+        )
