@@ -1,0 +1,45 @@
+"""LO-BCQ (W4A4, 4.5 bits a scalar) for PyTorch models: trace, calibrate, rewrite, save and run.
+
+q = lobcq_fx.quantize(model)
+q.save_pretrained("quantized")
+q = lobcq_fx.load("quantized")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lobcq_fx.config import LobcqConfig
+    from lobcq_fx.default_model import default_model_path
+    from lobcq_fx.errors import LobcqError
+    from lobcq_fx.format import FormatSpec
+    from lobcq_fx.loading import load
+    from lobcq_fx.model import QuantizedModel
+    from lobcq_fx.pipeline import quantize
+
+__version__ = "0.1.0"
+
+__all__ = ["FormatSpec", "LobcqConfig", "LobcqError", "QuantizedModel", "default_model_path", "load", "quantize"]
+
+_HOMES = {
+    "FormatSpec": "lobcq_fx.format",
+    "LobcqConfig": "lobcq_fx.config",
+    "LobcqError": "lobcq_fx.errors",
+    "QuantizedModel": "lobcq_fx.model",
+    "default_model_path": "lobcq_fx.default_model",
+    "load": "lobcq_fx.loading",
+    "quantize": "lobcq_fx.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562): the command line answers before torch is loaded."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

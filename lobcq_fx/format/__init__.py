@@ -1,6 +1,7 @@
 """The LO-BCQ number format in plain torch: the single source of truth for every backend."""
 
 from lobcq_fx.format.encoded import Encoded, check_codebooks, decode, encode, scaled_entries
+from lobcq_fx.format.error import sqnr_db
 from lobcq_fx.format.matmul import matmul, scale_product
 from lobcq_fx.format.scales import absmax_row_scale, absmax_tensor_scale, tensor_scale_of_absmax
 from lobcq_fx.format.spec import PAPER_CONFIGURATIONS, FormatSpec
@@ -18,6 +19,7 @@ __all__ = [
     "matmul",
     "scale_product",
     "scaled_entries",
+    "sqnr_db",
     "tensor_scale_of_absmax",
     "universal_codebooks",
 ]

@@ -57,7 +57,8 @@ def _absmax(x: Tensor) -> Tensor:
     """Largest magnitude along the last dimension in fp32, NaN if there is one; 0 where that dimension is empty."""
     if x.shape[-1] == 0:
         return torch.zeros(x.shape[:-1], device=x.device)
-    return torch.linalg.vector_norm(x, ord=math.inf, dim=-1, dtype=torch.float32)
+    largest: Tensor = torch.linalg.vector_norm(x, ord=math.inf, dim=-1, dtype=torch.float32)
+    return largest
 
 
 def _divide(x: Tensor, divisor: float) -> Tensor:

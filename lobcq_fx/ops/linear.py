@@ -29,7 +29,7 @@ def linear(
     """`x @ w.T + bias` of two packed operands.
 
     Args:
-        codes, selectors, scales, tensor_scale: an activation from `lobcq::quantize_activation`, leading dimensions [...].
+        codes, selectors, scales, tensor_scale: an activation from `lobcq::quantize_activation`, any leading dimensions.
         codebooks: int8 [N_c, 16], the activation's.
         w_codes, w_selectors, w_scales, w_tensor_scale: a weight [N, K] packed as at rest, tensor scale fp32 [].
         w_codebooks: int8 [N_c, 16], the weight's.
@@ -43,8 +43,15 @@ def linear(
     """
     leading = codes.shape[:-1]
     rows = leading.numel()
-    parts = [part.reshape(rows, part.shape[-1]) for part in (codes, selectors, scales, tensor_scale)]
-    a = Encoded(*parts, codebooks, FormatSpec(codebooks.shape[0], array_size), in_features)
+    a = Encoded(
+        codes.reshape(rows, codes.shape[-1]),
+        selectors.reshape(rows, selectors.shape[-1]),
+        scales.reshape(rows, scales.shape[-1]),
+        tensor_scale.reshape(rows, 1),
+        codebooks,
+        FormatSpec(codebooks.shape[0], array_size),
+        in_features,
+    )
     w = _weight(w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, in_features, array_size)
     return matmul(a, w, bias).to(dtype).view(*leading, w_codes.shape[0])
 
@@ -60,7 +67,7 @@ def linear_float_activation(
     bias: Tensor | None,
     array_size: int,
 ) -> Tensor:
-    """`x @ w.T + bias` of a float activation [..., K] and a packed weight [N, K]; fp32 arithmetic, result in x's dtype."""
+    """`x @ w.T + bias` of a float activation [..., K] and a packed weight [N, K], in fp32; the result in x's dtype."""
     w = _weight(w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, x.shape[-1], array_size)
     out = torch.nn.functional.linear(x.float(), decode(w), None if bias is None else bias.float())
     return out.to(x.dtype)

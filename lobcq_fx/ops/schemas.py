@@ -1,4 +1,4 @@
-"""Schemas of the `lobcq::` ops: the contract between the passes, which emit them, and the kernels, which implement them.
+"""Schemas of the `lobcq::` ops: the contract between the passes, which emit them, and the kernels behind them.
 
 A device implementation registers with `torch.library.impl(name, "CPU" | "CUDA")` and takes precedence over the default
 one in this package, which calls `lobcq_fx.format` on any device.

@@ -1,0 +1,127 @@
+"""Which codebooks a model is quantized with: the universal ones, sets fitted to the model, or those of a file."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from lobcq_fx.calibration.fit import fit_codebooks
+from lobcq_fx.calibration.reservoir import Reservoir
+from lobcq_fx.config import LobcqConfig
+from lobcq_fx.errors import CalibrationError, ConfigError
+from lobcq_fx.format import FormatSpec, absmax_tensor_scale, check_codebooks
+from lobcq_fx.passes.attributes import get_attribute
+from lobcq_fx.passes.codebook_sets import CodebookSets
+from lobcq_fx.passes.insert_observers import observer_of, scaled_sample
+from lobcq_fx.passes.matmuls import Matmul, find_matmuls
+
+logger = logging.getLogger(__name__)
+
+SAMPLED_ARRAYS = 1 << 15
+"""Block arrays of all weights, and of all activations, that a fit looks at."""
+
+ENOUGH_ARRAYS = 1 << 13
+"""Sets fitted on fewer block arrays measured worse than the universal ones."""
+
+Progress = Callable[[str, int, int | None], None]
+
+
+def choose_codebooks(graph_module: fx.GraphModule, config: LobcqConfig, progress: Progress) -> CodebookSets:
+    """Codebooks for every format that the graph's matmuls will use.
+
+    Raises:
+        CalibrationError: sets are to be fitted and a layer's observer saw no data.
+        ConfigError: the file cannot be read or lacks a set.
+    """
+    matmuls = [matmul for matmul in find_matmuls(graph_module, config) if matmul.refusal is None]
+    formats = sorted({matmul.config.format for matmul in matmuls}, key=lambda spec: spec.name)
+    if config.codebooks == "universal":
+        return CodebookSets.universal(set(formats))
+    if config.codebooks == "fitted":
+        return _fitted(graph_module, matmuls, formats, progress)
+    shared = {spec: read_codebooks(Path(config.codebooks), spec) for spec in formats}
+    return CodebookSets(shared, shared)
+
+
+def read_codebooks(path: Path, spec: FormatSpec) -> Tensor:
+    """The set for N_c codebooks of a JSON file that `lobcq calibrate` wrote, int8 [N_c, 16].
+
+    Raises:
+        ConfigError: the file is missing, malformed, or lacks that set.
+    """
+    try:
+        sets = json.loads(path.read_text(encoding="utf-8"))["codebooks"]
+        codebooks = torch.tensor(sets[str(spec.num_codebooks)], dtype=torch.int8)
+        check_codebooks(codebooks, spec)
+    except OSError as error:
+        raise ConfigError(f"cannot read codebooks from {path}: {error.strerror}") from None
+    except KeyError as error:
+        raise ConfigError(f"{path} has no set {error}: write one with `lobcq calibrate --format {spec.name}`") from None
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"{path} does not hold codebooks: {error}") from None
+    return codebooks
+
+
+def _fitted(
+    graph_module: fx.GraphModule, matmuls: list[Matmul], formats: list[FormatSpec], progress: Progress
+) -> CodebookSets:
+    weights, activations = {}, {}
+    for spec in formats:
+        group = [matmul for matmul in matmuls if matmul.config.format == spec]
+        weights[spec] = _fit("weights", _weight_arrays(graph_module, group, spec), spec, progress)
+        observed = [matmul for matmul in group if matmul.config.mode == "w4a4"]
+        activations[spec] = (
+            _fit("activations", _activation_arrays(graph_module, observed), spec, progress)
+            if observed
+            else weights[spec]
+        )
+    return CodebookSets(weights, activations)
+
+
+def _fit(operand: str, arrays: Iterator[Tensor], spec: FormatSpec, progress: Progress) -> Tensor:
+    """Fit one set to a bounded sample of arrays that are in units of their tensor scales."""
+    sample = Reservoir(SAMPLED_ARRAYS, seed=0)
+    for chunk in arrays:
+        sample.add(chunk)
+    if sample.num_seen < ENOUGH_ARRAYS:
+        logger.warning(
+            "codebooks for %s are fitted on only %d block arrays; below %d the universal ones are usually better",
+            operand, sample.num_seen, ENOUGH_ARRAYS,
+        )  # fmt: skip
+    step = f"fit {operand}"
+    unit = torch.tensor(1.0)
+    report = lambda iteration, mse: progress(step, iteration, None)  # noqa: E731
+    return fit_codebooks(sample.rows(), spec, tensor_scale=unit, on_iteration=report).codebooks
+
+
+def _weight_arrays(graph_module: fx.GraphModule, matmuls: list[Matmul], spec: FormatSpec) -> Iterator[Tensor]:
+    """Block arrays [n, L_A] of each distinct weight, divided by its tensor scale."""
+    seen: set[str] = set()
+    for matmul in matmuls:
+        assert matmul.weight is not None
+        name = str(matmul.weight.target)
+        if name in seen:
+            continue
+        seen.add(name)
+        weight = get_attribute(graph_module, name).detach()
+        rows = (weight.t() if matmul.flipped else weight).float()
+        padding = spec.padded_columns(rows.shape[1]) - rows.shape[1]
+        arrays = torch.nn.functional.pad(rows, (0, padding)).reshape(-1, spec.array_size)
+        yield (arrays / absmax_tensor_scale(rows)).cpu()
+
+
+def _activation_arrays(graph_module: fx.GraphModule, matmuls: list[Matmul]) -> Iterator[Tensor]:
+    """Each observer's sample, divided by the tensor scales that the layer will use."""
+    seen = set()
+    for matmul in matmuls:
+        observer = observer_of(graph_module, matmul)
+        if observer is None:
+            raise CalibrationError(f"no activation of {matmul.layer} was observed: pass calibration_data")
+        if id(observer) not in seen:
+            seen.add(id(observer))
+            yield scaled_sample(observer.statistics, matmul.config)

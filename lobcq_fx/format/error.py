@@ -1,0 +1,45 @@
+"""How far an encoded operand is from what was encoded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from torch import Tensor
+
+from lobcq_fx.format.codes import CHUNK
+from lobcq_fx.format.encoded import Encoded, decode
+
+
+def sqnr_db(x: Tensor, encoded: Encoded) -> float:
+    """Signal-to-quantization-noise ratio, `10 log10(sum x^2 / sum (x - decoded)^2)`, in dB.
+
+    Args:
+        x: [R, K], what was encoded.
+        encoded: the result.
+
+    Returns:
+        dB; infinity where the code is exact, NaN for all-zero or empty x. Works through the rows in chunks.
+    """
+    signal = noise = 0.0
+    step = max(1, CHUNK // max(1, encoded.columns))
+    for start in range(0, x.shape[0], step):
+        part = x[start : start + step].double()
+        signal += float(part.square().sum())
+        noise += float((part - decode(rows_of(encoded, start, start + step))).square().sum())
+    if signal == 0:
+        return math.nan
+    return math.inf if noise == 0 else 10 * math.log10(signal / noise)
+
+
+def rows_of(encoded: Encoded, start: int, stop: int) -> Encoded:
+    """Rows start to stop of an encoded operand, as views."""
+    rows = slice(start, stop)
+    scale = encoded.tensor_scale if encoded.tensor_scale.dim() == 0 else encoded.tensor_scale[rows]
+    return replace(
+        encoded,
+        codes=encoded.codes[rows],
+        selectors=encoded.selectors[rows],
+        scales=encoded.scales[rows],
+        tensor_scale=scale,
+    )

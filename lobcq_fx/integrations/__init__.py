@@ -1,0 +1,1 @@
+"""Libraries that plug in: Hugging Face transformers."""

@@ -1,0 +1,152 @@
+"""How a decoder-only language model is called: keyword tensors and a cache in, logits and the grown cache out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import modeling_outputs
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from lobcq_fx.errors import CallError
+from lobcq_fx.passes.calling import CallingConvention
+
+PARAMETERS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "labels",
+    "use_cache",
+    "logits_to_keep",
+    "return_dict",
+)
+"""What a quantized causal LM's forward understands, in the order Hugging Face models take their first ones."""
+
+
+@dataclass(frozen=True)
+class CausalLMCall(CallingConvention):
+    """Calls of a traced causal language model.
+
+    inputs: the graph's tensor inputs before the cache, in order.
+    cache_heads: for each layer, heads and the widths of a key and a value.
+    cache_dtype: dtype of an empty cache, for example "float32".
+    positions_from_mask: default position_ids count along the mask instead of from 0 on.
+    output_type: name of a class in `transformers.modeling_outputs`.
+    """
+
+    kind: ClassVar[str] = "causal_lm"
+
+    inputs: tuple[str, ...]
+    cache_heads: tuple[tuple[int, int, int], ...]
+    cache_dtype: str
+    positions_from_mask: bool
+    vocab_size: int
+    output_type: str
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """input_ids, attention_mask, position_ids and logits_to_keep as the graph has them, then keys and values."""
+        call = _arguments(args, kwargs)
+        ids = call.get("input_ids")
+        if ids is None:
+            raise CallError("input_ids is missing: the traced graph starts at token ids, not at inputs_embeds")
+        past = self._past(call.get("past_key_values"), ids)
+        length = past[0].shape[2]
+        batch, query = ids.shape
+        mask = call.get("attention_mask")
+        if mask is None:
+            mask = torch.ones((batch, length + query), dtype=torch.long, device=ids.device)
+        if mask.dim() != 2 or mask.shape[1] != length + query:
+            raise CallError(
+                f"attention_mask has shape {tuple(mask.shape)}: pass [{batch}, {length + query}], cached tokens included"
+            )
+        values = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": self._positions(call.get("position_ids"), mask, batch, query),
+            "logits_to_keep": _kept(call.get("logits_to_keep"), query, ids.device),
+        }
+        return [values[name] for name in self.inputs] + past
+
+    def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's output class with logits, the loss if labels were given, and the cache unless use_cache=False."""
+        call = _arguments(args, kwargs)
+        logits, *states = outputs
+        if "logits_to_keep" not in self.inputs and call.get("logits_to_keep"):
+            logits = logits[:, _kept(call["logits_to_keep"], logits.shape[1], logits.device)]
+        labels = call.get("labels")
+        loss = None if labels is None else ForCausalLMLoss(logits, labels, self.vocab_size)
+        cache = None if call.get("use_cache") is False else _grown(call.get("past_key_values"), states)
+        if call.get("return_dict") is False:
+            return tuple(value for value in (loss, logits, cache) if value is not None)
+        return getattr(modeling_outputs, self.output_type)(loss=loss, logits=logits, past_key_values=cache)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {"kind": self.kind, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CausalLMCall:
+        """Inverse of `to_dict`."""
+        settings = {key: value for key, value in values.items() if key != "kind"}
+        settings["inputs"] = tuple(settings["inputs"])
+        settings["cache_heads"] = tuple((heads, key, value) for heads, key, value in settings["cache_heads"])
+        return cls(**settings)
+
+    def _past(self, cache: Any, ids: Tensor) -> list[Tensor]:
+        """Keys and values of every layer in turn; empty ones where there is no cache yet."""
+        if cache is None or cache.get_seq_length() == 0:
+            dtype = getattr(torch, self.cache_dtype)
+            shapes = [(ids.shape[0], heads, 0, width) for heads, *widths in self.cache_heads for width in widths]
+            return [torch.empty(shape, dtype=dtype, device=ids.device) for shape in shapes]
+        if not isinstance(cache, Cache) or len(cache.layers) != len(self.cache_heads):
+            raise CallError(f"past_key_values must be a DynamicCache of {len(self.cache_heads)} layers, not {cache!r}")
+        for layer in cache.layers:
+            if type(layer) is not DynamicLayer:
+                kind = type(layer).__name__
+                raise CallError(f"past_key_values holds a {kind}; the graph grows DynamicLayers: pass DynamicCache()")
+        return [state for layer in cache.layers for state in (layer.keys, layer.values)]
+
+    def _positions(self, given: Tensor | None, mask: Tensor, batch: int, query: int) -> Tensor:
+        if given is not None:
+            return given.expand(batch, query)
+        if self.positions_from_mask:
+            return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -query:]
+        past = mask.shape[1] - query
+        return torch.arange(past, past + query, device=mask.device).expand(batch, query)
+
+
+def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    call = dict(kwargs)
+    for name, value in zip(PARAMETERS, args, strict=False):
+        call[name] = value
+    for name, value in call.items():
+        # None and False ask for nothing beyond the default (output_attentions=False, token_type_ids=None).
+        if name not in PARAMETERS and value is not None and value is not False:
+            raise CallError(f"argument {name!r} is not supported; a quantized causal LM takes {', '.join(PARAMETERS)}")
+    return call
+
+
+def _kept(kept: int | Tensor | None, query: int, device: torch.device) -> Tensor:
+    """Positions whose logits are wanted: the last `kept` ones, all for 0 or None, or an index tensor as given."""
+    if isinstance(kept, Tensor):
+        return kept
+    return torch.arange(max(0, query - kept) if kept else 0, query, device=device)
+
+
+def _grown(cache: Any, states: Sequence[Tensor]) -> Any:
+    """Put the grown keys and values into the caller's cache, as a Hugging Face model does; or into a new one."""
+    if cache is None:
+        cache = DynamicCache()
+    layers = []
+    for keys, values in zip(states[0::2], states[1::2], strict=True):
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        layers.append(layer)
+    cache.layers = layers
+    return cache

@@ -1,0 +1,197 @@
+"""Capture Hugging Face models. The only file that uses `transformers.exporters`, which is experimental."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+from transformers import DynamicCache, PreTrainedModel
+from transformers.exporters.configs import DynamoConfig
+from transformers.exporters.exporter_dynamo import DynamoExporter
+from transformers.utils import logging
+
+from lobcq_fx.errors import TraceError
+from lobcq_fx.integrations.causal_lm_call import CausalLMCall
+from lobcq_fx.passes.calling import Structure, bind_arguments
+from lobcq_fx.passes.trace import (
+    TracedModel,
+    drop_constant_inputs,
+    flatten_program,
+    plain_graph_module,
+    tracing,
+    widen_batch,
+)
+
+# Every size is different and at least 2: export bakes dimensions of 0 or 1 in and may identify equal ones.
+BATCH, PAST, QUERY, KEPT = 2, 5, 3, 2
+
+
+def is_causal_lm(model: object) -> bool:
+    """Whether `model` is a decoder-only Hugging Face language model with a head, so that it can generate."""
+    return isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
+
+
+def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
+    """One graph that serves prefill (empty cache), continuation and single-token decode.
+
+    Inputs: input_ids [B, T], attention_mask [B, P + T], position_ids [B, T] and logits_to_keep [L] where the model
+    takes them, then key and value [B, H, P, D] of each layer. Outputs: logits [B, L or T, V], then the grown keys and
+    values [B, H, P + T, D].
+
+    Raises:
+        TraceError: the model cannot be captured, or keeps a cache other than keys and values.
+    """
+    with tracing(model), torch.no_grad():
+        inputs, output_type = _causal_lm_inputs(model)
+        program = _export(model, inputs, _causal_lm_dynamic_shapes(inputs))
+        positions_from_mask = _positions_from_mask(model)
+    graph_module = plain_graph_module(program)
+    drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
+    layers = inputs["past_key_values"].layers
+    calling = CausalLMCall(
+        inputs=tuple(name for name in inputs if name != "past_key_values"),
+        cache_heads=tuple((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers),
+        cache_dtype=str(layers[0].keys.dtype).removeprefix("torch."),
+        positions_from_mask=positions_from_mask,
+        vocab_size=model.config.get_text_config().vocab_size,
+        output_type=output_type.__name__,
+    )
+    return TracedModel(graph_module, calling)
+
+
+def trace_pretrained(
+    model: PreTrainedModel, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> TracedModel:
+    """Capture an encoder, or any Hugging Face model without a cache, with dynamic batch and length.
+
+    Args:
+        model: the model.
+        args, kwargs: an example call; None makes one up from the model's configuration. An attention mask of ones gets
+            one zero, since export would otherwise drop it from the graph.
+
+    Raises:
+        TraceError: the model cannot be captured, or no example can be made up.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        name = type(model).__name__
+        raise TraceError(f"{name} is an encoder-decoder, which is not supported yet; quantize {name}'s get_encoder()")
+    given = kwargs if kwargs is not None else _made_up_inputs(model)
+    names, bound = bind_arguments(model, args, given)
+    bound = widen_batch(bound)
+    mask = bound.get("attention_mask")
+    if isinstance(mask, Tensor) and bool(mask.all()):
+        bound["attention_mask"] = mask.clone()
+        bound["attention_mask"][0, -1] = 0
+    # A decoder without a head would return its cache; nothing here could take it back in.
+    flags = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
+    with tracing(model), torch.no_grad():
+        program = _export(model, {**bound, **flags, "return_dict": True}, pytree.tree_map(_batch_and_length, bound))
+    return TracedModel(*flatten_program(program, bound, names, Structure(program.call_spec.out_spec)))
+
+
+def _export(model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]) -> ExportedProgram:
+    with _quiet_transformers():
+        config = DynamoConfig(dynamic=True, dynamic_shapes=dynamic_shapes)
+        result = DynamoExporter().export_program(model, dict(inputs), config)
+    # transformers 5.17 returns the program alone, later releases (program, metadata).
+    program = result[0] if isinstance(result, tuple) else result
+    assert isinstance(program, ExportedProgram)
+    return program
+
+
+def _causal_lm_inputs(model: PreTrainedModel) -> tuple[dict[str, Any], type]:
+    """A continuation of QUERY tokens after PAST cached ones, one sequence padded on the left, and the output's type.
+
+    The cache is made of full layers even where the model slides a window: the mask applies the window, and one graph
+    then serves prompts of any length.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    cache = DynamicCache()
+    ids = torch.arange(BATCH * PAST).view(BATCH, PAST) % 7
+    mask = torch.ones(BATCH, PAST + QUERY, dtype=torch.long)
+    mask[0, :2] = 0
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    output = model(
+        input_ids=ids, attention_mask=mask[:, :PAST], past_key_values=cache, use_cache=True, return_dict=True
+    )
+    _check_cache(model, output)
+    inputs: dict[str, Any] = {"input_ids": ids[:, :QUERY], "attention_mask": mask}
+    if "position_ids" in accepted:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -QUERY:]
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = torch.arange(QUERY - KEPT, QUERY, device=model.device)
+    inputs["past_key_values"] = cache
+    return inputs, type(output)
+
+
+def _causal_lm_dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    shapes: dict[str, Any] = {
+        name: dict.fromkeys(range(value.dim()), Dim.AUTO) for name, value in inputs.items() if isinstance(value, Tensor)
+    }
+    layers = len(inputs["past_key_values"].layers)
+    shapes["past_key_values"] = [{0: Dim.AUTO, 2: Dim.AUTO} for _ in range(2 * layers)]
+    return shapes
+
+
+def _check_cache(model: PreTrainedModel, output: Any) -> None:
+    layers = getattr(getattr(output, "past_key_values", None), "layers", None)
+    if not layers or any(getattr(layer, "keys", None) is None or layer.keys.dim() != 4 for layer in layers):
+        raise TraceError(
+            f"{type(model).__name__} does not cache plain keys and values [B, H, T, D] (a recurrent or hybrid model?),"
+            " which is the only cache supported yet"
+        )
+
+
+def _positions_from_mask(model: PreTrainedModel) -> bool:
+    """Whether the model, called without position_ids, counts positions along the mask (OPT does) or from 0 on."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    ids = torch.arange(PAST, device=model.device).view(1, PAST) % 7
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    counted = (mask.cumsum(-1) - 1).clamp(min=0)
+    default = model(input_ids=ids, attention_mask=mask).logits
+    by_mask = model(input_ids=ids, attention_mask=mask, position_ids=counted).logits
+    by_index = model(
+        input_ids=ids, attention_mask=mask, position_ids=torch.arange(PAST, device=ids.device)[None]
+    ).logits
+    last = (0, -1)
+    return bool((default[last] - by_mask[last]).abs().max() < (default[last] - by_index[last]).abs().max())
+
+
+def _made_up_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    config, device = model.config, model.device
+    if model.main_input_name == "pixel_values":
+        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
+        return {"pixel_values": torch.zeros(BATCH, config.num_channels, *size, device=device, dtype=model.dtype)}
+    if model.main_input_name != "input_ids":
+        raise TraceError(
+            f"cannot make up an example for {type(model).__name__}, whose input is {model.main_input_name!r}; pass example_inputs"
+        )
+    ids = torch.arange(BATCH * PAST, device=device).view(BATCH, PAST) % 7
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _batch_and_length(leaf: Any) -> Any:
+    """Batch and, for token inputs [B, T], length are dynamic; images and features keep their sizes."""
+    if not isinstance(leaf, Tensor):
+        return None
+    dynamic = range(leaf.dim()) if leaf.dim() <= 2 else range(1)
+    return {dim: Dim.AUTO if dim in dynamic and leaf.shape[dim] > 1 else Dim.STATIC for dim in range(leaf.dim())}
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """The exporter warns about being experimental and about version drift; our tests are what validates it here."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

@@ -1,0 +1,56 @@
+"""load(): a saved folder in, the quantized model out; the float weights are not needed."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig
+
+from lobcq_fx.errors import CheckpointError
+from lobcq_fx.integrations.causal_lm import QuantizedCausalLM
+from lobcq_fx.integrations.causal_lm_call import CausalLMCall
+from lobcq_fx.model import QuantizedModel
+from lobcq_fx.passes.calling import ModuleCall
+from lobcq_fx.storage.checkpoint import load_checkpoint
+
+
+def load(directory: str | Path) -> QuantizedModel:
+    """Open a folder written by `QuantizedModel.save_pretrained`. Nothing is unpickled.
+
+    Args:
+        directory: the folder.
+
+    Returns:
+        The model on the CPU, with outputs bit-identical to those of the model that was saved.
+
+    Raises:
+        CheckpointError: names the file or tensor and what is wrong with it.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no folder: pass one written by save_pretrained")
+    saved = load_checkpoint(directory)
+    config = None if saved.config is None else AutoConfig.for_model(**saved.config)
+    parts = (saved.lobcq_config, saved.inventory, config)
+    try:
+        match saved.calling["kind"]:
+            case CausalLMCall.kind:
+                generation_config = GenerationConfig.from_pretrained(directory)
+                calling = CausalLMCall.from_dict(saved.calling)
+                return QuantizedCausalLM(saved.graph_module, calling, *parts, generation_config)
+            case ModuleCall.kind:
+                _import_output_types(saved.calling)
+                return QuantizedModel(saved.graph_module, ModuleCall.from_dict(saved.calling), *parts)
+            case kind:
+                raise CheckpointError(f"{directory}/graph.json has the unknown calling convention {kind!r}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory}/graph.json: the calling convention is damaged: {error}") from None
+
+
+def _import_output_types(calling: dict[str, Any]) -> None:
+    """Output classes of transformers register themselves when their module is imported. No other module is imported."""
+    for module in re.findall(r'"type": "(transformers(?:\.\w+)+)\.\w+"', str(calling.get("outputs"))):
+        importlib.import_module(module)

@@ -1,0 +1,149 @@
+"""QuantizedModel: what `quantize` returns, called as the model was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx, nn
+
+from lobcq_fx.config import LobcqConfig
+from lobcq_fx.errors import LobcqError
+from lobcq_fx.passes.calling import CallingConvention
+from lobcq_fx.passes.inventory import Inventory
+from lobcq_fx.passes.retarget_device import RetargetDevice
+from lobcq_fx.storage.checkpoint import save_checkpoint
+
+GRAPH = "graph_module."
+
+
+class QuantizedModel(nn.Module):
+    """A model whose matmuls run in LO-BCQ. Inference only.
+
+    graph_module: the FX graph, flat tensors in and out; it can be compiled or transformed on its own.
+    calling: how a call of the model becomes a call of the graph.
+    lobcq_config: the settings it was quantized with.
+    inventory: every matmul, what became of it, and why.
+    config: the Hugging Face configuration, None for other modules.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        calling: CallingConvention,
+        lobcq_config: LobcqConfig,
+        inventory: Inventory,
+        config: Any = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self._assemble(graph_module, calling, lobcq_config, inventory)
+
+    def _assemble(
+        self, graph_module: fx.GraphModule, calling: CallingConvention, lobcq_config: LobcqConfig, inventory: Inventory
+    ) -> None:
+        self.graph_module = graph_module
+        self.calling = calling
+        self.lobcq_config = lobcq_config
+        self.inventory = inventory
+        # State dicts carry the float model's names: `model.norm.weight`, `...q_proj.weight.codes`.
+        self.register_state_dict_post_hook(_strip_prefix)
+        self.register_load_state_dict_pre_hook(_add_prefix)
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on a call of the original model; returns what that returned.
+
+        Raises:
+            CallError: the traced graph cannot serve the call.
+        """
+        outputs = self.graph_module(*self.calling.flatten(args, kwargs))
+        return self.calling.unflatten(outputs, args, kwargs)
+
+    def save_pretrained(self, directory: str | Path, tokenizer: Any = None) -> None:
+        """Write a folder that `lobcq_fx.load` opens without the float weights.
+
+        Args:
+            directory: new, empty, or a folder written by this method, which is replaced as a whole.
+            tokenizer: saved beside the weights if given.
+
+        Raises:
+            CheckpointError: the folder holds something else, or the written files do not read back equal.
+            OSError: the disk is full or not writable; an existing folder stays as it was.
+        """
+        save_checkpoint(self, Path(directory), tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        first: Tensor = next(iter(self.graph_module.state_dict().values()))
+        return first.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the parameters that stayed in float."""
+        return next((p.dtype for p in self.graph_module.parameters() if p.dtype.is_floating_point), torch.float32)
+
+    def to(self, *args: Any, **kwargs: Any) -> QuantizedModel:
+        """Move to a device.
+
+        Raises:
+            LobcqError: asked for a dtype, which is fixed in the traced graph.
+        """
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and dtype != self.dtype:
+            _refuse_cast(dtype)
+        if device is not None:
+            super().to(device)
+            RetargetDevice(torch.device(device))(self.graph_module)
+        return self
+
+    def cuda(self, device: int | torch.device | None = None) -> QuantizedModel:
+        """Move to a GPU."""
+        return self.to("cuda" if device is None else device)
+
+    def cpu(self) -> QuantizedModel:
+        """Move to the CPU."""
+        return self.to(torch.device("cpu"))
+
+    def half(self) -> QuantizedModel:
+        """Refused unless the model is in fp16 already."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> QuantizedModel:
+        """Refused unless the model is in bf16 already."""
+        return self.to(torch.bfloat16)
+
+    def float(self) -> QuantizedModel:
+        """Refused unless the model is in fp32 already."""
+        return self.to(torch.float32)
+
+    def double(self) -> QuantizedModel:
+        """Refused."""
+        return self.to(torch.float64)
+
+    def train(self, mode: bool = True) -> QuantizedModel:
+        """Refused: a quantized model is for inference. `eval()` changes nothing."""
+        if mode:
+            raise LobcqError("a quantized model is inference only: fine-tune the float model, then quantize it")
+        return self
+
+    def extra_repr(self) -> str:
+        """Format, mode and how many matmuls run in it."""
+        config, inventory = self.lobcq_config, self.inventory
+        return f"{config.format.name}, {config.mode}, {len(inventory.quantized)} of {len(inventory.records)} matmuls"
+
+
+def _refuse_cast(dtype: torch.dtype) -> NoReturn:
+    raise LobcqError(f"a quantized model cannot be cast to {dtype}: cast the float model, then quantize it")
+
+
+def _strip_prefix(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix + GRAPH)]:
+        state[prefix + key[len(prefix + GRAPH) :]] = state.pop(key)
+
+
+def _add_prefix(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix) and not key.startswith(prefix + GRAPH)]:
+        state[prefix + GRAPH + key[len(prefix) :]] = state.pop(key)

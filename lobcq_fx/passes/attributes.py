@@ -1,0 +1,79 @@
+"""Dotted attribute names of a graph module: read, register and delete what `get_attr` nodes refer to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+
+def get_attribute(module: nn.Module, name: str) -> Any:
+    """The parameter, buffer or submodule called `name` (dotted).
+
+    Raises:
+        AttributeError: there is none.
+    """
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def has_attribute(module: nn.Module, name: str) -> bool:
+    """Whether `get_attribute` would find `name`."""
+    try:
+        get_attribute(module, name)
+    except AttributeError:
+        return False
+    return True
+
+
+def register_attribute(module: nn.Module, name: str, value: Tensor | nn.Module) -> None:
+    """Register a buffer or submodule under a dotted name, creating the modules on the way."""
+    *path, last = name.split(".")
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = getattr(module, part)
+    if isinstance(value, nn.Module):
+        module.add_module(last, value)
+    else:
+        module.register_buffer(last, value)
+
+
+def delete_attribute(module: nn.Module, name: str) -> None:
+    """Remove the parameter, buffer or submodule called `name`."""
+    owner, _, last = name.rpartition(".")
+    delattr(get_attribute(module, owner) if owner else module, last)
+
+
+def add_get_attr(graph_module: fx.GraphModule, name: str) -> fx.Node:
+    """A new `get_attr` node for `name` at the top of the graph, with metadata where the graph carries it."""
+    graph = graph_module.graph
+    mode = fake_mode(graph)
+    with graph.inserting_before(next(iter(graph.nodes))):
+        node = graph.get_attr(name)
+    if mode is not None:
+        node.meta["val"] = mode.from_tensor(get_attribute(graph_module, name), static_shapes=True)
+    return node
+
+
+def add_call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    """A new `call_function` node at the insertion point, its provenance taken from `like` and its value computed."""
+    node = graph.call_function(target, args)
+    node.meta = {key: value for key, value in like.meta.items() if key != "val"}
+    mode = fake_mode(graph)
+    if mode is not None:
+        with mode:
+            node.meta["val"] = target(*fx.node.map_arg(args, lambda arg: arg.meta["val"]))
+    return node
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
+    """The mode that made the graph's metadata, or None where there is none."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None

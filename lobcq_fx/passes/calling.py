@@ -1,0 +1,159 @@
+"""Calling conventions: from a call of the model to a call of its flat graph, and from flat outputs back.
+
+They run inside the quantized model's forward, so they stay simple enough for Dynamo to trace.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lobcq_fx.errors import CallError, CheckpointError, TraceError
+
+
+class Structure:
+    """A pytree structure with a JSON round trip."""
+
+    def __init__(self, spec: pytree.TreeSpec) -> None:
+        self.spec = spec
+
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        """Put leaves back into the structure."""
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def to_json(self) -> str:
+        """The structure as JSON text.
+
+        Raises:
+            TraceError: it holds a type of the caller's own that cannot be written down.
+        """
+        try:
+            return pytree.treespec_dumps(self.spec)
+        except (NotImplementedError, TypeError) as error:
+            message = f"the model's inputs or outputs cannot be saved: {error}. Remedy: return tuples, lists or dicts"
+            raise TraceError(message) from None
+
+    @classmethod
+    def from_json(cls, text: str) -> Structure:
+        """Inverse of `to_json`.
+
+        Raises:
+            CheckpointError: the text is damaged or names a type unknown here.
+        """
+        try:
+            return cls(pytree.treespec_loads(text))
+        except (NotImplementedError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"cannot read the model's call structure: {error}") from None
+
+
+class CallingConvention(ABC):
+    """How one kind of model is called."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The graph's inputs for a call of the model.
+
+        Raises:
+            CallError: the traced graph cannot serve the call.
+        """
+
+    @abstractmethod
+    def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the model would have returned, from the graph's outputs and the call they answer."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+
+
+@dataclass(frozen=True)
+class ModuleCall(CallingConvention):
+    """Calls of any nn.Module: the structure of the example's arguments and outputs, kept.
+
+    names: forward's parameters in order. inputs: structure of {name: value} as traced. constants: leaf position ->
+    value that was baked into the graph. outputs: structure of what forward returned.
+    """
+
+    kind: ClassVar[str] = "module"
+
+    names: tuple[str, ...]
+    inputs: Structure
+    constants: Mapping[int, Any]
+    outputs: Structure
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors among the arguments, in traced order."""
+        traced = self.inputs.spec.context
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        for name, value in given.items():
+            if name not in traced and value is not None:
+                raise CallError(f"argument {name!r} was not in the traced call, which takes {', '.join(traced)}")
+        for name in traced:
+            if name not in given:
+                raise CallError(f"argument {name!r} is missing; the traced call takes {', '.join(traced)}")
+        leaves, spec = pytree.tree_flatten({name: given[name] for name in traced})
+        if len(leaves) != self.inputs.spec.num_leaves:
+            raise CallError(f"arguments have the structure {spec}, the traced call had {self.inputs.spec}")
+        for index, value in self.constants.items():
+            if leaves[index] != value:
+                raise CallError(f"a constant argument is {leaves[index]!r}; the graph was traced with {value!r}")
+        return [leaf for index, leaf in enumerate(leaves) if index not in self.constants]
+
+    def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The outputs in the traced structure."""
+        return self.outputs.unflatten(outputs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "kind": self.kind,
+            "names": list(self.names),
+            "inputs": self.inputs.to_json(),
+            "constants": {str(index): value for index, value in self.constants.items()},
+            "outputs": self.outputs.to_json(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModuleCall:
+        """Inverse of `to_dict`."""
+        return cls(
+            tuple(values["names"]),
+            Structure.from_json(values["inputs"]),
+            {int(index): value for index, value in values["constants"].items()},
+            Structure.from_json(values["outputs"]),
+        )
+
+
+def bind_arguments(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of forward's parameters, and the call as {name: value} in their order, without arguments left at None.
+
+    Raises:
+        TraceError: the arguments do not fit forward, or forward takes *args.
+    """
+    signature = inspect.signature(model.forward)
+    kinds = {parameter.kind for parameter in signature.parameters.values()}
+    if inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.POSITIONAL_ONLY in kinds:
+        raise TraceError(f"{type(model).__name__}.forward takes unnamed arguments; wrap it in a module that names them")
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TraceError(f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}") from None
+    inputs: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        named = value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+        inputs.update({key: item for key, item in named.items() if item is not None})
+    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(inputs)):
+        raise TraceError(f"example_inputs hold no tensor for {type(model).__name__}.forward{signature}")
+    names = tuple(n for n, p in signature.parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD)
+    return names, inputs

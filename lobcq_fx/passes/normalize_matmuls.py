@@ -1,0 +1,124 @@
+"""Pass: bring every product with a constant 2-D weight into the one form `aten.linear(x, w, bias)`.
+
+    addmm(bias, x, w)   ->  linear(x, t(w), bias)      GPT-2's Conv1D keeps w as [K, N]
+    mm(x, w), matmul    ->  linear(x, t(w))
+    t(t(w))             ->  w                          Falcon multiplies by a transposed parameter
+
+Later passes match `linear` alone, its weight a `get_attr` or one `t` of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from lobcq_fx.passes.infra import GraphPass
+
+aten = torch.ops.aten
+
+OPERATION = "lobcq_operation"
+"""`node.meta` key: what a normalized matmul was called in the traced graph."""
+
+
+@dataclass(frozen=True)
+class NormalizeMatmuls(GraphPass):
+    """Rewrite `addmm`, `mm` and `matmul` with a constant 2-D weight into `linear`."""
+
+    name: ClassVar[str] = "normalize_matmuls"
+
+    def transform(self, graph_module: fx.GraphModule) -> bool:
+        """Replace each match; `modified` is true if there was one."""
+        modified = False
+        for node in list(graph_module.graph.nodes):
+            operands = _linear_operands(node)
+            if operands is None:
+                continue
+            with graph_module.graph.inserting_before(node):
+                w = _transposed(graph_module.graph, operands.weight) if operands.flipped else operands.weight
+                args = (operands.x, w) if operands.bias is None else (operands.x, w, operands.bias)
+                replacement = graph_module.graph.call_function(aten.linear.default, args)
+            replacement.meta = {**node.meta, OPERATION: operation_name(node)}
+            node.replace_all_uses_with(replacement)
+            graph_module.graph.erase_node(node)
+            modified = True
+        return modified
+
+
+def constant_weight(node: object) -> tuple[fx.Node, bool] | None:
+    """The `get_attr` node behind `node`, and whether it is transposed an odd number of times; None if not constant."""
+    flipped = False
+    while isinstance(node, fx.Node):
+        if node.op == "get_attr":
+            return node, flipped
+        if not _is_transpose(node):
+            return None
+        flipped, node = not flipped, node.args[0]
+    return None
+
+
+def operation_name(node: fx.Node) -> str:
+    """What the node was called in the traced graph: `linear`, `addmm`, `matmul`, ..."""
+    original = node.meta.get(OPERATION)
+    if isinstance(original, str):
+        return original
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet))
+
+
+@dataclass(frozen=True)
+class _Operands:
+    """Operands of `linear`: its weight [N, K] is the attribute, or the attribute's transpose if `flipped`."""
+
+    x: fx.Node
+    weight: fx.Node
+    flipped: bool
+    bias: fx.Node | None
+
+
+def _linear_operands(node: fx.Node) -> _Operands | None:
+    """How to write the node as a normal `linear`; None where the pass must not fire."""
+    if node.op != "call_function" or node.kwargs:
+        return None
+    args: tuple[Any, ...] = node.args
+    bias: fx.Node | None = None
+    if node.target is aten.linear.default:
+        x, w, bias = (*args, None)[:3]
+    elif node.target is aten.addmm.default:
+        bias, x, w = args
+    elif node.target in (aten.mm.default, aten.matmul.default):
+        x, w = args
+    else:
+        return None
+    found = constant_weight(w)
+    if found is None or found[0].meta["val"].dim() != 2 or (bias is not None and bias.meta["val"].dim() != 1):
+        return None
+    weight, flipped = found
+    if node.target is aten.linear.default:
+        normal = w is weight or (flipped and w.args[0] is weight)
+        return None if normal else _Operands(x, weight, flipped, bias)
+    return _Operands(x, weight, not flipped, bias)
+
+
+def _is_transpose(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if node.op != "call_function" or value is None or not hasattr(value, "dim") or value.dim() != 2:
+        return False
+    args: tuple[Any, ...] = node.args
+    if node.target in (aten.t.default, aten.numpy_T.default):
+        return True
+    if node.target is aten.transpose.int:
+        return {int(dim) % 2 for dim in args[1:3]} == {0, 1}
+    return node.target is aten.permute.default and [int(dim) % 2 for dim in args[1]] == [1, 0]
+
+
+def _transposed(graph: fx.Graph, weight: fx.Node) -> fx.Node:
+    for user in weight.users:
+        if user.target is aten.t.default and user.op == "call_function":
+            return user
+    with graph.inserting_after(weight):
+        node = graph.call_function(aten.t.default, (weight,))
+    node.meta["val"] = weight.meta["val"].t()
+    return node

@@ -1,0 +1,84 @@
+"""Encode a constant weight and put the packed one in its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from lobcq_fx.errors import LobcqError
+from lobcq_fx.format import Encoded, FormatSpec, encode, sqnr_db
+from lobcq_fx.passes.attributes import add_get_attr, delete_attribute, get_attribute, has_attribute, register_attribute
+from lobcq_fx.passes.matmuls import Matmul
+from lobcq_fx.passes.packed_weight import PARTS, PackedWeight
+
+T = torch.ops.aten.t.default
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed weight in the graph: its `get_attr` nodes in the order the ops take them, its size and its error."""
+
+    nodes: tuple[fx.Node, ...]
+    float_bytes: int
+    packed_bytes: int
+    sqnr_db: float
+
+
+def pack_weight(
+    graph_module: fx.GraphModule,
+    matmuls: list[Matmul],
+    codebooks: Tensor,
+    codebooks_node: fx.Node,
+    release_from: nn.Module | None,
+) -> Packed:
+    """Encode the weight that `matmuls` share.
+
+    Where nothing else reads the float parameter it is deleted and the packed one takes its name; its memory is freed
+    with the parameter of the same name in `release_from`, the float model, or when its last owner lets go. A weight
+    that is still needed in float (a tied embedding) stays, and the packed one is named after the first matmul's layer.
+
+    Raises:
+        LobcqError: the weight holds NaN or infinity.
+    """
+    first = matmuls[0]
+    assert first.weight is not None
+    name = str(first.weight.target)
+    weight = get_attribute(graph_module, name).detach()
+    weight = weight.t() if first.flipped else weight
+    encoded = _encode(weight, name, first.config.format, codebooks)
+    sqnr = sqnr_db(weight, encoded)
+    float_bytes = weight.numel() * weight.element_size()
+    del weight
+    if _readers(first.weight) <= {matmul.node for matmul in matmuls}:
+        delete_attribute(graph_module, name)
+        if release_from is not None:
+            owned = get_attribute(release_from, name)
+            owned.data = owned.data.new_empty(0)
+    else:
+        name = _free_name(graph_module, f"{first.layer}.weight")
+    register_attribute(graph_module, name, PackedWeight(encoded))
+    nodes = tuple(add_get_attr(graph_module, f"{name}.{part}") for part in PARTS)
+    return Packed((*nodes, codebooks_node), float_bytes, encoded.nbytes, sqnr)
+
+
+def _encode(weight: Tensor, name: str, spec: FormatSpec, codebooks: Tensor) -> Encoded:
+    try:
+        return encode(weight, spec, codebooks)
+    except ValueError as error:
+        raise LobcqError(
+            f"cannot encode {name}: {error}. Remedy: repair the checkpoint, or exclude the layer"
+        ) from None
+
+
+def _readers(weight: fx.Node) -> set[fx.Node]:
+    """The nodes that read the weight, looking through its transposes."""
+    readers: set[fx.Node] = set()
+    for user in weight.users:
+        readers |= _readers(user) if user.target is T else {user}
+    return readers
+
+
+def _free_name(graph_module: fx.GraphModule, name: str) -> str:
+    return f"{name}_packed" if has_attribute(graph_module, name) else name

@@ -1,0 +1,55 @@
+"""Pass: let matmuls that read the same activation read one encoded activation.
+
+quantize_activation(x, ...)  three times, for q, k and v   ->   once
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from lobcq_fx.passes.attributes import get_attribute
+from lobcq_fx.passes.infra import GraphPass
+
+QUANTIZE_ACTIVATION = torch.ops.lobcq.quantize_activation.default
+
+
+@dataclass(frozen=True)
+class ShareActivations(GraphPass):
+    """Merge `lobcq::quantize_activation` nodes with the same activation, codebooks, array size and static scale."""
+
+    name: ClassVar[str] = "share_activations"
+
+    def transform(self, graph_module: fx.GraphModule) -> bool:
+        """Redirect users to the first of equal nodes. Static scales are equal if their values are."""
+        first: dict[tuple[Any, ...], fx.Node] = {}
+        modified = False
+        for node in list(graph_module.graph.nodes):
+            if node.op != "call_function" or node.target is not QUANTIZE_ACTIVATION:
+                continue
+            x, codebooks, array_size, static_scale = node.args
+            key = (x, codebooks, array_size, _value(graph_module, static_scale))
+            if key not in first:
+                first[key] = node
+                continue
+            self._redirect(graph_module.graph, node, first[key])
+            modified = True
+        return modified
+
+    def _redirect(self, graph: fx.Graph, duplicate: fx.Node, kept: fx.Node) -> None:
+        parts = {user.args[1]: user for user in kept.users}
+        for user in list(duplicate.users):
+            user.replace_all_uses_with(parts[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(duplicate)
+
+
+def _value(graph_module: fx.GraphModule, scale: fx.Node | None) -> float | None:
+    if scale is None:
+        return None
+    value = get_attribute(graph_module, str(scale.target))
+    assert isinstance(value, Tensor)
+    return float(value)

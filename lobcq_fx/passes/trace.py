@@ -1,0 +1,141 @@
+"""Trace: an nn.Module becomes one FX graph with a plain signature, tensors in and tensors out.
+
+`torch.export` captures the model; the graph it returns flattens its inputs with pytree code that Dynamo cannot trace,
+so that code moves out of the graph, into a calling convention (`lobcq_fx.passes.calling`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+
+from lobcq_fx.errors import TraceError
+from lobcq_fx.passes.calling import CallingConvention, ModuleCall, Structure, bind_arguments
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class TracedModel:
+    """A captured model: the flat graph, and how to get from a call of the model to a call of the graph and back."""
+
+    graph_module: fx.GraphModule
+    calling: CallingConvention
+
+
+def trace_module(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> TracedModel:
+    """Capture any nn.Module with `torch.export`, every dimension of at least 2 in the example dynamic where it can be.
+
+    Args:
+        model: in eval mode or not; it is traced in eval mode.
+        args, kwargs: one example call. A batch of 1 is repeated to 2, since a dimension of 1 cannot stay dynamic.
+
+    Raises:
+        TraceError: names the module, the source line and the remedy.
+    """
+    names, inputs = bind_arguments(model, args, kwargs or {})
+    inputs = widen_batch(inputs)
+    with tracing(model), torch.no_grad():
+        program = torch.export.export(
+            model, (), dict(inputs), dynamic_shapes=pytree.tree_map(_dynamic_dimensions, dict(inputs)), strict=False
+        )
+    outputs = Structure(program.call_spec.out_spec)
+    return TracedModel(*flatten_program(program, inputs, names, outputs))
+
+
+def flatten_program(
+    program: ExportedProgram, inputs: Mapping[str, Any], names: tuple[str, ...], outputs: Structure
+) -> tuple[fx.GraphModule, ModuleCall]:
+    """The program's graph without pytree code, and the calling convention that replaces it."""
+    graph_module = plain_graph_module(program)
+    leaves, in_spec = pytree.tree_flatten(dict(inputs))
+    constants = drop_constant_inputs(graph_module, leaves)
+    return graph_module, ModuleCall(names, Structure(in_spec), constants, outputs)
+
+
+def plain_graph_module(program: ExportedProgram) -> fx.GraphModule:
+    """The program as a graph module with parameters, a flat signature, and none of export's run-time assertions."""
+    graph_module = program.module(check_guards=False)
+    assert isinstance(graph_module, fx.GraphModule)
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        guard = node.op == "call_module" and node.target == "_guards_fn"
+        if guard or node.target is aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+    graph.set_codegen(fx.graph.CodeGen())
+    # A fresh module drops the exported one's hooks and its eval()/train() overrides.
+    plain = fx.GraphModule(graph_module, graph, class_name="LobcqGraph")
+    for name, parameter in list(plain.named_parameters(remove_duplicate=False)):
+        owner, _, last = name.rpartition(".")
+        # The same memory, but parameters of its own: what happens to them does not happen to the model's.
+        setattr(plain.get_submodule(owner), last, nn.Parameter(parameter.detach(), requires_grad=False))
+    return plain
+
+
+def drop_constant_inputs(graph_module: fx.GraphModule, leaves: list[Any]) -> dict[int, Any]:
+    """Remove the placeholders of inputs that are no tensors; return their values by position."""
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    constants = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+    for index in constants:
+        graph_module.graph.erase_node(placeholders[index])
+    graph_module.recompile()
+    return constants
+
+
+class tracing:  # noqa: N801  (a context manager, used like a function)
+    """Put the model in eval mode and turn whatever stops the capture into a TraceError."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.training = [module for module in model.modules() if module.training]
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        for module in self.training:
+            module.training = True
+        if isinstance(error, Exception) and not isinstance(error, TraceError):
+            raise TraceError(_explain(self.model, error)) from error
+
+
+def widen_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Repeat a batch of 1 to 2 where every tensor input has one: export bakes dimensions of 0 or 1 in."""
+    leaves = [leaf for leaf in pytree.tree_leaves(dict(inputs)) if isinstance(leaf, Tensor)]
+    if not leaves or any(leaf.dim() == 0 or leaf.shape[0] != 1 for leaf in leaves):
+        return dict(inputs)
+    widened: dict[str, Any] = pytree.tree_map_only(Tensor, lambda t: t.repeat(2, *[1] * (t.dim() - 1)), dict(inputs))
+    return widened
+
+
+def _dynamic_dimensions(leaf: Any) -> Any:
+    if not isinstance(leaf, Tensor):
+        return None
+    return {d: Dim.AUTO if size > 1 else Dim.STATIC for d, size in enumerate(leaf.shape)}
+
+
+def _explain(model: nn.Module, error: Exception) -> str:
+    """Name the innermost module whose forward was running, the source line, and what to do."""
+    names = {module: name for name, module in model.named_modules()}
+    where = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
+        code = frame.f_code
+        if isinstance(module, nn.Module) and module in names and "torch/nn/modules/module.py" not in code.co_filename:
+            path = names[module] or "the model itself"
+            where = f"{path} ({type(module).__name__}), {code.co_filename}:{line} in {code.co_name}"
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"cannot trace {type(model).__name__} as one graph. At {where or inspect.getfile(type(model))}:"
+        f" {type(error).__name__}: {first}. Remedy: make that line independent of tensor values (torch.where instead"
+        " of if, no .item(), no loop over data), pass example_inputs that take the intended branch, or quantize the"
+        " submodules around it one by one."
+    )

@@ -1,0 +1,169 @@
+"""quantize(): a float model in, a model with LO-BCQ matmuls out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sized
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lobcq_fx.codebook_choice import choose_codebooks
+from lobcq_fx.config import LobcqConfig
+from lobcq_fx.errors import CalibrationError, ConfigError, TraceError
+from lobcq_fx.integrations.causal_lm import QuantizedCausalLM
+from lobcq_fx.integrations.causal_lm_call import CausalLMCall
+from lobcq_fx.integrations.transformers_trace import is_causal_lm, trace_causal_lm, trace_pretrained
+from lobcq_fx.model import QuantizedModel
+from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
+from lobcq_fx.passes.infra import Sequential
+from lobcq_fx.passes.insert_observers import InsertObservers
+from lobcq_fx.passes.inventory import Inventory, MatmulRecord
+from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
+from lobcq_fx.passes.rewrite import Rewrite
+from lobcq_fx.passes.share_activations import ShareActivations
+from lobcq_fx.passes.trace import TracedModel, trace_module
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with (step, done, total); total is None where it is not known."""
+
+
+def quantize(
+    model: nn.Module,
+    calibration_data: Iterable[Any] | None = None,
+    config: LobcqConfig | None = None,
+    example_inputs: Any = None,
+    *,
+    inplace: bool = False,
+    progress: Progress | None = None,
+) -> QuantizedModel:
+    """Quantize a model's matmuls to LO-BCQ.
+
+    Args:
+        model: any nn.Module, a Hugging Face encoder, or a Hugging Face decoder-only language model. Not changed, unless
+            `inplace`; what stays in float shares its memory.
+        calibration_data: model inputs, one call each: a tensor, a tuple of arguments, or a mapping of keyword arguments
+            (a tokenizer's output, a DataLoader's batch). Not needed for the default settings.
+        config: what to quantize and how; None means the defaults: W4A4, 4.5 bits a scalar, universal codebooks, a scale
+            for each token.
+        example_inputs: one call, in the same forms, to trace the model with. Hugging Face models need none; for others
+            the first item of `calibration_data` serves if this is None.
+        inplace: free each float weight as soon as it is encoded, so that the peak stays below the float model plus one
+            layer. `model` is unusable afterwards.
+        progress: called as the work goes on.
+
+    Returns:
+        A module that is called as `model` was; for a language model one that also has `generate()`.
+
+    Raises:
+        TraceError: the model cannot be captured as one graph (names the module and the source line).
+        CalibrationError: the settings need data and there are none, or a layer never saw any.
+        ConfigError: the settings leave nothing to quantize.
+        LobcqError: a weight holds NaN or infinity.
+    """
+    config = config or LobcqConfig()
+    report = progress or (lambda step, done, total: None)
+    if config.needs_calibration and calibration_data is None:
+        raise CalibrationError(
+            "static scales and fitted codebooks need calibration_data: pass an iterable of model inputs"
+        )
+    if example_inputs is None and calibration_data is not None:
+        example_inputs, calibration_data = _first(calibration_data)
+
+    parameters = list(model.parameters())
+    count, float_bytes = _size(parameters)
+    report("trace", 0, 1)
+    traced = trace(model, example_inputs)
+    report("trace", 1, 1)
+
+    graph_module = traced.graph_module
+    NormalizeMatmuls()(graph_module)
+    if calibration_data is not None:
+        InsertObservers(config)(graph_module)
+        _calibrate(traced, calibration_data, report)
+    codebooks = choose_codebooks(graph_module, config, report)
+    rewrite = Rewrite(
+        config,
+        codebooks,
+        release_from=model if inplace else None,
+        progress=lambda done, total: report("encode", done, total),
+    )
+    if not rewrite(graph_module).modified:
+        raise ConfigError(f"nothing to quantize in {type(model).__name__}: {_reasons(rewrite.records)}")
+    Sequential((ShareActivations(), EliminateDeadCode()))(graph_module)
+
+    saved = sum(record.float_bytes - record.packed_bytes for record in rewrite.records)
+    inventory = Inventory(tuple(rewrite.records), count, float_bytes, float_bytes - saved)
+    return _build(model, traced, config, inventory)
+
+
+def trace(model: nn.Module, example_inputs: Any = None) -> TracedModel:
+    """Capture a model with the tracer that suits it.
+
+    Raises:
+        TraceError: the model cannot be captured, or needs example_inputs and has none.
+    """
+    if is_causal_lm(model):
+        return trace_causal_lm(model)
+    if isinstance(model, PreTrainedModel):
+        return trace_pretrained(model, *(call_of(example_inputs) if example_inputs is not None else ((), None)))
+    if example_inputs is None:
+        raise TraceError(f"tracing {type(model).__name__} needs example_inputs: pass the arguments of one call")
+    return trace_module(model, *call_of(example_inputs))
+
+
+def call_of(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of one item of calibration data."""
+    if isinstance(item, Mapping):
+        return (), dict(item)
+    if isinstance(item, (tuple, list)):
+        return tuple(item), {}
+    return (item,), {}
+
+
+def _first(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first item, and the data with it still in front (a generator can be read only once)."""
+    iterator = iter(data)
+    try:
+        first = next(iterator)
+    except StopIteration:
+        raise CalibrationError("calibration_data is empty: pass at least one model input") from None
+    return first, chain([first], iterator) if iterator is data else data
+
+
+def _calibrate(traced: TracedModel, data: Iterable[Any], report: Progress) -> None:
+    """Run the observed graph over the data; only statistics are kept."""
+    total = len(data) if isinstance(data, Sized) else None
+    device = next(iter(traced.graph_module.parameters())).device
+    done = 0
+    for done, item in enumerate(data, start=1):
+        args, kwargs = call_of(item)
+        inputs = [value.to(device) for value in traced.calling.flatten(args, kwargs)]
+        with torch.inference_mode():
+            traced.graph_module(*inputs)
+        report("calibrate", done, total)
+    if done == 0:
+        raise CalibrationError("calibration_data is empty: pass at least one model input")
+
+
+def _build(model: nn.Module, traced: TracedModel, config: LobcqConfig, inventory: Inventory) -> QuantizedModel:
+    if isinstance(traced.calling, CausalLMCall):
+        assert isinstance(model, PreTrainedModel)
+        return QuantizedCausalLM(
+            traced.graph_module, traced.calling, config, inventory, model.config, model.generation_config
+        )
+    hf_config = model.config if isinstance(model, PreTrainedModel) else None
+    return QuantizedModel(traced.graph_module, traced.calling, config, inventory, hf_config)
+
+
+def _size(parameters: Iterable[Tensor]) -> tuple[int, int]:
+    """(scalars, bytes)."""
+    sizes = [(p.numel(), p.numel() * p.element_size()) for p in parameters]
+    return sum(n for n, _ in sizes), sum(b for _, b in sizes)
+
+
+def _reasons(records: Iterable[MatmulRecord]) -> str:
+    reasons = {f"{record.layer or record.operation}: {record.reason}" for record in records}
+    return "; ".join(sorted(reasons)[:5]) or "the traced graph has no matmul"

@@ -1,0 +1,179 @@
+"""A quantized model as a folder.
+
+config.json         the Hugging Face configuration (if any) with `quantization_config`: format version, settings
+model.safetensors   packed weights under FORMAT's names, codebooks, and what stayed in float
+graph.json          the FX graph and the calling convention
+inventory.json      every matmul and what became of it
+tokenizer files, generation_config.json where the model has them
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, fx, nn
+
+from lobcq_fx.config import LobcqConfig
+from lobcq_fx.errors import CheckpointError
+from lobcq_fx.passes.attributes import get_attribute, register_attribute
+from lobcq_fx.passes.inventory import Inventory
+from lobcq_fx.storage.atomic_folder import replace_folder
+from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
+from lobcq_fx.storage.validate import restore_packed_weights
+
+if TYPE_CHECKING:
+    from lobcq_fx.model import QuantizedModel
+
+QUANT_METHOD = "lobcq"
+FORMAT_VERSION = 1
+"""Raised whenever a folder written now could not be read by an older release."""
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a saved folder holds."""
+
+    graph_module: fx.GraphModule
+    calling: dict[str, Any]
+    lobcq_config: LobcqConfig
+    inventory: Inventory
+    config: dict[str, Any] | None
+
+
+def save_checkpoint(model: QuantizedModel, directory: Path, tokenizer: Any) -> None:
+    """Write `model` to `directory`, read it back and compare, then put it in place (`QuantizedModel.save_pretrained`)."""
+    tensors = stored_tensors(model.graph_module)
+    with replace_folder(directory, is_checkpoint) as folder:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        _write_json(folder / "config.json", _config(model))
+        _write_json(
+            folder / "graph.json",
+            {"calling": model.calling.to_dict(), "nodes": graph_to_json(model.graph_module.graph)},
+        )
+        _write_json(folder / "inventory.json", model.inventory.to_dict())
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        _self_check(folder, tensors)
+
+
+def load_checkpoint(directory: Path) -> Checkpoint:
+    """Read and validate a folder written by `save_checkpoint`.
+
+    Raises:
+        CheckpointError: names the file and what is wrong with it.
+    """
+    config = _read_json(directory / "config.json")
+    settings = config.pop("quantization_config", None)
+    _check_version(directory, settings)
+    saved = _read_json(directory / "graph.json")
+    try:
+        graph = graph_from_json(saved["nodes"])
+        inventory = Inventory.from_dict(_read_json(directory / "inventory.json"))
+        lobcq_config = LobcqConfig.from_dict(settings["lobcq_config"])
+        calling = saved["calling"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory} is damaged: {type(error).__name__}: {error}") from None
+    module = nn.Module()
+    for name, tensor in _read_tensors(directory, graph).items():
+        register_attribute(module, name, tensor)
+    restore_packed_weights(module, graph)
+    graph_module = fx.GraphModule(module, graph, class_name="LobcqGraph")
+    return Checkpoint(graph_module, calling, lobcq_config, inventory, config or None)
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether the folder looks like one of ours."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def stored_tensors(graph_module: fx.GraphModule) -> dict[str, Tensor]:
+    """Every tensor the graph refers to, by name; names that share memory get a copy each."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for node in graph_module.graph.nodes:
+        if node.op != "get_attr" or str(node.target) in tensors:
+            continue
+        tensor = get_attribute(graph_module, str(node.target)).detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[str(node.target)] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return tensors
+
+
+def _config(model: QuantizedModel) -> dict[str, Any]:
+    config = {} if model.config is None else json.loads(model.config.to_json_string(use_diff=False))
+    config["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "lobcq_config": model.lobcq_config.to_dict(),
+    }
+    return config
+
+
+def _check_version(directory: Path, settings: Any) -> None:
+    if not isinstance(settings, Mapping) or settings.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"{directory} is not a quantized model of this package; write one with save_pretrained")
+    version = settings.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{directory} has format version {version}, this release reads {FORMAT_VERSION}:"
+            " update lobcq-fx, or quantize the model again"
+        )
+
+
+def _read_tensors(directory: Path, graph: fx.Graph) -> dict[str, Tensor]:
+    wanted = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    path = directory / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            missing = wanted - set(file.keys())
+            if missing:
+                raise CheckpointError(f"{path} lacks {sorted(missing)[0]} and {len(missing) - 1} more tensors")
+            return {name: file.get_tensor(name) for name in sorted(wanted)}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+
+
+def _self_check(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Read the folder back as a user would, and compare every byte."""
+    restored = stored_tensors(load_checkpoint(folder).graph_module)
+    for name, tensor in tensors.items():
+        if not torch.equal(_bytes(restored[name]), _bytes(tensor)):
+            raise CheckpointError(
+                f"{name} reads back different from what was written: the disk or its driver is failing"
+            )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: {path.parent} is no complete quantized model") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return value

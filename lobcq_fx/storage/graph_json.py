@@ -1,0 +1,141 @@
+"""An FX graph as JSON and back, without pickle: a file can name operators, never run code of its own."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from lobcq_fx.errors import CheckpointError
+
+NAMESPACES = ("aten", "lobcq", "transformers", "torch_attn", "prims")
+"""Operator libraries a saved graph may call."""
+
+_SYMBOLIC: dict[str, Callable[..., Any]] = {
+    f"{module.__name__}.{name}": getattr(module, name)
+    for module, names in (
+        (operator, ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg", "pow", "truediv")),
+        (operator, ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_")),
+        (math, ("ceil", "floor", "trunc")),
+        (torch, ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite")),
+    )
+    for name in names
+}
+"""Arithmetic on sizes, the only calls besides operators that a traced graph makes."""
+
+_TORCH_VALUES: dict[type, str] = {torch.dtype: "dtype", torch.layout: "layout", torch.memory_format: "memory_format"}
+
+
+def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
+    """The nodes in order, JSON-ready.
+
+    Raises:
+        CheckpointError: the graph calls something that cannot be written down.
+    """
+    return [
+        {
+            "name": node.name,
+            "op": node.op,
+            "target": _target_name(node) if node.op == "call_function" else str(node.target),
+            "args": _encode(node.args),
+            "kwargs": _encode(dict(node.kwargs)),
+        }
+        for node in graph.nodes
+    ]
+
+
+def graph_from_json(nodes: list[dict[str, Any]]) -> fx.Graph:
+    """Inverse of `graph_to_json`.
+
+    Raises:
+        CheckpointError: a node is malformed, or calls something outside the allowed operators.
+    """
+    graph = fx.Graph()
+    by_name: dict[str, fx.Node] = {}
+    for entry in nodes:
+        try:
+            args, kwargs = _decode(entry["args"], by_name), _decode(entry["kwargs"], by_name)
+            op, target = entry["op"], entry["target"]
+            if op not in ("placeholder", "get_attr", "call_function", "output"):
+                raise CheckpointError(f"graph.json: node {entry['name']!r} has the kind {op!r}, which is not allowed")
+            resolved = _resolve(target) if op == "call_function" else target
+            by_name[entry["name"]] = graph.create_node(op, resolved, tuple(args), kwargs, name=entry["name"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"graph.json: node {entry!r} is malformed: {error}") from None
+    graph.lint()
+    return graph
+
+
+def _target_name(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload) and target.namespace in NAMESPACES:
+        return f"ops.{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
+    for name, function in _SYMBOLIC.items():
+        if function is target:
+            return name
+    raise CheckpointError(f"cannot save node {node.name!r}: {target} is no operator of {', '.join(NAMESPACES)}")
+
+
+def _resolve(name: str) -> Callable[..., Any]:
+    if name in _SYMBOLIC:
+        return _SYMBOLIC[name]
+    prefix, namespace, packet, overload = name.split(".") if name.count(".") == 3 else ("", "", "", "")
+    if prefix != "ops" or namespace not in NAMESPACES:
+        raise CheckpointError(f"graph.json calls {name!r}, which is not among the operators a saved graph may call")
+    target = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+    assert isinstance(target, torch._ops.OpOverload)
+    return target
+
+
+def _encode(value: Any) -> Any:
+    """JSON for an argument; anything that JSON lacks becomes {kind: text}."""
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, (list, tuple)):
+        items = [_encode(item) for item in value]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, dict):
+        return {"dict": [[key, _encode(item)] for key, item in value.items()]}
+    if isinstance(value, slice):
+        return {"slice": [_encode(part) for part in (value.start, value.stop, value.step)]}
+    if type(value) in _TORCH_VALUES:
+        return {_TORCH_VALUES[type(value)]: str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise CheckpointError(f"cannot save an argument of type {type(value).__name__}: {value!r}")
+
+
+def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, nodes) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    match kind:
+        case "node":
+            return nodes[content]
+        case "tuple":
+            return tuple(_decode(item, nodes) for item in content)
+        case "dict":
+            return {key: _decode(item, nodes) for key, item in content}
+        case "slice":
+            return slice(*(_decode(part, nodes) for part in content))
+        case "dtype" | "layout" | "memory_format":
+            constant = getattr(torch, content)
+            if type(constant) not in _TORCH_VALUES:
+                raise CheckpointError(f"graph.json: torch.{content} is no {kind}")
+            return constant
+        case "device":
+            return torch.device(content)
+        case "float":
+            return float(content)
+        case _:
+            raise CheckpointError(f"graph.json: unknown argument kind {kind!r}")

@@ -1,0 +1,81 @@
+"""Check packed tensors that come from a file before any kernel indexes with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lobcq_fx.errors import CheckpointError
+from lobcq_fx.format import Encoded, FormatSpec, check_codebooks
+from lobcq_fx.passes.attributes import delete_attribute, get_attribute, register_attribute
+from lobcq_fx.passes.packed_weight import PARTS, PackedWeight
+
+ops = torch.ops.lobcq
+
+
+def restore_packed_weights(module: nn.Module, graph: fx.Graph) -> None:
+    """Validate the weights of every `lobcq::linear` and gather their parts into `PackedWeight` modules.
+
+    Raises:
+        CheckpointError: a wrong shape or dtype, a selector beyond the codebooks, a scale that is not finite, codebooks
+            out of range; names the tensor.
+    """
+    done: set[str] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target not in (ops.linear.default, ops.linear.float_activation):
+            continue
+        arguments = _arguments(node)
+        name = str(arguments["w_codes"].target).removesuffix(".codes")
+        if name in done:
+            continue
+        done.add(name)
+        tensors = {part: get_attribute(module, f"{name}.{part}") for part in PARTS}
+        codebooks = get_attribute(module, str(arguments["w_codebooks"].target))
+        spec = _spec(codebooks, arguments["array_size"], str(arguments["w_codebooks"].target))
+        columns = arguments.get("in_features", tensors["scales"].shape[-1] * spec.array_size)
+        encoded = Encoded(**tensors, codebooks=codebooks, spec=spec, columns=columns)
+        _check(name, encoded)
+        delete_attribute(module, name)
+        register_attribute(module, name, PackedWeight(encoded))
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The node's arguments by the schema's names."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def _spec(codebooks: Tensor, array_size: int, name: str) -> FormatSpec:
+    try:
+        spec = FormatSpec(codebooks.shape[0], array_size)
+        check_codebooks(codebooks, spec)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+    return spec
+
+
+def _check(name: str, encoded: Encoded) -> None:
+    spec, columns, rows = encoded.spec, encoded.columns, encoded.codes.shape[0]
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "codes": (torch.uint8, (rows, spec.code_bytes(columns))),
+        "selectors": (torch.uint8, (rows, spec.selector_bytes(columns))),
+        "scales": (torch.float8_e4m3fn, (rows, spec.num_arrays(columns))),
+        "tensor_scale": (torch.float32, ()),
+    }
+    for part, (dtype, shape) in expected.items():
+        tensor = getattr(encoded, part)
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            actual = f"{tensor.dtype} {list(tensor.shape)}"
+            raise CheckpointError(
+                f"{name}.{part} is {actual}; format {spec.name} with K = {columns} has {dtype} {list(shape)}"
+            )
+    if not torch.isfinite(encoded.tensor_scale) or encoded.tensor_scale < 0:
+        raise CheckpointError(
+            f"{name}.tensor_scale is {float(encoded.tensor_scale)}: it must be finite and not negative"
+        )
+    scales = encoded.scales.view(torch.uint8)
+    if bool((scales > 0x7E).any()):  # 0x7F is E4M3's NaN, 0x80 and up are negative
+        raise CheckpointError(f"{name}.scales holds NaN or a negative scale: the file is damaged")
+    # Codes and selectors need no check of their own: N_c and 16 are powers of two, every bit pattern is in range.
