@@ -1,0 +1,114 @@
+"""Tiny random models of many families, and the float models with fake-quantized layers they are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, matmul, universal_codebooks
+
+VOCABULARY = 96
+# Feed-forward 172 and hidden 72 leave tails of 44 and 8 columns after the last whole block array of 64.
+LLAMA = {
+    "hidden_size": 72,
+    "intermediate_size": 172,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 18,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+NEOX = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "head_dim")}
+TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+CAUSAL_LMS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
+    "llama": lambda: transformers.LlamaConfig(**LLAMA),
+    "llama-tied": lambda: transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
+    "mistral": lambda: transformers.MistralConfig(**LLAMA, sliding_window=4),
+    "qwen2": lambda: transformers.Qwen2Config(**LLAMA),
+    "qwen3": lambda: transformers.Qwen3Config(**LLAMA),
+    "gemma2": lambda: transformers.Gemma2Config(**LLAMA, sliding_window=4),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**LLAMA, sliding_window=4),
+    "phi3": lambda: transformers.Phi3Config(**{**LLAMA, "hidden_size": 64, "head_dim": 16}),
+    "olmo2": lambda: transformers.Olmo2Config(**LLAMA),
+    "gpt2": lambda: transformers.GPT2Config(n_embd=72, n_layer=2, n_head=4, n_positions=128, **TOKENS),
+    "gpt-neox": lambda: transformers.GPTNeoXConfig(**{**NEOX, "hidden_size": 64}),
+    "opt": lambda: transformers.OPTConfig(
+        hidden_size=72, ffn_dim=172, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=72,
+        max_position_embeddings=128, **TOKENS,
+    ),
+    "falcon": lambda: transformers.FalconConfig(
+        hidden_size=72, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, **TOKENS
+    ),
+    "bloom": lambda: transformers.BloomConfig(hidden_size=72, n_layer=2, n_head=4, **TOKENS),
+    "nemotron": lambda: transformers.NemotronConfig(**LLAMA),
+}  # fmt: skip
+
+
+def causal_lm(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CAUSAL_LMS[family]()).eval()
+    # Random initialisation is so small that every prediction looks alike; larger weights make them differ.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+@contextmanager
+def fake_quantized(
+    model: nn.Module, layers: list[str], spec: FormatSpec | None = None, activations: bool = True, exact: bool = False
+) -> Iterator[nn.Module]:
+    """The float model with decoded weights and fake-quantized activations in the named modules.
+
+    Independent of tracing, passes and ops: it replaces the modules' forward and calls the format alone. With `exact`
+    the tensor scales are applied after the product, as the format's matmul does, so that not even rounding differs.
+    """
+    spec = spec or FormatSpec()
+    modules = [model.get_submodule(layer) for layer in layers]
+    for module in modules:
+        weight = module.weight.detach()
+        weight = weight.t() if isinstance(module, Conv1D) else weight
+        module.forward = _forward(weight, module.bias, spec, activations, exact)
+    try:
+        yield model
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _forward(
+    weight: Tensor, bias: Tensor | None, spec: FormatSpec, activations: bool, exact: bool
+) -> Callable[[Tensor], Tensor]:
+    codebooks = universal_codebooks(spec.num_codebooks)
+    encoded_weight = encode(weight, spec, codebooks)
+    decoded_weight = decode(encoded_weight)
+    float_bias = None if bias is None else bias.float()
+
+    def forward(x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        if activations:
+            encoded = encode(rows, spec, codebooks, absmax_row_scale(rows))
+            rows = decode(encoded)
+        if activations and exact:
+            out = matmul(encoded, encoded_weight, float_bias)
+        else:
+            out = nn.functional.linear(rows, decoded_weight, float_bias)
+        return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+    return forward
+
+
+def quantized_layers(q: nn.Module) -> list[str]:
+    return [record.layer for record in q.inventory.quantized]

@@ -1,0 +1,99 @@
+"""Hugging Face encoders: BERT, ViT and T5's encoder against their fake-quantized originals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+
+import lobcq_fx
+from lobcq_fx.errors import TraceError
+from tests.families import VOCABULARY, fake_quantized, quantized_layers
+
+BERT = {"hidden_size": 72, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def bert():
+    return transformers.BertModel(transformers.BertConfig(**BERT, vocab_size=VOCABULARY, max_position_embeddings=64))
+
+
+def vit():
+    config = transformers.ViTConfig(**BERT, image_size=16, patch_size=4, num_channels=3)
+    return transformers.ViTForImageClassification(config)
+
+
+def t5_encoder():
+    config = transformers.T5Config(
+        d_model=72, d_ff=172, d_kv=18, num_heads=4, num_layers=2, vocab_size=VOCABULARY, decoder_start_token_id=0
+    )
+    return transformers.T5EncoderModel(config)
+
+
+def tokens(batch, length):
+    ids = torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(batch))
+    mask = torch.ones_like(ids)
+    mask[0, length // 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def images(batch, length):
+    return {"pixel_values": torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(batch))}
+
+
+CASES = {"bert": (bert, tokens), "vit": (vit, images), "t5-encoder": (t5_encoder, tokens)}
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def case(request):
+    make, inputs = CASES[request.param]
+    torch.manual_seed(0)
+    model = make().eval()
+    return model, lobcq_fx.quantize(model), inputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("batch", "length"), [(2, 5), (1, 9), (4, 2)])
+def test_outputs_agree_with_the_fake_quantized_model(case, batch, length):
+    model, q, inputs = case
+    call = inputs(batch, length)
+    assert len(quantized_layers(q)) >= 12
+    with fake_quantized(model, quantized_layers(q)):
+        expected = model(**call)
+    actual = q(**call)
+    assert type(actual) is type(expected)
+    assert actual[0].shape == expected[0].shape
+    assert (actual[0] - expected[0]).norm() < 1e-3 * expected[0].norm()
+    assert (model(**call)[0] - expected[0]).norm() > 1e-2 * expected[0].norm()
+
+
+def test_saved_and_loaded_outputs_are_bit_identical(case, tmp_path):
+    _, q, inputs = case
+    q.save_pretrained(tmp_path / "q")
+    loaded = lobcq_fx.load(tmp_path / "q")
+    call = inputs(3, 7)
+    expected, actual = q(**call), loaded(**call)
+    assert type(actual) is type(expected)
+    assert torch.equal(actual[0], expected[0])
+
+
+def test_what_stays_in_float_is_listed_with_its_reason():
+    q = lobcq_fx.quantize(vit().eval())
+    reasons = {record.layer: record.reason for record in q.inventory.left_alone}
+    assert reasons["classifier"] == "excluded by pattern '*classifier'"
+    assert "convolution" in reasons["vit.embeddings.patch_embeddings.projection"]
+    assert any("activation x activation" in reason for reason in reasons.values())
+
+
+def test_example_inputs_choose_the_traced_arguments():
+    model = bert().eval()
+    call = {**tokens(2, 5), "token_type_ids": torch.ones(2, 5, dtype=torch.long)}
+    q = lobcq_fx.quantize(model, example_inputs=call)
+    with torch.no_grad(), fake_quantized(model, quantized_layers(q)):
+        expected = model(**call)[0]
+    torch.testing.assert_close(q(**call)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_decoder_is_refused_with_what_to_quantize_instead():
+    config = transformers.T5Config(d_model=16, d_ff=32, d_kv=4, num_heads=4, num_layers=1, vocab_size=VOCABULARY)
+    with pytest.raises(TraceError, match="encoder-decoder, which is not supported yet"):
+        lobcq_fx.quantize(transformers.T5ForConditionalGeneration(config))
