@@ -1,0 +1,8 @@
+"""The command line: `lobcq quantize | eval | generate | report | calibrate`.
+
+Importing it costs no torch: a command imports what it needs when it runs.
+"""
+
+from lobcq_fx.cli.application import app
+
+__all__ = ["app"]

@@ -1,0 +1,76 @@
+"""The `lobcq` application: its commands, its global options, and how it ends."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import lobcq_fx
+from lobcq_fx.cli.calibrate import calibrate
+from lobcq_fx.cli.console import messages
+from lobcq_fx.cli.evaluate import evaluate
+from lobcq_fx.cli.failures import EXIT_CODES, explain, is_ours_to_explain
+from lobcq_fx.cli.generate import generate
+from lobcq_fx.cli.quantize import quantize
+from lobcq_fx.cli.report import report
+
+HELP = "LO-BCQ for PyTorch models: 4.5 bits a scalar for weights and activations."
+
+
+class Commands(TyperGroup):
+    """Turns what a command raises into one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command.
+
+        Raises:
+            typer.Exit: with the exit code of what went wrong.
+        """
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if ctx.params["debug"] or not is_ours_to_explain(error):
+                raise
+            code, message = explain(error)
+            messages.print(f"[bold red]lobcq:[/] {message}", highlight=False, soft_wrap=True)
+            raise typer.Exit(code) from None
+
+
+app = typer.Typer(
+    name="lobcq",
+    help=HELP,
+    epilog=EXIT_CODES,
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for name, command in (
+    ("quantize", quantize),
+    ("eval", evaluate),
+    ("generate", generate),
+    ("report", report),
+    ("calibrate", calibrate),
+):
+    app.command(name, epilog=EXIT_CODES)(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lobcq {lobcq_fx.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="LOBCQ_DEBUG", help="Show the traceback of an error.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Global options; `Commands.invoke` reads `debug`."""

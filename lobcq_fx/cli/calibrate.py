@@ -1,0 +1,103 @@
+"""`lobcq calibrate`: codebooks fitted to a model and a text, as a file that `lobcq quantize --codebooks` reads."""
+
+from __future__ import annotations
+
+import json as json_format
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lobcq_fx.cli.options import (
+    FormatOption,
+    JsonOption,
+    LengthOption,
+    ModelArgument,
+    OverwriteOption,
+    SamplesOption,
+    TextOption,
+)
+
+if TYPE_CHECKING:
+    from lobcq_fx.calibration import CodebookFit
+    from lobcq_fx.cli.inputs import ModelFolder
+    from lobcq_fx.config import LobcqConfig
+
+
+def calibrate(
+    model: ModelArgument,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="JSON file to write.", show_default=False)
+    ],
+    text: TextOption = None,
+    format: FormatOption = "8x64",
+    samples: SamplesOption = 64,
+    length: LengthOption = 512,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Fit one set of codebooks to a model's weights and to its activations on a text.
+
+    Use it with `lobcq quantize --codebooks FILE`. On little text the universal codebooks are usually better.
+    """
+    from lobcq_fx.cli.console import print_json
+    from lobcq_fx.cli.inputs import model_folder, read_text
+    from lobcq_fx.cli.outputs import check_output
+    from lobcq_fx.config import LobcqConfig
+
+    config = LobcqConfig(format=format)  # type: ignore[arg-type]
+    folder = model_folder(model)
+    check_output(output, overwrite=overwrite)
+    if output.suffix != ".json":
+        raise typer.BadParameter(f"-o {output}: give the file a name that ends in .json")
+    content, source = read_text(text)
+    started = time.perf_counter()
+    fit = _fit(folder, config, content, samples, length)
+    seconds = round(time.perf_counter() - started, 2)
+    provenance = {"model": folder.path.resolve().name, "text": Path(source).name, "format": config.format.name}
+    summary = {**provenance, **_quality(fit), "seconds": seconds}
+    codebooks = {str(config.format.num_codebooks): fit.codebooks.tolist()}
+    _write(output, {"written_by": "lobcq calibrate", **summary, "codebooks": codebooks})
+    if json:
+        print_json({"output": str(output), **summary})
+    else:
+        typer.echo(
+            f"Wrote {output}: {config.format.num_codebooks} codebooks fitted on {fit.num_blocks:,} blocks in"
+            f" {fit.iterations} iterations; rounding the entries cost {fit.rounding_cost_db:.3f} dB"
+        )
+
+
+def _fit(folder: ModelFolder, config: LobcqConfig, text: str, samples: int, length: int) -> CodebookFit:
+    from lobcq_fx.cli.console import ProgressBars
+    from lobcq_fx.cli.inputs import load_float_model, load_tokenizer
+    from lobcq_fx.cli.texts import calibration_batches
+    from lobcq_fx.codebook_choice import fit_shared_codebooks
+
+    tokenizer = load_tokenizer(folder)
+    with ProgressBars() as progress:
+        progress("load", 0, 1)
+        model = load_float_model(folder)
+        progress("load", 1, 1)
+        data = calibration_batches(tokenizer, text, samples=samples, length=length, causal=folder.is_causal_lm)
+        return fit_shared_codebooks(model, data, config, progress=progress)
+
+
+def _quality(fit: CodebookFit) -> dict[str, Any]:
+    return {
+        "blocks": fit.num_blocks,
+        "iterations": fit.iterations,
+        "mse_start": fit.mse_history[0],
+        "mse_fitted": fit.mse_history[-1],
+        "mse_rounded": fit.mse_rounded,
+        "rounding_cost_db": fit.rounding_cost_db,
+    }
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(json_format.dumps(values, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,104 @@
+"""What people see: progress on standard error, tables on standard output, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+messages = Console(stderr=True)
+"""Progress, notes and errors: standard output stays free for results."""
+
+TITLES = {
+    "load": "Load model",
+    "trace": "Trace the graph",
+    "calibrate": "Observe activations",
+    "fit weights": "Fit codebooks to weights",
+    "fit activations": "Fit codebooks to activations",
+    "fit": "Fit codebooks",
+    "encode": "Encode weights",
+    "save": "Save and verify",
+}
+
+
+def print_json(values: Mapping[str, Any]) -> None:
+    """One JSON object on standard output. NaN and infinity become null, so that strict readers accept it."""
+    typer.echo(json.dumps(_strict(values), indent=2))
+
+
+class ProgressBars:
+    """Bars on standard error, one a step; called as `progress(step, done, total)`, total None where unknown."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, TaskID] = {}
+        self._bars = Progress(
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            _RateColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left[/]"),
+            TimeRemainingColumn(),
+            console=messages,
+        )
+
+    def __enter__(self) -> ProgressBars:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            # A step of unknown length is over once the work is.
+            for task in self._bars.tasks:
+                if task.total is None:
+                    self._bars.update(task.id, total=task.completed)
+        self._bars.stop()
+
+    def titled(self, title: str) -> Callable[[str, int, int | None], None]:
+        """The same, with one bar of that title whatever the step is called."""
+        return lambda _, done, total: self(title, done, total)
+
+    def __call__(self, step: str, done: int, total: int | None) -> None:
+        """Show `done` of `total` for a step; a new step gets a bar of its own."""
+        if step not in self._tasks:
+            title = TITLES.get(step, step.capitalize())
+            self._tasks[step] = self._bars.add_task(title, total=total)
+        self._bars.update(self._tasks[step], completed=done, total=total)
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each", style="dim")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value

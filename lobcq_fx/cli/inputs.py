@@ -1,0 +1,161 @@
+"""What commands are given: model folders, tokenizers and text files, checked before any long work starts."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+import lobcq_fx
+from lobcq_fx.cli.failures import InputError
+from lobcq_fx.storage.checkpoint import QUANT_METHOD
+
+DEFAULT = "default"
+"""What stands for the folder of the embedded model on the command line."""
+
+HELDOUT = "heldout.txt"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder that holds a model: its path, its configuration as JSON values, and whether this package wrote it."""
+
+    path: Path
+    config: dict[str, Any]
+    quantized: bool
+
+    @property
+    def architecture(self) -> str:
+        """Name of the model's class."""
+        return str((self.config.get("architectures") or ["unknown"])[0])
+
+    @property
+    def is_causal_lm(self) -> bool:
+        """Whether the model predicts next tokens."""
+        return self.architecture.endswith(("ForCausalLM", "LMHeadModel"))
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that the model can take at once, where its configuration says so."""
+        length = self.config.get("max_position_embeddings") or self.config.get("n_positions")
+        return int(length) if length else None
+
+
+def model_folder(given: str) -> ModelFolder:
+    """The folder someone named, or the embedded model's for `"default"`.
+
+    Raises:
+        InputError: no such folder, or no model in it.
+    """
+    path = lobcq_fx.default_model_path() if given == DEFAULT else Path(given).expanduser()
+    if not path.is_dir():
+        raise InputError(
+            f"there is no folder {given!r}: pass a model's folder (`hf download ORG/NAME --local-dir DIR`),"
+            f" or {DEFAULT!r} for the embedded model"
+        )
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} is not a model: it has no config.json") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a model: cannot read {file.name}: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not a model: {file.name} holds no JSON object")
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method not in (None, QUANT_METHOD):
+        raise InputError(f"{path} is already quantized by {method!r}: pass the folder of the float model")
+    return ModelFolder(path, config, quantized=method == QUANT_METHOD)
+
+
+def load_float_model(folder: ModelFolder, dtype: str = "auto") -> nn.Module:
+    """A transformers model from its folder, ready for inference; `dtype` is a torch name or `"auto"`.
+
+    Raises:
+        InputError: it is quantized already, of an unsupported architecture, or its weights cannot be read.
+    """
+    if folder.quantized:
+        raise InputError(f"{folder.path} is quantized already: pass the folder of the float model")
+    _be_quiet()
+    try:
+        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+        model = _class_of(folder).from_pretrained(folder.path, dtype=wanted, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise InputError(f"cannot load {folder.path} ({folder.architecture}): {first_line}") from error
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_model(folder: ModelFolder) -> nn.Module:
+    """The folder's model, float or quantized.
+
+    Raises:
+        LobcqError: it cannot be loaded.
+    """
+    _be_quiet()
+    return lobcq_fx.load(folder.path) if folder.quantized else load_float_model(folder)
+
+
+def load_tokenizer(folder: ModelFolder, *, required: bool = True) -> Any:
+    """The folder's tokenizer; None where there is none and none is required.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    _be_quiet()
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    if not any((folder.path / name).is_file() for name in names):
+        if not required:
+            return None
+        raise InputError(
+            f"{folder.path} has no tokenizer: copy the float model's tokenizer files (tokenizer.json, ...) there"
+        )
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise InputError(f"cannot load the tokenizer of {folder.path}: {first_line}") from error
+
+
+def read_text(given: Path | None) -> tuple[str, str]:
+    """A text and what to call it; the embedded model's held-out text for None.
+
+    Raises:
+        InputError: the file is missing, not UTF-8, or empty.
+    """
+    path = given or lobcq_fx.default_model_path() / HELDOUT
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text: convert it first") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if not text.strip():
+        raise InputError(f"{path} is empty")
+    return text, str(given) if given else f"embedded {HELDOUT}"
+
+
+def _class_of(folder: ModelFolder) -> Any:
+    if not folder.config.get("architectures"):
+        return transformers.AutoModel
+    found = getattr(transformers, folder.architecture, None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    raise InputError(
+        f"unsupported architecture {folder.architecture}: transformers {transformers.__version__} has no such class"
+        " (models that bring their own code are not supported)"
+    )
+
+
+def _be_quiet() -> None:
+    """Keep libraries from drawing bars of their own and from warning about packages that we do not use."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)

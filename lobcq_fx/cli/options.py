@@ -1,0 +1,59 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR_or_default",
+        show_default=False,
+        help="Folder of a Hugging Face model (config.json, weights, tokenizer); [bold]default[/] for the embedded one.",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is already there.")]
+FormatOption = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="NxL",
+        help="Codebooks x scalars that share a scale: 8x64 is 4.5 bits a scalar; 2x128 4.19, 16x32 4.75.",
+    ),
+]
+SamplesOption = Annotated[
+    int, typer.Option(min=1, help="Sequences of the calibration text to use, spread evenly over it.")
+]
+LengthOption = Annotated[int, typer.Option(min=8, help="Tokens in a calibration sequence.")]
+TextOption = Annotated[
+    Path | None,
+    typer.Option("--text", metavar="FILE", help="UTF-8 text; without it the embedded model's held-out text."),
+]
+
+
+class Mode(StrEnum):
+    """What is quantized: weights and activations, or weights alone."""
+
+    w4a4 = "w4a4"
+    w4a16 = "w4a16"
+
+
+class ActivationScale(StrEnum):
+    """Whether an activation's tensor scale is computed for each token or calibrated once a layer."""
+
+    per_token = "per_token"
+    static = "static"
+
+
+class Dtype(StrEnum):
+    """Floating-point type of what stays in float."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"

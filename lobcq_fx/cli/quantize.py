@@ -1,0 +1,144 @@
+"""`lobcq quantize`: a float model's folder in, a quantized model's folder out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lobcq_fx.cli.options import (
+    ActivationScale,
+    Dtype,
+    FormatOption,
+    JsonOption,
+    LengthOption,
+    Mode,
+    ModelArgument,
+    OverwriteOption,
+    SamplesOption,
+)
+
+if TYPE_CHECKING:
+    from lobcq_fx.cli.console import ProgressBars
+    from lobcq_fx.cli.inputs import ModelFolder
+    from lobcq_fx.config import LobcqConfig
+    from lobcq_fx.model import QuantizedModel
+
+
+def quantize(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.", show_default=False)],
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TEXT",
+            help="UTF-8 text to calibrate on: for static scales, fitted codebooks, and to measure activations.",
+        ),
+    ] = None,
+    format: FormatOption = "8x64",
+    mode: Annotated[Mode, typer.Option(help="Quantize weights and activations, or weights alone.")] = Mode.w4a4,
+    activation_scale: Annotated[
+        ActivationScale, typer.Option(help="A tensor scale for each token, or one calibrated for each layer.")
+    ] = ActivationScale.per_token,
+    codebooks: Annotated[
+        str, typer.Option(metavar="universal|fitted|FILE", help="FILE is one that `lobcq calibrate` wrote.")
+    ] = "universal",
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Quantize only layers whose name matches; repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN", help="Leave matching layers in float, besides heads, embeddings and routers; repeatable."
+        ),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Type of what stays in float; auto is the checkpoint's.")] = Dtype.auto,
+    calibration_samples: SamplesOption = 64,
+    calibration_length: LengthOption = 512,
+    overwrite: OverwriteOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Quantize a model and save it with its tokenizer.
+
+    Without a calibration text nothing needs calibrating: codebooks are universal, each token gets its own scale.
+    """
+    from lobcq_fx.cli.console import ProgressBars, print_json
+    from lobcq_fx.cli.inputs import model_folder
+    from lobcq_fx.cli.outputs import check_output
+    from lobcq_fx.cli.summary import print_summary, summary
+
+    config = _config(format, mode, activation_scale, codebooks, include, exclude)
+    if config.needs_calibration and calibrate is None:
+        raise typer.BadParameter("static scales and fitted codebooks need a text: pass --calibrate TEXT")
+    folder = model_folder(model)
+    check_output(output, overwrite=overwrite, needed_bytes=_size_on_disk(folder))
+    started = time.perf_counter()
+    with ProgressBars() as progress:
+        quantized = _run(folder, output, config, calibrate, (calibration_samples, calibration_length), dtype, progress)
+    result = summary(quantized.inventory, config, output, time.perf_counter() - started)
+    if json:
+        print_json({"model": model, **result})
+    else:
+        print_summary(quantized.inventory, result)
+
+
+def _config(
+    format: str,
+    mode: Mode,
+    activation_scale: ActivationScale,
+    codebooks: str,
+    include: list[str] | None,
+    exclude: list[str] | None,
+) -> LobcqConfig:
+    from lobcq_fx.config import DEFAULT_EXCLUDE, LobcqConfig
+
+    return LobcqConfig(
+        format=format,  # type: ignore[arg-type]
+        mode=mode.value,
+        activation_scale=activation_scale.value,
+        codebooks=codebooks,
+        include=tuple(include or ("*",)),
+        exclude=(*DEFAULT_EXCLUDE, *(exclude or ())),
+    )
+
+
+def _run(
+    folder: ModelFolder,
+    output: Path,
+    config: LobcqConfig,
+    text: Path | None,
+    calibration: tuple[int, int],
+    dtype: Dtype,
+    progress: ProgressBars,
+) -> QuantizedModel:
+    import lobcq_fx
+    from lobcq_fx.cli.inputs import load_float_model, load_tokenizer
+    from lobcq_fx.cli.outputs import writing
+
+    tokenizer = load_tokenizer(folder, required=text is not None)
+    progress("load", 0, 1)
+    model = load_float_model(folder, dtype.value)
+    progress("load", 1, 1)
+    data = None if text is None else _calibration_data(tokenizer, text, calibration, folder)
+    quantized = lobcq_fx.quantize(model, data, config, inplace=True, progress=progress)
+    progress("save", 0, 1)
+    with writing(output):
+        quantized.save_pretrained(output, tokenizer)
+    progress("save", 1, 1)
+    return quantized
+
+
+def _calibration_data(tokenizer: Any, text: Path, calibration: tuple[int, int], folder: ModelFolder) -> Any:
+    from lobcq_fx.cli.inputs import read_text
+    from lobcq_fx.cli.texts import calibration_batches
+
+    samples, length = calibration
+    content, _ = read_text(text)
+    return calibration_batches(tokenizer, content, samples=samples, length=length, causal=folder.is_causal_lm)
+
+
+def _size_on_disk(folder: ModelFolder) -> int:
+    """The float weights' bytes: an upper bound of what will be written, unless --dtype widens them."""
+    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.path.glob(pattern)) // 2

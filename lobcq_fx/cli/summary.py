@@ -1,0 +1,97 @@
+"""The summary at the end of `lobcq quantize`: as a table for people and as JSON values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from lobcq_fx.config import LobcqConfig
+from lobcq_fx.passes.inventory import Inventory
+from lobcq_fx.report.plots import megabytes
+from lobcq_fx.report.render import left_alone_by_reason, worst_layers
+
+WORST = 5
+
+
+def summary(inventory: Inventory, config: LobcqConfig, output: Path, seconds: float) -> dict[str, Any]:
+    """What was done, as JSON-ready values; shares from 0 to 1, SQNR in dB."""
+    return {
+        "output": str(output),
+        "config": config.to_dict(),
+        "layers_quantized": len(inventory.quantized),
+        "matmuls_left_in_float": len(inventory.left_alone),
+        "parameter_coverage": inventory.parameter_coverage,
+        "mac_coverage": inventory.mac_coverage,
+        "bits_per_scalar": inventory.bits_per_scalar,
+        "float_bytes": inventory.model_float_bytes,
+        "packed_bytes": inventory.model_packed_bytes,
+        "bytes_on_disk": sum(file.stat().st_size for file in output.rglob("*") if file.is_file()),
+        "worst_layers": [
+            {"layer": r.layer, "weight_sqnr_db": r.weight_sqnr_db, "activation_sqnr_db": r.activation_sqnr_db}
+            for r in worst_layers(inventory, WORST)
+        ],
+        "left_in_float": [
+            {"reason": reason, "layers": [record.layer for record in records], "macs": sum(r.macs for r in records)}
+            for reason, records in left_alone_by_reason(inventory).items()
+        ],
+        "seconds": round(seconds, 2),
+    }
+
+
+def print_summary(inventory: Inventory, result: dict[str, Any]) -> None:
+    """The same, as tables on standard output."""
+    console = Console()
+    console.print(_totals(inventory, result))
+    if result["worst_layers"]:
+        console.print(_worst(result))
+    if result["left_in_float"]:
+        console.print(_left_in_float(result))
+    where = escape(result["output"])
+    console.print(
+        f"Saved to [bold]{where}[/]. Next: [cyan]lobcq eval {where}[/], [cyan]lobcq report {where} -o report.html[/]"
+    )
+
+
+def _totals(inventory: Inventory, result: dict[str, Any]) -> Table:
+    config = result["config"]
+    table = Table(title=f"Quantized to {config['mode'].upper()}, format {config['format']}", show_header=False)
+    table.add_row("Layers", f"{result['layers_quantized']} of {len(inventory.records)} matmuls")
+    table.add_row("Parameters covered", f"{100 * result['parameter_coverage']:.1f} %")
+    table.add_row("Multiply-adds covered", f"{100 * result['mac_coverage']:.1f} %")
+    table.add_row("Bits per quantized weight", f"{result['bits_per_scalar']:.3f}")
+    shrunk = result["float_bytes"] / max(1, result["packed_bytes"])
+    sizes = f"{megabytes(result['float_bytes'])} → {megabytes(result['packed_bytes'])}"
+    table.add_row("All parameters", f"{sizes} ({shrunk:.1f}x smaller)")
+    table.add_row("On disk", megabytes(result["bytes_on_disk"]))
+    table.add_row("Time", f"{result['seconds']:.1f} s")
+    return table
+
+
+def _worst(result: dict[str, Any]) -> Table:
+    table = Table(title="Worst layers, SQNR in dB", title_justify="left")
+    table.add_column("Layer", overflow="fold")
+    table.add_column("Weights", justify="right")
+    table.add_column("Activations", justify="right")
+    for row in result["worst_layers"]:
+        table.add_row(row["layer"], _db(row["weight_sqnr_db"]), _db(row["activation_sqnr_db"]))
+    return table
+
+
+def _left_in_float(result: dict[str, Any]) -> Table:
+    table = Table(title="Left in float", title_justify="left")
+    table.add_column("Reason")
+    table.add_column("Matmuls", overflow="fold")
+    table.add_column("Multiply-adds a token", justify="right")
+    for row in result["left_in_float"]:
+        names = row["layers"]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        table.add_row(escape(row["reason"]), names[0] + more, f"{row['macs']:,}" if row["macs"] else "-")
+    return table
+
+
+def _db(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

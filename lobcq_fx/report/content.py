@@ -1,0 +1,65 @@
+"""What a report is about, gathered from a quantized model in memory or from its folder, without loading weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lobcq_fx.config import LobcqConfig
+from lobcq_fx.errors import CheckpointError
+from lobcq_fx.model import QuantizedModel
+from lobcq_fx.passes.codebook_sets import MODULE
+from lobcq_fx.passes.inventory import Inventory
+from lobcq_fx.storage.checkpoint import WEIGHTS, is_checkpoint
+
+CODEBOOKS = f"{MODULE}.codebooks"
+
+
+@dataclass(frozen=True)
+class ReportContent:
+    """name: of the model. architecture: its class. codebooks: int8 [N_c, 16] by stored name."""
+
+    name: str
+    architecture: str
+    inventory: Inventory
+    config: LobcqConfig
+    codebooks: Mapping[str, Tensor]
+
+    @classmethod
+    def of_model(cls, model: QuantizedModel) -> ReportContent:
+        """From a model that `quantize` or `load` returned."""
+        state = model.state_dict()
+        architecture = _architecture(model.config.to_dict() if model.config is not None else {})
+        name = Path(getattr(model.config, "_name_or_path", "") or architecture).name
+        codebooks = {key: state[key].cpu() for key in sorted(state) if key.startswith(CODEBOOKS)}
+        return cls(name, architecture, model.inventory, model.lobcq_config, codebooks)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> ReportContent:
+        """From a folder that `save_pretrained` wrote.
+
+        Raises:
+            CheckpointError: it is not such a folder, or is damaged.
+        """
+        if not is_checkpoint(folder):
+            raise CheckpointError(f"{folder} is not a quantized model: write one with `lobcq quantize ... -o {folder}`")
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            settings = LobcqConfig.from_dict(config["quantization_config"]["lobcq_config"])
+            inventory = Inventory.from_dict(json.loads((folder / "inventory.json").read_text(encoding="utf-8")))
+            with safe_open(folder / WEIGHTS, framework="pt") as file:
+                codebooks = {key: file.get_tensor(key) for key in sorted(file.keys()) if key.startswith(CODEBOOKS)}
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise CheckpointError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
+        return cls(folder.resolve().name, _architecture(config), inventory, settings, codebooks)
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures") or [config.get("model_type") or "model"]
+    return str(names[0])
