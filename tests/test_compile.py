@@ -23,10 +23,10 @@ def ids(batch, length):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
-def test_a_causal_lm_compiles_whole_with_inductor(mode):
+@pytest.mark.parametrize(("mode", "backend"), [("w4a4", "inductor"), ("w4a16", "aot_eager")])
+def test_a_causal_lm_compiles_whole(mode, backend):
     q = lobcq_fx.quantize(causal_lm("llama"), config=lobcq_fx.LobcqConfig(mode=mode))
-    compiled = torch.compile(q, fullgraph=True, dynamic=True)
+    compiled = torch.compile(q, fullgraph=True, dynamic=True, backend=backend)
     tokens = ids(2, 9)
     prefill = compiled(input_ids=tokens[:, :6], attention_mask=torch.ones(2, 6, dtype=torch.long))
     step = compiled(

@@ -57,8 +57,9 @@ def _absmax(x: Tensor) -> Tensor:
     """Largest magnitude along the last dimension in fp32, NaN if there is one; 0 where that dimension is empty."""
     if x.shape[-1] == 0:
         return torch.zeros(x.shape[:-1], device=x.device)
-    largest: Tensor = torch.linalg.vector_norm(x, ord=math.inf, dim=-1, dtype=torch.float32)
-    return largest
+    # A maximum is exact in the input's own dtype; asking for fp32 here would copy a whole bf16 tensor.
+    largest: Tensor = torch.linalg.vector_norm(x, ord=math.inf, dim=-1)
+    return largest.float()
 
 
 def _divide(x: Tensor, divisor: float) -> Tensor:

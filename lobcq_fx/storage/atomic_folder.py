@@ -43,9 +43,13 @@ def _carry_over(old: Path, fresh: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    folder.chmod(0o755)  # mkdtemp makes it private
+    """Flush every file, and give all the permissions that the user's umask grants (some writers make them private)."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
     for path in folder.rglob("*"):
         if path.is_file():
+            path.chmod(0o666 & ~umask)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 

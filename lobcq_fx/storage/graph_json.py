@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import lobcq_fx.ops  # noqa: F401  (registers the ops that a saved graph calls)
 from lobcq_fx.errors import CheckpointError
 
 NAMESPACES = ("aten", "lobcq", "transformers", "torch_attn", "prims")
