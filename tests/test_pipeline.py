@@ -122,8 +122,8 @@ def test_codebooks_of_a_file(tmp_path):
     q = lobcq_fx.quantize(mlp(), config=LobcqConfig(codebooks=str(path)), example_inputs=batches()[0])
     assert q.state_dict()["lobcq.codebooks"].tolist() == linear
 
+    config = LobcqConfig(codebooks=str(path), format="16x64")
     with pytest.raises(ConfigError, match="has no set '16'"):
-        config = LobcqConfig(codebooks=str(path), format="16x64")
         lobcq_fx.quantize(mlp(), config=config, example_inputs=batches()[0])
     path.write_text("[]")
     with pytest.raises(ConfigError, match="does not hold codebooks"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ from lobcq_fx.passes.trace import (
 
 # Every size is different and at least 2: export bakes dimensions of 0 or 1 in and may identify equal ones.
 BATCH, PAST, QUERY, KEPT = 2, 5, 3, 2
+
+TOKEN_DEFAULTS = {"attention_mask": 1, "token_type_ids": 0}
+"""What encoders take for arguments of the shape of input_ids that a call leaves out."""
 
 
 def is_causal_lm(model: object) -> bool:
@@ -92,7 +96,9 @@ def trace_pretrained(
     flags = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     with tracing(model), torch.no_grad():
         program = _export(model, {**bound, **flags, "return_dict": True}, pytree.tree_map(_batch_and_length, bound))
-    return TracedModel(*flatten_program(program, bound, names, Structure(program.call_spec.out_spec)))
+    graph_module, calling = flatten_program(program, bound, names, Structure(program.call_spec.out_spec))
+    fills = {name: fill for name, fill in TOKEN_DEFAULTS.items() if name in bound} if "input_ids" in bound else {}
+    return TracedModel(graph_module, replace(calling, fills=fills))
 
 
 def _export(model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]) -> ExportedProgram:
@@ -175,7 +181,10 @@ def _made_up_inputs(model: PreTrainedModel) -> dict[str, Any]:
             f"cannot make up an example for {type(model).__name__}, whose input is {model.main_input_name!r}; pass example_inputs"
         )
     ids = torch.arange(BATCH * PAST, device=device).view(BATCH, PAST) % 7
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(config, "type_vocab_size", 0) and "token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    return inputs
 
 
 def _batch_and_length(leaf: Any) -> Any:

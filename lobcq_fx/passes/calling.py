@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -80,7 +80,8 @@ class ModuleCall(CallingConvention):
     """Calls of any nn.Module: the structure of the example's arguments and outputs, kept.
 
     names: forward's parameters in order. inputs: structure of {name: value} as traced. constants: leaf position ->
-    value that was baked into the graph. outputs: structure of what forward returned.
+    value that was baked into the graph. outputs: structure of what forward returned. fills: arguments that a call may
+    leave out, as an int64 tensor of this number in the shape of the first traced argument.
     """
 
     kind: ClassVar[str] = "module"
@@ -89,16 +90,20 @@ class ModuleCall(CallingConvention):
     inputs: Structure
     constants: Mapping[int, Any]
     outputs: Structure
+    fills: Mapping[str, int] = field(default_factory=dict)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors among the arguments, in traced order."""
         traced = self.inputs.spec.context
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        for name, value in given.items():
-            if name not in traced and value is not None:
+        given = {name: value for name, value in given.items() if value is not None}
+        for name in given:
+            if name not in traced:
                 raise CallError(f"argument {name!r} was not in the traced call, which takes {', '.join(traced)}")
         for name in traced:
-            if name not in given:
+            if name not in given and name in self.fills and traced[0] in given:
+                given[name] = torch.full_like(given[traced[0]], self.fills[name], dtype=torch.long)
+            elif name not in given:
                 raise CallError(f"argument {name!r} is missing; the traced call takes {', '.join(traced)}")
         leaves, spec = pytree.tree_flatten({name: given[name] for name in traced})
         if len(leaves) != self.inputs.spec.num_leaves:
@@ -120,6 +125,7 @@ class ModuleCall(CallingConvention):
             "inputs": self.inputs.to_json(),
             "constants": {str(index): value for index, value in self.constants.items()},
             "outputs": self.outputs.to_json(),
+            "fills": dict(self.fills),
         }
 
     @classmethod
@@ -130,6 +136,7 @@ class ModuleCall(CallingConvention):
             Structure.from_json(values["inputs"]),
             {int(index): value for index, value in values["constants"].items()},
             Structure.from_json(values["outputs"]),
+            {str(name): int(fill) for name, fill in values["fills"].items()},
         )
 
 

@@ -76,6 +76,19 @@ def test_saved_and_loaded_outputs_are_bit_identical(case, tmp_path):
     assert torch.equal(actual[0], expected[0])
 
 
+@torch.no_grad()
+def test_a_call_may_leave_out_what_the_model_has_defaults_for():
+    torch.manual_seed(0)
+    model = bert().eval()
+    q = lobcq_fx.quantize(model)
+    call = tokens(2, 5)
+    token_types = {"token_type_ids": torch.ones(2, 5, dtype=torch.long)}
+    for given in (call, {"input_ids": call["input_ids"]}, {**call, **token_types}):
+        with fake_quantized(model, quantized_layers(q)):
+            expected = model(**given)[0]
+        torch.testing.assert_close(q(**given)[0], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_stays_in_float_is_listed_with_its_reason():
     q = lobcq_fx.quantize(vit().eval())
     reasons = {record.layer: record.reason for record in q.inventory.left_alone}
