@@ -66,6 +66,7 @@ def encode(x: Tensor, spec: FormatSpec, codebooks: Tensor, tensor_scale: Tensor 
             in x (names the first bad index).
     """
     _check_operand(x)
+    x = x.detach()  # what is encoded must not keep the float operand alive
     check_codebooks(codebooks, spec)
     if tensor_scale is None:
         tensor_scale = _finite_tensor_scale(x)

@@ -19,10 +19,14 @@ def matmul(a: Encoded, w: Encoded, bias: Tensor | None = None) -> Tensor:
         fp32 [M, N]. Every term is an exact product of two numbers of 9 significant bits; the sum over K is fp32.
 
     Raises:
-        ValueError: a and w differ in K.
+        ValueError: a and w differ in K, or w has a scale for each row.
     """
     if a.columns != w.columns:
         raise ValueError(f"a has K = {a.columns} and w has K = {w.columns}: they must agree")
+    if w.tensor_scale.dim() != 0:
+        raise ValueError(
+            f"w has a tensor scale of shape {list(w.tensor_scale.shape)}: a weight has one for all rows, []"
+        )
     return scale_product(scaled_entries(a) @ scaled_entries(w).t(), a.tensor_scale, w.tensor_scale, bias)
 
 

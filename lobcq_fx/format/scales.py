@@ -46,7 +46,8 @@ def array_scales(arrays: Tensor, tensor_scale: Tensor) -> Tensor:
         scale is not finite.
     """
     absmax = _absmax(arrays)
-    ratio = _divide(absmax, ENTRY_MAX) / tensor_scale
+    # Both quotients may underflow: 0 / 0 counts as a ratio that rounds to 0.
+    ratio = (_divide(absmax, ENTRY_MAX) / tensor_scale).nan_to_num(nan=0.0)
     scales = ratio.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
     scales = torch.where(absmax == 0, 0.0, scales.clamp(min=E4M3_MIN_SUBNORMAL))
     finite = torch.isfinite(absmax) & torch.isfinite(tensor_scale)
