@@ -257,7 +257,7 @@ command works offline. It writes text that looks like Python; it is for tests an
   unigram baseline (`unigram_counts.json`, add-one): {rows[2]}.
   Recompute them with `python examples/train_default_model.py --evaluate-only`.
 - **Licence**: weights and tokenizer Apache-2.0; `heldout.txt` is Python standard library source, PSF License Version 2
-  (Copyright Python Software Foundation), as is the text that the model was trained on.
+  (`LICENSE-heldout.txt`; Copyright Python Software Foundation), as is the text that the model was trained on.
 """
     (folder / "README.md").write_text(lines, encoding="utf-8")
 

@@ -13,6 +13,7 @@ import lobcq_fx
 
 FOLDER = Path(lobcq_fx.__file__).parent / "assets" / "default_model"
 FILES = {
+    "LICENSE-heldout.txt",
     "README.md",
     "config.json",
     "generation_config.json",
