@@ -43,7 +43,7 @@ class GridBlocks:
         Raises:
             CalibrationError: no arrays, a wrong shape, a source that can be read only once, NaN or infinity.
         """
-        if not isinstance(arrays, Tensor) and iter(arrays) is arrays:
+        if isinstance(arrays, Iterator):
             raise CalibrationError(
                 "arrays is an iterator, which can be read only once, and a fit reads its data many times: pass a "
                 "tensor, a list, or an object whose __iter__ starts anew"
@@ -78,7 +78,7 @@ class GridBlocks:
         return to_grid(arrays, scales, self._tensor_scale).view(-1, BLOCK_SIZE)
 
     def _chunks(self) -> Iterator[Tensor]:
-        """fp32 [n, L_A] on the CPU, at most CHUNK_SCALARS each, cut alike however the source is cut."""
+        """The source as fp32 [n, L_A] on the CPU, at most CHUNK_SCALARS each."""
         for tensor in [self._arrays] if isinstance(self._arrays, Tensor) else self._arrays:
             if tensor.dim() != 2 or tensor.shape[1] != self._spec.array_size:
                 raise CalibrationError(

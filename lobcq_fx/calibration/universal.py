@@ -1,14 +1,18 @@
 """Fits the universal codebooks shipped with the format: `python -m lobcq_fx.calibration.universal`.
 
-One set for each N_c serves weights and activations and every array size. It is fitted to a seeded mixture of
-distributions, so anyone can reproduce the data file bit for bit.
+One set for each N_c serves weights and activations and every array size. It is fitted to seeded synthetic data, so
+anyone can reproduce the data file. A fit to the mixture of all sources ends in local optima that serve one source at
+another's cost; so the codebooks of many fits, to each source and to mixtures, go into a pool, from which the set is
+chosen that loses least on the source it serves worst, and then refined.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from lobcq_fx.calibration.fit import fit_codebooks
+from lobcq_fx.calibration.fit import CodebookFit, fit_codebooks
 from lobcq_fx.calibration.refine import refine_codebooks
+from lobcq_fx.calibration.selection import select_codebooks
 from lobcq_fx.calibration.synthetic import SOURCES, Source, synthetic
 from lobcq_fx.format import FormatSpec, absmax_tensor_scale, decode, encode
 from lobcq_fx.format.spec import ALLOWED_NUM_CODEBOOKS
@@ -32,93 +37,112 @@ COMMAND = "python -m lobcq_fx.calibration.universal"
 class Recipe:
     """Everything the universal codebooks depend on.
 
-    scalars: of each source, for the fit; and for judging, drawn with other seeds.
-    refine_scalars: of each source, for the integer refinement.
-    array_size: L_A of the blocks.
-    mixtures: shares of the sources in the fit, each tried.
-    restarts: k-means++ starts for each mixture.
+    fit_scalars: of each source, for every fit; the mixtures take their shares of these.
+    refine_scalars: the first of those, for choosing and refining.
+    judge_scalars: of each source, with another seed, for the figures in the data file.
+    array_sizes: L_A; each is fitted, and counts as data of its own.
+    mixtures: shares of the sources in fits to a mixture.
+    restarts: k-means++ starts of each fit.
+    tolerance: of each fit.
     """
 
-    scalars: int = 1 << 19
-    refine_scalars: int = 1 << 18
-    array_size: int = 64
-    mixtures: tuple[tuple[float, ...], ...] = ((1.0, 1.0, 1.0), (1.0, 0.5, 1.0), (1.0, 0.5, 0.5))
-    restarts: int = 4
+    fit_scalars: int = 1 << 19
+    refine_scalars: int = 1 << 17
+    judge_scalars: int = 1 << 19
+    array_sizes: tuple[int, ...] = (32, 64, 128)
+    mixtures: tuple[tuple[float, ...], ...] = ((1.0, 1.0, 1.0), (1.0, 0.5, 1.0), (1.0, 0.0, 1.0))
+    restarts: int = 2
+    tolerance: float = 3e-4
     seed: int = 20251123
+
+    @property
+    def num_fits(self) -> int:
+        """Fits made for each N_c."""
+        return self.restarts * len(self.array_sizes) * (len(SOURCES) + len(self.mixtures))
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A universal set on data it was not fitted to.
+
+    sqnr_db: round to nearest with the weight rule.
+    loss_db: how far that is below the best set fitted and refined on this source and array size alone.
+    """
+
+    source: Source
+    array_size: int
+    sqnr_db: float
+    loss_db: float
 
 
 @dataclass(frozen=True)
 class UniversalSet:
-    """One universal set and how it was judged.
-
-    codebooks: int8 [N_c, 16].
-    sqnr_db: of each source, round to nearest with the weight rule.
-    loss_db: what each source loses against a set fitted and refined on it alone.
-    """
+    """codebooks: int8 [N_c, 16], and how they do on every source and array size."""
 
     codebooks: Tensor
-    mixture: tuple[float, ...]
-    fit_seed: int
-    fit_mse: float
-    sqnr_db: dict[Source, float]
-    loss_db: dict[Source, float]
+    judgements: tuple[Judgement, ...]
 
-    @property
-    def worst_loss_db(self) -> float:
-        """The criterion: what the source served worst loses."""
-        return max(self.loss_db.values())
+
+@dataclass(frozen=True)
+class _Operand:
+    """One source at one array size: arrays [n, L_A] to fit on, to refine on, to judge with."""
+
+    source: Source
+    spec: FormatSpec
+    fitting: Tensor
+    refining: Tensor
+    judging: Tensor
 
 
 def sqnr_db(arrays: Tensor, spec: FormatSpec, codebooks: Tensor) -> float:
-    """Signal to quantization noise of encode and decode under the weight rule, in dB; arrays [n, L_A]."""
+    """Signal to quantization noise of encode and decode under the weight rule, in dB; arrays [n, K]."""
     noise = (decode(encode(arrays, spec, codebooks)) - arrays).double().square().sum()
     return 10 * math.log10(float(arrays.double().square().sum() / noise))
 
 
-def fit_universal(num_codebooks: int, recipe: Recipe, progress: Progress | None = None) -> UniversalSet:
-    """Fit, refine and judge one set for each mixture and restart; the least worst loss wins."""
-    spec = FormatSpec(num_codebooks, recipe.array_size)
-    fitting = _operands(recipe.scalars, recipe, stream=0)
-    judging = _operands(recipe.scalars, recipe, stream=1)
-    samples = [arrays[: recipe.refine_scalars // recipe.array_size] for arrays in fitting]
-    own = [
-        sqnr_db(held_out, spec, refine_codebooks(fit_codebooks(arrays, spec, seed=recipe.seed).codebooks, [sample]))
-        for arrays, sample, held_out in zip(fitting, samples, judging, strict=True)
-    ]
-    candidates = []
-    starts = [(mixture, recipe.seed + i) for mixture in recipe.mixtures for i in range(recipe.restarts)]
-    task = progress.add_task(f"N_c = {num_codebooks}", total=len(starts)) if progress is not None else None
-    for mixture, seed in starts:
-        fit = fit_codebooks(_mix(fitting, mixture), spec, tensor_scale=torch.tensor(1.0), seed=seed)
-        codebooks = refine_codebooks(fit.codebooks, samples, targets=own)
-        sqnr = {source: sqnr_db(arrays, spec, codebooks) for source, arrays in zip(SOURCES, judging, strict=True)}
-        loss = {source: best - sqnr[source] for source, best in zip(SOURCES, own, strict=True)}
-        candidates.append(UniversalSet(codebooks, mixture, seed, fit.mse_history[-1], sqnr, loss))
-        if progress is not None and task is not None:
-            progress.advance(task)
-    return min(candidates, key=lambda candidate: candidate.worst_loss_db)
+def fit_universal(
+    num_codebooks: int, recipe: Recipe, on_fit: Callable[[CodebookFit], None] | None = None
+) -> UniversalSet:
+    """Fit, pool, choose and refine one universal set; `on_fit` hears of each of the `recipe.num_fits` fits."""
+    operands = _operands(num_codebooks, recipe)
+    pool: list[Tensor] = []
+
+    def fit(arrays: Tensor, spec: FormatSpec, restart: int) -> Tensor:
+        found = fit_codebooks(
+            arrays, spec, tensor_scale=torch.tensor(1.0), tolerance=recipe.tolerance, seed=recipe.seed + restart
+        )
+        pool.append(found.codebooks)
+        if on_fit is not None:
+            on_fit(found)
+        return found.codebooks
+
+    own = []
+    for operand in operands:
+        arrays = operand.fitting / absmax_tensor_scale(operand.fitting)
+        fitted = [fit(arrays, operand.spec, restart) for restart in range(recipe.restarts)]
+        refined = [refine_codebooks(codebooks, [operand.refining]) for codebooks in fitted]
+        pool += refined
+        own.append(max(refined, key=lambda codebooks: sqnr_db(operand.refining, operand.spec, codebooks)))
+    for size, mixture in itertools.product(recipe.array_sizes, recipe.mixtures):
+        spec = FormatSpec(num_codebooks, size)
+        arrays = _mix([operand.fitting for operand in operands if operand.spec == spec], mixture)
+        for restart in range(recipe.restarts):
+            fit(arrays, spec, restart)
+    targets = [sqnr_db(x.refining, x.spec, codebooks) for x, codebooks in zip(operands, own, strict=True)]
+    samples = [operand.refining for operand in operands]
+    chosen = select_codebooks(torch.unique(torch.cat(pool), dim=0), num_codebooks, samples, targets)
+    codebooks = refine_codebooks(chosen, samples, targets)
+    return UniversalSet(codebooks, tuple(_judge(x, codebooks, best) for x, best in zip(operands, own, strict=True)))
 
 
 def universal_document(recipe: Recipe, sets: dict[int, UniversalSet]) -> dict[str, Any]:
-    """The data file's content: the codebooks and their provenance."""
-    fits = {
-        str(n): {
-            "mixture": dict(zip(SOURCES, found.mixture, strict=True)),
-            "fit_seed": found.fit_seed,
-            "fit_mse": round(found.fit_mse, 6),
-            "sqnr_db": {source: round(value, 3) for source, value in found.sqnr_db.items()},
-            "loss_to_own_set_db": {source: round(value, 3) for source, value in found.loss_db.items()},
-        }
-        for n, found in sets.items()
-    }
+    """The data file's content: the codebooks and where they come from."""
     return {
         "provenance": {
             "command": COMMAND,
-            "sources": list(SOURCES),
-            "source_module": "lobcq_fx/calibration/synthetic.py",
+            "data": f"synthetic, seeded: {', '.join(SOURCES)} (lobcq_fx/calibration/synthetic.py)",
             "recipe": asdict(recipe),
-            "units": "fit_mse in squared INT6 steps; sqnr_db with the weight rule on data of another seed",
-            "fits": fits,
+            "judged": {str(n): [asdict(judgement) for judgement in found.judgements] for n, found in sets.items()},
         },
         "codebooks": {str(n): found.codebooks.tolist() for n, found in sets.items()},
     }
@@ -132,40 +156,56 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = Recipe()
     console = Console()
+    sets = {}
     with Progress(console=console) as progress:
-        sets = {n: fit_universal(n, recipe, progress) for n in ALLOWED_NUM_CODEBOOKS}
+        for n in ALLOWED_NUM_CODEBOOKS:
+            task = progress.add_task(f"N_c = {n}", total=recipe.num_fits)
+            sets[n] = fit_universal(n, recipe, on_fit=lambda _, task=task: progress.advance(task))  # type: ignore[misc]
     for n, found in sets.items():
-        console.print(f"N_c = {n}: SQNR {_in_db(found.sqnr_db)}; below own sets {_in_db(found.loss_db)}")
-    arguments.out.write_text(_as_json(universal_document(recipe, sets)), encoding="utf-8")
+        for judgement in found.judgements:
+            console.print(
+                f"{n}x{judgement.array_size} {judgement.source}: {judgement.sqnr_db:.2f} dB, "
+                f"{judgement.loss_db:.2f} dB below its own set"
+            )
+    arguments.out.write_text(as_json(universal_document(recipe, sets)), encoding="utf-8")
     console.print(f"wrote {arguments.out}")
 
 
-def _operands(scalars: int, recipe: Recipe, stream: int) -> list[Tensor]:
-    """Block arrays of each source, [scalars / L_A, L_A]; streams have seeds of their own."""
-    shape = (scalars // recipe.array_size, recipe.array_size)
-    first = recipe.seed + 1000 * (stream + 1)
-    return [synthetic(source, shape, first + i) for i, source in enumerate(SOURCES)]
+def as_json(document: dict[str, Any]) -> str:
+    """Indented JSON with one codebook and one judgement a line."""
+    document = json.loads(json.dumps(document))
+    rows = [row for rows in document["codebooks"].values() for row in rows]
+    rows += [row for rows in document["provenance"]["judged"].values() for row in rows]
+    text = json.dumps(document, indent=2)
+    for row in rows:
+        flat = json.dumps(row)
+        indented = "\n".join("      " + line for line in json.dumps(row, indent=2).splitlines()).lstrip()
+        deeper = "\n".join("        " + line for line in json.dumps(row, indent=2).splitlines()).lstrip()
+        text = text.replace(deeper, flat).replace(indented, flat)
+    return text + "\n"
+
+
+def _operands(num_codebooks: int, recipe: Recipe) -> list[_Operand]:
+    operands = []
+    for size, (position, source) in itertools.product(recipe.array_sizes, enumerate(SOURCES)):
+        seed = recipe.seed + 100 * size + 10 * position
+        fitting = synthetic(source, (recipe.fit_scalars // size, size), seed)
+        judging = synthetic(source, (recipe.judge_scalars // size, size), seed + 1)
+        refining = fitting[: recipe.refine_scalars // size]
+        operands.append(_Operand(source, FormatSpec(num_codebooks, size), fitting, refining, judging))
+    return operands
+
+
+def _judge(operand: _Operand, codebooks: Tensor, own: Tensor) -> Judgement:
+    sqnr = sqnr_db(operand.judging, operand.spec, codebooks)
+    loss = sqnr_db(operand.judging, operand.spec, own) - sqnr
+    return Judgement(operand.source, operand.spec.array_size, round(sqnr, 3), round(loss, 3))
 
 
 def _mix(operands: list[Tensor], mixture: tuple[float, ...]) -> Tensor:
     """The share of each operand's arrays, each in units of its own tensor scale: [n, L_A]."""
-    largest = max(mixture)
     parts = zip(operands, mixture, strict=True)
-    return torch.cat([x[: int(len(x) * share / largest)] / absmax_tensor_scale(x) for x, share in parts])
-
-
-def _in_db(values: dict[Source, float]) -> str:
-    return ", ".join(f"{source} {value:.2f}" for source, value in values.items()) + " dB"
-
-
-def _as_json(document: dict[str, Any]) -> str:
-    """Indented JSON with each codebook on one line."""
-    lines = json.dumps({**document, "codebooks": None}, indent=2)
-    sets = [
-        f'    "{n}": [\n' + ",\n".join(f"      {row}" for row in rows) + "\n    ]"
-        for n, rows in document["codebooks"].items()
-    ]
-    return lines.replace('"codebooks": null', '"codebooks": {\n' + ",\n".join(sets) + "\n  }") + "\n"
+    return torch.cat([x[: int(len(x) * share / sum(mixture))] / absmax_tensor_scale(x) for x, share in parts])
 
 
 if __name__ == "__main__":
