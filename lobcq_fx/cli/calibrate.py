@@ -22,6 +22,7 @@ from lobcq_fx.cli.options import (
 if TYPE_CHECKING:
     from lobcq_fx.calibration import CodebookFit
     from lobcq_fx.cli.inputs import ModelFolder
+    from lobcq_fx.cli.texts import CalibrationText
     from lobcq_fx.config import LobcqConfig
 
 
@@ -44,6 +45,7 @@ def calibrate(
     from lobcq_fx.cli.console import print_json
     from lobcq_fx.cli.inputs import model_folder, read_text
     from lobcq_fx.cli.outputs import check_output
+    from lobcq_fx.cli.texts import CalibrationText
     from lobcq_fx.config import LobcqConfig
 
     config = LobcqConfig(format=format)  # type: ignore[arg-type]
@@ -53,7 +55,7 @@ def calibrate(
         raise typer.BadParameter(f"-o {output}: give the file a name that ends in .json")
     content, source = read_text(text)
     started = time.perf_counter()
-    fit = _fit(folder, config, content, samples, length)
+    fit = _fit(folder, config, CalibrationText(content, samples, length))
     seconds = round(time.perf_counter() - started, 2)
     provenance = {"model": folder.path.resolve().name, "text": Path(source).name, "format": config.format.name}
     summary = {**provenance, **_quality(fit), "seconds": seconds}
@@ -68,10 +70,9 @@ def calibrate(
         )
 
 
-def _fit(folder: ModelFolder, config: LobcqConfig, text: str, samples: int, length: int) -> CodebookFit:
+def _fit(folder: ModelFolder, config: LobcqConfig, text: CalibrationText) -> CodebookFit:
     from lobcq_fx.cli.console import ProgressBars
     from lobcq_fx.cli.inputs import load_float_model, load_tokenizer
-    from lobcq_fx.cli.texts import calibration_batches
     from lobcq_fx.codebook_choice import fit_shared_codebooks
 
     tokenizer = load_tokenizer(folder)
@@ -79,7 +80,7 @@ def _fit(folder: ModelFolder, config: LobcqConfig, text: str, samples: int, leng
         progress("load", 0, 1)
         model = load_float_model(folder)
         progress("load", 1, 1)
-        data = calibration_batches(tokenizer, text, samples=samples, length=length, causal=folder.is_causal_lm)
+        data = text.batches(tokenizer, causal=folder.is_causal_lm)
         return fit_shared_codebooks(model, data, config, progress=progress)
 
 

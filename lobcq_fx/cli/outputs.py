@@ -17,7 +17,7 @@ def check_output(path: Path, *, overwrite: bool, needed_bytes: int = 0) -> None:
     Args:
         path: the file or folder that will be written.
         overwrite: an existing one may be replaced.
-        needed_bytes: what will be written, roughly.
+        needed_bytes: what will be written at least.
 
     Raises:
         OutputError: something is there, its parent cannot be made, or the disk has less room.
@@ -32,7 +32,7 @@ def check_output(path: Path, *, overwrite: bool, needed_bytes: int = 0) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < needed_bytes:
         raise OutputError(
-            f"{path.parent} has {free / 2**20:.0f} MiB free and {needed_bytes / 2**20:.0f} MiB may be needed:"
+            f"{path.parent} has {free / 2**20:.0f} MiB free and {needed_bytes / 2**20:.0f} MiB are needed at least:"
             " free some space or write to another disk"
         )
 

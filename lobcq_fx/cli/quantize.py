@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,6 +23,7 @@ from lobcq_fx.cli.options import (
 if TYPE_CHECKING:
     from lobcq_fx.cli.console import ProgressBars
     from lobcq_fx.cli.inputs import ModelFolder
+    from lobcq_fx.cli.texts import CalibrationText
     from lobcq_fx.config import LobcqConfig
     from lobcq_fx.model import QuantizedModel
 
@@ -65,18 +66,20 @@ def quantize(
     Without a calibration text nothing needs calibrating: codebooks are universal, each token gets its own scale.
     """
     from lobcq_fx.cli.console import ProgressBars, print_json
-    from lobcq_fx.cli.inputs import model_folder
+    from lobcq_fx.cli.inputs import model_folder, read_text
     from lobcq_fx.cli.outputs import check_output
     from lobcq_fx.cli.summary import print_summary, summary
+    from lobcq_fx.cli.texts import CalibrationText
 
     config = _config(format, mode, activation_scale, codebooks, include, exclude)
     if config.needs_calibration and calibrate is None:
         raise typer.BadParameter("static scales and fitted codebooks need a text: pass --calibrate TEXT")
     folder = model_folder(model)
-    check_output(output, overwrite=overwrite, needed_bytes=_size_on_disk(folder))
+    check_output(output, overwrite=overwrite, needed_bytes=_least_size(folder, config))
+    text = CalibrationText(read_text(calibrate)[0], calibration_samples, calibration_length) if calibrate else None
     started = time.perf_counter()
     with ProgressBars() as progress:
-        quantized = _run(folder, output, config, calibrate, (calibration_samples, calibration_length), dtype, progress)
+        quantized = _run(folder, output, config, text, dtype, progress)
     result = summary(quantized.inventory, config, output, time.perf_counter() - started)
     if json:
         print_json({"model": model, **result})
@@ -108,21 +111,22 @@ def _run(
     folder: ModelFolder,
     output: Path,
     config: LobcqConfig,
-    text: Path | None,
-    calibration: tuple[int, int],
+    text: CalibrationText | None,
     dtype: Dtype,
     progress: ProgressBars,
 ) -> QuantizedModel:
     import lobcq_fx
     from lobcq_fx.cli.inputs import load_float_model, load_tokenizer
     from lobcq_fx.cli.outputs import writing
+    from lobcq_fx.cli.texts import example_call
 
     tokenizer = load_tokenizer(folder, required=text is not None)
     progress("load", 0, 1)
     model = load_float_model(folder, dtype.value)
     progress("load", 1, 1)
-    data = None if text is None else _calibration_data(tokenizer, text, calibration, folder)
-    quantized = lobcq_fx.quantize(model, data, config, inplace=True, progress=progress)
+    data = None if text is None else text.batches(tokenizer, causal=folder.is_causal_lm)
+    example = None if folder.is_causal_lm or tokenizer is None else example_call(tokenizer)
+    quantized = lobcq_fx.quantize(model, data, config, example, inplace=True, progress=progress)
     progress("save", 0, 1)
     with writing(output):
         quantized.save_pretrained(output, tokenizer)
@@ -130,15 +134,7 @@ def _run(
     return quantized
 
 
-def _calibration_data(tokenizer: Any, text: Path, calibration: tuple[int, int], folder: ModelFolder) -> Any:
-    from lobcq_fx.cli.inputs import read_text
-    from lobcq_fx.cli.texts import calibration_batches
-
-    samples, length = calibration
-    content, _ = read_text(text)
-    return calibration_batches(tokenizer, content, samples=samples, length=length, causal=folder.is_causal_lm)
-
-
-def _size_on_disk(folder: ModelFolder) -> int:
-    """The float weights' bytes: an upper bound of what will be written, unless --dtype widens them."""
-    return sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.path.glob(pattern)) // 2
+def _least_size(folder: ModelFolder, config: LobcqConfig) -> int:
+    """Bytes that will certainly be written: were the checkpoint fp32 and all of it packed."""
+    stored = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in folder.path.glob(pattern))
+    return int(stored * config.format.bits_per_scalar / 32)

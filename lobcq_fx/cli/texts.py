@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,27 +29,35 @@ def sentences(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def calibration_batches(
-    tokenizer: Any, text: str, *, samples: int, length: int, causal: bool
-) -> list[dict[str, Tensor]]:
-    """At most `samples` sequences of at most `length` tokens, spread evenly over the text, as model inputs.
+@dataclass(frozen=True)
+class CalibrationText:
+    """A text to calibrate on: at most `samples` sequences of at most `length` tokens, spread evenly over it."""
 
-    A language model gets stretches of running text, one a batch; an encoder gets lines with its special tokens.
+    text: str
+    samples: int
+    length: int
 
-    Raises:
-        InputError: the text is shorter than one sequence of 2 tokens.
-    """
-    if not causal:
-        chosen = _evenly(sentences(text), samples)
-        inputs = [tokenizer(line, truncation=True, max_length=length, return_tensors="pt") for line in chosen]
-        return [dict(one) for one in inputs]
-    ids = token_ids(tokenizer, text)
-    bos = leading_bos(tokenizer)
-    prefix = torch.tensor([] if bos is None else [bos], dtype=torch.long)
-    chunks = [torch.cat((prefix, chunk))[None] for chunk in ids.split(length - len(prefix)) if len(chunk) > 1]
-    if not chunks:
-        raise InputError("the calibration text is too short: give at least a few hundred words")
-    return [{"input_ids": chunk, "attention_mask": torch.ones_like(chunk)} for chunk in _evenly(chunks, samples)]
+    def batches(self, tokenizer: Any, *, causal: bool) -> list[dict[str, Tensor]]:
+        """Model inputs, one sequence each: running text for a language model, a line for an encoder.
+
+        Raises:
+            InputError: the text is shorter than one sequence of 2 tokens.
+        """
+        if not causal:
+            chosen = _evenly(sentences(self.text), self.samples)
+            return [dict(tokenizer(s, truncation=True, max_length=self.length, return_tensors="pt")) for s in chosen]
+        bos = leading_bos(tokenizer)
+        prefix = torch.tensor([] if bos is None else [bos], dtype=torch.long)
+        chunks = token_ids(tokenizer, self.text).split(self.length - len(prefix))
+        chosen = _evenly([torch.cat((prefix, chunk))[None] for chunk in chunks if len(chunk) > 1], self.samples)
+        if not chosen:
+            raise InputError("the calibration text is too short: give at least a few hundred words")
+        return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in chosen]
+
+
+def example_call(tokenizer: Any) -> dict[str, Tensor]:
+    """A call to trace an encoder with, so that it takes whatever its tokenizer returns."""
+    return dict(tokenizer(["a first example", "a second example, somewhat longer"], padding=True, return_tensors="pt"))
 
 
 def _evenly(items: list[Any], count: int) -> list[Any]:
