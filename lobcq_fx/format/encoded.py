@@ -14,6 +14,8 @@ from lobcq_fx.format.spec import BLOCK_SIZE, CODEBOOK_SIZE, ENTRY_MAX, FormatSpe
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_TABLES: dict[tuple[bytes, torch.device, FormatSpec], CodeTables] = {}
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -67,7 +69,8 @@ def encode(x: Tensor, spec: FormatSpec, codebooks: Tensor, tensor_scale: Tensor 
     """
     _check_operand(x)
     x = x.detach()  # what is encoded must not keep the float operand alive
-    check_codebooks(codebooks, spec)
+    codebooks = codebooks.to(x.device)
+    tables = _tables(codebooks, spec)
     if tensor_scale is None:
         tensor_scale = _finite_tensor_scale(x)
     elif tensor_scale.dim() != 0 and tensor_scale.shape != (x.shape[0], 1):
@@ -75,8 +78,8 @@ def encode(x: Tensor, spec: FormatSpec, codebooks: Tensor, tensor_scale: Tensor 
     tensor_scale = tensor_scale.to(device=x.device, dtype=torch.float32)
     if tensor_scale.dim() == 2:
         tensor_scale = torch.where(torch.isfinite(absmax_row_scale(x)), tensor_scale, torch.nan)
-    codes, selectors, scales = _encode_rows(x, spec, codebooks.to(x.device), tensor_scale)
-    return Encoded(codes, selectors, scales, tensor_scale, codebooks.to(x.device), spec, x.shape[1])
+    codes, selectors, scales = _encode_rows(x, spec, tables, tensor_scale)
+    return Encoded(codes, selectors, scales, tensor_scale, codebooks, spec, x.shape[1])
 
 
 def decode(encoded: Encoded) -> Tensor:
@@ -114,7 +117,18 @@ def check_codebooks(codebooks: Tensor, spec: FormatSpec) -> None:
         raise ValueError(f"codebook {row} is not sorted ascending: {codebooks[row].tolist()}")
 
 
-def _encode_rows(x: Tensor, spec: FormatSpec, codebooks: Tensor, tensor_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _tables(codebooks: Tensor, spec: FormatSpec) -> CodeTables:
+    """Checked look-up tables of a codebook set, made once: an activation is encoded at every layer and token."""
+    key = codebooks.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes(), codebooks.device, spec
+    if key not in _TABLES:
+        check_codebooks(codebooks, spec)
+        _TABLES[key] = CodeTables.of(codebooks)
+    return _TABLES[key]
+
+
+def _encode_rows(
+    x: Tensor, spec: FormatSpec, tables: CodeTables, tensor_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Encode a chunk of rows at a time into preallocated outputs, so that working memory does not grow with R."""
     rows, columns = x.shape
     codes = torch.empty((rows, spec.code_bytes(columns)), dtype=torch.uint8, device=x.device)
@@ -122,7 +136,6 @@ def _encode_rows(x: Tensor, spec: FormatSpec, codebooks: Tensor, tensor_scale: T
     scales = torch.empty((rows, spec.num_arrays(columns)), dtype=torch.float8_e4m3fn, device=x.device)
     if rows == 0 or columns == 0:
         return codes, selectors, scales
-    tables = CodeTables.of(codebooks)
     padding = spec.padded_columns(columns) - columns
     step = max(1, CHUNK // (columns + padding))
     for start in range(0, rows, step):
