@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain, count
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from lobcq_fx.passes.packed_weight import PackedWeight
 
 
 def get_attribute(module: nn.Module, name: str) -> Any:
@@ -30,7 +33,7 @@ def has_attribute(module: nn.Module, name: str) -> bool:
 
 
 def register_attribute(module: nn.Module, name: str, value: Tensor | nn.Module) -> None:
-    """Register a buffer or submodule under a dotted name, creating the modules on the way."""
+    """Register a parameter, buffer or submodule under a dotted name, creating the modules on the way."""
     *path, last = name.split(".")
     for part in path:
         if not hasattr(module, part):
@@ -38,6 +41,8 @@ def register_attribute(module: nn.Module, name: str, value: Tensor | nn.Module) 
         module = getattr(module, part)
     if isinstance(value, nn.Module):
         module.add_module(last, value)
+    elif isinstance(value, nn.Parameter):
+        module.register_parameter(last, value)
     else:
         module.register_buffer(last, value)
 
@@ -46,6 +51,17 @@ def delete_attribute(module: nn.Module, name: str) -> None:
     """Remove the parameter, buffer or submodule called `name`."""
     owner, _, last = name.rpartition(".")
     delattr(get_attribute(module, owner) if owner else module, last)
+
+
+def free_name(module: nn.Module, layer: str, last: str) -> str:
+    """A dotted name for a new attribute `last` of `layer`, numbered where it is taken.
+
+    A layer that is a bare parameter (`self.w`, not `self.linear.weight`) can hold none: the name then stands beside it.
+    """
+    owner = get_attribute(module, layer) if has_attribute(module, layer) else None
+    name = f"{layer}_{last}" if isinstance(owner, (Tensor, PackedWeight)) else f"{layer}.{last}"
+    candidates = chain([name], (f"{name}_{number}" for number in count(1)))
+    return next(candidate for candidate in candidates if not has_attribute(module, candidate))
 
 
 def add_get_attr(graph_module: fx.GraphModule, name: str) -> fx.Node:

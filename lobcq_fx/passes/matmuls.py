@@ -14,13 +14,14 @@ from lobcq_fx.passes.normalize_matmuls import constant_weight, operation_name
 
 aten = torch.ops.aten
 
-_ACTIVATION_PRODUCTS = {
-    aten.matmul.default,
-    aten.mm.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-    aten.addmm.default,
-    aten.scaled_dot_product_attention.default,
+# Products that normalize_matmuls left as they are -> their two operands' positions.
+_PRODUCTS = {
+    aten.matmul.default: slice(0, 2),
+    aten.mm.default: slice(0, 2),
+    aten.bmm.default: slice(0, 2),
+    aten.baddbmm.default: slice(1, 3),
+    aten.addmm.default: slice(1, 3),
+    aten.scaled_dot_product_attention.default: slice(0, 3),
 }
 _UNSUPPORTED = {
     aten.einsum.default: "einsum is not a supported form; write it as a matmul",
@@ -33,6 +34,7 @@ _UNSUPPORTED = {
 }
 _ATTENTION = "activation x activation, no constant weight"
 _OTHER_FORM = "its constant operand is not a 2-D weight on the right"
+_SCALED_ADDMM = "addmm with a bias that is not one value per output, or with beta or alpha other than 1"
 
 
 @dataclass(frozen=True)
@@ -91,15 +93,20 @@ def find_matmuls(graph_module: fx.GraphModule, config: LobcqConfig) -> list[Matm
             continue
         if node.target is aten.linear.default:
             found.append(_linear(node, config))
-        elif node.target in _ACTIVATION_PRODUCTS:
-            constant = any(constant_weight(arg) for arg in node.args)
-            reason = _OTHER_FORM if constant else _ATTENTION
-            found.append(Matmul(node, _module_path(node), None, False, reason, config))
+        elif node.target in _PRODUCTS:
+            found.append(Matmul(node, _module_path(node), None, False, _product_refusal(node), config))
         elif node.target in _UNSUPPORTED or "grouped_mm" in str(node.target):
             reason = _UNSUPPORTED.get(node.target, _UNSUPPORTED[aten._grouped_mm.default])
             weight = constant_weight(node.args[1]) if len(node.args) > 1 else None
             found.append(Matmul(node, _module_path(node), weight[0] if weight else None, False, reason, config))
     return found
+
+
+def _product_refusal(node: fx.Node) -> str:
+    operands = node.args[_PRODUCTS[node.target]]
+    if node.target is aten.addmm.default and constant_weight(operands[-1]):
+        return _SCALED_ADDMM
+    return _OTHER_FORM if any(constant_weight(operand) for operand in operands) else _ATTENTION
 
 
 def _linear(node: fx.Node, config: LobcqConfig) -> Matmul:

@@ -53,7 +53,7 @@ def constant_weight(node: object) -> tuple[fx.Node, bool] | None:
     while isinstance(node, fx.Node):
         if node.op == "get_attr":
             return node, flipped
-        if not _is_transpose(node):
+        if not is_transpose(node):
             return None
         flipped, node = not flipped, node.args[0]
     return None
@@ -102,7 +102,8 @@ def _linear_operands(node: fx.Node) -> _Operands | None:
     return _Operands(x, weight, not flipped, bias)
 
 
-def _is_transpose(node: fx.Node) -> bool:
+def is_transpose(node: fx.Node) -> bool:
+    """Whether the node swaps the two dimensions of a matrix."""
     value = node.meta.get("val")
     if node.op != "call_function" or value is None or not hasattr(value, "dim") or value.dim() != 2:
         return False
@@ -117,6 +118,7 @@ def _is_transpose(node: fx.Node) -> bool:
 def _transposed(graph: fx.Graph, weight: fx.Node) -> fx.Node:
     for user in weight.users:
         if user.target is aten.t.default and user.op == "call_function":
+            weight.append(user)  # moved up: it may have been read for the first time after this matmul
             return user
     with graph.inserting_after(weight):
         node = graph.call_function(aten.t.default, (weight,))

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx, nn
 
 from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import Encoded, FormatSpec, encode, sqnr_db
-from lobcq_fx.passes.attributes import add_get_attr, delete_attribute, get_attribute, has_attribute, register_attribute
+from lobcq_fx.passes.attributes import add_get_attr, delete_attribute, free_name, get_attribute, register_attribute
 from lobcq_fx.passes.matmuls import Matmul
+from lobcq_fx.passes.normalize_matmuls import is_transpose
 from lobcq_fx.passes.packed_weight import PARTS, PackedWeight
-
-T = torch.ops.aten.t.default
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed weight in the graph: its `get_attr` nodes in the order the ops take them, its size and its error."""
+    """A packed weight in the graph: its `get_attr` nodes in the order the ops take them, its size and its error.
+
+    float_bytes: what the float weight took, 0 where it stays because something else reads it.
+    """
 
     nodes: tuple[fx.Node, ...]
     float_bytes: int
@@ -57,7 +58,8 @@ def pack_weight(
             owned = get_attribute(release_from, name)
             owned.data = owned.data.new_empty(0)
     else:
-        name = _free_name(graph_module, f"{first.layer}.weight")
+        float_bytes = 0
+        name = free_name(graph_module, first.layer, "weight")
     register_attribute(graph_module, name, PackedWeight(encoded))
     nodes = tuple(add_get_attr(graph_module, f"{name}.{part}") for part in PARTS)
     return Packed((*nodes, codebooks_node), float_bytes, encoded.nbytes, sqnr)
@@ -76,9 +78,14 @@ def _readers(weight: fx.Node) -> set[fx.Node]:
     """The nodes that read the weight, looking through its transposes."""
     readers: set[fx.Node] = set()
     for user in weight.users:
-        readers |= _readers(user) if user.target is T else {user}
+        readers |= _readers(user) if is_transpose(user) else {user}
     return readers
 
 
-def _free_name(graph_module: fx.GraphModule, name: str) -> str:
-    return f"{name}_packed" if has_attribute(graph_module, name) else name
+def erase_unread(weight: fx.Node) -> None:
+    """Erase the float weight's node and its transposes where nothing reads them: the tensor behind them may be gone."""
+    for user in list(weight.users):
+        if is_transpose(user):
+            erase_unread(user)
+    if not weight.users:
+        weight.graph.erase_node(weight)

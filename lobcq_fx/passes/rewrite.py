@@ -17,14 +17,14 @@ from torch import Tensor, fx, nn
 import lobcq_fx.ops  # noqa: F401  (registers the ops that this pass emits)
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.format import encode, sqnr_db
-from lobcq_fx.passes.attributes import add_call, add_get_attr, has_attribute, register_attribute
+from lobcq_fx.passes.attributes import add_call, add_get_attr, free_name, has_attribute, register_attribute
 from lobcq_fx.passes.codebook_sets import CodebookSets
 from lobcq_fx.passes.infra import GraphPass
 from lobcq_fx.passes.insert_observers import Observer, observer_of, scaled_sample
 from lobcq_fx.passes.inventory import MatmulRecord
 from lobcq_fx.passes.matmuls import Matmul, find_matmuls
 from lobcq_fx.passes.normalize_matmuls import operation_name
-from lobcq_fx.passes.pack import Packed, pack_weight
+from lobcq_fx.passes.pack import Packed, erase_unread, pack_weight
 
 ops = torch.ops.lobcq
 
@@ -75,6 +75,8 @@ class Rewrite(GraphPass):
             packed = pack_weight(graph_module, group, codebooks, codebooks_node, self.release_from)
             for matmul in group:
                 records[matmul.node] = self._replace(graph_module, matmul, packed, first=matmul is group[0])
+            assert group[0].weight is not None
+            erase_unread(group[0].weight)
             if self.progress is not None:
                 self.progress(done, len(groups))
         self.records.extend(records[matmul.node] for matmul in matmuls)
@@ -107,7 +109,7 @@ class Rewrite(GraphPass):
         static_scale = None
         if matmul.config.activation_scale == "static":
             assert observer is not None, "static scales need observers: run insert_observers and calibrate first"
-            name = f"{matmul.layer}.activation_scale"
+            name = free_name(graph_module, matmul.layer, "activation_scale")
             register_attribute(graph_module, name, observer.statistics.static_tensor_scale())
             static_scale = add_get_attr(graph_module, name)
         args = (x, codebooks, spec.array_size, static_scale)
