@@ -6,6 +6,7 @@ They run inside the quantized model's forward, so they stay simple enough for Dy
 from __future__ import annotations
 
 import inspect
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,12 +46,31 @@ class Structure:
         """Inverse of `to_json`.
 
         Raises:
-            CheckpointError: the text is damaged or names a type unknown here.
+            CheckpointError: the text is damaged, or names a type unknown here.
         """
         try:
+            _refuse_imports(json.loads(text))
             return cls(pytree.treespec_loads(text))
-        except (NotImplementedError, ValueError, KeyError, TypeError) as error:
+        except (NotImplementedError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise CheckpointError(f"cannot read the model's call structure: {error}") from None
+
+
+def _refuse_imports(value: Any) -> None:
+    """Refuse pytree's notation for enums, anywhere: reading it would import a module that the file names."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)  # contexts are JSON texts within the JSON text
+        except ValueError:
+            return
+        _refuse_imports(value)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_imports(item)
+    elif isinstance(value, dict):
+        if "__enum__" in value:
+            raise ValueError("it holds an enum, which is not allowed")
+        for item in value.values():
+            _refuse_imports(item)
 
 
 class CallingConvention(ABC):
@@ -80,8 +100,9 @@ class ModuleCall(CallingConvention):
     """Calls of any nn.Module: the structure of the example's arguments and outputs, kept.
 
     names: forward's parameters in order. inputs: structure of {name: value} as traced. constants: leaf position ->
-    value that was baked into the graph. outputs: structure of what forward returned. fills: arguments that a call may
-    leave out, as an int64 tensor of this number in the shape of the first traced argument.
+    value that was baked into the graph. outputs: structure of what forward returned. shapes: of the tensors, in order,
+    None where a dimension is dynamic; a graph gives wrong results, not errors, for sizes it was not traced for. fills:
+    arguments that a call may leave out, as an int64 tensor of this number in the shape of the first traced argument.
     """
 
     kind: ClassVar[str] = "module"
@@ -90,13 +111,13 @@ class ModuleCall(CallingConvention):
     inputs: Structure
     constants: Mapping[int, Any]
     outputs: Structure
+    shapes: tuple[tuple[int | None, ...], ...]
     fills: Mapping[str, int] = field(default_factory=dict)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors among the arguments, in traced order."""
         traced = self.inputs.spec.context
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = self._bind(args, kwargs)
         for name in given:
             if name not in traced:
                 raise CallError(f"argument {name!r} was not in the traced call, which takes {', '.join(traced)}")
@@ -105,13 +126,49 @@ class ModuleCall(CallingConvention):
                 given[name] = torch.full_like(given[traced[0]], self.fills[name], dtype=torch.long)
             elif name not in given:
                 raise CallError(f"argument {name!r} is missing; the traced call takes {', '.join(traced)}")
-        leaves, spec = pytree.tree_flatten({name: given[name] for name in traced})
-        if len(leaves) != self.inputs.spec.num_leaves:
-            raise CallError(f"arguments have the structure {spec}, the traced call had {self.inputs.spec}")
+        try:
+            leaves = self.inputs.spec.flatten_up_to({name: given[name] for name in traced})
+        except ValueError as error:
+            raise CallError(f"an argument is not built as in the traced call: {error}") from None
         for index, value in self.constants.items():
-            if leaves[index] != value:
-                raise CallError(f"a constant argument is {leaves[index]!r}; the graph was traced with {value!r}")
-        return [leaf for index, leaf in enumerate(leaves) if index not in self.constants]
+            if isinstance(leaves[index], Tensor) or leaves[index] != value:
+                raise CallError(
+                    f"argument {self._name(index)} is {leaves[index]!r}; the graph was traced with {value!r}, which is"
+                    " part of it: quantize again with example_inputs that have the other value"
+                )
+        tensors = [index for index in range(len(leaves)) if index not in self.constants]
+        for index, shape in zip(tensors, self.shapes, strict=True):
+            self._check(index, leaves[index], shape)
+        return [leaves[index] for index in tensors]
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """{name: value} of the arguments that are not None."""
+        if len(args) > len(self.names):
+            raise CallError(f"{len(args)} positional arguments; forward takes {', '.join(self.names)}")
+        given = dict(zip(self.names, args, strict=False))
+        for name in kwargs:
+            if name in given:
+                raise CallError(f"argument {name!r} is given twice, by position and by name")
+        return {name: value for name, value in {**given, **kwargs}.items() if value is not None}
+
+    def _check(self, index: int, leaf: Any, shape: tuple[int | None, ...]) -> None:
+        if not isinstance(leaf, Tensor):
+            raise CallError(f"argument {self._name(index)} is a {type(leaf).__name__}; the traced call had a tensor")
+        if leaf.dim() == len(shape) and all(
+            size is None or size == actual for size, actual in zip(shape, leaf.shape, strict=True)
+        ):
+            return
+        traced = ", ".join("any" if size is None else str(size) for size in shape)
+        raise CallError(
+            f"argument {self._name(index)} has shape {list(leaf.shape)}; the graph was traced for [{traced}]: to make a"
+            " dimension dynamic, quantize with example_inputs in which it is 2 or more and equal to no constant"
+        )
+
+    def _name(self, index: int) -> str:
+        """What the caller calls a leaf, for example `batch['ids']`."""
+        paths, _ = pytree.tree_flatten_with_path(self.inputs.unflatten(range(self.inputs.spec.num_leaves)))
+        (first, *rest), _ = paths[index]
+        return f"{first.key}{pytree.keystr(tuple(rest))}"
 
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The outputs in the traced structure."""
@@ -125,6 +182,7 @@ class ModuleCall(CallingConvention):
             "inputs": self.inputs.to_json(),
             "constants": {str(index): value for index, value in self.constants.items()},
             "outputs": self.outputs.to_json(),
+            "shapes": [list(shape) for shape in self.shapes],
             "fills": dict(self.fills),
         }
 
@@ -136,6 +194,7 @@ class ModuleCall(CallingConvention):
             Structure.from_json(values["inputs"]),
             {int(index): value for index, value in values["constants"].items()},
             Structure.from_json(values["outputs"]),
+            tuple(tuple(shape) for shape in values["shapes"]),
             {str(name): int(fill) for name, fill in values["fills"].items()},
         )
 

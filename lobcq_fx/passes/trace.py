@@ -58,7 +58,7 @@ def flatten_program(
     graph_module = plain_graph_module(program)
     leaves, in_spec = pytree.tree_flatten(dict(inputs))
     constants = drop_constant_inputs(graph_module, leaves)
-    return graph_module, ModuleCall(names, Structure(in_spec), constants, outputs)
+    return graph_module, ModuleCall(names, Structure(in_spec), constants, outputs, _traced_shapes(graph_module))
 
 
 def plain_graph_module(program: ExportedProgram) -> fx.GraphModule:
@@ -88,6 +88,20 @@ def drop_constant_inputs(graph_module: fx.GraphModule, leaves: list[Any]) -> dic
         graph_module.graph.erase_node(placeholders[index])
     graph_module.recompile()
     return constants
+
+
+def _traced_shapes(graph_module: fx.GraphModule) -> tuple[tuple[int | None, ...], ...]:
+    """Shape of each placeholder, None where a dimension is dynamic."""
+    values = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
+    return tuple(tuple(_fixed(size) for size in value.shape) for value in values)
+
+
+def _fixed(size: int | torch.SymInt) -> int | None:
+    """A size that tracing fixed, also where it started out dynamic; None for one that is still free."""
+    if isinstance(size, int):
+        return size
+    value: int | None = size.node.maybe_as_int()
+    return value
 
 
 class tracing:  # noqa: N801  (a context manager, used like a function)
