@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -96,7 +97,15 @@ class QuantizedModel(nn.Module):
             _refuse_cast(dtype)
         if device is not None:
             super().to(device)
-            RetargetDevice(torch.device(device))(self.graph_module)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModel:
+        """Where `.to()`, also that of a module around this one, arrives: move, but keep every dtype."""
+        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        if dtype != self.dtype:
+            _refuse_cast(dtype)
+        super()._apply(lambda tensor: _keeping_dtype(fn, tensor), recurse)
+        RetargetDevice(self.device)(self.graph_module)
         return self
 
     def cuda(self, device: int | torch.device | None = None) -> QuantizedModel:
@@ -137,6 +146,14 @@ class QuantizedModel(nn.Module):
 
 def _refuse_cast(dtype: torch.dtype) -> NoReturn:
     raise LobcqError(f"a quantized model cannot be cast to {dtype}: cast the float model, then quantize it")
+
+
+def _keeping_dtype(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """fn's result, its cast undone: a bf16 model has fp32 tensors (scales, rotary frequencies) that stay fp32."""
+    out = fn(tensor)
+    if out.dtype == tensor.dtype:
+        return out
+    return fn(tensor.reshape(-1).view(torch.uint8)).view(tensor.dtype).view(tensor.shape)
 
 
 def _strip_prefix(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
