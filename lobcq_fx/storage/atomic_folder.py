@@ -21,6 +21,7 @@ def replace_folder(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[Pa
     Raises:
         CheckpointError: `target` is a file, or holds something that `is_ours` does not recognise.
     """
+    target = target.resolve()  # a link stays a link, and "." has a name
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file: name a folder")
     if target.is_dir() and any(target.iterdir()) and not is_ours(target):

@@ -55,10 +55,7 @@ def save_checkpoint(model: QuantizedModel, directory: Path, tokenizer: Any) -> N
     with replace_folder(directory, is_checkpoint) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         _write_json(folder / "config.json", _config(model))
-        _write_json(
-            folder / "graph.json",
-            {"calling": model.calling.to_dict(), "nodes": graph_to_json(model.graph_module.graph)},
-        )
+        _write_json(folder / "graph.json", _graph(model))
         _write_json(folder / "inventory.json", model.inventory.to_dict())
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
@@ -81,12 +78,13 @@ def load_checkpoint(directory: Path) -> Checkpoint:
         graph = graph_from_json(saved["nodes"])
         inventory = Inventory.from_dict(_read_json(directory / "inventory.json"))
         lobcq_config = LobcqConfig.from_dict(settings["lobcq_config"])
-        calling = saved["calling"]
+        calling, parameters = saved["calling"], set(saved["parameters"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory} is damaged: {type(error).__name__}: {error}") from None
     module = nn.Module()
     for name, tensor in _read_tensors(directory, graph).items():
-        register_attribute(module, name, tensor)
+        is_parameter = name in parameters and tensor.is_floating_point()
+        register_attribute(module, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
     restore_packed_weights(module, graph)
     graph_module = fx.GraphModule(module, graph, class_name="LobcqGraph")
     return Checkpoint(graph_module, calling, lobcq_config, inventory, config or None)
@@ -123,6 +121,15 @@ def _config(model: QuantizedModel) -> dict[str, Any]:
         "lobcq_config": model.lobcq_config.to_dict(),
     }
     return config
+
+
+def _graph(model: QuantizedModel) -> dict[str, Any]:
+    graph_module = model.graph_module
+    return {
+        "calling": model.calling.to_dict(),
+        "parameters": [name for name, _ in graph_module.named_parameters(remove_duplicate=False)],
+        "nodes": graph_to_json(graph_module.graph),
+    }
 
 
 def _check_version(directory: Path, settings: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import keyword
 import math
 import operator
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +29,12 @@ _SYMBOLIC: dict[str, Callable[..., Any]] = {
     for name in names
 }
 """Arithmetic on sizes, the only calls besides operators that a traced graph makes."""
+
+_ATTRIBUTE = re.compile(r"[\w-]+(\.[\w-]+)*")
+"""Dotted names of parameters and buffers: list indices and keys with a hyphen occur, quotes do not."""
+
+_FILE_OPERATORS = ("from_file", "save")
+"""The operators of aten that touch files."""
 
 _TORCH_VALUES: dict[type, str] = {torch.dtype: "dtype", torch.layout: "layout", torch.memory_format: "memory_format"}
 
@@ -63,12 +71,31 @@ def graph_from_json(nodes: list[dict[str, Any]]) -> fx.Graph:
             op, target = entry["op"], entry["target"]
             if op not in ("placeholder", "get_attr", "call_function", "output"):
                 raise CheckpointError(f"graph.json: node {entry['name']!r} has the kind {op!r}, which is not allowed")
+            _check_identifiers(entry["name"], op, target, kwargs)
             resolved = _resolve(target) if op == "call_function" else target
             by_name[entry["name"]] = graph.create_node(op, resolved, tuple(args), kwargs, name=entry["name"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, AssertionError) as error:
             raise CheckpointError(f"graph.json: node {entry!r} is malformed: {error}") from None
-    graph.lint()
+    try:
+        graph.lint()
+    except RuntimeError as error:
+        raise CheckpointError(f"graph.json: {error}") from None
     return graph
+
+
+def _check_identifiers(name: str, op: str, target: str, kwargs: dict[str, Any]) -> None:
+    """FX writes these into the source of `forward` as they stand: anything but a name would be code from the file."""
+    if op == "placeholder" and not _is_name(target):
+        raise CheckpointError(f"graph.json: node {name!r} has the target {target!r}, which is no Python name")
+    if op == "get_attr" and not _ATTRIBUTE.fullmatch(target):
+        raise CheckpointError(f"graph.json: node {name!r} has the target {target!r}, which is no attribute name")
+    for key in kwargs:
+        if not _is_name(key):
+            raise CheckpointError(f"graph.json: node {name!r} has the keyword {key!r}, which is no Python name")
+
+
+def _is_name(text: str) -> bool:
+    return text.isidentifier() and not keyword.iskeyword(text)
 
 
 def _target_name(node: fx.Node) -> str:
@@ -85,7 +112,7 @@ def _resolve(name: str) -> Callable[..., Any]:
     if name in _SYMBOLIC:
         return _SYMBOLIC[name]
     prefix, namespace, packet, overload = name.split(".") if name.count(".") == 3 else ("", "", "", "")
-    if prefix != "ops" or namespace not in NAMESPACES:
+    if prefix != "ops" or namespace not in NAMESPACES or packet in _FILE_OPERATORS:
         raise CheckpointError(f"graph.json calls {name!r}, which is not among the operators a saved graph may call")
     target = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     assert isinstance(target, torch._ops.OpOverload)

@@ -16,12 +16,35 @@ ops = torch.ops.lobcq
 
 
 def restore_packed_weights(module: nn.Module, graph: fx.Graph) -> None:
-    """Validate the weights of every `lobcq::linear` and gather their parts into `PackedWeight` modules.
+    """Validate what the `lobcq::` ops read, and gather each weight's parts into a `PackedWeight` module.
 
     Raises:
-        CheckpointError: a wrong shape or dtype, a selector beyond the codebooks, a scale that is not finite, codebooks
-            out of range; names the tensor.
+        CheckpointError: a wrong shape or dtype, a scale that is not finite, codebooks out of range; names the tensor.
     """
+    try:
+        _check_activations(module, graph)
+        _restore_weights(module, graph)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise CheckpointError(f"graph.json: an op does not read what it should: {error}") from None
+
+
+def _check_activations(module: nn.Module, graph: fx.Graph) -> None:
+    """The codebooks and static scales that activations are encoded with."""
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target is not ops.quantize_activation.default:
+            continue
+        arguments = _arguments(node)
+        name = str(arguments["codebooks"].target)
+        _spec(get_attribute(module, name), arguments["array_size"], name)
+        scale = arguments.get("static_scale")
+        if scale is None:
+            continue
+        value = get_attribute(module, str(scale.target))
+        if value.dtype != torch.float32 or value.dim() or not (torch.isfinite(value) and value > 0):
+            raise CheckpointError(f"{scale.target} is {value}: a static scale is one positive, finite fp32 number")
+
+
+def _restore_weights(module: nn.Module, graph: fx.Graph) -> None:
     done: set[str] = set()
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in (ops.linear.default, ops.linear.float_activation):
