@@ -168,6 +168,7 @@ class ModuleCall(CallingConvention):
         """What the caller calls a leaf, for example `batch['ids']`."""
         paths, _ = pytree.tree_flatten_with_path(self.inputs.unflatten(range(self.inputs.spec.num_leaves)))
         (first, *rest), _ = paths[index]
+        assert isinstance(first, pytree.MappingKey)
         return f"{first.key}{pytree.keystr(tuple(rest))}"
 
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

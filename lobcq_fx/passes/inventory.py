@@ -16,8 +16,8 @@ class MatmulRecord:
     shape: (N, K) of the constant weight; None for activation x activation.
     reason: why it was left in float; None if it was quantized.
     format: name of the number format, mode: `w4a4` or `w4a16`; None if left in float.
-    float_bytes, packed_bytes: of the weight, before and after (equal if left in float; 0 without a weight, and for all but
-        the first matmul that reads it; float_bytes is 0 where the float weight stays because something else reads it).
+    float_bytes, packed_bytes: of the weight, before and after (equal if left in float; 0 without a weight, and for all
+        but the first matmul that reads it; float_bytes is 0 where the float weight stays for something else).
     weight_sqnr_db, activation_sqnr_db: signal-to-quantization-noise ratio in dB; None if not measured.
     """
 

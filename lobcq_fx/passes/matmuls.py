@@ -103,6 +103,7 @@ def find_matmuls(graph_module: fx.GraphModule, config: LobcqConfig) -> list[Matm
 
 
 def _product_refusal(node: fx.Node) -> str:
+    assert isinstance(node.target, torch._ops.OpOverload)
     operands = node.args[_PRODUCTS[node.target]]
     if node.target is aten.addmm.default and constant_weight(operands[-1]):
         return _SCALED_ADDMM
