@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from lobcq_fx.calibration.fit import fit_codebooks
+from lobcq_fx.calibration.fit import CodebookFit, fit_codebooks
 from lobcq_fx.calibration.reservoir import Reservoir
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CalibrationError, ConfigError
@@ -43,7 +43,8 @@ def choose_codebooks(graph_module: fx.GraphModule, config: LobcqConfig, progress
     if config.codebooks == "universal":
         return CodebookSets.universal(set(formats))
     if config.codebooks == "fitted":
-        return _fitted(graph_module, matmuls, formats, progress)
+        fitted = {spec: fit_to_model(graph_module, config, spec, progress).codebooks for spec in formats}
+        return CodebookSets(fitted, fitted)
     shared = {spec: read_codebooks(Path(config.codebooks), spec) for spec in formats}
     return CodebookSets(shared, shared)
 
@@ -67,36 +68,47 @@ def read_codebooks(path: Path, spec: FormatSpec) -> Tensor:
     return codebooks
 
 
-def _fitted(
-    graph_module: fx.GraphModule, matmuls: list[Matmul], formats: list[FormatSpec], progress: Progress
-) -> CodebookSets:
-    weights, activations = {}, {}
-    for spec in formats:
-        group = [matmul for matmul in matmuls if matmul.config.format == spec]
-        weights[spec] = _fit("weights", _weight_arrays(graph_module, group, spec), spec, progress)
-        observed = [matmul for matmul in group if matmul.config.mode == "w4a4"]
-        activations[spec] = (
-            _fit("activations", _activation_arrays(graph_module, observed), spec, progress)
-            if observed
-            else weights[spec]
+def fit_to_model(
+    graph_module: fx.GraphModule, config: LobcqConfig, spec: FormatSpec, progress: Progress
+) -> CodebookFit:
+    """One set for weights and activations alike, fitted to a bounded sample of both in equal parts.
+
+    Args:
+        graph_module: normalized, with observers that saw calibration data.
+        config: which matmuls there are.
+        spec: fits those of this format.
+        progress: called with ("fit codebooks", iteration, None).
+
+    Raises:
+        CalibrationError: a layer's observer saw no data.
+    """
+    matmuls = [m for m in find_matmuls(graph_module, config) if m.refusal is None and m.config.format == spec]
+    samples = [
+        _sampled(_weight_arrays(graph_module, matmuls, spec)),
+        _sampled(_activation_arrays(graph_module, [m for m in matmuls if m.config.mode == "w4a4"])),
+    ]
+    samples = [sample for sample in samples if len(sample)]
+    if min(len(sample) for sample in samples) < ENOUGH_ARRAYS:
+        logger.warning(
+            "codebooks are fitted on only %s block arrays of weights and activations; on fewer than %d of each"
+            " the universal ones are usually better",
+            " and ".join(str(len(sample)) for sample in samples),
+            ENOUGH_ARRAYS,
         )
-    return CodebookSets(weights, activations)
+    # Operands in units of their own tensor scales: the scale they have in common is 1.
+    return fit_codebooks(
+        samples,
+        spec,
+        tensor_scale=torch.tensor(1.0),
+        on_iteration=lambda iteration, mse: progress("fit codebooks", iteration, None),
+    )
 
 
-def _fit(operand: str, arrays: Iterator[Tensor], spec: FormatSpec, progress: Progress) -> Tensor:
-    """Fit one set to a bounded sample of arrays that are in units of their tensor scales."""
+def _sampled(arrays: Iterator[Tensor]) -> Tensor:
     sample = Reservoir(SAMPLED_ARRAYS, seed=0)
     for chunk in arrays:
         sample.add(chunk)
-    if sample.num_seen < ENOUGH_ARRAYS:
-        logger.warning(
-            "codebooks for %s are fitted on only %d block arrays; below %d the universal ones are usually better",
-            operand, sample.num_seen, ENOUGH_ARRAYS,
-        )  # fmt: skip
-    step = f"fit {operand}"
-    unit = torch.tensor(1.0)
-    report = lambda iteration, mse: progress(step, iteration, None)  # noqa: E731
-    return fit_codebooks(sample.rows(), spec, tensor_scale=unit, on_iteration=report).codebooks
+    return sample.rows() if sample.num_seen else torch.empty(0)
 
 
 def _weight_arrays(graph_module: fx.GraphModule, matmuls: list[Matmul], spec: FormatSpec) -> Iterator[Tensor]:

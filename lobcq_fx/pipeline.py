@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lobcq_fx.codebook_choice import choose_codebooks
+from lobcq_fx.calibration.fit import CodebookFit
+from lobcq_fx.codebook_choice import choose_codebooks, fit_to_model
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CalibrationError, ConfigError, TraceError
+from lobcq_fx.format import FormatSpec
 from lobcq_fx.integrations.causal_lm import QuantizedCausalLM
 from lobcq_fx.integrations.causal_lm_call import CausalLMCall
 from lobcq_fx.integrations.transformers_trace import is_causal_lm, trace_causal_lm, trace_pretrained
@@ -21,6 +24,7 @@ from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.infra import Sequential
 from lobcq_fx.passes.insert_observers import InsertObservers
 from lobcq_fx.passes.inventory import Inventory, MatmulRecord
+from lobcq_fx.passes.matmuls import find_matmuls
 from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
 from lobcq_fx.passes.rewrite import Rewrite
 from lobcq_fx.passes.share_activations import ShareActivations
@@ -64,25 +68,12 @@ def quantize(
         LobcqError: a weight holds NaN or infinity.
     """
     config = config or LobcqConfig()
-    report = progress or (lambda step, done, total: None)
+    report = progress or _silent
     if config.needs_calibration and calibration_data is None:
-        raise CalibrationError(
-            "static scales and fitted codebooks need calibration_data: pass an iterable of model inputs"
-        )
-    if example_inputs is None and calibration_data is not None:
-        example_inputs, calibration_data = _first(calibration_data)
-
-    parameters = list(model.parameters())
-    count, float_bytes = _size(parameters)
-    report("trace", 0, 1)
-    traced = trace(model, example_inputs)
-    report("trace", 1, 1)
-
+        raise CalibrationError("static scales and fitted codebooks need calibration_data: pass an iterable of inputs")
+    count, float_bytes = _size(model.parameters())
+    traced = _trace_and_observe(model, calibration_data, config, example_inputs, report)
     graph_module = traced.graph_module
-    NormalizeMatmuls()(graph_module)
-    if calibration_data is not None:
-        InsertObservers(config)(graph_module)
-        _calibrate(traced, calibration_data, report)
     codebooks = choose_codebooks(graph_module, config, report)
     rewrite = Rewrite(
         config,
@@ -97,6 +88,33 @@ def quantize(
     saved = sum(record.float_bytes - record.packed_bytes for record in rewrite.records)
     inventory = Inventory(tuple(rewrite.records), count, float_bytes, float_bytes - saved)
     return _build(model, traced, config, inventory)
+
+
+def fit_shared_codebooks(
+    model: nn.Module,
+    calibration_data: Iterable[Any],
+    spec: FormatSpec,
+    config: LobcqConfig | None = None,
+    example_inputs: Any = None,
+    *,
+    progress: Progress | None = None,
+) -> CodebookFit:
+    """Fit one codebook set to a model's weights and activations, without quantizing it.
+
+    The arguments are those of `quantize`; of the settings only those count that choose layers and scales. What comes
+    out is what `quantize(..., LobcqConfig(codebooks="fitted"))` encodes with.
+
+    Raises:
+        TraceError, CalibrationError, ConfigError: as `quantize`.
+    """
+    config = replace(config or LobcqConfig(), format=spec)
+    report = progress or _silent
+    traced = _trace_and_observe(model, calibration_data, config, example_inputs, report)
+    if not any(matmul.refusal is None for matmul in find_matmuls(traced.graph_module, config)):
+        raise ConfigError(
+            f"nothing to fit codebooks to in {type(model).__name__}: the settings leave every matmul alone"
+        )
+    return fit_to_model(traced.graph_module, config, spec, report)
 
 
 def trace(model: nn.Module, example_inputs: Any = None) -> TracedModel:
@@ -121,6 +139,26 @@ def call_of(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(item, (tuple, list)):
         return tuple(item), {}
     return (item,), {}
+
+
+def _trace_and_observe(
+    model: nn.Module, data: Iterable[Any] | None, config: LobcqConfig, example_inputs: Any, report: Progress
+) -> TracedModel:
+    """The model's normalized graph; with data, observers in it that have seen them."""
+    if example_inputs is None and data is not None:
+        example_inputs, data = _first(data)
+    report("trace", 0, 1)
+    traced = trace(model, example_inputs)
+    NormalizeMatmuls()(traced.graph_module)
+    report("trace", 1, 1)
+    if data is not None:
+        InsertObservers(config)(traced.graph_module)
+        _calibrate(traced, data, report)
+    return traced
+
+
+def _silent(step: str, done: int, total: int | None) -> None:
+    """Progress that nobody asked for."""
 
 
 def _first(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,8 +14,6 @@ from lobcq_fx.format.scales import absmax_row_scale, absmax_tensor_scale, array_
 from lobcq_fx.format.spec import BLOCK_SIZE, CODEBOOK_SIZE, ENTRY_MAX, FormatSpec
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_TABLES: dict[tuple[bytes, torch.device, FormatSpec], CodeTables] = {}
 
 
 @dataclass(frozen=True)
@@ -119,11 +118,17 @@ def check_codebooks(codebooks: Tensor, spec: FormatSpec) -> None:
 
 def _tables(codebooks: Tensor, spec: FormatSpec) -> CodeTables:
     """Checked look-up tables of a codebook set, made once: an activation is encoded at every layer and token."""
-    key = codebooks.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes(), codebooks.device, spec
-    if key not in _TABLES:
-        check_codebooks(codebooks, spec)
-        _TABLES[key] = CodeTables.of(codebooks)
-    return _TABLES[key]
+    shape = tuple(codebooks.shape)
+    return _cached_tables(tuple(codebooks.flatten().tolist()), shape, codebooks.dtype, codebooks.device, spec)
+
+
+@lru_cache(maxsize=32)
+def _cached_tables(
+    entries: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, spec: FormatSpec
+) -> CodeTables:
+    codebooks = torch.tensor(entries, dtype=dtype, device=device).view(shape)
+    check_codebooks(codebooks, spec)
+    return CodeTables.of(codebooks)
 
 
 def _encode_rows(

@@ -50,7 +50,7 @@ class Checkpoint:
 
 
 def save_checkpoint(model: QuantizedModel, directory: Path, tokenizer: Any) -> None:
-    """Write `model` to `directory`, read it back and compare, then put it in place (`QuantizedModel.save_pretrained`)."""
+    """Write `model` to `directory`: written beside it, read back and compared, then put in place."""
     tensors = stored_tensors(model.graph_module)
     with replace_folder(directory, is_checkpoint) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
