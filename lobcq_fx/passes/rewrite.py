@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -110,7 +111,8 @@ class Rewrite(GraphPass):
         if matmul.config.activation_scale == "static":
             assert observer is not None, "static scales need observers: run insert_observers and calibrate first"
             name = free_name(graph_module, matmul.layer, "activation_scale")
-            register_attribute(graph_module, name, observer.statistics.static_tensor_scale())
+            scale = observer.statistics.static_tensor_scale()
+            register_attribute(graph_module, name, scale.to(_device(graph_module)))
             static_scale = add_get_attr(graph_module, name)
         args = (x, codebooks, spec.array_size, static_scale)
         encoded = add_call(graph, ops.quantize_activation.default, args, like=matmul.node)
@@ -121,8 +123,7 @@ class Rewrite(GraphPass):
         """The `get_attr` node of a codebook set, registered on first use beside the weights."""
         name = self.codebooks.name_of(codebooks)
         if not has_attribute(graph_module, name):
-            device = next(graph_module.parameters(), codebooks).device
-            register_attribute(graph_module, name, codebooks.to(device))
+            register_attribute(graph_module, name, codebooks.to(_device(graph_module)))
         existing = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n.target == name]
         return existing[0] if existing else add_get_attr(graph_module, name)
 
@@ -146,3 +147,8 @@ class Rewrite(GraphPass):
         sample = scaled_sample(observer.statistics, matmul.config)
         codebooks = self.codebooks.activations[matmul.config.format]
         return sqnr_db(sample, encode(sample, matmul.config.format, codebooks, torch.tensor(1.0)))
+
+
+def _device(graph_module: fx.GraphModule) -> torch.device:
+    """Where the model's weights are."""
+    return next(chain(graph_module.parameters(), graph_module.buffers())).device
