@@ -73,7 +73,8 @@ def calibrate(
 def _fit(folder: ModelFolder, config: LobcqConfig, text: CalibrationText) -> CodebookFit:
     from lobcq_fx.cli.console import ProgressBars
     from lobcq_fx.cli.inputs import load_float_model, load_tokenizer
-    from lobcq_fx.codebook_choice import fit_shared_codebooks
+    from lobcq_fx.cli.texts import example_call
+    from lobcq_fx.pipeline import fit_shared_codebooks
 
     tokenizer = load_tokenizer(folder)
     with ProgressBars() as progress:
@@ -81,7 +82,8 @@ def _fit(folder: ModelFolder, config: LobcqConfig, text: CalibrationText) -> Cod
         model = load_float_model(folder)
         progress("load", 1, 1)
         data = text.batches(tokenizer, causal=folder.is_causal_lm)
-        return fit_shared_codebooks(model, data, config, progress=progress)
+        example = None if folder.is_causal_lm else example_call(tokenizer)
+        return fit_shared_codebooks(model, data, config.format, config, example, progress=progress)
 
 
 def _quality(fit: CodebookFit) -> dict[str, Any]:

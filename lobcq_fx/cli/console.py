@@ -30,9 +30,7 @@ TITLES = {
     "load": "Load model",
     "trace": "Trace the graph",
     "calibrate": "Observe activations",
-    "fit weights": "Fit codebooks to weights",
-    "fit activations": "Fit codebooks to activations",
-    "fit": "Fit codebooks",
+    "fit codebooks": "Fit codebooks",
     "encode": "Encode weights",
     "save": "Save and verify",
 }

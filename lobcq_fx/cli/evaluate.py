@@ -176,7 +176,9 @@ def _print(result: dict[str, Any]) -> None:
             f" {result['text']}: mean [bold]{result['mean_cosine']:.4f}[/], least {result['min_cosine']:.4f}"
         )
         return
-    table = Table(title=f"Perplexity on {result['text']}, window {first['window']}, stride {first['stride']}")
+    measure = f"Perplexity on {result['text']}, window {first['window']}, stride {first['stride']}"
+    console.print(measure, soft_wrap=True, markup=False)
+    table = Table()
     for title in ("Model", "Weights", "Perplexity", "Tokens scored", "Seconds"):
         table.add_column(title, justify="left" if title in ("Model", "Weights") else "right")
     for row in result["models"]:

@@ -67,15 +67,12 @@ def quantize(
     """
     from lobcq_fx.cli.console import ProgressBars, print_json
     from lobcq_fx.cli.inputs import model_folder, read_text
-    from lobcq_fx.cli.outputs import check_output
     from lobcq_fx.cli.summary import print_summary, summary
     from lobcq_fx.cli.texts import CalibrationText
 
     config = _config(format, mode, activation_scale, codebooks, include, exclude)
-    if config.needs_calibration and calibrate is None:
-        raise typer.BadParameter("static scales and fitted codebooks need a text: pass --calibrate TEXT")
     folder = model_folder(model)
-    check_output(output, overwrite=overwrite, needed_bytes=_least_size(folder, config))
+    _check(config, folder, output, calibrate, overwrite=overwrite)
     text = CalibrationText(read_text(calibrate)[0], calibration_samples, calibration_length) if calibrate else None
     started = time.perf_counter()
     with ProgressBars() as progress:
@@ -85,6 +82,20 @@ def quantize(
         print_json({"model": model, **result})
     else:
         print_summary(quantized.inventory, result)
+
+
+def _check(config: LobcqConfig, folder: ModelFolder, output: Path, calibrate: Path | None, *, overwrite: bool) -> None:
+    """Refuse now what would fail after the long work."""
+    from lobcq_fx.cli.outputs import check_output
+    from lobcq_fx.codebook_choice import read_codebooks
+    from lobcq_fx.config import CODEBOOKS
+    from lobcq_fx.storage.checkpoint import is_checkpoint
+
+    if config.needs_calibration and calibrate is None:
+        raise typer.BadParameter("static scales and fitted codebooks need a text: pass --calibrate TEXT")
+    if config.codebooks not in CODEBOOKS:
+        read_codebooks(Path(config.codebooks), config.format)
+    check_output(output, overwrite=overwrite, needed_bytes=_least_size(folder, config), replaceable=is_checkpoint)
 
 
 def _config(

@@ -30,9 +30,9 @@ def report(
     folder = model_folder(model)
     if not folder.quantized:
         raise InputError(f"{folder.path} is a float model: quantize it first with `lobcq quantize {model} -o OUT`")
-    check_output(output, overwrite=overwrite)
     if output.is_dir():
         raise typer.BadParameter(f"-o {output} is a folder: name a file, for example {output / 'report.html'}")
+    check_output(output, overwrite=overwrite)
     with messages.status("Drawing"):
         write_report(folder.path, output)
     if json:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.passes.inventory import Inventory
-from lobcq_fx.report.plots import megabytes
+from lobcq_fx.report.plots import readable_size
 from lobcq_fx.report.render import left_alone_by_reason, worst_layers
 
 WORST = 5
@@ -51,9 +51,10 @@ def print_summary(inventory: Inventory, result: dict[str, Any]) -> None:
     if result["left_in_float"]:
         console.print(_left_in_float(result))
     where = escape(result["output"])
-    console.print(
-        f"Saved to [bold]{where}[/]. Next: [cyan]lobcq eval {where}[/], [cyan]lobcq report {where} -o report.html[/]"
-    )
+    console.print(f"Saved to [bold]{where}[/]. Next:", soft_wrap=True)
+    for command in ("eval", "generate", "report"):
+        rest = {"generate": ' --prompt "..."', "report": " -o report.html"}.get(command, "")
+        console.print(f"  [cyan]lobcq {command} {where}{rest}[/]", soft_wrap=True, highlight=False)
 
 
 def _totals(inventory: Inventory, result: dict[str, Any]) -> Table:
@@ -64,9 +65,9 @@ def _totals(inventory: Inventory, result: dict[str, Any]) -> Table:
     table.add_row("Multiply-adds covered", f"{100 * result['mac_coverage']:.1f} %")
     table.add_row("Bits per quantized weight", f"{result['bits_per_scalar']:.3f}")
     shrunk = result["float_bytes"] / max(1, result["packed_bytes"])
-    sizes = f"{megabytes(result['float_bytes'])} → {megabytes(result['packed_bytes'])}"
+    sizes = f"{readable_size(result['float_bytes'])} → {readable_size(result['packed_bytes'])}"
     table.add_row("All parameters", f"{sizes} ({shrunk:.1f}x smaller)")
-    table.add_row("On disk", megabytes(result["bytes_on_disk"]))
+    table.add_row("On disk", readable_size(result["bytes_on_disk"]))
     table.add_row("Time", f"{result['seconds']:.1f} s")
     return table
 

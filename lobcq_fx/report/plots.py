@@ -53,8 +53,6 @@ STYLE = {
 MAX_TICKS = 16
 """Names along the axis of layers; more would run into each other."""
 
-MIB = 2**20
-
 
 def sqnr_by_layer(records: Sequence[MatmulRecord]) -> str:
     """SVG: SQNR in dB of every quantized layer, in the model's order; weights and, where measured, activations.
@@ -119,7 +117,7 @@ def size_bars(inventory: Inventory) -> str:
         for row, (label, (layers, rest)) in enumerate(rows.items()):
             axes.barh(row, layers, height=0.56, color=WEIGHTS, label="quantized layers" if not row else None)
             axes.barh(row, rest, left=layers, height=0.56, color=FLOAT, label="left in float" if not row else None)
-            axes.text(layers + rest + longest * 0.01, row, megabytes(layers + rest), va="center", color=INK)
+            axes.text(layers + rest + longest * 0.01, row, readable_size(layers + rest), va="center", color=INK)
             axes.text(-longest * 0.01, row, label, va="center", ha="right", color=MUTED)
         axes.set_xlim(0, longest * 1.14)
         axes.set_ylim(1.5, -0.5)
@@ -128,9 +126,11 @@ def size_bars(inventory: Inventory) -> str:
         return _svg(figure, "size", {})
 
 
-def megabytes(count: int) -> str:
-    """A number of bytes for people: `"0.61 MiB"`, `"12.4 KiB"`."""
-    return f"{count / MIB:.2f} MiB" if count >= MIB / 10 else f"{count / 1024:.1f} KiB"
+def readable_size(count: int) -> str:
+    """A number of bytes for people: `"12.4 KiB"`, `"3.06 MiB"`, `"13.48 GiB"`."""
+    if count < 2**20:
+        return f"{count / 2**10:.1f} KiB"
+    return f"{count / 2**20:.2f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
 
 
 def block_of(layer: str) -> str:

@@ -53,7 +53,7 @@ def render(content: ReportContent) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(size=plots.megabytes, db=_decibels, percent=lambda share: f"{100 * share:.1f} %")
+    environment.filters.update(size=plots.readable_size, db=_decibels, percent=lambda share: f"{100 * share:.1f} %")
     inventory = content.inventory
     return environment.get_template(TEMPLATE).render(
         content=content,

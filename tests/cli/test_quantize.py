@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+import lobcq_fx
+from lobcq_fx.config import DEFAULT_EXCLUDE
+from tests.cli.conftest import Run
+from tests.cli.test_application import start
+
+
+def test_the_summary_agrees_with_the_float_model(quantized_llama: tuple[Path, dict[str, Any]], llama: Path) -> None:
+    folder, found = quantized_llama
+    model = LlamaForCausalLM.from_pretrained(llama)
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    packed = sum(layer.weight.numel() for name, layer in linear.items() if name != "lm_head")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert found["layers_quantized"] == len(linear) - 1 == 14
+    assert found["parameter_coverage"] == pytest.approx(packed / parameters)
+    assert found["mac_coverage"] == pytest.approx(packed / sum(layer.weight.numel() for layer in linear.values()))
+    assert found["float_bytes"] == 4 * parameters
+    assert found["bytes_on_disk"] == sum(file.stat().st_size for file in folder.iterdir())
+    # K = 172 is padded to 192; every tensor has an fp32 scale.
+    bits = sum(
+        4.5 * w.weight.shape[0] * -(-w.weight.shape[1] // 64) * 64 + 32 for n, w in linear.items() if n != "lm_head"
+    )
+    assert found["bits_per_scalar"] == pytest.approx(bits / packed)
+    assert found["packed_bytes"] == 4 * (parameters - packed) + bits / 8
+    assert {reason["reason"] for reason in found["left_in_float"]} >= {"excluded by pattern '*lm_head'"}
+
+
+def test_the_worst_layers_come_first_and_were_measured(quantized_llama: tuple[Path, dict[str, Any]]) -> None:
+    worst = quantized_llama[1]["worst_layers"]
+    least = [min(row["weight_sqnr_db"], row["activation_sqnr_db"]) for row in worst]
+    assert len(worst) == 5
+    assert least == sorted(least)
+    assert all(15 < value < 30 for value in least)
+
+
+def test_the_folder_loads_and_keeps_the_tokenizer(quantized_llama: tuple[Path, dict[str, Any]], llama: Path) -> None:
+    folder, _ = quantized_llama
+    text = "The cat sees a key."
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")["input_ids"]
+    assert torch.equal(ids, AutoTokenizer.from_pretrained(llama)(text, return_tensors="pt")["input_ids"])
+    expected = lobcq_fx.quantize(LlamaForCausalLM.from_pretrained(llama).eval())(input_ids=ids).logits
+    torch.testing.assert_close(lobcq_fx.load(folder)(input_ids=ids).logits, expected)
+
+
+def test_settings_reach_the_model(lobcq: Run, llama: Path, text_file: Path, tmp_path: Path) -> None:
+    found = lobcq.json(
+        "quantize", llama, "-o", tmp_path / "q", "--format", "4x32", "--include", "*.mlp.*", "--exclude", "*down_proj",
+        "--activation-scale", "static", "--calibrate", text_file, "--calibration-samples", 3,
+        "--calibration-length", 16, "--dtype", "bfloat16",
+    )  # fmt: skip
+    config = found["config"]
+    assert (config["format"], config["activation_scale"], config["include"]) == ("4x32", "static", ["*.mlp.*"])
+    assert config["exclude"] == [*DEFAULT_EXCLUDE, "*down_proj"]
+    assert found["layers_quantized"] == 4
+    model = lobcq_fx.load(tmp_path / "q")
+    assert model(input_ids=torch.tensor([[1, 5, 7]])).logits.dtype == torch.bfloat16
+    assert model.lobcq_config.to_dict() == config
+    reasons = {row["reason"]: len(row["layers"]) for row in found["left_in_float"]}
+    assert reasons["excluded by pattern '*down_proj'"] == 2
+    assert reasons["matched by no include pattern"] == 8
+
+
+def test_the_tables_people_see(lobcq: Run, llama: Path, tmp_path: Path) -> None:
+    result = lobcq("quantize", llama, "-o", tmp_path / "q", "--mode", "w4a16")
+    tables = ("W4A16, format 8x64", "14 of", "Parameters covered", "Multiply-adds covered", "Bits per", "On disk")
+    for words in (*tables, "Worst layers", "Left in float", f"lobcq eval {tmp_path / 'q'}\n"):
+        assert words in result.stdout, words
+    for step in ("Load model", "Trace the graph", "Encode weights", "14/14", "Save and verify"):
+        assert step in result.stderr, step
+
+
+def test_json_is_all_that_standard_output_holds(llama: Path, tmp_path: Path) -> None:
+    result = start("quantize", str(llama), "-o", str(tmp_path / "q"), "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["layers_quantized"] == 14
+    assert "Encode weights" in result.stderr
+
+
+def test_an_encoder_takes_what_its_tokenizer_returns(quantized_bert: Path) -> None:
+    inputs = AutoTokenizer.from_pretrained(quantized_bert)(
+        ["A dog", "The cat finds the key"], padding=True, return_tensors="pt"
+    )
+    assert lobcq_fx.load(quantized_bert)(**inputs).last_hidden_state.shape == (*inputs["input_ids"].shape, 64)
+
+
+def test_an_encoder_calibrates_on_lines(lobcq: Run, bert: Path, text_file: Path, tmp_path: Path) -> None:
+    arguments = ("--calibrate", text_file, "--calibration-samples", 4, "--activation-scale", "static")
+    found = lobcq.json("quantize", bert, "-o", tmp_path / "q", *arguments)
+    assert all(row["activation_sqnr_db"] is not None for row in found["worst_layers"])
+
+
+def test_an_existing_folder_is_kept_unless_told_otherwise(lobcq: Run, llama: Path, tmp_path: Path) -> None:
+    output = tmp_path / "q"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    message = lobcq.refused("quantize", llama, "-o", output, code=4)
+    assert "exists" in message
+    assert "--overwrite" in message
+    assert [file.name for file in output.iterdir()] == ["notes.txt"]
+    # Even --overwrite replaces a quantized model only, never someone's folder.
+    assert "holds something else" in lobcq.refused("quantize", llama, "-o", output, "--overwrite", code=4)
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def test_overwrite_replaces_a_quantized_model(
+    lobcq: Run, quantized_llama: tuple[Path, dict[str, Any]], llama: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "q"
+    shutil.copytree(quantized_llama[0], output)
+    lobcq("quantize", llama, "-o", output, "--overwrite", "--format", "16x32")
+    assert lobcq_fx.load(output).lobcq_config.format.name == "16x32"
+
+
+def test_places_that_cannot_be_written(
+    lobcq: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot create" in lobcq.refused("quantize", llama, "-o", tmp_path / "file" / "q", code=4)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert re.search(r"0 MiB free.*free some space", lobcq.refused("quantize", llama, "-o", tmp_path / "q", code=4))
+    assert not (tmp_path / "q").exists()
+
+
+def test_settings_that_cannot_be(lobcq: Run, llama: Path, tmp_path: Path) -> None:
+    output = ("-o", tmp_path / "q")
+    assert "pass --calibrate TEXT" in lobcq.refused("quantize", llama, *output, "--codebooks", "fitted", code=2)
+    assert "8x64" in lobcq.refused("quantize", llama, *output, "--format", "8by64", code=2)
+    assert "w4a16" in lobcq.refused("quantize", llama, *output, "--mode", "w4", code=2)
+    assert "did you mean 'universal'" in lobcq.refused("quantize", llama, *output, "--codebooks", "univrsal", code=2)
+    contradiction = ("--mode", "w4a16", "--activation-scale", "static")
+    assert "contradicts" in lobcq.refused("quantize", llama, *output, *contradiction, code=2)
+    assert "no/file.json" in lobcq.refused("quantize", llama, *output, "--codebooks", "no/file.json", code=2)
+    assert not (tmp_path / "q").exists()
+
+
+def test_folders_that_are_no_float_model(
+    lobcq: Run, llama: Path, quantized_llama: tuple[Path, dict[str, Any]], edited: Callable[..., Path], tmp_path: Path
+) -> None:
+    def refused(folder: object, *more: object) -> str:
+        return lobcq.refused("quantize", folder, "-o", tmp_path / "q", *more, code=3)
+
+    assert "there is no folder 'meta-llama/Llama-2-7b'" in refused("meta-llama/Llama-2-7b")
+    assert "no config.json" in refused(tmp_path)
+    assert "already quantized by 'gptq'" in refused(edited(llama, quantization_config={"quant_method": "gptq"}))
+    (tmp_path / "edited" / "config.json").write_text("{")
+    assert "cannot read config.json" in refused(tmp_path / "edited")
+    (tmp_path / "edited" / "config.json").write_text("[]")
+    assert "no JSON object" in refused(tmp_path / "edited")
+    loaded = lobcq("quantize", quantized_llama[0], "-o", tmp_path / "q", code=3)
+    assert "quantized already" in loaded.stderr
+
+
+def test_unsupported_architectures(lobcq: Run, llama: Path, edited: Callable[..., Path], tmp_path: Path) -> None:
+    folder = edited(llama, architectures=["BrandNewForCausalLM"], model_type="brand_new")
+    message = lobcq("quantize", folder, "-o", tmp_path / "q", code=3).stderr
+    assert "unsupported architecture BrandNewForCausalLM" in message
+    assert not (tmp_path / "q").exists()
+
+
+def test_missing_weights(lobcq: Run, llama: Path, edited: Callable[..., Path], tmp_path: Path) -> None:
+    folder = edited(llama, without=("*.safetensors",))
+    assert "cannot load" in lobcq("quantize", folder, "-o", tmp_path / "q", code=3).stderr
+
+
+def test_a_tokenizer_is_needed_only_for_text(
+    lobcq: Run, llama: Path, text_file: Path, edited: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = edited(llama, without=("tokenizer*", "special_tokens*"))
+    message = lobcq("quantize", folder, "-o", tmp_path / "q", "--calibrate", text_file, code=3).stderr
+    assert "has no tokenizer" in message
+    lobcq("quantize", folder, "-o", tmp_path / "q")
+    assert not list((tmp_path / "q").glob("tokenizer*"))
+
+
+def test_calibration_texts_that_cannot_be_used(lobcq: Run, llama: Path, tmp_path: Path) -> None:
+    def refused(file: Path) -> str:
+        return str(lobcq("quantize", llama, "-o", tmp_path / "q", "--calibrate", file, code=3).stderr)
+
+    file = tmp_path / "text.txt"
+    assert "cannot read" in refused(file)
+    file.write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in refused(file)
+    file.write_text(" \n")
+    assert "is empty" in refused(file)
+    file.write_text("a")
+    assert "too short" in refused(file)
