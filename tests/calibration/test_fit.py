@@ -46,7 +46,6 @@ def test_error_never_rises(source, init):
 def test_equals_the_fit_spelt_out_in_numpy():
     arrays = synthetic("laplace", (40, 64), seed=2)
     blocks = torch.cat(list(GridBlocks(arrays, SPEC))).double().numpy()
-    # Half the spread, so that no entry starts outside the data and no cluster is empty, which the naive fit lacks.
     start = random_codebooks(4, torch.Generator().manual_seed(3))
     expected, history = naive.fit(blocks, start.numpy(), iterations=6)
     fit = fit_codebooks(arrays, SPEC, init="random", seed=3, max_iterations=6, tolerance=0.0)
@@ -158,7 +157,7 @@ def test_arrays_of_zeros_do_not_count():
     arrays = synthetic("gaussian", (100, 64), seed=11)
     fit = fit_codebooks(torch.cat((arrays, torch.zeros((500, 64)))), SPEC)
     assert fit.num_blocks == 800
-    assert fit.mse_history == fit_codebooks(arrays, SPEC).mse_history or fit.mse_rounded > 0
+    assert same(fit, fit_codebooks(arrays, SPEC))
 
 
 def test_reports_each_pass():
