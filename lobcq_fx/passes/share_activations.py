@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+import lobcq_fx.ops  # noqa: F401  (registers the op that this pass matches)
 from lobcq_fx.passes.attributes import get_attribute
 from lobcq_fx.passes.infra import GraphPass
 

@@ -45,7 +45,7 @@ def trace_module(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[s
     inputs = widen_batch(inputs)
     with tracing(model), torch.no_grad():
         program = torch.export.export(
-            model, (), dict(inputs), dynamic_shapes=pytree.tree_map(_dynamic_dimensions, dict(inputs)), strict=False
+            model, (), dict(inputs), dynamic_shapes=_dynamic_shapes(names, inputs, model), strict=False
         )
     outputs = Structure(program.call_spec.out_spec)
     return TracedModel(*flatten_program(program, inputs, names, outputs))
@@ -128,6 +128,16 @@ def widen_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
         return dict(inputs)
     widened: dict[str, Any] = pytree.tree_map_only(Tensor, lambda t: t.repeat(2, *[1] * (t.dim() - 1)), dict(inputs))
     return widened
+
+
+def _dynamic_shapes(names: tuple[str, ...], inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Export's description of `inputs`: arguments that forward takes as **kwargs stand under that parameter's name."""
+    shapes: dict[str, Any] = pytree.tree_map(_dynamic_dimensions, dict(inputs))
+    rest = {name: shapes.pop(name) for name in inputs if name not in names}
+    if rest:
+        parameters = inspect.signature(model.forward).parameters.values()
+        shapes[next(p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD)] = rest
+    return shapes
 
 
 def _dynamic_dimensions(leaf: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+import lobcq_fx.ops  # noqa: F401  (registers the ops whose operands are checked)
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.format import Encoded, FormatSpec, check_codebooks
 from lobcq_fx.passes.attributes import delete_attribute, get_attribute, register_attribute

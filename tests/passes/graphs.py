@@ -1,0 +1,143 @@
+"""Small modules, their traced graphs, and what tests ask of a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+
+from lobcq_fx.config import LobcqConfig
+from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
+from lobcq_fx.passes.codebook_sets import CodebookSets
+from lobcq_fx.passes.infra import GraphPass, PassResult
+from lobcq_fx.passes.inventory import MatmulRecord
+from lobcq_fx.passes.matmuls import find_matmuls
+from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
+from lobcq_fx.passes.rewrite import Rewrite
+from lobcq_fx.passes.trace import trace_module
+
+aten = torch.ops.aten
+lobcq = torch.ops.lobcq
+
+
+class Function(nn.Module):
+    """A forward given as a function of the module and its input, over the parameters and modules given by name."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any], **members: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.function = forward
+        for name, member in members.items():
+            setattr(self, name, member)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def parameter(*shape: int, seed: int = 0) -> nn.Parameter:
+    return nn.Parameter(values(*shape, seed=seed))
+
+
+def values(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linear(n: int, k: int, bias: bool = True, seed: int = 0) -> nn.Linear:
+    torch.manual_seed(seed)
+    return nn.Linear(k, n, bias=bias)
+
+
+def graph_of(model: nn.Module, *args: Any) -> fx.GraphModule:
+    return trace_module(model.eval(), args or (values(2, 3, 64),)).graph_module
+
+
+def normalized(model: nn.Module, *args: Any) -> fx.GraphModule:
+    return NormalizeMatmuls()(graph_of(model, *args)).graph_module
+
+
+def rewritten(
+    graph_module: fx.GraphModule, config: LobcqConfig | None = None, release_from: nn.Module | None = None
+) -> tuple[PassResult, list[MatmulRecord]]:
+    config = config or LobcqConfig()
+    formats = {matmul.config.format for matmul in find_matmuls(graph_module, config)}
+    one = Rewrite(config, CodebookSets.universal(formats or {FormatSpec()}), release_from)
+    return one(graph_module), one.records
+
+
+def targets(graph_module: fx.GraphModule) -> list[Any]:
+    return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
+
+
+def nodes(graph_module: fx.GraphModule, target: Any) -> list[fx.Node]:
+    return [node for node in graph_module.graph.nodes if node.target is target]
+
+
+def names(graph_module: fx.GraphModule) -> set[str]:
+    return set(graph_module.state_dict())
+
+
+def run(graph_module: fx.GraphModule, *inputs: Tensor) -> Any:
+    with torch.no_grad():
+        outputs = graph_module(*inputs)
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def assert_unchanged(one: GraphPass, graph_module: fx.GraphModule) -> None:
+    """The pass does not fire: it says so, and the generated code stays what it was."""
+    before = graph_module.code
+    assert not one(graph_module).modified
+    graph_module.recompile()
+    assert graph_module.code == before
+
+
+def decoded(weight: Tensor, spec: FormatSpec | None = None) -> Tensor:
+    spec = spec or FormatSpec()
+    return decode(encode(weight.detach(), spec, universal_codebooks(spec.num_codebooks)))
+
+
+def fake_quantized(x: Tensor, spec: FormatSpec | None = None, scale: Tensor | None = None) -> Tensor:
+    """x through the format and back, with a scale for each token unless a static one is given."""
+    spec = spec or FormatSpec()
+    rows = x.reshape(-1, x.shape[-1])
+    scale = absmax_row_scale(rows) if scale is None else scale
+    return decode(encode(rows, spec, universal_codebooks(spec.num_codebooks), scale)).view(x.shape)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    spec: FormatSpec | None = None,
+    activations: bool = True,
+) -> Tensor:
+    """A linear layer in LO-BCQ by plain torch on the format."""
+    a = fake_quantized(x, spec) if activations else x
+    return nn.functional.linear(a, decoded(weight, spec), bias)
+
+
+def assert_metadata(graph_module: fx.GraphModule, *inputs: Tensor) -> None:
+    """Every node's metadata says what running the graph on `inputs` gives: shape, symbolic dimensions too, and dtype."""
+    sizes: dict[sympy.Symbol, int] = {}
+
+    class Check(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            with torch.no_grad():
+                actual = super().run_node(node)
+            if isinstance(actual, Tensor):
+                described = node.meta["val"]
+                if node.op == "placeholder":
+                    sizes.update(
+                        {s.node.expr: n for s, n in zip(described.shape, actual.shape, strict=True) if is_symbol(s)}
+                    )
+                expected = [int(s.node.expr.subs(sizes)) if hasattr(s, "node") else s for s in described.shape]
+                assert list(actual.shape) == expected, node.format_node()
+                assert actual.dtype == described.dtype, node.format_node()
+            return actual
+
+    Check(graph_module).run(*inputs)
+
+
+def is_symbol(size: Any) -> bool:
+    return hasattr(size, "node") and isinstance(size.node.expr, sympy.Symbol)
