@@ -7,15 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lobcq_fx.format.spec import BLOCK_SIZE, CODEBOOK_SIZE, ENTRY_MAX, GRID, GRID_MAX
-
-BUCKET = GRID // 2
-"""Midpoints of two entries are multiples of 8 grid steps, so the nearest entry is constant on (8(m-1), 8m]."""
-
-FIRST_BUCKET = -(ENTRY_MAX * GRID // BUCKET) - 1
-"""The bucket just below the lowest possible entry; every lower grid value behaves like it."""
-
-NUM_BUCKETS = -2 * FIRST_BUCKET
+from lobcq_fx.format.spec import BLOCK_SIZE, CODEBOOK_SIZE, GRID, GRID_MAX
 
 CHUNK = 1 << 18
 """Scalars coded at a time: bounds the working memory at about 30 MB whatever the input's size."""
@@ -23,27 +15,32 @@ CHUNK = 1 << 18
 
 @dataclass(frozen=True)
 class CodeTables:
-    """What `assign_codes` looks up, derived from one set of codebooks.
+    """What `assign_codes` looks up, derived from one set of codebooks; row q + GRID_MAX is of grid value q.
 
-    nearest: uint8 [N_c, NUM_BUCKETS], the nearest entry's index in each codebook, a tie to the lower index.
-    errors: fp64 [2 * GRID_MAX + 1, N_c], squared distance in grid steps from each grid value to the nearest entry.
-        Integers below 2**53, hence exactly summable in any order.
+    nearest: uint8 [2 * GRID_MAX + 1, N_c], the nearest entry's index in each codebook, a tie to the lower index.
+    costs: fp32 [2 * GRID_MAX + 1, N_c], `C * (8 * C - q)` of that entry C. It is `((q - 16 * C)**2 - q**2) / 32`, so a
+        block's least sum of costs is its least sum of squared distances; an integer of at most 17 bits, so that eight
+        of them add exactly in fp32.
     """
 
     nearest: Tensor
-    errors: Tensor
+    costs: Tensor
 
     @classmethod
     def of(cls, codebooks: Tensor) -> CodeTables:
         """Tables of `codebooks` int8 [N_c, 16], each row sorted ascending; on the same device."""
-        entries = codebooks.to(torch.int32) * GRID
-        upper = torch.arange(FIRST_BUCKET, FIRST_BUCKET + NUM_BUCKETS, device=codebooks.device) * BUCKET + BUCKET
-        distance = (upper.to(torch.int32).view(1, -1, 1) - entries.unsqueeze(1)).abs()  # [N_c, NUM_BUCKETS, 16]
-        # argmin returns the first of equal minima; the upper end of a bucket is where a tie can be.
-        nearest = distance.argmin(dim=-1).to(torch.uint8)
-        grid = torch.arange(-GRID_MAX, GRID_MAX + 1, device=codebooks.device, dtype=torch.int32)
-        chosen = entries.gather(1, nearest[:, _bucket_of(grid)].long())  # [N_c, grid]
-        return cls(nearest, (grid - chosen).double().square().t().contiguous())
+        entries = codebooks.to(torch.int32)
+        grid = torch.arange(-GRID_MAX, GRID_MAX + 1, device=codebooks.device, dtype=torch.int32).unsqueeze(-1)
+        # argmin returns the first of equal minima.
+        nearest = torch.stack([(grid - GRID * row).abs().argmin(dim=-1) for row in entries], dim=-1)
+        chosen = entries.t().gather(0, nearest)  # [grid, N_c]
+        return cls(nearest.to(torch.uint8), (chosen * (GRID // 2 * chosen - grid)).float())
+
+    @property
+    def errors(self) -> Tensor:
+        """fp64 [2 * GRID_MAX + 1, N_c]: squared distance in grid steps from each grid value to its nearest entry."""
+        grid = torch.arange(-GRID_MAX, GRID_MAX + 1, device=self.costs.device, dtype=torch.float64)
+        return 2 * GRID * self.costs.double() + grid.square().unsqueeze(-1)
 
 
 def to_grid(arrays: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
@@ -74,15 +71,13 @@ def assign_codes(grid: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
         codes uint8 [R, Kp] and selectors uint8 [R, Kp/8]. The selector is the codebook with the least sum of squared
         distances over the block, a tie to the lowest; the code its nearest entry, a tie to the lower index.
     """
-    num_codebooks = tables.nearest.shape[0]
-    blocks = grid.reshape(-1, BLOCK_SIZE)
+    num_codebooks = tables.nearest.shape[1]
+    rows = grid.reshape(-1, BLOCK_SIZE) + GRID_MAX
     if num_codebooks == 1:
-        selectors = torch.zeros(blocks.shape[0], dtype=torch.long, device=grid.device)
+        selectors = torch.zeros(rows.shape[0], dtype=torch.long, device=grid.device)
     else:
-        errors = torch.nn.functional.embedding_bag(blocks + GRID_MAX, tables.errors, mode="sum")
-        selectors = errors.argmin(dim=-1)
-    index = selectors.unsqueeze(-1) * NUM_BUCKETS + _bucket_of(blocks)
-    codes = tables.nearest.flatten().take(index)
+        selectors = torch.nn.functional.embedding_bag(rows, tables.costs, mode="sum").argmin(dim=-1)
+    codes = tables.nearest.flatten().take(rows * num_codebooks + selectors.unsqueeze(-1))
     return codes.view(grid.shape), selectors.to(torch.uint8).view(grid.shape[0], grid.shape[1] // BLOCK_SIZE)
 
 
@@ -90,8 +85,3 @@ def entries_of(codes: Tensor, selectors: Tensor, codebooks: Tensor) -> Tensor:
     """Look up codebook entries: codes uint8 [R, Kp], selectors uint8 [R, Kp/8] -> int8 [R, Kp]."""
     index = selectors.long().unsqueeze(-1) * CODEBOOK_SIZE + codes.view(*selectors.shape, BLOCK_SIZE)
     return codebooks.flatten().take(index).view(codes.shape)
-
-
-def _bucket_of(grid: Tensor) -> Tensor:
-    """Row of the nearest-entry table for each grid value (int64)."""
-    return (((grid - 1) >> 3).clamp(FIRST_BUCKET, FIRST_BUCKET + NUM_BUCKETS - 1) - FIRST_BUCKET).long()
