@@ -45,7 +45,9 @@ def evaluate(
         int | None, typer.Option(min=1, help="Tokens from one window to the next; default: half a window.")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Use only the start of the text.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows or sentences in one call.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Windows or sentences in one call; default: 1 window, 32 sentences.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Measure a float or a quantized model.
@@ -63,9 +65,9 @@ def evaluate(
     with ProgressBars() as progress:
         if folders[0].is_causal_lm:
             limits = Limits(window, stride, max_tokens)
-            result = _perplexities(folders, content, limits, batch_size, progress)
+            result = _perplexities(folders, content, limits, batch_size or 1, progress)
         else:
-            result = _similarity(folders, content, batch_size, progress)
+            result = _similarity(folders, content, batch_size or 32, progress)
     result = {"measure": "perplexity" if folders[0].is_causal_lm else "cosine", "text": source, **result}
     if json:
         print_json(result)

@@ -41,7 +41,7 @@ def check_output(
     free = shutil.disk_usage(path.parent).free
     if free < needed_bytes:
         raise OutputError(
-            f"{path.parent} has {free / 2**20:.0f} MiB free and {needed_bytes / 2**20:.0f} MiB are needed at least:"
+            f"{path.parent} has {free / 2**20:.1f} MiB free and at least {needed_bytes / 2**20:.1f} MiB are needed:"
             " free some space or write to another disk"
         )
 

@@ -81,7 +81,7 @@ def quantize(
     if json:
         print_json({"model": model, **result})
     else:
-        print_summary(quantized.inventory, result)
+        print_summary(quantized.inventory, result, model, causal=folder.is_causal_lm)
 
 
 def _check(config: LobcqConfig, folder: ModelFolder, output: Path, calibrate: Path | None, *, overwrite: bool) -> None:

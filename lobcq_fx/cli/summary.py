@@ -42,19 +42,19 @@ def summary(inventory: Inventory, config: LobcqConfig, output: Path, seconds: fl
     }
 
 
-def print_summary(inventory: Inventory, result: dict[str, Any]) -> None:
-    """The same, as tables on standard output."""
-    console = Console()
+def print_summary(inventory: Inventory, result: dict[str, Any], model: str, *, causal: bool) -> None:
+    """The same, as tables on standard output, and what to do next; `model` is the float model's folder."""
+    console = Console(highlight=False)
     console.print(_totals(inventory, result))
     if result["worst_layers"]:
         console.print(_worst(result))
     if result["left_in_float"]:
         console.print(_left_in_float(result))
-    where = escape(result["output"])
-    console.print(f"Saved to [bold]{where}[/]. Next:", soft_wrap=True)
-    for command in ("eval", "generate", "report"):
-        rest = {"generate": ' --prompt "..."', "report": " -o report.html"}.get(command, "")
-        console.print(f"  [cyan]lobcq {command} {where}{rest}[/]", soft_wrap=True, highlight=False)
+    where = result["output"]
+    more = [f'generate {where} --prompt "..."'] if causal else []
+    console.print(f"Saved to [bold]{escape(where)}[/]. Next:", soft_wrap=True)
+    for command in (f"eval {where} --against {model}", *more, f"report {where} -o report.html"):
+        console.print(f" [cyan]lobcq {escape(command)}[/]", soft_wrap=True)
 
 
 def _totals(inventory: Inventory, result: dict[str, Any]) -> Table:
@@ -73,7 +73,11 @@ def _totals(inventory: Inventory, result: dict[str, Any]) -> Table:
 
 
 def _worst(result: dict[str, Any]) -> Table:
-    table = Table(title="Worst layers, SQNR in dB", title_justify="left")
+    unmeasured = all(row["activation_sqnr_db"] is None for row in result["worst_layers"])
+    hint = (
+        "Activations are measured with --calibrate TEXT" if unmeasured and result["config"]["mode"] == "w4a4" else None
+    )
+    table = Table(title="Worst layers, SQNR in dB", title_justify="left", caption=hint, caption_justify="left")
     table.add_column("Layer", overflow="fold")
     table.add_column("Weights", justify="right")
     table.add_column("Activations", justify="right")

@@ -61,6 +61,7 @@ def render(content: ReportContent) -> str:
         bits=_bits(content),
         worst=worst_layers(inventory, 1),
         activations_measured=any(record.activation_sqnr_db is not None for record in inventory.quantized),
+        outside=parameters_outside_matmuls(inventory),
         reasons=left_alone_by_reason(inventory),
         settings=_settings(content.config.to_dict()),
         # Our own SVG: everything that came from outside was escaped while it was drawn.
@@ -82,6 +83,13 @@ def left_alone_by_reason(inventory: Inventory) -> dict[str, list[MatmulRecord]]:
     for record in inventory.left_alone:
         groups[record.reason or ""].append(record)
     return dict(sorted(groups.items(), key=lambda item: -sum(record.macs for record in item[1])))
+
+
+def parameters_outside_matmuls(inventory: Inventory) -> int:
+    """Scalars in parameters that no matmul reads as its weight: embedding tables, norms, biases."""
+    # A weight that serves several matmuls carries its bytes in the first record only.
+    in_matmuls = sum(record.macs for record in inventory.records if record.packed_bytes)
+    return max(0, inventory.model_parameters - in_matmuls)
 
 
 def _least_sqnr(record: MatmulRecord) -> float:

@@ -208,6 +208,12 @@ def test_order_of_worst_layers_and_reasons(content: ReportContent) -> None:
     assert [len(records) for records in reasons.values()] == [1, 2]
 
 
+def test_parameters_that_no_matmul_reads(content: ReportContent) -> None:
+    assert "take part in no matmul" not in Page(render(content)).text
+    bigger = replace(content, inventory=replace(content.inventory, model_parameters=4 * 64 * 128 + 256 * 64 + 49152))
+    assert "49,152 parameters (50.0 %: embedding tables, norms, biases)" in Page(render(bigger)).text
+
+
 def test_names_and_sizes() -> None:
     assert block_of("model.layers.3.mlp.up_proj") == "layers.3"
     assert block_of("h.11.attn") == "h.11"
