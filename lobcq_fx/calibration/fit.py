@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lobcq_fx.calibration.block_sums import block_sums
 from lobcq_fx.calibration.grid_blocks import GridBlocks
 from lobcq_fx.calibration.lloyd_max import NUM_BINS, lloyd_max, squared_errors
 from lobcq_fx.calibration.reservoir import Reservoir
@@ -155,7 +156,7 @@ def _assign(blocks: GridBlocks, errors: Tensor) -> _Clusters:
     for chunk in blocks:
         if chunk.shape[0] == 0:
             continue
-        per_codebook = torch.nn.functional.embedding_bag(chunk + GRID_MAX, errors, mode="sum")
+        per_codebook = block_sums(chunk + GRID_MAX, errors)
         least, cluster = per_codebook.min(dim=1)
         histograms += cluster_histograms(chunk, cluster, num_codebooks)
         num_blocks += chunk.shape[0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lobcq_fx.calibration.block_sums import block_sums
 from lobcq_fx.format.codes import CodeTables, to_grid
 from lobcq_fx.format.scales import absmax_tensor_scale, array_scales
 from lobcq_fx.format.spec import BLOCK_SIZE, GRID, GRID_MAX
@@ -56,7 +57,7 @@ class BlockErrors:
 
 def block_errors(index: Tensor, codebooks: Tensor) -> Tensor:
     """Squared error of blocks coded with each codebook: index int64 [n, 8], int8 [C, 16] -> fp64 [n, C]."""
-    return torch.nn.functional.embedding_bag(index, CodeTables.of(codebooks).errors, mode="sum")
+    return block_sums(index, CodeTables.of(codebooks).errors)
 
 
 def shortfall_db(noise: Tensor, targets: Tensor) -> Tensor:
