@@ -8,7 +8,14 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import Encoded, FormatSpec, encode, sqnr_db
-from lobcq_fx.passes.attributes import add_get_attr, delete_attribute, free_name, get_attribute, register_attribute
+from lobcq_fx.passes.attributes import (
+    add_get_attr,
+    delete_attribute,
+    free_name,
+    get_attribute,
+    has_attribute,
+    register_attribute,
+)
 from lobcq_fx.passes.matmuls import Matmul
 from lobcq_fx.passes.normalize_matmuls import is_transpose
 from lobcq_fx.passes.packed_weight import PARTS, PackedWeight
@@ -59,7 +66,8 @@ def pack_weight(
             owned.data = owned.data.new_empty(0)
     else:
         float_bytes = 0
-        name = free_name(graph_module, first.layer, "weight")
+        taken = has_attribute(graph_module, f"{first.layer}.weight")
+        name = free_name(graph_module, first.layer, "weight_packed" if taken else "weight")
     register_attribute(graph_module, name, PackedWeight(encoded))
     nodes = tuple(add_get_attr(graph_module, f"{name}.{part}") for part in PARTS)
     return Packed((*nodes, codebooks_node), float_bytes, encoded.nbytes, sqnr)

@@ -42,10 +42,14 @@ def trace_module(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[s
         TraceError: names the module, the source line and the remedy.
     """
     names, inputs = bind_arguments(model, args, kwargs or {})
+    for name in inputs:
+        if name not in names:  # torch.export takes no dynamic shapes for them
+            model_type = type(model).__name__
+            raise TraceError(f"{model_type}.forward takes {name!r} through **kwargs; wrap it in a module that names it")
     inputs = widen_batch(inputs)
     with tracing(model), torch.no_grad():
         program = torch.export.export(
-            model, (), dict(inputs), dynamic_shapes=_dynamic_shapes(names, inputs, model), strict=False
+            model, (), dict(inputs), dynamic_shapes=pytree.tree_map(_dynamic_dimensions, dict(inputs)), strict=False
         )
     outputs = Structure(program.call_spec.out_spec)
     return TracedModel(*flatten_program(program, inputs, names, outputs))
@@ -66,15 +70,20 @@ def plain_graph_module(program: ExportedProgram) -> fx.GraphModule:
     graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
     graph = graph_module.graph
-    for node in list(graph.nodes):
+    for node in reversed(graph.nodes):
+        unread = node.op == "get_attr" and not node.users
         guard = node.op == "call_module" and node.target == "_guards_fn"
-        if guard or node.target is aten._assert_tensor_metadata.default:
+        if unread or guard or node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
     graph.set_codegen(fx.graph.CodeGen())
     # A fresh module drops the exported one's hooks and its eval()/train() overrides.
     plain = fx.GraphModule(graph_module, graph, class_name="LobcqGraph")
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     for name, parameter in list(plain.named_parameters(remove_duplicate=False)):
         owner, _, last = name.rpartition(".")
+        if not any(name == target or name.startswith(f"{target}.") for target in read):
+            delattr(plain.get_submodule(owner), last)  # the other name of a tied weight, which would keep it alive
+            continue
         # The same memory, but parameters of its own: what happens to them does not happen to the model's.
         setattr(plain.get_submodule(owner), last, nn.Parameter(parameter.detach(), requires_grad=False))
     return plain
@@ -128,16 +137,6 @@ def widen_batch(inputs: Mapping[str, Any]) -> dict[str, Any]:
         return dict(inputs)
     widened: dict[str, Any] = pytree.tree_map_only(Tensor, lambda t: t.repeat(2, *[1] * (t.dim() - 1)), dict(inputs))
     return widened
-
-
-def _dynamic_shapes(names: tuple[str, ...], inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """Export's description of `inputs`: arguments that forward takes as **kwargs stand under that parameter's name."""
-    shapes: dict[str, Any] = pytree.tree_map(_dynamic_dimensions, dict(inputs))
-    rest = {name: shapes.pop(name) for name in inputs if name not in names}
-    if rest:
-        parameters = inspect.signature(model.forward).parameters.values()
-        shapes[next(p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD)] = rest
-    return shapes
 
 
 def _dynamic_dimensions(leaf: Any) -> Any:

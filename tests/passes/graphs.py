@@ -118,7 +118,7 @@ def reference(
 
 
 def assert_metadata(graph_module: fx.GraphModule, *inputs: Tensor) -> None:
-    """Every node's metadata says what running the graph on `inputs` gives: shape, symbolic dimensions too, and dtype."""
+    """Every node's metadata says what running the graph on `inputs` gives: dtype and shape, symbolic sizes too."""
     sizes: dict[sympy.Symbol, int] = {}
 
     class Check(fx.Interpreter):

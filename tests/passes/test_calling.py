@@ -110,7 +110,7 @@ def test_types_that_cannot_be_written_down_are_refused_when_saving():
 
     torch.utils._pytree.register_pytree_node(Own, lambda o: (list(o), None), lambda items, _: Own(items))
     structure = Structure(torch.utils._pytree.tree_structure(Own([1])))
-    with pytest.raises(TraceError, match="cannot be saved.*Remedy: return tuples, lists or dicts"):
+    with pytest.raises(TraceError, match=r"cannot be saved.*Remedy: return tuples, lists or dicts"):
         structure.to_json()
 
 

@@ -30,10 +30,12 @@ REFUSED = {
     ),
     "computed": (lambda m, x: x @ (m.w * 2), W, "matmul", PRODUCT),
     "computed for linear": (
-        lambda m, x: nn.functional.linear(x, m.w.t() * 2), W, "linear", "its weight is computed in the graph, not constant",
+        lambda m, x: nn.functional.linear(x, m.w.t() * 2), W, "linear",
+        "its weight is computed in the graph, not constant",
     ),
     "einsum": (
-        lambda m, x: torch.einsum("mk,kn->mn", x, m.w), W, "einsum", "einsum is not a supported form; write it as a matmul",
+        lambda m, x: torch.einsum("mk,kn->mn", x, m.w), W, "einsum",
+        "einsum is not a supported form; write it as a matmul",
     ),
     "convolution": (lambda m, x: m.c(x[:, None]), {"c": nn.Conv1d(1, 2, 3)}, "conv1d", CONVOLUTION),
 }  # fmt: skip

@@ -162,12 +162,19 @@ def test_examples_that_do_not_fit_are_refused():
         trace_module(linear(2, 2), (3,))
 
 
-def test_keyword_dictionaries_are_taken_apart():
+def test_arguments_through_keyword_dictionaries_are_refused():
     class Open(nn.Module):
         def forward(self, x, **more):
             return x + more["y"]
 
-    traced = trace_module(Open(), (values(2, 3),), {"y": values(2, 3)})
-    x = values(4, 3)
-    flat = traced.calling.flatten((x,), {"y": 2 * x})
-    assert torch.equal(traced.graph_module(*flat)[0], 3 * x)
+    with pytest.raises(TraceError, match=r"Open.forward takes 'y' through \*\*kwargs; wrap it"):
+        trace_module(Open(), (values(2, 3),), {"y": values(2, 3)})
+
+
+def test_a_tied_weight_has_one_name():
+    first, second = linear(64, 64, bias=False), linear(64, 64, bias=False)
+    second.weight = first.weight
+    graph_module = trace_module(nn.Sequential(first, second), (values(2, 64),)).graph_module
+    assert len(graph_module.state_dict()) == 1
+    (node,) = (node for node in graph_module.graph.nodes if node.op == "get_attr")
+    assert len(node.users) == 2
