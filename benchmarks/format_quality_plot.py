@@ -68,10 +68,8 @@ def _panel(axis: Axes, rows: list[dict[str, Any]], source: str) -> None:
         axis.plot(ends, bound, "--", color=MUTED, lw=1.3, label="rate-distortion bound (Gaussian)", zorder=2)
     default = next(row for row in ours if row["format"] == DEFAULT)
     point = (default["bits_per_scalar"], default["sqnr_db"][source])
-    axis.annotate(
-        f"8x64: {point[1]:.1f} dB\nat 4.5 bits", point, xytext=(10, -34), textcoords="offset points", ha="left",
-        fontsize=9, color=OURS, arrowprops={"arrowstyle": "-", "color": OURS, "lw": 0.8},
-    )  # fmt: skip
+    label = f"{point[1]:.1f} dB at 4.5 bits"
+    axis.annotate(label, point, xytext=(-2, 9), textcoords="offset points", ha="right", fontsize=9.5, color=OURS)
     axis.set_title(TITLES[source], loc="left", fontsize=11, color=INK)
     axis.set_xlim(4.08, 4.82)
     axis.grid(color=GRID, lw=0.8)
