@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lobcq_fx.format.spec import BLOCK_SIZE, CODEBOOK_SIZE, GRID, GRID_MAX
+from lobcq_fx.format.spec import ALLOWED_NUM_CODEBOOKS, BLOCK_SIZE, CODEBOOK_SIZE, GRID, GRID_MAX
 
-CHUNK = 1 << 18
-"""Scalars coded at a time: bounds the working memory at about 30 MB whatever the input's size."""
+CODEBOOK_LIMIT = max(ALLOWED_NUM_CODEBOOKS)
+
+CHUNK = 1 << 16
+"""Scalars coded at a time: bounds the working memory at a few MB whatever the input's size, which caches like too."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,11 @@ def assign_codes(grid: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     if num_codebooks == 1:
         selectors = torch.zeros(rows.shape[0], dtype=torch.long, device=grid.device)
     else:
-        selectors = torch.nn.functional.embedding_bag(rows, tables.costs, mode="sum").argmin(dim=-1)
+        costs = torch.nn.functional.embedding_bag(rows, tables.costs, mode="sum")
+        # The codebook's number in the four lowest bits: a tie goes to the lowest, and amin is faster than argmin. The
+        # result has at most 24 bits, so fp32 still holds it exactly.
+        ranked = costs * CODEBOOK_LIMIT + torch.arange(num_codebooks, device=grid.device)
+        selectors = ranked.amin(dim=-1).long() & (CODEBOOK_LIMIT - 1)
     codes = tables.nearest.flatten().take(rows * num_codebooks + selectors.unsqueeze(-1))
     return codes.view(grid.shape), selectors.to(torch.uint8).view(grid.shape[0], grid.shape[1] // BLOCK_SIZE)
 
