@@ -38,7 +38,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=9.5)
         figure.suptitle("4-bit formats: quality against size", x=0.055, ha="left", fontsize=14, fontweight="bold")
-        figure.text(0.055, 0.895, "round to nearest, one universal LO-BCQ codebook set; higher is better", color=MUTED)
+        figure.text(
+            0.055,
+            0.895,
+            "round to nearest; the same universal LO-BCQ codebooks for all three sources; higher is better",
+            color=MUTED,
+        )
         figure.subplots_adjust(left=0.055, right=0.985, top=0.80, bottom=0.245, wspace=0.06)
         figure.savefig(path, dpi=160, facecolor="white")
         plt.close(figure)

@@ -19,7 +19,6 @@ from lobcq_fx.calibration.grid_blocks import GridBlocks
 from lobcq_fx.calibration.lloyd_max import NUM_BINS, lloyd_max, squared_errors
 from lobcq_fx.calibration.reservoir import Reservoir
 from lobcq_fx.calibration.seeding import cluster_histograms, kmeans_plus_plus, random_codebooks
-from lobcq_fx.format.codes import CodeTables
 from lobcq_fx.format.spec import BLOCK_SIZE, CODEBOOK_SIZE, ENTRY_MAX, GRID, GRID_MAX, FormatSpec
 
 SEEDING_BLOCKS = 1 << 15
@@ -119,7 +118,7 @@ def fit_codebooks(
             break
         codebooks = lloyd_max(clusters.histograms, _revive_empty(codebooks, clusters))
     rounded = round_entries(codebooks)
-    mse_rounded = _assign(blocks, CodeTables.of(rounded).errors).mse
+    mse_rounded = _assign(blocks, squared_errors(rounded.double() * GRID)).mse
     return CodebookFit(rounded, tuple(history), mse_rounded, converged, clusters.num_blocks)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.calibration.block_sums import block_sums
-from lobcq_fx.format.codes import CodeTables, to_grid
+from lobcq_fx.calibration.lloyd_max import squared_errors
+from lobcq_fx.format.codes import to_grid
 from lobcq_fx.format.scales import absmax_tensor_scale, array_scales
 from lobcq_fx.format.spec import BLOCK_SIZE, GRID, GRID_MAX
 
@@ -57,7 +58,7 @@ class BlockErrors:
 
 def block_errors(index: Tensor, codebooks: Tensor) -> Tensor:
     """Squared error of blocks coded with each codebook: index int64 [n, 8], int8 [C, 16] -> fp64 [n, C]."""
-    return block_sums(index, CodeTables.of(codebooks).errors)
+    return block_sums(index, squared_errors(codebooks.double() * GRID))
 
 
 def shortfall_db(noise: Tensor, targets: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lobcq_fx.calibration.lloyd_max import NUM_BINS, companded_entries, lloyd_max, squared_errors
-from lobcq_fx.format.codes import CodeTables
+from lobcq_fx.format.codes import CodeTables, assign_codes
 from lobcq_fx.format.spec import GRID_MAX
 from tests.calibration import naive
 
@@ -23,10 +23,13 @@ def test_squared_errors_are_those_of_the_nearest_entry():
     np.testing.assert_allclose(squared_errors(codebooks).numpy(), expected.T, rtol=1e-12)
 
 
-def test_squared_errors_of_integer_codebooks_are_the_formats_own():
-    codebooks = torch.randint(-31, 32, (4, 16), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
+def test_squared_errors_of_integer_codebooks_are_those_of_the_formats_codes():
+    codebooks = torch.randint(-31, 32, (1, 16), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
     codebooks = codebooks.sort(dim=1).values
-    assert torch.equal(squared_errors(codebooks.double() * 16), CodeTables.of(codebooks).errors)
+    grid = torch.arange(-GRID_MAX, GRID_MAX + 2).int()  # one more, for a whole number of blocks
+    codes, _ = assign_codes(grid.clamp(max=GRID_MAX).view(1, -1), CodeTables.of(codebooks))
+    chosen = codebooks[0, codes[0, :-1].long()].double() * 16
+    assert torch.equal(squared_errors(codebooks.double() * 16)[:, 0], (grid[:-1] - chosen).square())
 
 
 @pytest.mark.parametrize("count", [30, 400, 5000])
