@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -40,6 +40,17 @@ class Encoded:
     def shape(self) -> tuple[int, int]:
         """(R, K) of the operand."""
         return self.codes.shape[0], self.columns
+
+    def rows(self, start: int, stop: int) -> Encoded:
+        """Rows start to stop, as views."""
+        part = slice(start, stop)
+        return replace(
+            self,
+            codes=self.codes[part],
+            selectors=self.selectors[part],
+            scales=self.scales[part],
+            tensor_scale=self.tensor_scale[part] if self.tensor_scale.dim() else self.tensor_scale,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -88,12 +99,17 @@ def decode(encoded: Encoded) -> Tensor:
 
 def scaled_entries(encoded: Encoded) -> Tensor:
     """Entry times block-array scale, fp32 [R, K]: exact, and exact in fp16 too (at most 9 significant bits)."""
-    spec = encoded.spec
-    codes = unpack_codes(encoded.codes)
-    selectors = unpack_selectors(encoded.selectors, spec.selector_bits, codes.shape[1] // BLOCK_SIZE)
-    entries = entries_of(codes, selectors, encoded.codebooks).view(*encoded.scales.shape, spec.array_size)
-    values = entries.float() * encoded.scales.float().unsqueeze(-1)
-    return values.flatten(1)[:, : encoded.columns]
+    rows, columns = encoded.shape
+    values = torch.empty((rows, columns), device=encoded.codes.device)
+    step = max(1, CHUNK // max(1, encoded.spec.padded_columns(columns)))
+    for start in range(0, rows, step):
+        part = encoded.rows(start, start + step)
+        codes = unpack_codes(part.codes)
+        selectors = unpack_selectors(part.selectors, part.spec.selector_bits, codes.shape[1] // BLOCK_SIZE)
+        entries = entries_of(codes, selectors, part.codebooks).view(*part.scales.shape, part.spec.array_size)
+        scaled = entries.float() * part.scales.float().unsqueeze(-1)
+        values[start : start + step] = scaled.flatten(1)[:, :columns]
+    return values
 
 
 def check_codebooks(codebooks: Tensor, spec: FormatSpec) -> None:

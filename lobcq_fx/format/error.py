@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -26,20 +25,7 @@ def sqnr_db(x: Tensor, encoded: Encoded) -> float:
     for start in range(0, x.shape[0], step):
         part = x[start : start + step].double()
         signal += float(part.square().sum())
-        noise += float((part - decode(rows_of(encoded, start, start + step))).square().sum())
+        noise += float((part - decode(encoded.rows(start, start + step))).square().sum())
     if signal == 0:
         return math.nan
     return math.inf if noise == 0 else 10 * math.log10(signal / noise)
-
-
-def rows_of(encoded: Encoded, start: int, stop: int) -> Encoded:
-    """Rows start to stop of an encoded operand, as views."""
-    rows = slice(start, stop)
-    scale = encoded.tensor_scale if encoded.tensor_scale.dim() == 0 else encoded.tensor_scale[rows]
-    return replace(
-        encoded,
-        codes=encoded.codes[rows],
-        selectors=encoded.selectors[rows],
-        scales=encoded.scales[rows],
-        tensor_scale=scale,
-    )

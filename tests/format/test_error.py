@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, sqnr_db, universal_codebooks
-from lobcq_fx.format.error import rows_of
+from lobcq_fx.format.encoded import rows_of
 from tests.format.cases import matrix
 
 SPEC = FormatSpec(8, 64)
@@ -59,7 +59,7 @@ def test_rows_are_views():
     x = torch.from_numpy(matrix("normal", 6, 100, seed=0))
     for scale in (None, absmax_row_scale(x)):
         encoded = coded(x, scale)
-        part = rows_of(encoded, 2, 5)
+        part = encoded.rows(2, 5)
         assert part.shape == (3, 100)
         assert torch.equal(decode(part), decode(encoded)[2:5])
         assert part.codes.data_ptr() == encoded.codes[2].data_ptr()
