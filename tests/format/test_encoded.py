@@ -240,3 +240,12 @@ class TestEncoded:
         x = torch.from_numpy(matrix("mixed magnitudes", 16, 256, seed=3))
         values = scaled_entries(encode(x, FormatSpec(16, 16), int8(codebooks_of(4, 16)), absmax_row_scale(x)))
         assert torch.equal(values.half().float(), values)
+
+    def test_rows_are_views(self):
+        x = torch.from_numpy(matrix("normal", 6, 100, seed=0))
+        for scale in (None, torch.tensor(1.0), absmax_row_scale(x)):
+            encoded = encode(x, FormatSpec(8, 64), universal_codebooks(8), scale)
+            part = encoded.rows(2, 5)
+            assert part.shape == (3, 100)
+            assert torch.equal(decode(part), decode(encoded)[2:5])
+            assert part.codes.data_ptr() == encoded.codes[2].data_ptr()

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, sqnr_db, universal_codebooks
-from lobcq_fx.format.encoded import rows_of
 from tests.format.cases import matrix
 
 SPEC = FormatSpec(8, 64)
@@ -53,13 +52,3 @@ def test_eight_codebooks_and_64_on_a_gaussian():
     """Within 3.1 dB of what no code of 4.5 bits a scalar can pass, 20 log10(2^4.5) = 27.1 dB."""
     x = torch.randn(256, 1024, generator=torch.Generator().manual_seed(1))
     assert 24 < sqnr_db(x, coded(x)) < 27.1
-
-
-def test_rows_are_views():
-    x = torch.from_numpy(matrix("normal", 6, 100, seed=0))
-    for scale in (None, absmax_row_scale(x)):
-        encoded = coded(x, scale)
-        part = encoded.rows(2, 5)
-        assert part.shape == (3, 100)
-        assert torch.equal(decode(part), decode(encoded)[2:5])
-        assert part.codes.data_ptr() == encoded.codes[2].data_ptr()
