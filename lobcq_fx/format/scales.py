@@ -25,8 +25,7 @@ def absmax_tensor_scale(x: Tensor) -> Tensor:
     """The weight rule: one scale for all of x. Returns fp32 []; 1 for an empty tensor."""
     if x.numel() == 0:
         return torch.ones((), device=x.device)
-    least, largest = torch.aminmax(x)  # without the copy that abs() makes
-    return tensor_scale_of_absmax(torch.maximum(-least, largest).float())
+    return tensor_scale_of_absmax(torch.maximum(x.amax(), -x.amin()).float())
 
 
 def absmax_row_scale(x: Tensor) -> Tensor:
@@ -59,8 +58,8 @@ def _absmax(x: Tensor) -> Tensor:
     """Largest magnitude along the last dimension in fp32, NaN if there is one; 0 where that dimension is empty."""
     if x.shape[-1] == 0:
         return torch.zeros(x.shape[:-1], device=x.device)
-    # Not torch.linalg.vector_norm(ord=inf): it is twenty times slower. A maximum is exact in the operand's own dtype.
-    return x.abs().amax(dim=-1).float()
+    # Without the copy that abs() makes, and far faster than vector_norm(ord=inf). Exact in the operand's own dtype.
+    return torch.maximum(x.amax(dim=-1), -x.amin(dim=-1)).float()
 
 
 def _divide(x: Tensor, divisor: float) -> Tensor:
