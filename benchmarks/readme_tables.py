@@ -1,0 +1,96 @@
+"""Put the measured results into README.md, between its markers.
+
+    python benchmarks/readme_tables.py           # rewrite README.md
+    python benchmarks/readme_tables.py --check   # exit with 1 if it differs
+
+Reads benchmarks/results/*.json, which the other benchmarks write; so no figure in the README is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+
+
+def main() -> None:
+    """Rewrite or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    before = README.read_text(encoding="utf-8")
+    after = filled(before)
+    if not arguments.check:
+        README.write_text(after, encoding="utf-8")
+    elif before != after:
+        sys.exit("README.md does not show the results in benchmarks/results: run python benchmarks/readme_tables.py")
+
+
+def filled(text: str) -> str:
+    """The page with every `<!-- name -->` ... `<!-- /name -->` section replaced by its table."""
+    for name, table in (("perplexity", perplexity()), ("minilm", minilm()), ("sqnr", sqnr())):
+        section = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
+        replacement = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
+        text, count = section.subn(lambda _, new=replacement: new, text)
+        if count != 1:
+            sys.exit(f"README.md has {count} sections between <!-- {name} --> and <!-- /{name} -->, not one")
+    return text
+
+
+def perplexity() -> str:
+    """Three language models in fp32, W4A16 and W4A4."""
+    rows = [
+        [
+            row["model"],
+            row["text"],
+            f"{row['parameter_coverage']:.0%}",
+            *(f"{row[mode]:.2f}" for mode in ("fp32", "w4a16", "w4a4")),
+        ]
+        for row in results("perplexity")["rows"]
+    ]
+    return table(["model", "text", "parameters quantized", "fp32", "W4A16", "W4A4"], rows)
+
+
+def minilm() -> str:
+    """all-MiniLM-L6-v2 beside other formats."""
+    rows = [
+        [row["format"], f"{row['bits_per_scalar']:g}", row["operands"], f"{row['mean_cosine']:.4f}"]
+        for row in results("minilm_similarity")["rows"]
+    ]
+    return table(["format", "bits a scalar", "weights / activations", "mean cosine"], rows)
+
+
+def sqnr() -> str:
+    """Synthetic sources, every format."""
+    rows = [
+        [
+            row["format"],
+            f"{row['bits_per_scalar']:.3f}",
+            *(f"{row['sqnr_db'][source]:.1f}" for source in ("gaussian", "laplace", "student-t4")),
+            row["computed_by"],
+        ]
+        for row in results("format_quality")["formats"]
+    ]
+    return table(["format", "bits a scalar", "Gaussian", "Laplace", "Student-t (4)", "computed by"], rows)
+
+
+def results(name: str) -> dict[str, Any]:
+    """What a benchmark wrote."""
+    loaded: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
