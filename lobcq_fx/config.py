@@ -135,9 +135,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def _format_of(value: FormatSpec | str) -> FormatSpec:
     if isinstance(value, FormatSpec):
         return value
+    if not isinstance(value, str):
+        raise ConfigError(f"format={value!r}: pass a FormatSpec or its name, for example '8x64'")
     try:
         return FormatSpec.from_name(value)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ConfigError(str(error)) from None
 
 

@@ -51,6 +51,7 @@ class QuantizedModel(nn.Module):
         # State dicts carry the float model's names: `model.norm.weight`, `...q_proj.weight.codes`.
         self.register_state_dict_post_hook(_strip_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
+        graph_module.eval()
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

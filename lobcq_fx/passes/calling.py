@@ -25,6 +25,9 @@ class Structure:
     def __init__(self, spec: pytree.TreeSpec) -> None:
         self.spec = spec
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Structure:
+        return self  # never changed, and pytree warns when its own types are copied
+
     def unflatten(self, leaves: Sequence[Any]) -> Any:
         """Put leaves back into the structure."""
         return pytree.tree_unflatten(leaves, self.spec)

@@ -85,8 +85,8 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     for name, tensor in _read_tensors(directory, graph).items():
         is_parameter = name in parameters and tensor.is_floating_point()
         register_attribute(module, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
-    restore_packed_weights(module, graph)
     graph_module = fx.GraphModule(module, graph, class_name="LobcqGraph")
+    restore_packed_weights(graph_module, graph)  # after the line above, which copies tensors but no modules
     return Checkpoint(graph_module, calling, lobcq_config, inventory, config or None)
 
 
@@ -127,7 +127,7 @@ def _graph(model: QuantizedModel) -> dict[str, Any]:
     graph_module = model.graph_module
     return {
         "calling": model.calling.to_dict(),
-        "parameters": [name for name, _ in graph_module.named_parameters(remove_duplicate=False)],
+        "parameters": sorted(name for name, _ in graph_module.named_parameters(remove_duplicate=False)),
         "nodes": graph_to_json(graph_module.graph),
     }
 

@@ -84,9 +84,10 @@ def test_arithmetic_on_sizes(function):
 
 TARGETS = [
     "os.system", "torch.load", "builtins.eval", "builtins.exec", "operator.attrgetter", "operator.methodcaller",
-    "torch.ops.load_library", "ops.aten.from_file.default", "ops.aten.save.default", "ops.mkldnn._linear_pointwise.default",
-    "ops.aten.__class__.default", "ops.aten.relu", "ops.aten.relu.nothing", "ops.aten.nothing.default", "ops..relu.default",
-    "ops.aten.relu.default.redispatch", "ops.aten.relu.__init__", "ops.aten.relu.overloads", "", "ops", None, 3,
+    "torch.ops.load_library", "ops.aten.from_file.default", "ops.aten.save.default", "ops.aten.__class__.default",
+    "ops.mkldnn._linear_pointwise.default", "ops.aten.relu", "ops.aten.relu.nothing", "ops.aten.nothing.default",
+    "ops..relu.default", "ops.aten.relu.default.redispatch", "ops.aten.relu.__init__", "ops.aten.relu.overloads",
+    "", "ops", None, 3,
 ]  # fmt: skip
 
 
@@ -98,12 +99,12 @@ def test_targets_outside_the_allowed_operators_are_refused(target):
 
 @pytest.mark.parametrize("op", ["call_module", "call_method", "root", "", None])
 def test_node_kinds_that_could_run_anything_are_refused(op):
-    with pytest.raises(CheckpointError, match="the kind .* not allowed"):
+    with pytest.raises(CheckpointError, match=r"the kind .* not allowed"):
         graph_from_json([INPUT, node(op, "x", args=[X])])
 
 
 CODE = "__import__('pathlib').Path(PLACE).touch()"
-# FX writes these texts into the source of `forward`: each one would run when the graph is compiled.
+# FX writes these texts into the source of `forward`: the first and the last would run without more ado.
 INJECTIONS = {
     "default of an input": lambda code: [node("placeholder", f"y={code}", name="y")],
     "input that is a keyword": lambda code: [node("placeholder", "lambda", name="y")],
@@ -122,7 +123,7 @@ def test_names_never_become_code(case, tmp_path):
         *INJECTIONS[case](CODE.replace("PLACE", repr(str(place)))),
         node("output", "output", [[X]], name="o"),
     ]
-    with pytest.raises(CheckpointError, match="which is no (Python|attribute) name"):
+    with pytest.raises(CheckpointError, match=r"which is no (Python|attribute) name"):
         fx.GraphModule(torch.nn.Module(), graph_from_json(nodes))
     assert not place.exists()
 
@@ -133,7 +134,7 @@ def test_strings_among_the_arguments_stay_strings(tmp_path):
     call = {**node(args=[X, text, {"dict": [[text, text]]}]), "name": text}  # FX replaces what no name may hold
     graph_module = fx.GraphModule(torch.nn.Module(), graph_from_json([INPUT, call]))
     assert "touch" in graph_module.code
-    with pytest.raises(TypeError, match="relu"):
+    with pytest.raises(RuntimeError, match="relu"):
         graph_module(values(2))
     assert not place.exists()
 
