@@ -6,11 +6,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := demo-output
+TEXT := lobcq_fx/assets/default_model/heldout.txt
 
 .PHONY: demo test lint unit clean
 
 demo: $(VENV)/.installed
-	$(BIN)/lobcq quantize default -o $(OUT)/default-8x64 --calibrate default
+	@# The text only measures the activations here: universal codebooks and per-token scales need no calibration.
+	$(BIN)/lobcq quantize default -o $(OUT)/default-8x64 --calibrate $(TEXT) --overwrite
 	$(BIN)/lobcq eval $(OUT)/default-8x64 --against default
 	$(BIN)/lobcq generate $(OUT)/default-8x64 --prompt "def __init__(self, " --max-new-tokens 40
 	$(BIN)/lobcq report $(OUT)/default-8x64 -o $(OUT)/report.html
