@@ -9,7 +9,6 @@ from lobcq_fx.format import Encoded, FormatSpec, decode, matmul
 from lobcq_fx.ops.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION
 
 
-@torch.library.impl(LINEAR, "CompositeExplicitAutograd")
 def linear(
     codes: Tensor,
     selectors: Tensor,
@@ -56,7 +55,6 @@ def linear(
     return matmul(a, w, bias).to(dtype).view(*leading, w_codes.shape[0])
 
 
-@torch.library.impl(LINEAR_FLOAT_ACTIVATION, "CompositeExplicitAutograd")
 def linear_float_activation(
     x: Tensor,
     w_codes: Tensor,
@@ -71,6 +69,11 @@ def linear_float_activation(
     w = _weight(w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, x.shape[-1], array_size)
     out = torch.nn.functional.linear(x.float(), decode(w), None if bias is None else bias.float())
     return out.to(x.dtype)
+
+
+# As decorators these calls would replace the functions by None.
+torch.library.impl(LINEAR, "CompositeExplicitAutograd", linear)
+torch.library.impl(LINEAR_FLOAT_ACTIVATION, "CompositeExplicitAutograd", linear_float_activation)
 
 
 @torch.library.register_fake(LINEAR)
