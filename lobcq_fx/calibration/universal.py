@@ -1,7 +1,7 @@
 """Fits the universal codebooks shipped with the format: `python -m lobcq_fx.calibration.universal`.
 
 One set for each N_c serves weights and activations and every array size. It is fitted to seeded synthetic data, so
-anyone can reproduce the data file, in about 9 minutes on one core. A fit to the mixture of all sources ends in local
+anyone can reproduce the data file, in about 7 minutes on one core. A fit to the mixture of all sources ends in local
 optima that serve one source at another's cost; so the codebooks of many fits, to each source and to mixtures, go into a
 pool, from which the set is chosen that loses least on the source it serves worst, and then refined.
 """
