@@ -19,6 +19,7 @@ from lobcq_fx.calibration.grid_blocks import GridBlocks
 from lobcq_fx.calibration.lloyd_max import NUM_BINS, lloyd_max, squared_errors
 from lobcq_fx.calibration.reservoir import Reservoir
 from lobcq_fx.calibration.seeding import cluster_histograms, kmeans_plus_plus, random_codebooks
+from lobcq_fx.calibration.single_thread import single_thread
 from lobcq_fx.format.spec import BLOCK_SIZE, CODEBOOK_SIZE, ENTRY_MAX, GRID, GRID_MAX, FormatSpec
 
 SEEDING_BLOCKS = 1 << 15
@@ -155,14 +156,15 @@ def _assign(blocks: GridBlocks, errors: Tensor) -> _Clusters:
     for chunk in blocks:
         if chunk.shape[0] == 0:
             continue
-        per_codebook = block_sums(chunk + GRID_MAX, errors)
-        least, cluster = per_codebook.min(dim=1)
-        histograms += cluster_histograms(chunk, cluster, num_codebooks)
+        with single_thread():
+            least, cluster = block_sums(chunk.int() + GRID_MAX, errors).min(dim=1)
+            histograms += cluster_histograms(chunk, cluster, num_codebooks)
+            position = int(least.argmax())
         num_blocks += chunk.shape[0]
-        position = int(least.argmax())
         if float(least[position]) > largest:
             worst, worst_cluster, largest = chunk[position].long(), int(cluster[position]), float(least[position])
-    squared_error = float((histograms.double() * errors.t()).sum())
+    with single_thread():
+        squared_error = float((histograms.double() * errors.t()).sum())
     return _Clusters(histograms, squared_error, worst, worst_cluster, num_blocks)
 
 

@@ -20,7 +20,7 @@ CACHE_SCALARS = 1 << 26
 
 
 class GridBlocks:
-    """The normalised blocks of a source of block arrays: iterable any number of times, int32 [n, 8] a chunk.
+    """The normalised blocks of a source of block arrays: iterable any number of times, int16 [n, 8] a chunk.
 
     All-zero arrays are left out: their scale is 0, so no codebook can change what they decode to.
     """
@@ -57,7 +57,7 @@ class GridBlocks:
 
     def __iter__(self) -> Iterator[Tensor]:
         if self._cache is not None:
-            yield from (blocks.int() for blocks in self._cache)
+            yield from self._cache
             return
         kept: list[Tensor] | None = []
         kept_scalars = 0
@@ -67,7 +67,7 @@ class GridBlocks:
             if kept_scalars > self._cache_scalars:
                 kept = None
             if kept is not None:
-                kept.append(blocks.short())
+                kept.append(blocks)
             yield blocks
         self._cache = kept
 
@@ -75,7 +75,7 @@ class GridBlocks:
         scales = array_scales(arrays, self._tensor_scale)
         used = scales.float() > 0
         arrays, scales = arrays[used].unsqueeze(0), scales[used].unsqueeze(0)
-        return to_grid(arrays, scales, self._tensor_scale).view(-1, BLOCK_SIZE)
+        return to_grid(arrays, scales, self._tensor_scale).view(-1, BLOCK_SIZE).short()
 
     def _chunks(self) -> Iterator[Tensor]:
         """The source as fp32 [n, L_A] on the CPU, at most CHUNK_SCALARS each."""

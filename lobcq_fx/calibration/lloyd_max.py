@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lobcq_fx.calibration.single_thread import single_thread
 from lobcq_fx.format.spec import CODEBOOK_SIZE, GRID_MAX
 
 NUM_BINS = 2 * GRID_MAX + 1
@@ -20,6 +21,7 @@ SETTLED = 1e-3
 """Grid steps (1/16 of a unit): Lloyd-Max stops once no entry moves further than this."""
 
 
+@single_thread()
 def squared_errors(codebooks: Tensor) -> Tensor:
     """Squared distance from each grid value to its nearest entry.
 
@@ -34,6 +36,7 @@ def squared_errors(codebooks: Tensor) -> Tensor:
     return (grid - codebooks.gather(1, nearest)).square().t().contiguous()
 
 
+@single_thread()
 def lloyd_max(histograms: Tensor, codebooks: Tensor) -> Tensor:
     """Improve each codebook for its own histogram until it settles; the squared error never rises.
 

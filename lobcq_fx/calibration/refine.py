@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.calibration.noise import BlockErrors, block_errors, shortfall_db
+from lobcq_fx.calibration.single_thread import single_thread
 from lobcq_fx.format.spec import CODEBOOK_SIZE, ENTRY_MAX
 
 LEAST_GAIN_DB = 1e-4
 """A move must gain this much, so that the search ends."""
 
 
+@single_thread()
 def refine_codebooks(codebooks: Tensor, operands: Sequence[Tensor], targets: Sequence[float] | None = None) -> Tensor:
     """Move single entries by one step as long as that lowers the noise.
 
