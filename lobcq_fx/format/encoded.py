@@ -65,8 +65,8 @@ def encode(x: Tensor, spec: FormatSpec, codebooks: Tensor, tensor_scale: Tensor 
         x: [R, K], fp32, bf16 or fp16 (converted to fp32 first).
         spec: the configuration.
         codebooks: int8 [N_c, 16], each row sorted ascending in [-31, 31].
-        tensor_scale: None for the weight rule (absmax(x) / 13888); or fp32, a scalar (a static scale) or [R, 1]
-            (one a row, see `absmax_row_scale`).
+        tensor_scale: None for the weight rule (absmax(x) / 13888); or fp32, positive, a scalar (a static scale) or
+            [R, 1] (one a row, see `absmax_row_scale`).
 
     Returns:
         The packed operand. Where a tensor scale is given (an activation), NaN or infinity in x marks its block array

@@ -61,9 +61,8 @@ class CausalLMCall(CallingConvention):
         if mask is None:
             mask = torch.ones((batch, length + query), dtype=torch.long, device=ids.device)
         if mask.dim() != 2 or mask.shape[1] != length + query:
-            raise CallError(
-                f"attention_mask has shape {tuple(mask.shape)}: pass [{batch}, {length + query}], cached tokens included"
-            )
+            wanted = f"[{batch}, {length + query}], cached tokens included"
+            raise CallError(f"attention_mask has shape {list(mask.shape)}: pass {wanted}")
         values = {
             "input_ids": ids,
             "attention_mask": mask,

@@ -177,9 +177,8 @@ def _made_up_inputs(model: PreTrainedModel) -> dict[str, Any]:
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
         return {"pixel_values": torch.zeros(BATCH, config.num_channels, *size, device=device, dtype=model.dtype)}
     if model.main_input_name != "input_ids":
-        raise TraceError(
-            f"cannot make up an example for {type(model).__name__}, whose input is {model.main_input_name!r}; pass example_inputs"
-        )
+        name, wanted = type(model).__name__, model.main_input_name
+        raise TraceError(f"cannot make up an example for {name}, whose input is {wanted!r}: pass example_inputs")
     ids = torch.arange(BATCH * PAST, device=device).view(BATCH, PAST) % 7
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(config, "type_vocab_size", 0) and "token_type_ids" in inspect.signature(model.forward).parameters:

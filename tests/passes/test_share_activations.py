@@ -85,3 +85,26 @@ def test_static_scales_of_different_values_stay_apart():
     graph_module.k.activation_scale *= 2
     graph_module.v.activation_scale *= 3
     assert_unchanged(ShareActivations(), graph_module)
+
+
+def written_between(m, x):
+    y = x * 1
+    first = m.q(y)
+    y.view(-1, 4)[1].mul_(3)
+    return first + m.k(y) * m.v(y)
+
+
+def test_a_write_between_two_readers_keeps_them_apart():
+    graph_module = graph(function=written_between)
+    x = values(2, 3, 64)
+    expected = run(graph_module, x)
+    assert ShareActivations()(graph_module).modified  # k and v, which both read after the write
+    assert len(nodes(graph_module, QUANTIZE)) == 2
+    assert torch.equal(run(graph_module, x), expected)
+    assert_unchanged(ShareActivations(), graph_module)
+
+
+def test_a_write_elsewhere_does_not():
+    graph_module = graph(function=lambda m, x: torch.relu_(m.q(x)) + m.k(x) * m.v(x))
+    assert ShareActivations()(graph_module).modified
+    assert len(nodes(graph_module, QUANTIZE)) == 1
