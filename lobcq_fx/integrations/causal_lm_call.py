@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import modeling_outputs
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils import ModelOutput
 
 from lobcq_fx.errors import CallError
 from lobcq_fx.passes.calling import CallingConvention
@@ -26,6 +27,8 @@ PARAMETERS = (
     "return_dict",
 )
 """What a quantized causal LM's forward understands, in the order Hugging Face models take their first ones."""
+
+CACHE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,16 @@ class CausalLMCall(CallingConvention):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CausalLMCall:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: a dtype or an output class that no traced model has.
+        """
+        if values["cache_dtype"] not in CACHE_DTYPES:
+            raise ValueError(f"cache_dtype is {values['cache_dtype']!r}; it may be {', '.join(CACHE_DTYPES)}")
+        output = getattr(modeling_outputs, values["output_type"], None)
+        if not (isinstance(output, type) and issubclass(output, ModelOutput)):
+            raise ValueError(f"output_type is {values['output_type']!r}, no output class of transformers")
         settings = {key: value for key, value in values.items() if key != "kind"}
         settings["inputs"] = tuple(settings["inputs"])
         settings["cache_heads"] = tuple((heads, key, value) for heads, key, value in settings["cache_heads"])

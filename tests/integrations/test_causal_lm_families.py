@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lobcq_fx
+from lobcq_fx.integrations.causal_lm_call import CausalLMCall
 from tests.families import CAUSAL_LMS, VOCABULARY, causal_lm, fake_quantized, quantized_layers
 
 LENGTH = 11
@@ -94,3 +95,11 @@ def test_output_type_and_defaults_are_the_model_s(pair):
     torch.testing.assert_close(
         labelled.loss, torch.nn.functional.cross_entropy(actual.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     )
+
+
+@pytest.mark.parametrize(("field", "value"), [("cache_dtype", "load"), ("output_type", "annotations")])
+def test_a_damaged_calling_convention_is_refused(pair, field, value):
+    values = pair[1].calling.to_dict()
+    assert CausalLMCall.from_dict(values) == pair[1].calling
+    with pytest.raises(ValueError, match=field):
+        CausalLMCall.from_dict({**values, field: value})
