@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import LobcqError
+from lobcq_fx.kernels.bind import bind_cpu_core
 from lobcq_fx.passes.calling import CallingConvention
 from lobcq_fx.passes.inventory import Inventory
 from lobcq_fx.passes.retarget_device import RetargetDevice
@@ -44,6 +45,7 @@ class QuantizedModel(nn.Module):
     def _assemble(
         self, graph_module: fx.GraphModule, calling: CallingConvention, lobcq_config: LobcqConfig, inventory: Inventory
     ) -> None:
+        bind_cpu_core()
         self.graph_module = graph_module
         self.calling = calling
         self.lobcq_config = lobcq_config

@@ -1,0 +1,263 @@
+// The C interface: checks every argument, then runs the work over rows or panels.
+#include "lobcq.h"
+
+#include <atomic>
+
+#include "encode.h"
+#include "fp_mode.h"
+#include "linear.h"
+#include "pack.h"
+
+namespace lobcq {
+namespace {
+
+constexpr int64_t kMaxSize = int64_t{1} << 40;  // rows * columns: keeps every byte count far from overflow
+
+bool aligned(const void* p, uintptr_t to) { return p && reinterpret_cast<uintptr_t>(p) % to == 0; }
+
+bool valid_shape(int64_t rows, int64_t columns) {
+    return rows >= 0 && columns >= 0 && rows <= kMaxSize && columns <= kMaxSize &&
+           (columns == 0 || rows <= kMaxSize / columns);
+}
+
+bool valid_matrix(const lobcq_matrix* m) {
+    if (!m || !valid_shape(m->rows, m->columns) || m->row_stride < m->columns || m->row_stride > kMaxSize) return false;
+    if (m->dtype != LOBCQ_FP32 && m->dtype != LOBCQ_BF16 && m->dtype != LOBCQ_FP16) return false;
+    return m->rows == 0 || m->columns == 0 || aligned(m->data, m->dtype == LOBCQ_FP32 ? 4 : 2);
+}
+
+bool valid_format(int32_t num_codebooks, int32_t array_size) {
+    return valid_num_codebooks(num_codebooks) && valid_array_size(array_size);
+}
+
+bool valid_tables(const void* tables) {
+    return aligned(tables, kAlign) && static_cast<const Tables*>(tables)->magic == kTablesMagic;
+}
+
+const Tables& as_tables(const void* tables) { return *static_cast<const Tables*>(tables); }
+
+int32_t check_packed(const lobcq_packed* p, bool with_tensor_scale) {
+    if (!p) return LOBCQ_INVALID_ARGUMENT;
+    if (!valid_format(p->num_codebooks, p->array_size)) return LOBCQ_INVALID_FORMAT;
+    if (!valid_shape(p->rows, p->columns)) return LOBCQ_INVALID_ARGUMENT;
+    if (with_tensor_scale && p->rows > 0) {
+        if (p->num_tensor_scales != 1 && p->num_tensor_scales != p->rows) return LOBCQ_INVALID_ARGUMENT;
+        if (!aligned(p->tensor_scale, 4)) return LOBCQ_INVALID_ARGUMENT;
+    }
+    const bool empty = p->rows == 0 || p->columns == 0;
+    const bool complete = p->codes && p->scales && (p->selectors || p->num_codebooks == 1);
+    return empty || complete ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
+}
+
+int32_t check_weight(const lobcq_weight* w) {
+    if (!w) return LOBCQ_INVALID_ARGUMENT;
+    if (!valid_format(w->num_codebooks, w->array_size)) return LOBCQ_INVALID_FORMAT;
+    return valid_shape(w->rows, w->columns) && aligned(w->data, kAlign) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
+}
+
+int32_t check_activation(const lobcq_activation* a) {
+    if (!a || (a->kind != LOBCQ_ENCODED && a->kind != LOBCQ_FLOAT)) return LOBCQ_INVALID_ARGUMENT;
+    if (!valid_array_size(a->array_size)) return LOBCQ_INVALID_FORMAT;
+    return valid_shape(a->rows, a->columns) && aligned(a->data, kAlign) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
+}
+
+template <class A, class B>
+bool same_shape(const A& a, const B& b) {
+    return a.rows == b.rows && a.columns == b.columns;
+}
+
+int planes_of(int32_t kind) { return kind == LOBCQ_FLOAT ? isa().planes : 1; }
+
+ActivationView view(const lobcq_activation& a) {
+    return ActivationView(a.data, a.rows, a.columns, a.array_size, planes_of(a.kind));
+}
+
+// Runs body(begin, end) over [0, n).
+template <class Body>
+int32_t run(int64_t n, int64_t grain, lobcq_parallel_for parallel, const Body& body) {
+    const auto task = [](int64_t begin, int64_t end, void* context) {
+        const IeeeMode mode;
+        (*static_cast<const Body*>(context))(begin, end);
+    };
+    void* context = const_cast<Body*>(&body);
+    if (parallel && n > grain) return parallel(0, n, grain, task, context) == 0 ? LOBCQ_OK : LOBCQ_PARALLEL_FAILED;
+    if (n > 0) task(0, n, context);
+    return LOBCQ_OK;
+}
+
+// Rows of this many columns that are worth a thread.
+int64_t row_grain(int64_t columns) { return ceil_div(1 << 14, columns + 1); }
+
+bool finite_value(const lobcq_matrix& x, int64_t row, int64_t column) {
+    const auto* base = static_cast<const uint8_t*>(x.data);
+    lobcq_matrix one = x;
+    one.data = const_cast<uint8_t*>(base + (row * x.row_stride + column) * (x.dtype == LOBCQ_FP32 ? 4 : 2));
+    one.rows = one.columns = 1;
+    return absmax_of_rows(one, 0, 1) < kInfBits;
+}
+
+}  // namespace
+}  // namespace lobcq
+
+using namespace lobcq;
+
+extern "C" {
+
+int32_t lobcq_abi_version(void) { return LOBCQ_ABI_VERSION; }
+
+const char* lobcq_isa(void) { return isa().name; }
+
+const char* lobcq_status_text(int32_t status) {
+    switch (status) {
+        case LOBCQ_OK: return "success";
+        case LOBCQ_INVALID_ARGUMENT: return "an argument is null, misaligned or inconsistent with another";
+        case LOBCQ_INVALID_FORMAT: return "num_codebooks must be 1, 2, 4, 8 or 16 and array_size 16, 32, 64 or 128";
+        case LOBCQ_INVALID_CODEBOOKS: return "codebook entries must lie in [-31, 31], each codebook sorted ascending";
+        case LOBCQ_CORRUPT_DATA: return "the packed bytes are corrupt: a scale or selector that no encoder writes";
+        case LOBCQ_NOT_FINITE: return "a value is NaN or infinite";
+        case LOBCQ_PARALLEL_FAILED: return "the caller's parallel_for reported an error";
+        default: return "unknown status";
+    }
+}
+
+int64_t lobcq_tables_bytes(void) { return sizeof(Tables); }
+
+int32_t lobcq_tables_init(const int8_t* codebooks, int32_t num_codebooks, void* tables) {
+    if (!codebooks || !aligned(tables, kAlign)) return LOBCQ_INVALID_ARGUMENT;
+    if (!valid_num_codebooks(num_codebooks)) return LOBCQ_INVALID_FORMAT;
+    for (int i = 0; i < num_codebooks * kCodebookSize; ++i) {
+        if (codebooks[i] < -kEntryMax || codebooks[i] > kEntryMax) return LOBCQ_INVALID_CODEBOOKS;
+        if (i % kCodebookSize && codebooks[i] < codebooks[i - 1]) return LOBCQ_INVALID_CODEBOOKS;
+    }
+    make_tables(codebooks, num_codebooks, static_cast<Tables*>(tables));
+    return LOBCQ_OK;
+}
+
+int32_t lobcq_tensor_scale(const lobcq_matrix* x, float* tensor_scale, int64_t bad[2]) {
+    if (!valid_matrix(x) || !tensor_scale || !bad) return LOBCQ_INVALID_ARGUMENT;
+    const IeeeMode mode;
+    uint32_t most = 0;
+    for (int64_t row = 0; row < x->rows; ++row) {
+        const uint32_t bits = absmax_of_rows(*x, row, row + 1);
+        most = bits > most ? bits : most;
+        if (bits < kInfBits) continue;
+        bad[0] = row;
+        for (bad[1] = 0; finite_value(*x, row, bad[1]);) ++bad[1];
+        return LOBCQ_NOT_FINITE;
+    }
+    *tensor_scale = tensor_scale_of(most);
+    return LOBCQ_OK;
+}
+
+int32_t lobcq_encode(const void* tables, const lobcq_matrix* x, int32_t scale_rule, lobcq_packed* out,
+                     lobcq_parallel_for parallel) {
+    if (!valid_tables(tables) || !valid_matrix(x)) return LOBCQ_INVALID_ARGUMENT;
+    if (scale_rule < LOBCQ_SHARED_SCALE || scale_rule > LOBCQ_ABSMAX_SCALES) return LOBCQ_INVALID_ARGUMENT;
+    if (const int32_t status = check_packed(out, true)) return status;
+    if (!same_shape(*x, *out) || out->num_codebooks != as_tables(tables).num_codebooks) return LOBCQ_INVALID_ARGUMENT;
+    const int64_t scales = scale_rule == LOBCQ_SHARED_SCALE ? 1 : out->rows;
+    if (out->num_tensor_scales != scales) return LOBCQ_INVALID_ARGUMENT;
+    return run(x->rows, row_grain(x->columns), parallel, [&](int64_t begin, int64_t end) {
+        encode_packed(as_tables(tables), *x, scale_rule, *out, begin, end);
+    });
+}
+
+int32_t lobcq_decode(const void* tables, const lobcq_packed* packed, lobcq_matrix* out, lobcq_parallel_for parallel) {
+    if (!valid_tables(tables) || !valid_matrix(out) || out->dtype != LOBCQ_FP32) return LOBCQ_INVALID_ARGUMENT;
+    if (const int32_t status = check_packed(packed, true)) return status;
+    if (!same_shape(*packed, *out)) return LOBCQ_INVALID_ARGUMENT;
+    if (packed->num_codebooks != as_tables(tables).num_codebooks) return LOBCQ_INVALID_ARGUMENT;
+    return run(out->rows, row_grain(out->columns), parallel, [&](int64_t begin, int64_t end) {
+        decode_packed(as_tables(tables), *packed, *out, begin, end);
+    });
+}
+
+int64_t lobcq_weight_bytes(int64_t rows, int64_t columns, int32_t num_codebooks, int32_t array_size) {
+    if (!valid_format(num_codebooks, array_size) || !valid_shape(rows, columns)) return -1;
+    return WeightView(nullptr, rows, columns, num_codebooks, array_size).bytes;
+}
+
+int32_t lobcq_weight_pack(const lobcq_packed* packed, lobcq_weight* weight, lobcq_parallel_for parallel) {
+    if (const int32_t status = check_packed(packed, false)) return status;
+    if (const int32_t status = check_weight(weight)) return status;
+    if (!same_shape(*packed, *weight) || packed->num_codebooks != weight->num_codebooks ||
+        packed->array_size != weight->array_size)
+        return LOBCQ_INVALID_ARGUMENT;
+    const WeightView w(*weight);
+    std::atomic<bool> intact{true};
+    const int32_t status = run(w.panels, 1, parallel, [&](int64_t begin, int64_t end) {
+        if (!pack_weight(*packed, w, begin, end)) intact = false;
+    });
+    return status == LOBCQ_OK && !intact ? LOBCQ_CORRUPT_DATA : status;
+}
+
+int32_t lobcq_weight_unpack(const lobcq_weight* weight, lobcq_packed* packed, lobcq_parallel_for parallel) {
+    if (const int32_t status = check_packed(packed, false)) return status;
+    if (const int32_t status = check_weight(weight)) return status;
+    if (!same_shape(*packed, *weight) || packed->num_codebooks != weight->num_codebooks ||
+        packed->array_size != weight->array_size)
+        return LOBCQ_INVALID_ARGUMENT;
+    const WeightView w(*weight);
+    return run(w.panels, 1, parallel,
+               [&](int64_t begin, int64_t end) { unpack_weight(w, *packed, begin, end); });
+}
+
+int64_t lobcq_activation_bytes(int64_t rows, int64_t columns, int32_t array_size, int32_t kind) {
+    if (!valid_array_size(array_size) || !valid_shape(rows, columns)) return -1;
+    if (kind != LOBCQ_ENCODED && kind != LOBCQ_FLOAT) return -1;
+    return ActivationView(nullptr, rows, columns, array_size, planes_of(kind)).bytes;
+}
+
+int32_t lobcq_activation_encode(const void* tables, const lobcq_matrix* x, int32_t scale_rule,
+                                const float* tensor_scale, lobcq_activation* activation, lobcq_parallel_for parallel) {
+    if (!valid_tables(tables) || !valid_matrix(x)) return LOBCQ_INVALID_ARGUMENT;
+    if (scale_rule < LOBCQ_SHARED_SCALE || scale_rule > LOBCQ_ABSMAX_SCALES) return LOBCQ_INVALID_ARGUMENT;
+    if (scale_rule != LOBCQ_ABSMAX_SCALES && x->rows > 0 && !aligned(tensor_scale, 4)) return LOBCQ_INVALID_ARGUMENT;
+    if (const int32_t status = check_activation(activation)) return status;
+    if (!same_shape(*x, *activation) || activation->kind != LOBCQ_ENCODED) return LOBCQ_INVALID_ARGUMENT;
+    const ActivationView a = view(*activation);
+    return run(x->rows, row_grain(x->columns), parallel, [&](int64_t begin, int64_t end) {
+        encode_activation(as_tables(tables), *x, scale_rule, tensor_scale, a, begin, end);
+    });
+}
+
+int32_t lobcq_activation_load(const void* tables, const lobcq_packed* packed, lobcq_activation* activation,
+                              lobcq_parallel_for parallel) {
+    if (!valid_tables(tables)) return LOBCQ_INVALID_ARGUMENT;
+    if (const int32_t status = check_packed(packed, true)) return status;
+    if (const int32_t status = check_activation(activation)) return status;
+    if (!same_shape(*packed, *activation) || packed->array_size != activation->array_size ||
+        packed->num_codebooks != as_tables(tables).num_codebooks || activation->kind != LOBCQ_ENCODED)
+        return LOBCQ_INVALID_ARGUMENT;
+    const ActivationView a = view(*activation);
+    return run(packed->rows, row_grain(packed->columns), parallel, [&](int64_t begin, int64_t end) {
+        load_activation(as_tables(tables), *packed, a, begin, end);
+    });
+}
+
+int32_t lobcq_activation_split(const lobcq_matrix* x, lobcq_activation* activation, lobcq_parallel_for parallel) {
+    if (!valid_matrix(x)) return LOBCQ_INVALID_ARGUMENT;
+    if (const int32_t status = check_activation(activation)) return status;
+    if (!same_shape(*x, *activation) || activation->kind != LOBCQ_FLOAT) return LOBCQ_INVALID_ARGUMENT;
+    const ActivationView a = view(*activation);
+    return run(x->rows, row_grain(x->columns), parallel,
+               [&](int64_t begin, int64_t end) { split_activation(*x, a, begin, end); });
+}
+
+int32_t lobcq_linear(const void* tables, const lobcq_weight* weight, float weight_scale,
+                     const lobcq_activation* activation, const float* bias, lobcq_matrix* out,
+                     lobcq_parallel_for parallel) {
+    if (!valid_tables(tables) || !valid_matrix(out) || (bias && !aligned(bias, 4))) return LOBCQ_INVALID_ARGUMENT;
+    if (const int32_t status = check_weight(weight)) return status;
+    if (const int32_t status = check_activation(activation)) return status;
+    if (weight->columns != activation->columns || weight->array_size != activation->array_size ||
+        weight->num_codebooks != as_tables(tables).num_codebooks || out->rows != activation->rows ||
+        out->columns != weight->rows)
+        return LOBCQ_INVALID_ARGUMENT;
+    const Linear linear{as_tables(tables), WeightView(*weight), view(*activation), weight_scale, bias, *out};
+    if (linear.tasks() == 0) return LOBCQ_OK;
+    return run(linear.tasks(), linear.grain(), parallel,
+               [&](int64_t begin, int64_t end) { linear.run(begin, end); });
+}
+
+}  // extern "C"

@@ -1,0 +1,30 @@
+#if defined(__x86_64__)
+#include <cmath>
+#include <cstring>
+
+#include "avx2.h"
+#include "loops.h"
+
+namespace lobcq {
+
+// Digits of 6 bits: products with digits up to 32 in magnitude stay within 16 bits where those of 8 bits would not.
+const Isa kAvx2 = {
+    .name = "avx2",
+    .planes = 4,
+    .load = load_row,
+    .absmax = absmax_rows,
+    .array_scales = array_scales,
+    .encode = avx2::encode,
+    .entries = avx2::entries,
+    .correct = avx2::correct,
+    .split = split_arrays<4, 6>,
+    .fused_rows = avx2::kFusedRows,
+    .fused = avx2::fused,
+    .decode = avx2::decode,
+    .multiply = avx2::multiply,
+    .finish = finish_row,
+};
+
+}  // namespace lobcq
+
+#endif

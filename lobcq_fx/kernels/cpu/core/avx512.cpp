@@ -1,0 +1,29 @@
+#if defined(__x86_64__)
+#include <cmath>
+#include <cstring>
+
+#include "avx512.h"
+#include "loops.h"
+
+namespace lobcq {
+
+const Isa kAvx512 = {
+    .name = "avx512",
+    .planes = 3,
+    .load = load_row,
+    .absmax = absmax_rows,
+    .array_scales = array_scales,
+    .encode = avx512::encode,
+    .entries = avx512::entries,
+    .correct = correct_arrays,
+    .split = split_arrays<3, 8>,
+    .fused_rows = avx512::kFusedRows,
+    .fused = avx512::fused,
+    .decode = avx512::decode,
+    .multiply = avx512::multiply,
+    .finish = finish_row,
+};
+
+}  // namespace lobcq
+
+#endif

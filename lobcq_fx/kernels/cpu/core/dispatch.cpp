@@ -1,0 +1,48 @@
+// Chooses the instruction set, once per process.
+#include <atomic>
+#include <cstdlib>
+
+#include "isa.h"
+
+namespace lobcq {
+namespace {
+
+#if defined(__x86_64__)
+bool runs_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+bool runs_avx512() {
+    return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+const Isa* choose() {
+    const char* wanted = std::getenv("LOBCQ_CPU_ISA");
+#if defined(__x86_64__)
+    const Isa* usable[] = {runs_avx512() ? &kAvx512 : nullptr, runs_avx2() ? &kAvx2 : nullptr, &kPortable};
+#else
+    const Isa* usable[] = {&kPortable};
+#endif
+    const Isa* best = nullptr;
+    for (const Isa* candidate : usable) {
+        if (!candidate) continue;
+        if (wanted && std::strcmp(wanted, candidate->name) == 0) return candidate;
+        if (!best) best = candidate;
+    }
+    return best;
+}
+
+}  // namespace
+
+const Isa& isa() {
+    // Two threads that come first together choose the same.
+    static std::atomic<const Isa*> chosen{nullptr};
+    const Isa* known = chosen.load(std::memory_order_relaxed);
+    if (!known) chosen.store(known = choose(), std::memory_order_relaxed);
+    return *known;
+}
+
+}  // namespace lobcq

@@ -1,0 +1,212 @@
+#include "encode.h"
+
+#include <cmath>
+
+#include "isa.h"
+#include "packed_row.h"
+
+namespace lobcq {
+namespace {
+
+constexpr int64_t kSlab = 1024;  // columns in work at a time: 4 KiB of floats, in L1 with the tables
+constexpr int64_t kSlabArrays = kSlab / 16;
+
+const void* element(const lobcq_matrix& x, int64_t row, int64_t column) {
+    const int64_t size = x.dtype == LOBCQ_FP32 ? 4 : 2;
+    return static_cast<const uint8_t*>(x.data) + (row * x.row_stride + column) * size;
+}
+
+// A slab of one row on its way: floats, their block-array scales, then codes.
+struct Slab {
+    alignas(64) float x[kSlab];
+    alignas(64) uint8_t codes[kSlab];
+    alignas(64) uint8_t selectors[kSlab / kBlock];
+    uint8_t scales[kSlabArrays];
+    uint32_t absmax[kSlabArrays];
+    float divisors[kSlabArrays];
+
+    // Columns [column, ...) of a row, zeros behind its end. Returns how many columns there are.
+    int64_t load(const lobcq_matrix& m, int64_t row, int64_t column) {
+        const int64_t n = m.columns - column < kSlab ? m.columns - column : kSlab;
+        isa().load(element(m, row, column), m.dtype, n, x);
+        for (int64_t i = n; i < round_up(n, kGroup); ++i) x[i] = 0.0f;
+        return n;
+    }
+
+    void encode(const Tables& t, int64_t columns, int array_size, float tensor_scale);
+};
+
+void Slab::encode(const Tables& t, int64_t columns, int array_size, float tensor_scale) {
+    const int64_t groups = ceil_div(columns, kGroup), arrays = groups * (kGroup / array_size);
+    isa().absmax(x, arrays, array_size, absmax);
+    isa().array_scales(absmax, arrays, tensor_scale, scales, divisors);
+    alignas(64) float spread[kSlabArrays];  // a divisor for each 16 scalars
+    bool wide = false;
+    for (int64_t g = 0; g < arrays; ++g) {
+        if (scales[g] == kScaleNaN) std::memset(x + g * array_size, 0, static_cast<size_t>(array_size) * sizeof(float));
+        else wide |= !(as_float(absmax[g]) <= kNarrow * divisors[g]);
+        for (int i = 0; i < array_size / 16; ++i) spread[g * (array_size / 16) + i] = divisors[g];
+    }
+    (wide ? kPortable : isa()).encode(t, x, spread, groups, codes, selectors);
+}
+
+uint32_t absmax_of_row(const lobcq_matrix& m, int64_t row) {
+    Slab slab;
+    uint32_t most = 0;
+    for (int64_t column = 0; column < m.columns; column += kSlab) {
+        const int64_t n = slab.load(m, row, column), arrays = ceil_div(n, kGroup);
+        isa().absmax(slab.x, arrays, kGroup, slab.absmax);
+        for (int64_t i = 0; i < arrays; ++i) most = slab.absmax[i] > most ? slab.absmax[i] : most;
+    }
+    return most;
+}
+
+float row_scale(const lobcq_matrix& x, int32_t rule, const float* given, int64_t row) {
+    if (rule == LOBCQ_SHARED_SCALE) return given[0];
+    const uint32_t absmax = absmax_of_row(x, row);
+    if (rule == LOBCQ_ABSMAX_SCALES || absmax >= kInfBits) return tensor_scale_of(absmax);
+    return given[row];
+}
+
+// Encodes one row slab by slab and hands each to sink(slab, column, columns).
+template <class Sink>
+void encode_row(const Tables& t, const lobcq_matrix& x, int64_t row, int array_size, float scale, Sink sink) {
+    Slab slab;
+    for (int64_t column = 0; column < x.columns; column += kSlab) {
+        const int64_t n = slab.load(x, row, column);
+        slab.encode(t, n, array_size, scale);
+        sink(slab, column, n);
+    }
+}
+
+// Codes and scales of a slab into an activation's row; positions from `columns` on hold zeros already.
+void store_entries(const Tables& t, const Slab& slab, const ActivationView& a, int64_t row, int64_t column,
+                   int64_t columns) {
+    alignas(64) int8_t entries[kSlab];
+    isa().entries(t, slab.codes, slab.selectors, ceil_div(columns, kGroup), entries);
+    std::memcpy(a.entries_at(row) + column, entries, static_cast<size_t>(columns));
+    const int64_t first = column / a.array_size;
+    for (int64_t g = 0; g < ceil_div(columns, a.array_size); ++g)
+        a.scales_at(row)[first + g] = e4m3_value(slab.scales[g]);
+}
+
+void clear_padding(const ActivationView& a, int64_t row) {
+    std::memset(a.entries_at(row) + a.columns, 0, static_cast<size_t>(a.stride - a.columns));
+    for (int64_t g = ceil_div(a.columns, a.array_size); g < a.arrays; ++g) a.scales_at(row)[g] = 0.0f;
+}
+
+}  // namespace
+
+float tensor_scale_of(uint32_t absmax_bits) {
+    if (absmax_bits == 0) return 1.0f;
+    return absmax_bits < kInfBits ? as_float(absmax_bits) / kTensorScaleDivisor : NAN;
+}
+
+uint32_t absmax_of_rows(const lobcq_matrix& x, int64_t begin, int64_t end) {
+    uint32_t most = 0;
+    for (int64_t row = begin; row < end; ++row) {
+        const uint32_t bits = absmax_of_row(x, row);
+        most = bits > most ? bits : most;
+    }
+    return most;
+}
+
+void encode_packed(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, const lobcq_packed& out, int64_t begin,
+                   int64_t end) {
+    const PackedRow bytes(x.columns, t.num_codebooks, out.array_size);
+    const int bits = selector_bits(t.num_codebooks);
+    for (int64_t row = begin; row < end; ++row) {
+        const float scale = row_scale(x, scale_rule, out.tensor_scale, row);
+        if (scale_rule != LOBCQ_SHARED_SCALE) out.tensor_scale[row] = scale;
+        encode_row(t, x, row, out.array_size, scale, [&](const Slab& slab, int64_t column, int64_t columns) {
+            const int64_t padded = round_up(columns, out.array_size);
+            pack_codes(slab.codes, padded, out.codes + row * bytes.codes + column / 2);
+            pack_selectors(slab.selectors, padded / kBlock, bits,
+                           out.selectors + row * bytes.selectors + column / kBlock * bits / 8);
+            std::memcpy(out.scales + row * bytes.scales + column / out.array_size, slab.scales,
+                        static_cast<size_t>(padded / out.array_size));
+        });
+    }
+}
+
+void encode_activation(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, const float* tensor_scale,
+                       const ActivationView& a, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+        clear_padding(a, row);
+        a.row_scales[row] = row_scale(x, scale_rule, tensor_scale, row);
+        encode_row(t, x, row, a.array_size, a.row_scales[row], [&](const Slab& slab, int64_t column, int64_t columns) {
+            store_entries(t, slab, a, row, column, columns);
+        });
+        isa().correct(a.entries_at(row), a.arrays, a.array_size, a.corrections_at(row));
+    }
+}
+
+void load_activation(const Tables& t, const lobcq_packed& packed, const ActivationView& a, int64_t begin,
+                     int64_t end) {
+    const PackedRow bytes(packed.columns, t.num_codebooks, packed.array_size);
+    const int bits = selector_bits(t.num_codebooks);
+    Slab slab;
+    for (int64_t row = begin; row < end; ++row) {
+        clear_padding(a, row);
+        a.row_scales[row] = packed.tensor_scale[packed.num_tensor_scales == 1 ? 0 : row];
+        for (int64_t column = 0; column < packed.columns; column += kSlab) {
+            const int64_t left = packed.columns - column, n = left < kSlab ? left : kSlab;
+            const int64_t padded = round_up(n, packed.array_size);
+            unpack_codes(packed.codes + row * bytes.codes + column / 2, padded, slab.codes);
+            unpack_selectors(packed.selectors + row * bytes.selectors + column / kBlock * bits / 8, padded / kBlock,
+                             bits, slab.selectors);
+            std::memset(slab.codes + padded, 0, static_cast<size_t>(kSlab - padded));
+            std::memset(slab.selectors + padded / kBlock, 0, static_cast<size_t>((kSlab - padded) / kBlock));
+            std::memcpy(slab.scales, packed.scales + row * bytes.scales + column / packed.array_size,
+                        static_cast<size_t>(padded / packed.array_size));
+            store_entries(t, slab, a, row, column, n);
+        }
+        isa().correct(a.entries_at(row), a.arrays, a.array_size, a.corrections_at(row));
+    }
+}
+
+void split_activation(const lobcq_matrix& x, const ActivationView& a, int64_t begin, int64_t end) {
+    Slab slab;
+    for (int64_t row = begin; row < end; ++row) {
+        const int64_t first_plane = row * a.planes;
+        for (int p = 0; p < a.planes; ++p) clear_padding(a, first_plane + p);
+        const uint32_t absmax = absmax_of_row(x, row);
+        // A power of two near the row's largest magnitude, so that no scale over- or underflows.
+        const uint32_t exponent = absmax >> 23;
+        const float scale = as_float((exponent < 1 ? 1 : exponent > 252 ? 252 : exponent) << 23);
+        const bool finite = absmax < kInfBits;
+        a.row_scales[row] = finite ? scale : NAN;
+        for (int64_t column = 0; column < x.columns; column += kSlab) {
+            const int64_t n = slab.load(x, row, column), arrays = ceil_div(n, a.array_size);
+            if (!finite) std::memset(slab.x, 0, sizeof slab.x);
+            isa().absmax(slab.x, arrays, a.array_size, slab.absmax);
+            isa().split(slab.x, slab.absmax, arrays, a.array_size, scale, a.entries_at(first_plane) + column, a.stride,
+                        a.scales_at(first_plane) + column / a.array_size, a.arrays);
+        }
+        for (int p = 0; p < a.planes; ++p)
+            isa().correct(a.entries_at(first_plane + p), a.arrays, a.array_size, a.corrections_at(first_plane + p));
+    }
+}
+
+void decode_packed(const Tables& t, const lobcq_packed& packed, const lobcq_matrix& out, int64_t begin, int64_t end) {
+    const PackedRow bytes(packed.columns, t.num_codebooks, packed.array_size);
+    const int bits = selector_bits(t.num_codebooks);
+    for (int64_t row = begin; row < end; ++row) {
+        const uint8_t* codes = packed.codes + row * bytes.codes;
+        const uint8_t* scales = packed.scales + row * bytes.scales;
+        const float tensor_scale = packed.tensor_scale[packed.num_tensor_scales == 1 ? 0 : row];
+        float* to = static_cast<float*>(out.data) + row * out.row_stride;
+        for (int64_t block = 0; block < ceil_div(packed.columns, kBlock); ++block) {
+            const uint8_t* codebook =
+                t.biased + selector_at(packed.selectors + row * bytes.selectors, block, bits) * kCodebookSize;
+            const float scale = e4m3_value(scales[block * kBlock / packed.array_size]);
+            const int64_t first = block * kBlock, left = packed.columns - first;
+            for (int64_t i = 0; i < (left < kBlock ? left : kBlock); ++i) {
+                const int code = codes[(first + i) / 2] >> (i % 2 * 4) & 15;
+                to[first + i] = static_cast<float>(codebook[code] - kBias) * scale * tensor_scale;
+            }
+        }
+    }
+}
+
+}  // namespace lobcq

@@ -1,0 +1,27 @@
+// Encoding of whole rows: from floats to packed bytes or to an activation.
+#pragma once
+
+#include "layout.h"
+
+namespace lobcq {
+
+// Tensor scale of a largest magnitude: NaN where it is not finite, 1 where it is 0.
+float tensor_scale_of(uint32_t absmax_bits);
+
+// max|x| over rows [begin, end), as bits; infinity's or more where x is not finite.
+uint32_t absmax_of_rows(const lobcq_matrix& x, int64_t begin, int64_t end);
+
+// Rows [begin, end) of an operand into packed bytes.
+void encode_packed(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, const lobcq_packed& out, int64_t begin,
+                   int64_t end);
+
+// Rows [begin, end) into an activation: encoded, from packed bytes, or split into digits.
+void encode_activation(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, const float* tensor_scale,
+                       const ActivationView& a, int64_t begin, int64_t end);
+void load_activation(const Tables& t, const lobcq_packed& packed, const ActivationView& a, int64_t begin, int64_t end);
+void split_activation(const lobcq_matrix& x, const ActivationView& a, int64_t begin, int64_t end);
+
+// Rows [begin, end) of packed bytes to floats.
+void decode_packed(const Tables& t, const lobcq_packed& packed, const lobcq_matrix& out, int64_t begin, int64_t end);
+
+}  // namespace lobcq

@@ -1,0 +1,166 @@
+/* LO-BCQ on the CPU: encode, repack, decode and multiply. A plain C interface: no allocation, no threads of its own, no
+ * global state but the choice of instruction set, made once per process.
+ *
+ * Terms (docs/format.md has the rules bit for bit). An operand [rows, columns] is cut along its columns: a block is 8
+ * scalars and has a selector, which names one of num_codebooks codebooks of 16 entries; a block array is array_size
+ * scalars and has an E4M3 scale. num_codebooks is 1, 2, 4, 8 or 16, array_size 16, 32, 64 or 128.
+ *
+ * Contract of every function
+ * - Returns LOBCQ_OK or one of the codes below; on any other value than LOBCQ_OK the outputs' contents are unspecified.
+ * - Sizes are in elements unless a name says bytes; all are int64_t and at least 0. Rows or columns of 0 are allowed.
+ * - "Opaque" buffers (tables, weight, activation) belong to the caller, must start on a multiple of 64 bytes, hold at
+ *   least the stated number of bytes, are read and written only by this library, and are valid only within the process
+ *   that made them (their layout may depend on the instruction set). Moving them with memcpy is fine.
+ * - Other pointers need the natural alignment of their element type. No output may overlap an input or another output.
+ * - Inputs are never written. Calls are reentrant: any number of threads may share tables, weights and activations.
+ * - `parallel` may be NULL: everything then runs on the calling thread. The number of threads changes no result bit.
+ */
+#ifndef LOBCQ_H
+#define LOBCQ_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define LOBCQ_API __attribute__((visibility("default")))
+#else
+#define LOBCQ_API
+#endif
+
+/* Raised whenever a declaration in this header changes its meaning. */
+#define LOBCQ_ABI_VERSION 1
+
+enum lobcq_status {
+    LOBCQ_OK = 0,
+    LOBCQ_INVALID_ARGUMENT = 1, /* a null, misaligned or inconsistent argument */
+    LOBCQ_INVALID_FORMAT = 2,   /* num_codebooks or array_size not in the format */
+    LOBCQ_INVALID_CODEBOOKS = 3,/* an entry outside [-31, 31], or a codebook not sorted ascending */
+    LOBCQ_CORRUPT_DATA = 4,     /* packed bytes that no encoder writes */
+    LOBCQ_NOT_FINITE = 5,       /* NaN or infinity where a finite number is needed */
+    LOBCQ_PARALLEL_FAILED = 6   /* `parallel` returned an error */
+};
+
+enum lobcq_dtype { LOBCQ_FP32 = 0, LOBCQ_BF16 = 1, LOBCQ_FP16 = 2 };
+
+/* Where encoding takes the tensor scale from. */
+enum lobcq_scale_rule {
+    LOBCQ_SHARED_SCALE = 0,  /* tensor_scale [1], given: a weight's, or an activation's static one */
+    LOBCQ_ROW_SCALES = 1,    /* tensor_scale [rows], given */
+    LOBCQ_ABSMAX_SCALES = 2  /* tensor_scale [rows], computed: max|row| / 13888, or 1 for a row of zeros */
+};
+
+/* What an activation buffer holds. */
+enum lobcq_activation_kind {
+    LOBCQ_ENCODED = 0, /* LO-BCQ entries: W4A4 */
+    LOBCQ_FLOAT = 1    /* the float values, exact to 2^-22 of their block array's largest magnitude: W4A16 */
+};
+
+/* Runs task(b, e, context) over disjoint ranges that cover [begin, end), in any order, on any threads, and returns 0
+ * when all are done. `grain` is the least number of indices worth a thread. torch_parallel_for of libtorch's stable C
+ * interface is such a function. */
+typedef void (*lobcq_task)(int64_t begin, int64_t end, void* context);
+typedef int32_t (*lobcq_parallel_for)(int64_t begin, int64_t end, int64_t grain, lobcq_task task, void* context);
+
+/* Floats [rows, columns]; row_stride >= columns elements between rows, columns contiguous. */
+typedef struct {
+    void* data; /* not written where the matrix is an input */
+    int64_t rows, columns, row_stride;
+    int32_t dtype; /* enum lobcq_dtype */
+} lobcq_matrix;
+
+/* An encoded operand as it is stored; Kp = columns rounded up to a multiple of array_size. Each array is contiguous.
+ *   codes        uint8 [rows, Kp/2]: scalar 2i in the low nibble, 2i+1 in the high nibble
+ *   selectors    uint8 [rows, ceil(Kp/8 * log2(num_codebooks) / 8)]: little-endian bit order (NULL for 1 codebook)
+ *   scales       uint8 [rows, Kp/array_size]: E4M3
+ *   tensor_scale fp32 [num_tensor_scales], which is 1 (shared by all rows) or rows */
+typedef struct {
+    uint8_t* codes;
+    uint8_t* selectors;
+    uint8_t* scales;
+    float* tensor_scale;
+    int64_t num_tensor_scales;
+    int64_t rows, columns;
+    int32_t num_codebooks, array_size;
+} lobcq_packed;
+
+/* A weight [rows, columns] = [N, K] in kernel layout; `data` is opaque, of lobcq_weight_bytes() bytes. */
+typedef struct {
+    void* data;
+    int64_t rows, columns;
+    int32_t num_codebooks, array_size;
+} lobcq_weight;
+
+/* An activation [rows, columns] = [M, K] in kernel layout; `data` is opaque, of lobcq_activation_bytes() bytes. */
+typedef struct {
+    void* data;
+    int64_t rows, columns;
+    int32_t array_size;
+    int32_t kind; /* enum lobcq_activation_kind */
+} lobcq_activation;
+
+LOBCQ_API int32_t lobcq_abi_version(void);
+
+/* "portable", "avx2" or "avx512": the best this CPU runs, or what the environment variable LOBCQ_CPU_ISA named at the
+ * first call of any function (a name that is unknown or that this CPU cannot run is ignored). Static storage. */
+LOBCQ_API const char* lobcq_isa(void);
+
+/* One English sentence on a status. Static storage. */
+LOBCQ_API const char* lobcq_status_text(int32_t status);
+
+/* Look-up tables of one codebook set, opaque, lobcq_tables_bytes() bytes: made once, then passed to what encodes or
+ * multiplies. codebooks: int8 [num_codebooks, 16], each row sorted ascending, entries in [-31, 31]. */
+LOBCQ_API int64_t lobcq_tables_bytes(void);
+LOBCQ_API int32_t lobcq_tables_init(const int8_t* codebooks, int32_t num_codebooks, void* tables);
+
+/* The weight rule's tensor scale: max|x| / 13888, or 1 where x is all zero or empty.
+ * LOBCQ_NOT_FINITE: x holds NaN or infinity; bad[0], bad[1] are then the row and column of the first one. */
+LOBCQ_API int32_t lobcq_tensor_scale(const lobcq_matrix* x, float* tensor_scale, int64_t bad[2]);
+
+/* Encodes x into out's arrays; scale_rule (enum lobcq_scale_rule) says whether out->tensor_scale is read or written.
+ * A block array with NaN or infinity gets the scale NaN (0x7f) and codes as of zeros. With one scale a row, given or
+ * computed, the whole row does, and its tensor scale is written as NaN. */
+LOBCQ_API int32_t lobcq_encode(const void* tables, const lobcq_matrix* x, int32_t scale_rule, lobcq_packed* out,
+                               lobcq_parallel_for parallel);
+
+/* out (fp32 [rows, columns]) = (entry * scale) * tensor_scale, each product rounded once. Any bytes decode to
+ * something: no index leaves the tables, and a negative or NaN scale decodes to NaN. */
+LOBCQ_API int32_t lobcq_decode(const void* tables, const lobcq_packed* packed, lobcq_matrix* out,
+                               lobcq_parallel_for parallel);
+
+/* Kernel layout of a weight and back; the tensor scale is no part of it. `weight_bytes` returns -1 for an invalid
+ * shape, and is the packed size but for padding to 16 rows and 64 columns.
+ * Packing refuses (LOBCQ_CORRUPT_DATA) a negative or NaN scale and selector padding bits that are not zero. Unpacking
+ * restores the bytes that were packed. packed->tensor_scale is not looked at. */
+LOBCQ_API int64_t lobcq_weight_bytes(int64_t rows, int64_t columns, int32_t num_codebooks, int32_t array_size);
+LOBCQ_API int32_t lobcq_weight_pack(const lobcq_packed* packed, lobcq_weight* weight, lobcq_parallel_for parallel);
+LOBCQ_API int32_t lobcq_weight_unpack(const lobcq_weight* weight, lobcq_packed* packed, lobcq_parallel_for parallel);
+
+/* Fills an activation of x's shape, once, for any number of linears with K = columns and the same array_size.
+ * encode (kind LOBCQ_ENCODED): as lobcq_encode; tensor_scale is as scale_rule says, or NULL for LOBCQ_ABSMAX_SCALES.
+ * load (kind LOBCQ_ENCODED): from packed bytes, as lobcq_encode wrote them.
+ * split (kind LOBCQ_FLOAT): the values themselves.
+ * A row with NaN or infinity gives NaN in that row of every product, and changes no other row. */
+LOBCQ_API int64_t lobcq_activation_bytes(int64_t rows, int64_t columns, int32_t array_size, int32_t kind);
+LOBCQ_API int32_t lobcq_activation_encode(const void* tables, const lobcq_matrix* x, int32_t scale_rule,
+                                          const float* tensor_scale, lobcq_activation* activation,
+                                          lobcq_parallel_for parallel);
+LOBCQ_API int32_t lobcq_activation_load(const void* tables, const lobcq_packed* packed, lobcq_activation* activation,
+                                        lobcq_parallel_for parallel);
+LOBCQ_API int32_t lobcq_activation_split(const lobcq_matrix* x, lobcq_activation* activation,
+                                         lobcq_parallel_for parallel);
+
+/* out [M, N] (fp32, bf16 or fp16) = (a @ w^T * a's scales) * weight_scale + bias (fp32 [N], or NULL), accumulated in
+ * fp32 and rounded once to out's dtype. `tables` are the weight's codebooks; weight and activation must agree in
+ * columns and array_size. Element (m, n) depends on row m of a, row n of w and nothing else: its bits are the same for
+ * any M, N and number of threads. */
+LOBCQ_API int32_t lobcq_linear(const void* tables, const lobcq_weight* weight, float weight_scale,
+                               const lobcq_activation* activation, const float* bias, lobcq_matrix* out,
+                               lobcq_parallel_for parallel);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,113 @@
+// The row operations that plain loops express well: compilers vectorise them. Included by each instruction set's file
+// after it has set the target, hence everything here has internal linkage: each file gets a copy compiled its own way.
+#pragma once
+
+#include <cmath>
+
+#include "half.h"
+#include "isa.h"
+
+namespace lobcq {
+namespace {
+
+void load_row(const void* from, int32_t dtype, int64_t n, float* to) {
+    const auto* half = static_cast<const uint16_t*>(from);
+    if (dtype == LOBCQ_FP32) {
+        std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+    } else if (dtype == LOBCQ_BF16) {
+        for (int64_t i = 0; i < n; ++i) to[i] = bf16_to_float(half[i]);
+    } else {
+        for (int64_t i = 0; i < n; ++i) to[i] = fp16_to_float(half[i]);
+    }
+}
+
+void absmax_rows(const float* x, int64_t arrays, int array_size, uint32_t* bits) {
+    for (int64_t g = 0; g < arrays; ++g, x += array_size) {
+        int32_t most = 0;
+        for (int i = 0; i < array_size; ++i) {
+            const auto magnitude = static_cast<int32_t>(as_bits(x[i]) & 0x7fffffff);
+            most = magnitude > most ? magnitude : most;
+        }
+        bits[g] = static_cast<uint32_t>(most);
+    }
+}
+
+// Step 2 without branches: E4M3((a / 31) / t), nearest even, saturating, at least 2^-9 where a > 0; 0 where a = 0; NaN
+// where a or t is not finite. The divisor is scale * t, or infinity where that is 0 or NaN, so that x / divisor is 0.
+void array_scales(const uint32_t* absmax, int64_t n, float t, uint8_t* scales, float* divisors) {
+    const uint32_t t_bits = as_bits(t) & 0x7fffffff;
+    for (int64_t g = 0; g < n; ++g) {
+        const float ratio = as_float(absmax[g]) / static_cast<float>(kEntryMax) / t;
+        const float v = ratio > 448.0f ? 448.0f : ratio;  // 0/0, at the bottom of fp32's range, counts as 0
+        const uint32_t bits = as_bits(v);
+        const uint32_t normal = ((bits + 0x7ffff + ((bits >> 20) & 1)) >> 20) - (120u << 3);
+        const uint32_t subnormal = as_bits(v * 512.0f + 0x1p23f) & 0xf;  // units of 2^-9 in the lowest bits
+        uint32_t byte = v < 0x1p-6f ? subnormal : normal;
+        byte = v >= 0x1p-10f && byte > 0 ? byte : 1;
+        byte = absmax[g] == 0 ? 0 : byte;
+        const bool finite = absmax[g] < kInfBits && t_bits < kInfBits;
+        const float small = static_cast<float>(static_cast<int32_t>(byte)) * 0x1p-9f;
+        const float d = (byte < 8 ? small : as_float((byte << 20) + (120u << 23))) * t;
+        divisors[g] = finite && d != 0.0f ? d : HUGE_VALF;
+        scales[g] = static_cast<uint8_t>(finite ? byte : kScaleNaN);
+    }
+}
+
+// The correction -kBias * sum(entries) of each array, for kernels that accumulate in 32 bits.
+[[maybe_unused]] void correct_arrays(const int8_t* entries, int64_t arrays, int array_size, int32_t* corrections) {
+    const int parts = array_size > kChunk ? array_size / kChunk : 1;
+    for (int64_t g = 0; g < arrays; ++g, entries += array_size) {
+        int32_t sum = 0;
+        for (int i = 0; i < array_size; ++i) sum += entries[i];
+        corrections[g * parts] = -kBias * sum;
+    }
+}
+
+// x / row_scale, fixed point with 22 bits under the array's largest magnitude, in balanced digits. Scales are powers of
+// two: nothing but the last rounding is inexact.
+template <int kPlanes, int kBits>
+void split_arrays(const float* x, const uint32_t* absmax, int64_t arrays, int array_size, float row_scale,
+                  int8_t* entries, int64_t stride, float* scales, int64_t scale_stride) {
+    constexpr int32_t kLow = kBits == 8 ? 128 : (1 << (kBits - 1)) - 1;  // digits from -kLow on: -128..127, -31..32
+    const float inverse_row = 1.0f / row_scale;
+    for (int64_t g = 0; g < arrays; ++g, x += array_size, entries += array_size) {
+        const uint32_t exponent = as_bits(as_float(absmax[g]) * inverse_row) >> 23;
+        const uint32_t unit = exponent > 22 ? exponent - 21 : 1;  // |x| / unit < 2^22
+        const float scale = as_float(unit << 23), inverse = as_float((254 - unit) << 23);
+        for (int p = 0; p < kPlanes; ++p)
+            scales[p * scale_stride + g] = scale * static_cast<float>(1 << (kBits * (kPlanes - 1 - p)));
+        for (int i = 0; i < array_size; ++i) {
+            // 1.5 * 2^23 added: the integer nearest to the value is left in the lowest bits.
+            const float shifted = x[i] * inverse_row * inverse + 0x1.8p23f;
+            auto rest = static_cast<int32_t>(as_bits(shifted) - as_bits(0x1.8p23f));
+            for (int p = kPlanes - 1; p > 0; --p) {
+                const int32_t digit = ((rest + kLow) & ((1 << kBits) - 1)) - kLow;
+                entries[p * stride + i] = static_cast<int8_t>(digit);
+                rest = (rest - digit) >> kBits;
+            }
+            entries[i] = static_cast<int8_t>(rest);
+        }
+    }
+}
+
+void finish_row(const float* sums, int64_t sums_stride, int planes, int64_t n, float row_scale, float weight_scale,
+                const float* bias, int32_t dtype, void* out) {
+    float result[kTileRows];
+    for (int64_t i = 0; i < n; ++i) result[i] = sums[i];
+    for (int p = 1; p < planes; ++p)
+        for (int64_t i = 0; i < n; ++i) result[i] += sums[p * sums_stride + i];
+    for (int64_t i = 0; i < n; ++i) result[i] = result[i] * row_scale * weight_scale;  // their product may underflow
+    if (bias)
+        for (int64_t i = 0; i < n; ++i) result[i] += bias[i];
+    auto* half = static_cast<uint16_t*>(out);
+    if (dtype == LOBCQ_FP32) {
+        std::memcpy(out, result, static_cast<size_t>(n) * sizeof(float));
+    } else if (dtype == LOBCQ_BF16) {
+        for (int64_t i = 0; i < n; ++i) half[i] = float_to_bf16(result[i]);
+    } else {
+        for (int64_t i = 0; i < n; ++i) half[i] = float_to_fp16(result[i]);
+    }
+}
+
+}  // namespace
+}  // namespace lobcq

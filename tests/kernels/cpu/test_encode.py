@@ -1,0 +1,163 @@
+"""Encode and decode: every byte against the reference and the golden vectors, on every instruction set."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, absmax_tensor_scale, decode, encode
+from lobcq_fx.kernels.cpu.library import Core, PackedOperand
+from tests.format.cases import ALL_SPECS, KINDS, PROPERTY, codebooks_of, int8, matrix
+from tests.kernels.cpu.operands import codebooks
+
+NAN = 0x7F
+
+
+def assert_same_bytes(actual: PackedOperand, expected: Encoded) -> None:
+    assert torch.equal(actual.scales, expected.scales.view(torch.uint8))
+    assert torch.equal(actual.selectors, expected.selectors)
+    assert torch.equal(actual.codes, expected.codes)
+    assert torch.equal(actual.tensor_scale.view(torch.int32), expected.tensor_scale.view(torch.int32))
+
+
+def assert_encodes(core: Core, x: torch.Tensor, spec: FormatSpec, books: torch.Tensor) -> None:
+    """All three rules for the tensor scale, and decoding."""
+    tables = core.tables(books)
+    rows = absmax_row_scale(x)
+    static = absmax_tensor_scale(x)
+    for given_scale, reference in ((None, rows), (rows, rows), (static, static), (static / 3, static / 3)):
+        expected = encode(x, spec, books, reference)
+        actual = core.encode(tables, x, spec.array_size, given_scale)
+        assert_same_bytes(actual, expected)
+        values, truth = core.decode(tables, actual), decode(expected)
+        assert torch.equal(values.view(torch.int32), truth.view(torch.int32))
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("columns", [1, 100, 1500])
+def test_every_format(core: Core, spec: FormatSpec, columns: int) -> None:
+    x = torch.from_numpy(matrix("normal", 5, columns, seed=columns))
+    assert_encodes(core, x, spec, codebooks(spec))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spec", [FormatSpec(8, 64), FormatSpec(16, 16), FormatSpec(1, 128)], ids=lambda s: s.name)
+def test_every_kind_of_values(core: Core, kind: str, spec: FormatSpec) -> None:
+    assert_encodes(core, torch.from_numpy(matrix(kind, 7, 300, seed=3)), spec, codebooks(spec))
+
+
+@given(
+    spec=st.sampled_from(ALL_SPECS),
+    kind=st.sampled_from(KINDS),
+    rows=st.integers(0, 4),
+    columns=st.integers(0, 1100),
+    seed=st.integers(0, 2**31),
+)
+@PROPERTY
+def test_fuzz(load_core, spec: FormatSpec, kind: str, rows: int, columns: int, seed: int) -> None:
+    x = torch.from_numpy(matrix(kind, rows, columns, seed))
+    books = int8(codebooks_of(seed, spec.num_codebooks))
+    for name in ("portable", "avx2", "avx512"):
+        assert_encodes(load_core(name), x, spec, books)
+
+
+def test_a_static_scale_far_too_small_saturates_exactly(core: Core) -> None:
+    """Grid values up to the clamp of 2047, which 8-bit and fp32 shortcuts do not reach."""
+    spec = FormatSpec(16, 64)
+    x = torch.from_numpy(matrix("heavy", 6, 512, seed=5))
+    for factor in (0.9, 0.5, 0.2, 1e-3, 1e-30):
+        scale = absmax_tensor_scale(x) * factor
+        expected = encode(x, spec, codebooks(spec), scale)
+        assert_same_bytes(core.encode(core.tables(codebooks(spec)), x, 64, scale), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs(core: Core, dtype: torch.dtype) -> None:
+    spec = FormatSpec()
+    finite = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    finite = torch.where(finite.isfinite(), finite, 0).view(256, 256)  # every number there is, subnormals included
+    for x in (finite, finite * torch.rand(256, 1).to(dtype)):
+        expected = encode(x, spec, codebooks(spec), absmax_row_scale(x))
+        assert_same_bytes(core.encode(core.tables(codebooks(spec)), x, 64), expected)
+
+
+def test_rows_may_be_strided(core: Core) -> None:
+    spec = FormatSpec()
+    x = torch.randn(6, 500)[:, 100:333]
+    expected = encode(x, spec, codebooks(spec), absmax_row_scale(x))
+    assert_same_bytes(core.encode(core.tables(codebooks(spec)), x, 64), expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("column", [0, 77, 299])
+def test_non_finite_activations_mark_their_row_or_array(core: Core, bad: float, column: int) -> None:
+    spec = FormatSpec(8, 64)
+    x = torch.randn(4, 300)
+    x[2, column] = bad
+    tables = core.tables(codebooks(spec))
+    rows = core.encode(tables, x, 64)
+    assert_same_bytes(rows, encode(x, spec, codebooks(spec), absmax_row_scale(x)))
+    assert rows.tensor_scale.isnan().flatten().tolist() == [False, False, True, False]
+    static = core.encode(tables, x, 64, torch.tensor(0.01))
+    assert_same_bytes(static, encode(x, spec, codebooks(spec), torch.tensor(0.01)))
+    assert (static.scales == NAN).nonzero().tolist() == [[2, column // 64]]
+
+
+def test_tensor_scale(core: Core) -> None:
+    x = torch.from_numpy(matrix("mixed magnitudes", 9, 1200, seed=1))
+    assert torch.equal(core.tensor_scale(x), absmax_tensor_scale(x))
+    assert core.tensor_scale(torch.zeros(3, 5)).item() == 1
+    assert core.tensor_scale(torch.zeros(0, 5)).item() == 1
+    x[4, 1100], x[5, 2] = float("nan"), float("inf")
+    with pytest.raises(ValueError, match=r"x\[4, 1100\] is nan: a weight must be finite"):
+        core.tensor_scale(x)
+
+
+def test_subnormals_are_kept_even_where_the_process_flushes_them(core: Core) -> None:
+    spec, x = FormatSpec(), torch.from_numpy(matrix("subnormal", 3, 256, seed=2))
+    scale = torch.tensor(2.0**-140)
+    expected = encode(x, spec, codebooks(spec), scale)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("torch cannot flush subnormals on this CPU")
+    try:
+        assert_same_bytes(core.encode(core.tables(codebooks(spec)), x, 64, scale), expected)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_threads_change_nothing(core: Core) -> None:
+    x = torch.randn(257, 300)
+    tables = core.tables(codebooks(FormatSpec()))
+    serial, parallel = Core(core.path), core
+    one, many = serial.encode(tables, x, 64), parallel.encode(tables, x, 64)
+    assert all(torch.equal(a, b) for a, b in itertools.zip_longest(_tensors(one), _tensors(many)))
+
+
+def test_golden_vectors(core: Core) -> None:
+    if "LOBCQ_TEST_DATA" not in os.environ:
+        pytest.skip("LOBCQ_TEST_DATA is not set: the golden vectors stand beside the folder it names")
+    path = Path(os.environ["LOBCQ_TEST_DATA"]).parent / "format" / "golden_vectors.npz"
+    with np.load(path) as data:
+        cases = sorted({key.split("/")[0] for key in data})
+        assert len(cases) == 48
+        for case in cases:
+            names = ("x", "codebooks", "array_size", "tensor_scale", "codes", "selectors", "scales", "decoded")
+            field = {name: torch.from_numpy(np.array(data[f"{case}/{name}"])) for name in names}
+            tables = core.tables(field["codebooks"])
+            per_row = field["tensor_scale"].dim() == 2
+            scale = None if per_row else core.tensor_scale(field["x"])
+            out = core.encode(tables, field["x"], int(field["array_size"]), scale)
+            for name in ("codes", "selectors", "scales", "tensor_scale"):
+                assert torch.equal(getattr(out, name), field[name]), (case, name)
+            assert torch.equal(core.decode(tables, out), field["decoded"]), case
+
+
+def _tensors(operand: PackedOperand) -> tuple[torch.Tensor, ...]:
+    return operand.codes, operand.selectors, operand.scales, operand.tensor_scale

@@ -1,0 +1,204 @@
+"""W4A4 and W4A16 products on every instruction set, against float64 products of what the reference decodes."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode
+from lobcq_fx.kernels.cpu.library import Core
+from tests.format.cases import ALL_SPECS, PROPERTY
+from tests.kernels.cpu.operands import activation, assert_product, codebooks, encode_rows, packed, weight
+
+SHAPES = [(1, 1, 1), (2, 37, 200), (8, 16, 1000), (31, 70, 777)]
+"""M, N, K: one row to several micro-kernels, tails in every direction."""
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_w4a4(core: Core, spec: FormatSpec, shape: tuple[int, int, int]) -> None:
+    rows, outputs, columns = shape
+    w, x, bias = weight(core, spec, outputs, columns), activation(rows, columns), torch.randn(outputs)
+    a = core.encode_activation(w.tables, x, spec.array_size)
+    encoded = encode_rows(x, spec)
+    assert_product(core.linear(w.tables, w.kernel, a), decode(encoded), w.encoded)
+    with_bias = core.linear(w.tables, w.kernel, a, bias)
+    assert_product(with_bias, decode(encoded), w.encoded, bias)
+    loaded = core.load_activation(w.tables, packed(encoded))
+    assert torch.equal(core.linear(w.tables, w.kernel, loaded, bias), with_bias)
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_w4a16(core: Core, spec: FormatSpec, shape: tuple[int, int, int]) -> None:
+    rows, outputs, columns = shape
+    w, x, bias = weight(core, spec, outputs, columns), activation(rows, columns), torch.randn(outputs)
+    a = core.split_activation(x, spec.array_size)
+    assert_product(core.linear(w.tables, w.kernel, a, bias), x, w.encoded, bias)
+
+
+@given(
+    spec=st.sampled_from(ALL_SPECS),
+    rows=st.integers(0, 40),
+    outputs=st.integers(0, 70),
+    columns=st.integers(0, 700),
+    seed=st.integers(0, 2**31),
+)
+@PROPERTY
+def test_fuzz(load_core, spec: FormatSpec, rows: int, outputs: int, columns: int, seed: int) -> None:
+    x = activation(rows, columns, seed)
+    for name in ("portable", "avx2", "avx512"):
+        core = load_core(name)
+        w = weight(core, spec, outputs, columns, seed)
+        encoded = core.encode_activation(w.tables, x, spec.array_size)
+        assert_product(core.linear(w.tables, w.kernel, encoded), decode(encode_rows(x, spec)), w.encoded)
+        split = core.split_activation(x, spec.array_size)
+        assert_product(core.linear(w.tables, w.kernel, split), x, w.encoded)
+
+
+@pytest.mark.parametrize("array_size", [16, 64, 128])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_extreme_entries_do_not_overflow(core: Core, array_size: int, sign: int) -> None:
+    """Every product is 31 * 31 and of one sign: the largest sums that 16-bit lanes must hold."""
+    spec = FormatSpec(2, array_size)
+    w, x = torch.full((32, 512), 0.3), torch.full((9, 512), sign * 2.0)
+    w[1::2] *= -1
+    ew, ex = encode(w, spec, codebooks(spec)), encode_rows(x, spec)
+    tables = core.tables(codebooks(spec))
+    kernel = core.pack_weight(packed(ew))
+    for rows in (1, 2, 9):
+        a = core.encode_activation(tables, x[:rows], array_size)
+        assert_product(core.linear(tables, kernel, a), decode(ex)[:rows], ew)
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0, 2 - 2**-22, -1 - 2**-22, 31.5, 0.1, -(1 + 2**-6 + 2**-12 + 2**-18)])
+def test_extreme_digits_do_not_overflow(core: Core, value: float) -> None:
+    """Constant rows split into constant digits, among them the largest and the smallest."""
+    w = weight(core, FormatSpec(8, 64), 48, 640)
+    for rows in (1, 2, 11):
+        x = torch.full((rows, 640), value)
+        assert_product(core.linear(w.tables, w.kernel, core.split_activation(x, 64)), x, w.encoded)
+
+
+@pytest.mark.parametrize("scale", [2.0**-140, 1e-38, 1e-30, 1e30, 1e37])
+def test_split_keeps_its_precision_at_any_magnitude(core: Core, scale: float) -> None:
+    w = weight(core, FormatSpec(8, 64), 20, 320)
+    x = torch.randn(3, 320) * scale / 4
+    out = core.linear(w.tables, replace(w.kernel, tensor_scale=1.0), core.split_activation(x, 64))
+    entries = decode(replace(w.encoded, tensor_scale=torch.tensor(1.0))).double()
+    expected = x.double() @ entries.T
+    tolerance = 2e-6 * (x.double().abs() @ entries.abs().T) + 1e-43  # a few subnormal steps
+    inside = expected.abs() < 1e38
+    assert bool((((out.double() - expected).abs() <= tolerance) | ~inside).all())
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8, 9, 30])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_non_finite_row_gives_nan_and_disturbs_no_other(core: Core, rows: int, bad: float) -> None:
+    w, x = weight(core, FormatSpec(), 40, 300), activation(rows, 300)
+    clean, dirty = x.clone(), x.clone()
+    dirty[rows // 2, 123] = bad
+    others = [m for m in range(rows) if m != rows // 2]
+
+    def products(values: torch.Tensor) -> list[torch.Tensor]:
+        activations = [
+            core.encode_activation(w.tables, values, 64),
+            core.encode_activation(w.tables, values, 64, torch.tensor(0.1)),
+            core.split_activation(values, 64),
+        ]
+        return [core.linear(w.tables, w.kernel, a) for a in activations]
+
+    for out, expected in zip(products(dirty), products(clean), strict=True):
+        assert bool(out[rows // 2].isnan().all())
+        assert torch.equal(out[others], expected[others])
+
+
+def test_a_row_does_not_depend_on_its_neighbours(core: Core) -> None:
+    """One row alone, a few, or many take different kernels; the bits are the same."""
+    w, x = weight(core, FormatSpec(8, 128), 50, 1100), activation(600, 1100)
+    for kind in ("encode", "split"):
+
+        def product(values: torch.Tensor, kind: str = kind) -> torch.Tensor:
+            encoded = core.encode_activation(w.tables, values, 128)
+            return core.linear(w.tables, w.kernel, encoded if kind == "encode" else core.split_activation(values, 128))
+
+        whole = product(x)
+        for rows in (1, 2, 3, 7, 8, 9, 30, 300):
+            assert torch.equal(product(x[:rows]), whole[:rows]), (kind, rows)
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_threads_change_nothing(core: Core, rows: int) -> None:
+    w, x = weight(core, FormatSpec(), 1000, 640), activation(rows, 640)
+    serial = Core(core.path)
+    a = core.encode_activation(w.tables, x, 64)
+    before = torch.get_num_threads()
+    results = [serial.linear(w.tables, w.kernel, a)]
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results += [core.linear(w.tables, w.kernel, a) for _ in range(3)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_calls_from_several_threads_at_once(core: Core) -> None:
+    w = weight(core, FormatSpec(), 200, 640)
+    inputs = [activation(rows, 640, seed=rows) for rows in (1, 5, 20, 40)]
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return core.linear(w.tables, w.kernel, core.encode_activation(w.tables, x, 64))
+
+    expected = [product(x) for x in inputs]
+    wrong = []
+
+    def worker(index: int) -> None:
+        wrong.extend(index for _ in range(20) if not torch.equal(product(inputs[index]), expected[index]))
+
+    threads = [threading.Thread(target=worker, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 12])
+def test_half_precision_in_and_out(core: Core, dtype: torch.dtype, rows: int) -> None:
+    w, x = weight(core, FormatSpec(), 33, 200), torch.randn(rows, 200).to(dtype)
+    a = core.encode_activation(w.tables, x, 64)
+    exact = core.linear(w.tables, w.kernel, a)
+    assert torch.equal(core.linear(w.tables, w.kernel, a, dtype=dtype), exact.to(dtype))
+    split = core.split_activation(x, 64)
+    assert torch.equal(
+        core.linear(w.tables, w.kernel, split, dtype=dtype), core.linear(w.tables, w.kernel, split).to(dtype)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_output_rounding_over_the_whole_range(core: Core, dtype: torch.dtype) -> None:
+    """The bias alone (K = 0) runs every exponent through the conversion: subnormal, overflow, ties, NaN."""
+    w = weight(core, FormatSpec(), 4096, 0)
+    bias = torch.randint(-(2**31), 2**31, (4096,), dtype=torch.int64, generator=torch.Generator().manual_seed(0))
+    bias = bias.to(torch.int32).view(torch.float32)
+    bias[::2] = bias[::2].to(dtype).float() * (1 + torch.finfo(dtype).eps / 2)  # ties
+    out = core.linear(w.tables, w.kernel, core.encode_activation(w.tables, torch.empty(1, 0), 64), bias, dtype)
+    torch.testing.assert_close(out[0], bias.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_several_linears_share_an_activation_and_activation_codebooks_may_differ(core: Core) -> None:
+    x = activation(6, 256)
+    other = FormatSpec(16, 64)
+    books = codebooks(other, seed=3)
+    a = core.encode_activation(core.tables(books), x, 64)
+    expected = decode(encode(x, other, books, absmax_row_scale(x)))
+    for outputs, num_codebooks in ((24, 8), (40, 2)):
+        w = weight(core, FormatSpec(num_codebooks, 64), outputs, 256)
+        assert_product(core.linear(w.tables, w.kernel, a), expected, w.encoded)
