@@ -104,8 +104,10 @@ def trace_pretrained(
 def _export(model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]) -> ExportedProgram:
     with _quiet_transformers():
         config = DynamoConfig(dynamic=True, dynamic_shapes=dynamic_shapes)
-        result = DynamoExporter().export_program(model, dict(inputs), config)
-    # transformers 5.17 returns the program alone, later releases (program, metadata).
+        exporter = DynamoExporter()
+        # transformers 5.17 returns the program from export(); later releases from export_program(), with metadata.
+        export_program = getattr(exporter, "export_program", exporter.export)
+        result = export_program(model, dict(inputs), config)
     program = result[0] if isinstance(result, tuple) else result
     assert isinstance(program, ExportedProgram)
     return program
