@@ -40,7 +40,7 @@ def cpu_core() -> Core | None:
     """The core that was built when the package was installed, or None."""
     built = sorted(Path(library.__file__).parent.glob("_core.*"))
     if not built:
-        logger.info("the CPU core was not built: the ops run through plain torch")
+        logger.warning("the CPU core was not built, the ops run through plain torch: reinstall with a C++ compiler")
         return None
     try:
         return Core(built[0], library.torch_parallel_for())
