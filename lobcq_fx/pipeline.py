@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import replace
 from itertools import chain
@@ -29,6 +30,11 @@ from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
 from lobcq_fx.passes.rewrite import Rewrite
 from lobcq_fx.passes.share_activations import ShareActivations
 from lobcq_fx.passes.trace import TracedModel, trace_module
+
+logger = logging.getLogger(__name__)
+
+LARGE_SHARE = 0.05
+"""Of the model's bytes: weights left in float without being excluded are worth a warning from here on."""
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (step, done, total); total is None where it is not known."""
@@ -87,6 +93,7 @@ def quantize(
 
     saved = sum(record.float_bytes - record.packed_bytes for record in rewrite.records)
     inventory = Inventory(tuple(rewrite.records), count, float_bytes, float_bytes - saved)
+    _warn_of_leftovers(inventory, config)
     return _build(model, traced, config, inventory)
 
 
@@ -200,6 +207,16 @@ def _size(parameters: Iterable[Tensor]) -> tuple[int, int]:
     """(scalars, bytes)."""
     sizes = [(p.numel(), p.numel() * p.element_size()) for p in parameters]
     return sum(n for n, _ in sizes), sum(b for _, b in sizes)
+
+
+def _warn_of_leftovers(inventory: Inventory, config: LobcqConfig) -> None:
+    """Say loudly which large weights stay in float although no pattern asked for it."""
+    left = [r for r in inventory.left_alone if r.float_bytes and config.for_layer(r.layer).refusal(r.layer) is None]
+    size = sum(record.float_bytes for record in left)
+    if size > LARGE_SHARE * inventory.model_float_bytes:
+        reasons = "; ".join(sorted({f"{record.layer}: {record.reason}" for record in left})[:3])
+        share = size / inventory.model_float_bytes
+        logger.warning("%.0f %% of the model's bytes stay in float, unasked: %s ...", 100 * share, reasons)
 
 
 def _reasons(records: Iterable[MatmulRecord]) -> str:

@@ -1,7 +1,7 @@
 """The LO-BCQ codebook fit: blocks to codebooks, codebooks to their blocks, until the error settles.
 
-Source: Elangovan et al., arXiv 2502.05376, section 2.3. Everything happens on the format's grid (FORMAT step 3), where
-a cluster of any number of scalars is a histogram; so memory does not grow with the data.
+Source: Elangovan et al., arXiv 2502.05376, section 2.3. Everything happens on the format's grid (docs/format.md
+step 3), where a cluster of any number of scalars is a histogram; so memory does not grow with the data.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Lloyd-Max quantizers of histograms on the format's grid: one-dimensional k-means, exact and O(entries) a step.
 
-Normalised scalars are integers on the grid (FORMAT step 3), so a histogram loses nothing, and with prefix sums of
+Normalised scalars are integers (docs/format.md, step 3): a histogram loses nothing, and with prefix sums of
 counts and of first moments a step costs two look-ups an entry however many scalars were counted. Entries here are fp64
 in grid steps; sums are of integers below 2**53 and therefore exact.
 """

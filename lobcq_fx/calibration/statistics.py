@@ -27,7 +27,7 @@ class ActivationStatistics:
         num_updates: tensors seen, empty ones included.
         num_rows: rows (tokens) seen.
         num_scalars: scalars seen, padding not counted.
-        histogram: int64 [4095], how often each value of the format's grid (-2047 to 2047, FORMAT step 3) occurred
+        histogram: int64 [4095], how often each value of the grid (-2047 to 2047, docs/format.md step 3) occurred
             when every row has its own tensor scale; padding not counted.
     """
 

@@ -1,4 +1,4 @@
-"""Codes and selectors packed as they are stored: what FORMAT calls the layout at rest."""
+"""Codes and selectors packed as they are stored: the layout at rest of docs/format.md."""
 
 from __future__ import annotations
 

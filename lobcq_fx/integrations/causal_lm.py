@@ -31,7 +31,9 @@ class QuantizedCausalLM(QuantizedModel, PreTrainedModel, GenerationMixin):  # ty
         generation_config: GenerationConfig | None = None,
     ) -> None:
         config = copy.deepcopy(config)
-        config._attn_implementation = "eager"  # attention is part of the graph; there is nothing to dispatch
+        # Attention and experts are part of the graph; there is nothing for transformers to dispatch.
+        config._attn_implementation = "eager"
+        config._experts_implementation = "eager"
         PreTrainedModel.__init__(self, config)
         self._assemble(graph_module, calling, lobcq_config, inventory)
         if generation_config is not None:

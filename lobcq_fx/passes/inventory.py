@@ -76,7 +76,10 @@ class Inventory:
 
     @property
     def mac_coverage(self) -> float:
-        """Share of the multiply-adds with a constant weight, per token, that now run in LO-BCQ, from 0 to 1."""
+        """Share of the multiply-adds with a constant 2-D weight, per token, that now run in LO-BCQ, from 0 to 1.
+
+        Routed experts are not counted: how many of them a token visits is not in the graph.
+        """
         total = sum(record.macs for record in self.records)
         return sum(record.macs for record in self.quantized) / max(1, total)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -97,9 +98,18 @@ def find_matmuls(graph_module: fx.GraphModule, config: LobcqConfig) -> list[Matm
             found.append(Matmul(node, _module_path(node), None, False, _product_refusal(node), config))
         elif node.target in _UNSUPPORTED or "grouped_mm" in str(node.target):
             reason = _UNSUPPORTED.get(node.target, _UNSUPPORTED[aten._grouped_mm.default])
-            weight = constant_weight(node.args[1]) if len(node.args) > 1 else None
-            found.append(Matmul(node, _module_path(node), weight[0] if weight else None, False, reason, config))
+            found.append(Matmul(node, _module_path(node), _attribute_among(node.args[1:]), False, reason, config))
     return found
+
+
+def _attribute_among(arguments: Iterable[object]) -> fx.Node | None:
+    """The first constant among the operands, seen through nodes of one input, such as a 3-D weight's transposes."""
+    for node in arguments:
+        while isinstance(node, fx.Node) and node.op == "call_function" and len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+        if isinstance(node, fx.Node) and node.op == "get_attr":
+            return node
+    return None
 
 
 def _product_refusal(node: fx.Node) -> str:

@@ -1,7 +1,7 @@
 """A quantized model as a folder.
 
 config.json         the Hugging Face configuration (if any) with `quantization_config`: format version, settings
-model.safetensors   packed weights under FORMAT's names, codebooks, and what stayed in float
+model.safetensors   packed weights under the format's names, codebooks, and what stayed in float
 graph.json          the FX graph and the calling convention
 inventory.json      every matmul and what became of it
 tokenizer files, generation_config.json where the model has them
