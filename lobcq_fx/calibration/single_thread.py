@@ -12,8 +12,8 @@ import torch
 def single_thread() -> Iterator[None]:
     """Run on one thread; usable as a decorator too.
 
-    The fit's operations are too small to gain from a second thread. On a machine whose cores are busy they lose a lot
-    by one, because the threads of each operation wait for one another: measured, 3 s became 80 s.
+    The fit's operations are too small to gain from a second thread. On a machine whose cores are busy they lose by one,
+    because the threads of each operation wait for one another.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
