@@ -14,7 +14,7 @@ from lobcq_fx.calibration.fit import CodebookFit, fit_codebooks
 from lobcq_fx.calibration.reservoir import Reservoir
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CalibrationError, ConfigError
-from lobcq_fx.format import FormatSpec, absmax_tensor_scale, check_codebooks
+from lobcq_fx.format import FormatSpec, absmax_tensor_scale, block_arrays, check_codebooks
 from lobcq_fx.passes.attributes import get_attribute
 from lobcq_fx.passes.codebook_sets import CodebookSets
 from lobcq_fx.passes.insert_observers import observer_of, scaled_sample
@@ -121,9 +121,8 @@ def _weight_arrays(graph_module: fx.GraphModule, matmuls: list[Matmul], spec: Fo
             continue
         seen.add(name)
         weight = get_attribute(graph_module, name).detach()
-        rows = (weight.t() if matmul.flipped else weight).float()
-        padding = spec.padded_columns(rows.shape[1]) - rows.shape[1]
-        arrays = torch.nn.functional.pad(rows, (0, padding)).reshape(-1, spec.array_size)
+        rows = weight.t() if matmul.flipped else weight
+        arrays = block_arrays(rows, spec).flatten(0, 1)
         yield (arrays / absmax_tensor_scale(rows)).cpu()
 
 

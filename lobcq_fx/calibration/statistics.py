@@ -9,7 +9,7 @@ from lobcq_fx.calibration.lloyd_max import NUM_BINS
 from lobcq_fx.calibration.reservoir import Reservoir
 from lobcq_fx.errors import CalibrationError
 from lobcq_fx.format.codes import CHUNK, to_grid
-from lobcq_fx.format.scales import absmax_row_scale, array_scales, tensor_scale_of_absmax
+from lobcq_fx.format.scales import absmax_row_scale, array_scales, block_arrays, tensor_scale_of_absmax
 from lobcq_fx.format.spec import GRID_MAX, FormatSpec
 
 SAMPLED_ARRAYS = 4096
@@ -102,9 +102,8 @@ class ActivationStatistics:
     def _add(self, rows: Tensor, row_scale: Tensor) -> None:
         """rows fp32 [n, K] and their tensor scales fp32 [n, 1]."""
         columns = rows.shape[1]
-        padded = torch.nn.functional.pad(rows, (0, self.spec.padded_columns(columns) - columns))
-        arrays = padded.view(rows.shape[0], -1, self.spec.array_size)
-        grid = to_grid(arrays, array_scales(arrays, row_scale), row_scale).view(padded.shape)[:, :columns]
+        arrays = block_arrays(rows, self.spec)
+        grid = to_grid(arrays, array_scales(arrays, row_scale), row_scale).flatten(1)[:, :columns]
         self.histogram += torch.bincount(grid.flatten() + GRID_MAX, minlength=NUM_BINS).cpu()
         self._absmax = torch.maximum(self._absmax, rows.abs().max().cpu())
         scales = row_scale.unsqueeze(1).expand(-1, arrays.shape[1], 1)

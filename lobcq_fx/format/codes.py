@@ -38,12 +38,6 @@ class CodeTables:
         chosen = entries.t().gather(0, nearest)  # [grid, N_c]
         return cls(nearest.to(torch.uint8), (chosen * (GRID // 2 * chosen - grid)).float())
 
-    @property
-    def errors(self) -> Tensor:
-        """fp64 [2 * GRID_MAX + 1, N_c]: squared distance in grid steps from each grid value to its nearest entry."""
-        grid = torch.arange(-GRID_MAX, GRID_MAX + 1, device=self.costs.device, dtype=torch.float64)
-        return 2 * GRID * self.costs.double() + grid.square().unsqueeze(-1)
-
 
 def to_grid(arrays: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:
     """Normalise to the fixed-point grid.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lobcq_fx.format.codes import CHUNK, CodeTables, assign_codes, entries_of, to_grid
 from lobcq_fx.format.packing import pack_codes, pack_selectors, unpack_codes, unpack_selectors
-from lobcq_fx.format.scales import absmax_row_scale, absmax_tensor_scale, array_scales
+from lobcq_fx.format.scales import absmax_row_scale, absmax_tensor_scale, array_scales, block_arrays
 from lobcq_fx.format.spec import BLOCK_SIZE, CODEBOOK_SIZE, ENTRY_MAX, FormatSpec
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -157,15 +157,13 @@ def _encode_rows(
     scales = torch.empty((rows, spec.num_arrays(columns)), dtype=torch.float8_e4m3fn, device=x.device)
     if rows == 0 or columns == 0:
         return codes, selectors, scales
-    padding = spec.padded_columns(columns) - columns
-    step = max(1, CHUNK // (columns + padding))
+    step = max(1, CHUNK // spec.padded_columns(columns))
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        padded = torch.nn.functional.pad(x[part].float(), (0, padding))
-        arrays = padded.unflatten(1, (-1, spec.array_size))
+        arrays = block_arrays(x[part], spec)
         scale = tensor_scale[part] if tensor_scale.dim() else tensor_scale
         scales[part] = array_scales(arrays, scale)
-        grid = to_grid(arrays, scales[part], scale).view(padded.shape)
+        grid = to_grid(arrays, scales[part], scale).flatten(1)
         part_codes, part_selectors = assign_codes(grid, tables)
         codes[part] = pack_codes(part_codes)
         selectors[part] = pack_selectors(part_selectors, spec.selector_bits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lobcq_fx.format.spec import E4M3_MAX, E4M3_MIN_SUBNORMAL, ENTRY_MAX, TENSOR_SCALE_DIVISOR
+from lobcq_fx.format.spec import E4M3_MAX, E4M3_MIN_SUBNORMAL, ENTRY_MAX, TENSOR_SCALE_DIVISOR, FormatSpec
 
 
 def tensor_scale_of_absmax(absmax: Tensor) -> Tensor:
@@ -31,6 +31,13 @@ def absmax_tensor_scale(x: Tensor) -> Tensor:
 def absmax_row_scale(x: Tensor) -> Tensor:
     """The activation rule: one scale for each row of x [..., K]. Returns fp32 [..., 1]."""
     return tensor_scale_of_absmax(_absmax(x)).unsqueeze(-1)
+
+
+def block_arrays(x: Tensor, spec: FormatSpec) -> Tensor:
+    """Cut x [R, K], any float dtype, into block arrays: fp32 [R, Kp / L_A, L_A], padded with zeros."""
+    padding = spec.padded_columns(x.shape[1]) - x.shape[1]
+    padded = torch.nn.functional.pad(x.float(), (0, padding))
+    return padded.view(x.shape[0], spec.num_arrays(x.shape[1]), spec.array_size)
 
 
 def array_scales(arrays: Tensor, tensor_scale: Tensor) -> Tensor:
