@@ -8,11 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 import lobcq_fx
-from lobcq_fx.cli import app
-from lobcq_fx.cli.failures import InputError
 from tests.cli.conftest import Run
 
 START = "import sys; sys.argv[0] = 'lobcq'; from lobcq_fx.cli import app; app()"
@@ -70,11 +67,10 @@ def test_a_failure_is_one_message_without_a_traceback() -> None:
 
 
 def test_debug_shows_the_traceback() -> None:
-    result = start("eval", "/no/such", LOBCQ_DEBUG="1")
-    assert result.returncode == 1
-    assert "Traceback" in result.stderr
-    assert "InputError" in result.stderr
-    assert isinstance(CliRunner().invoke(app, ["--debug", "eval", "/no/such"]).exception, InputError)
+    for result in (start("--debug", "eval", "/no/such"), start("eval", "/no/such", LOBCQ_DEBUG="1")):
+        assert result.returncode == 1
+        assert "Traceback" in result.stderr
+        assert "InputError" in result.stderr
 
 
 def test_wrong_usage(lobcq: Run) -> None:
