@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import LobcqError
-from lobcq_fx.kernels.bind import bind_cpu_core
+from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.passes.calling import CallingConvention
 from lobcq_fx.passes.inventory import Inventory
+from lobcq_fx.passes.prepack import Prepack, restore_weights
 from lobcq_fx.passes.retarget_device import RetargetDevice
 from lobcq_fx.storage.checkpoint import save_checkpoint
 
@@ -23,7 +24,9 @@ GRAPH = "graph_module."
 class QuantizedModel(nn.Module):
     """A model whose matmuls run in LO-BCQ. Inference only.
 
-    graph_module: the FX graph, flat tensors in and out; it can be compiled or transformed on its own.
+    graph_module: the FX graph that runs, flat tensors in and out; it can be compiled on its own. Where the device's
+        kernels want weights in a layout of their own, it holds them in that layout.
+    stored_graph: the same graph on weights as they are stored, whatever the device: what `save_pretrained` writes.
     calling: how a call of the model becomes a call of the graph.
     lobcq_config: the settings it was quantized with.
     inventory: every matmul, what became of it, and why.
@@ -45,8 +48,8 @@ class QuantizedModel(nn.Module):
     def _assemble(
         self, graph_module: fx.GraphModule, calling: CallingConvention, lobcq_config: LobcqConfig, inventory: Inventory
     ) -> None:
-        bind_cpu_core()
         self.graph_module = graph_module
+        self.stored_graph = graph_module.graph
         self.calling = calling
         self.lobcq_config = lobcq_config
         self.inventory = inventory
@@ -55,6 +58,7 @@ class QuantizedModel(nn.Module):
         self.register_load_state_dict_pre_hook(_add_prefix)
         graph_module.eval()
         self.training = False
+        self._prepack()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph on a call of the original model; returns what that returned.
@@ -64,6 +68,21 @@ class QuantizedModel(nn.Module):
         """
         outputs = self.graph_module(*self.calling.flatten(args, kwargs))
         return self.calling.unflatten(outputs, args, kwargs)
+
+    def _prepack(self) -> None:
+        """Let the graph that runs use the kernels' own weight layout, where the device has one."""
+        layout = weight_layout(self.device)
+        if layout is None:
+            return
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.stored_graph, {}))
+        self.graph_module.graph = graph
+        Prepack(layout)(self.graph_module)
+
+    def _restore(self) -> None:
+        """Run the stored graph on stored weights again."""
+        restore_weights(self.graph_module)
+        self.graph_module.graph = self.stored_graph
 
     def save_pretrained(self, directory: str | Path, tokenizer: Any = None) -> None:
         """Write a folder that `lobcq_fx.load` opens without the float weights.
@@ -104,11 +123,16 @@ class QuantizedModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModel:
         """Where `.to()`, also that of a module around this one, arrives: move, but keep every dtype."""
-        dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
-        if dtype != self.dtype:
-            _refuse_cast(dtype)
+        moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if moved.dtype != self.dtype:
+            _refuse_cast(moved.dtype)
+        leaves = moved.device != self.device
+        if leaves:
+            self._restore()  # the layout belongs to the device that is left
         super()._apply(lambda tensor: _keeping_dtype(fn, tensor), recurse)
-        RetargetDevice(self.device)(self.graph_module)
+        if leaves:
+            RetargetDevice(self.device)(self.graph_module)
+            self._prepack()
         return self
 
     def cuda(self, device: int | torch.device | None = None) -> QuantizedModel:

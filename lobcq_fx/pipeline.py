@@ -20,6 +20,7 @@ from lobcq_fx.format import FormatSpec
 from lobcq_fx.integrations.causal_lm import QuantizedCausalLM
 from lobcq_fx.integrations.causal_lm_call import CausalLMCall
 from lobcq_fx.integrations.transformers_trace import is_causal_lm, trace_causal_lm, trace_pretrained
+from lobcq_fx.kernels.bind import bind_cpu_core
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.infra import Sequential
@@ -77,6 +78,7 @@ def quantize(
     report = progress or _silent
     if config.needs_calibration and calibration_data is None:
         raise CalibrationError("static scales and fitted codebooks need calibration_data: pass an iterable of inputs")
+    bind_cpu_core()
     count, float_bytes = _size(model.parameters())
     traced = _trace_and_observe(model, calibration_data, config, example_inputs, report)
     graph_module = traced.graph_module

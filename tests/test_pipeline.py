@@ -98,7 +98,7 @@ def test_static_scales_are_what_the_model_encodes_with():
 
 def test_siblings_share_one_encoded_activation_with_static_scales_too():
     q = lobcq_fx.quantize(causal_lm("llama"), token_batches(), LobcqConfig(activation_scale="static"))
-    nodes = [n for n in q.graph_module.graph.nodes if n.target is torch.ops.lobcq.quantize_activation.default]
+    nodes = [n for n in q.stored_graph.nodes if n.target is torch.ops.lobcq.quantize_activation.default]
     assert len(nodes) == 2 * 4  # q/k/v, o, gate/up, down in each of two layers
 
 

@@ -1,52 +1,43 @@
 """Binds the C++ core to the `lobcq::` ops for CPU tensors.
 
-The core encodes and decodes; the product stays torch's. Results are therefore those of the default implementations, bit
-for bit. Without a built core, or with LOBCQ_CPU_CORE=0 in the environment, the defaults stay in place.
+`lobcq::linear_prepacked`, the op of models that run, is the core's own, from the dispatcher straight into C++. The ops
+on weights as they are stored encode and decode by the core, and multiply by torch: their results are those of the
+default implementations, bit for bit. Without a built core, or with LOBCQ_CPU_CORE=0 in the environment, the defaults
+stay in place.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import FormatSpec, check_codebooks, scale_product
-from lobcq_fx.kernels.cpu import library
-from lobcq_fx.kernels.cpu.library import Core, PackedOperand, Tables
-from lobcq_fx.ops.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION, QUANTIZE_ACTIVATION
+import lobcq_fx.ops  # noqa: F401  (defines the schemas that are implemented here)
+from lobcq_fx.format import FormatSpec, scale_product
+from lobcq_fx.kernels.cpu.installed import cpu_core, tables_of
+from lobcq_fx.kernels.cpu.library import Core, PackedOperand
+from lobcq_fx.kernels.cpu.weight_layout import CpuWeightLayout
+from lobcq_fx.ops.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION, QUANTIZE_ACTIVATION, QUANTIZE_WEIGHT
 
-logger = logging.getLogger(__name__)
 
-SWITCH = "LOBCQ_CPU_CORE"
+def weight_layout(device: torch.device) -> CpuWeightLayout | None:
+    """The layout in which the kernels for a device want weights; None where the ops read them as they are stored."""
+    return CpuWeightLayout() if device.type == "cpu" and bind_cpu_core() else None
 
 
 @cache
 def bind_cpu_core() -> bool:
     """Register the core's implementations, once a process; returns whether there is a core to register."""
-    if os.environ.get(SWITCH) == "0" or cpu_core() is None:
+    core = cpu_core()
+    if core is None:
         return False
+    core.register_torch_ops()
     torch.library.impl(QUANTIZE_ACTIVATION, "CPU", _quantize_activation)
+    torch.library.impl(QUANTIZE_WEIGHT, "CPU", _quantize_weight)
     torch.library.impl(LINEAR, "CPU", _linear)
     torch.library.impl(LINEAR_FLOAT_ACTIVATION, "CPU", _linear_float_activation)
     return True
-
-
-@cache
-def cpu_core() -> Core | None:
-    """The core that was built when the package was installed, or None."""
-    built = sorted(Path(library.__file__).parent.glob("_core.*"))
-    if not built:
-        logger.warning("the CPU core was not built, the ops run through plain torch: reinstall with a C++ compiler")
-        return None
-    try:
-        return Core(built[0], library.torch_parallel_for())
-    except OSError as error:
-        logger.warning("the CPU core cannot be loaded, the ops run through plain torch: %s", error)
-        return None
 
 
 def _quantize_activation(
@@ -55,11 +46,17 @@ def _quantize_activation(
     core, leading = _core(), x.shape[:-1]
     rows = x.detach().reshape(leading.numel(), x.shape[-1]).contiguous()
     scale = None if static_scale is None else static_scale.float().view(1, 1).repeat(rows.shape[0], 1)
-    packed = core.encode(_tables(codebooks, array_size), rows, array_size, scale)
+    packed = core.encode(tables_of(codebooks), rows, array_size, scale)
     scales = packed.scales.view(torch.float8_e4m3fn)
     parts = (packed.codes, packed.selectors, scales, packed.tensor_scale)
     codes, selectors, scales, tensor_scale = (part.view(*leading, part.shape[1]) for part in parts)
     return codes, selectors, scales, tensor_scale
+
+
+def _quantize_weight(w: Tensor, codebooks: Tensor, array_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    core, rows = _core(), w.detach().contiguous()
+    packed = core.encode(tables_of(codebooks), rows, array_size, core.tensor_scale(rows))
+    return packed.codes, packed.selectors, packed.scales.view(torch.float8_e4m3fn), packed.tensor_scale
 
 
 def _linear(
@@ -112,21 +109,10 @@ def _scaled_entries(
         FormatSpec(codebooks.shape[0], array_size),
         columns,
     )
-    return _core().decode(_tables(codebooks, array_size), packed)
+    return _core().decode(tables_of(codebooks), packed)
 
 
 def _core() -> Core:
     core = cpu_core()
     assert core is not None, "bound without a core"
     return core
-
-
-def _tables(codebooks: Tensor, array_size: int) -> Tables:
-    return _cached_tables(tuple(codebooks.flatten().tolist()), tuple(codebooks.shape), codebooks.dtype, array_size)
-
-
-@lru_cache(maxsize=32)
-def _cached_tables(entries: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, array_size: int) -> Tables:
-    codebooks = torch.tensor(entries, dtype=dtype).view(shape)
-    check_codebooks(codebooks, FormatSpec(shape[0], array_size))
-    return _core().tables(codebooks)

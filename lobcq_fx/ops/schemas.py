@@ -5,6 +5,9 @@ one in this package, which calls `lobcq_fx.format` on any device.
 
 A packed operand travels as four tensors (codes, selectors, scales, tensor_scale) and the int8 [N_c, 16] codebooks that
 decode it; activations keep their leading dimensions (batch, length), so that the ops add no reshapes to a graph.
+
+The prepacked ops read weights in the layout of one device's kernels. Where a device has such kernels, `Prepack` puts
+these ops in the place of the others in the graph that runs; a saved graph never holds them.
 """
 
 from __future__ import annotations
@@ -16,14 +19,22 @@ import torch
 from lobcq_fx.errors import LobcqError
 
 QUANTIZE_ACTIVATION = "lobcq::quantize_activation"
+QUANTIZE_WEIGHT = "lobcq::quantize_weight"
 LINEAR = "lobcq::linear"
 LINEAR_FLOAT_ACTIVATION = "lobcq::linear.float_activation"
+LINEAR_PREPACKED = "lobcq::linear_prepacked"
+LINEAR_PREPACKED_FLOAT_ACTIVATION = "lobcq::linear_prepacked.float_activation"
 
 _WEIGHT = "Tensor w_codes, Tensor w_selectors, Tensor w_scales, Tensor w_tensor_scale, Tensor w_codebooks"
 
 torch.library.define(
     QUANTIZE_ACTIVATION,
     "(Tensor x, Tensor codebooks, int array_size, Tensor? static_scale=None)"
+    " -> (Tensor codes, Tensor selectors, Tensor scales, Tensor tensor_scale)",
+)
+torch.library.define(
+    QUANTIZE_WEIGHT,
+    "(Tensor w, Tensor codebooks, int array_size)"
     " -> (Tensor codes, Tensor selectors, Tensor scales, Tensor tensor_scale)",
 )
 torch.library.define(
@@ -36,6 +47,14 @@ torch.library.define(
     f"(Tensor x, {_WEIGHT}, Tensor? bias, int array_size) -> Tensor",
 )
 
+_PREPACKED = "Tensor[] weights, Tensor[] tensor_scales, Tensor weight_tables, Tensor[] biases, int[] out_features, int array_size"
+
+torch.library.define(
+    LINEAR_PREPACKED,
+    f"(Tensor x, Tensor activation_tables, Tensor? static_scale, {_PREPACKED}, ScalarType dtype) -> Tensor[]",
+)
+torch.library.define(LINEAR_PREPACKED_FLOAT_ACTIVATION, f"(Tensor x, {_PREPACKED}) -> Tensor[]")
+
 
 def _refuse_backward(*_: Any) -> NoReturn:
     raise LobcqError(
@@ -44,5 +63,12 @@ def _refuse_backward(*_: Any) -> NoReturn:
     )
 
 
-for _name in (QUANTIZE_ACTIVATION, LINEAR, LINEAR_FLOAT_ACTIVATION):
+for _name in (
+    QUANTIZE_ACTIVATION,
+    QUANTIZE_WEIGHT,
+    LINEAR,
+    LINEAR_FLOAT_ACTIVATION,
+    LINEAR_PREPACKED,
+    LINEAR_PREPACKED_FLOAT_ACTIVATION,
+):
     torch.library.register_autograd(_name, _refuse_backward)

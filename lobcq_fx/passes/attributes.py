@@ -75,6 +75,18 @@ def add_get_attr(graph_module: fx.GraphModule, name: str) -> fx.Node:
     return node
 
 
+def get_attr_node(graph_module: fx.GraphModule, name: str) -> fx.Node:
+    """The first `get_attr` node for `name`, or a new one at the top of the graph."""
+    existing = graph_module.graph.find_nodes(op="get_attr", target=name)
+    return next(iter(existing), None) or add_get_attr(graph_module, name)
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator's node by its schema's names; those left to their defaults are absent."""
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
 def add_call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
     """A new `call_function` node at the insertion point, its provenance taken from `like` and its value computed."""
     node = graph.call_function(target, args)

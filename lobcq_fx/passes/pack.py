@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx, nn
 
+import lobcq_fx.ops  # noqa: F401  (registers the op that encodes)
 from lobcq_fx.errors import LobcqError
-from lobcq_fx.format import Encoded, FormatSpec, encode, sqnr_db
+from lobcq_fx.format import Encoded, FormatSpec, sqnr_db
 from lobcq_fx.passes.attributes import (
     add_get_attr,
     delete_attribute,
@@ -75,11 +77,12 @@ def pack_weight(
 
 def _encode(weight: Tensor, name: str, spec: FormatSpec, codebooks: Tensor) -> Encoded:
     try:
-        return encode(weight, spec, codebooks)
+        parts = torch.ops.lobcq.quantize_weight(weight, codebooks.to(weight.device), spec.array_size)
     except ValueError as error:
         raise LobcqError(
             f"cannot encode {name}: {error}. Remedy: repair the checkpoint, or exclude the layer"
         ) from None
+    return Encoded(*parts, codebooks, spec, weight.shape[1])
 
 
 def _readers(weight: fx.Node) -> set[fx.Node]:

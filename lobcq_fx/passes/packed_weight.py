@@ -1,37 +1,92 @@
-"""A packed weight as a module: buffers named as they are stored, indifferent to dtype casts."""
+"""A packed weight as a module: tensors named as they are stored, indifferent to dtype casts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lobcq_fx.format import Encoded
+from lobcq_fx.format import Encoded, FormatSpec
 
 PARTS = ("codes", "selectors", "scales", "tensor_scale")
+PREPACKED = "prepacked"
+
+Parts = tuple[Tensor, Tensor, Tensor]
+"""Codes, selectors and scales, as in `lobcq_fx.format.Encoded`."""
+
+
+class WeightLayout(Protocol):
+    """How the kernels of one device want a weight to lie in memory."""
+
+    def pack(self, parts: Parts, spec: FormatSpec, columns: int) -> Tensor:
+        """The weight [N, columns] in kernel layout, uint8 [bytes]."""
+
+    def unpack(self, prepacked: Tensor, spec: FormatSpec, rows: int, columns: int) -> Parts:
+        """Inverse of `pack`."""
+
+    def tables(self, codebooks: Tensor) -> Tensor:
+        """What the kernels look up for codebooks int8 [N_c, 16], uint8 [bytes]."""
 
 
 class PackedWeight(nn.Module):
     """Holds an encoded weight [N, K] in place of the float parameter, so that its buffers are `<parameter>.codes`, ...
 
-    `.to(device)` moves them; `.half()` and the like leave them alone: they are the format's bytes, not numbers.
+    `repack` replaces codes, selectors and scales by one buffer, `prepacked`, in a device's kernel layout; the bytes are
+    held once. State dicts have the parts all the same. `.to(device)` moves buffers; `.half()` and the like leave them
+    alone: they are the format's bytes, not numbers.
     """
 
     codes: Tensor
     selectors: Tensor
     scales: Tensor
     tensor_scale: Tensor
+    prepacked: Tensor
 
     def __init__(self, encoded: Encoded) -> None:
         super().__init__()
+        self.spec, (self.rows, self.columns) = encoded.spec, encoded.shape
+        self.layout: WeightLayout | None = None
         for part in PARTS:
             self.register_buffer(part, getattr(encoded, part))
 
+    def repack(self, layout: WeightLayout) -> None:
+        """Hold the bytes in a kernel layout from now on."""
+        prepacked = layout.pack((self.codes, self.selectors, self.scales), self.spec, self.columns)
+        del self.codes, self.selectors, self.scales
+        self.register_buffer(PREPACKED, prepacked, persistent=False)
+        self.layout = layout
+
+    def restore(self) -> None:
+        """Hold the bytes as they are stored again."""
+        parts = self._parts()
+        del self.prepacked
+        self.layout = None
+        for name, tensor in parts.items():
+            self.register_buffer(name, tensor)
+
+    def _parts(self) -> dict[str, Tensor]:
+        """Codes, selectors and scales from the kernel layout."""
+        assert self.layout is not None, "not in a kernel layout"
+        return dict(zip(PARTS, self.layout.unpack(self.prepacked, self.spec, self.rows, self.columns), strict=False))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        if self.layout is not None:
+            destination.update({prefix + name: tensor for name, tensor in self._parts().items()})
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        layout = self.layout
+        if layout is not None:
+            self.restore()
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if layout is not None:
+            self.repack(layout)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         # fn sees bytes, which no dtype cast touches.
-        for part in PARTS:
-            buffer = getattr(self, part)
+        for name, buffer in self.named_buffers():
             moved = fn(buffer.reshape(-1).view(torch.uint8))
-            setattr(self, part, moved.view(buffer.dtype).view(buffer.shape))
+            setattr(self, name, moved.view(buffer.dtype).view(buffer.shape))
         return self

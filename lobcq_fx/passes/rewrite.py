@@ -18,7 +18,14 @@ from torch import Tensor, fx, nn
 import lobcq_fx.ops  # noqa: F401  (registers the ops that this pass emits)
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.format import encode, sqnr_db
-from lobcq_fx.passes.attributes import add_call, add_get_attr, free_name, has_attribute, register_attribute
+from lobcq_fx.passes.attributes import (
+    add_call,
+    add_get_attr,
+    free_name,
+    get_attr_node,
+    has_attribute,
+    register_attribute,
+)
 from lobcq_fx.passes.codebook_sets import CodebookSets
 from lobcq_fx.passes.infra import GraphPass
 from lobcq_fx.passes.insert_observers import Observer, observer_of, scaled_sample
@@ -124,8 +131,7 @@ class Rewrite(GraphPass):
         name = self.codebooks.name_of(codebooks)
         if not has_attribute(graph_module, name):
             register_attribute(graph_module, name, codebooks.to(_device(graph_module)))
-        existing = [n for n in graph_module.graph.nodes if n.op == "get_attr" and n.target == name]
-        return existing[0] if existing else add_get_attr(graph_module, name)
+        return get_attr_node(graph_module, name)
 
     def _record(self, matmul: Matmul, packed: Packed, observer: Observer | None, first: bool) -> MatmulRecord:
         return MatmulRecord(

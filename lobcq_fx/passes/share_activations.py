@@ -5,8 +5,6 @@ quantize_activation(x, ...)  three times, for q, k and v   ->   once
 
 from __future__ import annotations
 
-import operator
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,10 +12,10 @@ import torch
 from torch import Tensor, fx
 
 import lobcq_fx.ops  # noqa: F401  (registers the op that this pass matches)
+from lobcq_fx.passes.aliasing import Writes
 from lobcq_fx.passes.attributes import get_attribute
 from lobcq_fx.passes.infra import GraphPass
 
-aten = torch.ops.aten
 QUANTIZE_ACTIVATION = torch.ops.lobcq.quantize_activation.default
 
 
@@ -33,14 +31,14 @@ class ShareActivations(GraphPass):
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Redirect users to the first of equal nodes. Static scales are equal if their values are."""
         first: dict[tuple[Any, ...], fx.Node] = {}
-        writes: Counter[fx.Node] = Counter()
+        writes = Writes()
         modified = False
         for node in list(graph_module.graph.nodes):
-            writes.update(_owner(argument) for argument in _written(node))
+            writes.visit(node)
             if node.op != "call_function" or node.target is not QUANTIZE_ACTIVATION:
                 continue
             x, codebooks, array_size, static_scale = node.args
-            key = (x, writes[_owner(x)], codebooks, array_size, _value(graph_module, static_scale))
+            key = (x, writes.before(x), codebooks, array_size, _value(graph_module, static_scale))
             if key not in first:
                 first[key] = node
                 continue
@@ -54,28 +52,6 @@ class ShareActivations(GraphPass):
             user.replace_all_uses_with(parts[user.args[1]])
             graph.erase_node(user)
         graph.erase_node(duplicate)
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The arguments that the node changes in place."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-        return []
-    declared = zip(node.target._schema.arguments, node.args, strict=False)
-    return [value for argument, value in declared if argument.is_write and isinstance(value, fx.Node)]
-
-
-def _owner(node: fx.Node) -> fx.Node:
-    """The node whose memory this one may look at: itself, unless it is a view or the result of an in-place op."""
-    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node) and _may_alias(node.target):
-        node = node.args[0]
-    return node
-
-
-def _may_alias(target: object) -> bool:
-    if not isinstance(target, torch._ops.OpOverload):
-        return target is operator.getitem
-    # Dropout returns its input itself in eval mode and does not declare it.
-    return target is aten.dropout.default or any(result.alias_info for result in target._schema.returns)
 
 
 def _value(graph_module: fx.GraphModule, scale: fx.Node | None) -> float | None:

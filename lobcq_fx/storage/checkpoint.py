@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CheckpointError
-from lobcq_fx.passes.attributes import get_attribute, register_attribute
+from lobcq_fx.passes.attributes import register_attribute
 from lobcq_fx.passes.inventory import Inventory
 from lobcq_fx.storage.atomic_folder import replace_folder
 from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
@@ -51,7 +51,7 @@ class Checkpoint:
 
 def save_checkpoint(model: QuantizedModel, directory: Path, tokenizer: Any) -> None:
     """Write `model` to `directory`: written beside it, read back and compared, then put in place."""
-    tensors = stored_tensors(model.graph_module)
+    tensors = stored_tensors(model.graph_module, model.stored_graph)
     with replace_folder(directory, is_checkpoint) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         _write_json(folder / "config.json", _config(model))
@@ -99,16 +99,18 @@ def is_checkpoint(directory: Path) -> bool:
         return False
 
 
-def stored_tensors(graph_module: fx.GraphModule) -> dict[str, Tensor]:
-    """Every tensor the graph refers to, by name; names that share memory get a copy each."""
+def stored_tensors(module: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
+    """Every tensor that a graph of stored weights refers to, by name; names that share memory get a copy each."""
+    state = module.state_dict()
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for node in graph_module.graph.nodes:
-        if node.op != "get_attr" or str(node.target) in tensors:
+    for node in graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name in tensors:
             continue
-        tensor = get_attribute(graph_module, str(node.target)).detach().cpu().contiguous()
+        tensor = state[name].cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
-        tensors[str(node.target)] = tensor.clone() if storage in seen else tensor
+        tensors[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return tensors
 
@@ -128,7 +130,7 @@ def _graph(model: QuantizedModel) -> dict[str, Any]:
     return {
         "calling": model.calling.to_dict(),
         "parameters": sorted(name for name, _ in graph_module.named_parameters(remove_duplicate=False)),
-        "nodes": graph_to_json(graph_module.graph),
+        "nodes": graph_to_json(model.stored_graph),
     }
 
 
@@ -158,7 +160,8 @@ def _read_tensors(directory: Path, graph: fx.Graph) -> dict[str, Tensor]:
 
 def _self_check(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Read the folder back as a user would, and compare every byte."""
-    restored = stored_tensors(load_checkpoint(folder).graph_module)
+    restored = load_checkpoint(folder).graph_module
+    restored = stored_tensors(restored, restored.graph)
     for name, tensor in tensors.items():
         if not torch.equal(_bytes(restored[name]), _bytes(tensor)):
             raise CheckpointError(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx, nn
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops whose operands are checked)
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.format import Encoded, FormatSpec, check_codebooks
-from lobcq_fx.passes.attributes import delete_attribute, get_attribute, register_attribute
+from lobcq_fx.passes.attributes import delete_attribute, get_attribute, named_arguments, register_attribute
 from lobcq_fx.passes.packed_weight import PARTS, PackedWeight
 
 ops = torch.ops.lobcq
@@ -34,7 +32,7 @@ def _check_activations(module: nn.Module, graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op != "call_function" or node.target is not ops.quantize_activation.default:
             continue
-        arguments = _arguments(node)
+        arguments = named_arguments(node)
         name = str(arguments["codebooks"].target)
         _spec(get_attribute(module, name), arguments["array_size"], name)
         scale = arguments.get("static_scale")
@@ -50,7 +48,7 @@ def _restore_weights(module: nn.Module, graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op != "call_function" or node.target not in (ops.linear.default, ops.linear.float_activation):
             continue
-        arguments = _arguments(node)
+        arguments = named_arguments(node)
         name = str(arguments["w_codes"].target).removesuffix(".codes")
         if name in done:
             continue
@@ -63,12 +61,6 @@ def _restore_weights(module: nn.Module, graph: fx.Graph) -> None:
         _check(name, encoded)
         delete_attribute(module, name)
         register_attribute(module, name, PackedWeight(encoded))
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The node's arguments by the schema's names."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 def _spec(codebooks: Tensor, array_size: int, name: str) -> FormatSpec:

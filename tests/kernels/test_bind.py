@@ -11,7 +11,8 @@ import torch
 
 import lobcq_fx.ops
 from lobcq_fx.format import FormatSpec, encode, universal_codebooks
-from lobcq_fx.kernels.bind import SWITCH, bind_cpu_core
+from lobcq_fx.kernels.bind import bind_cpu_core
+from lobcq_fx.kernels.cpu.installed import SWITCH
 
 pytestmark = pytest.mark.skipif(not bind_cpu_core(), reason="the CPU core was not built, or is switched off")
 
@@ -49,6 +50,25 @@ def test_bound_ops_equal_the_default_implementations(name, shape, dtype):
         same_bits(torch.ops.lobcq.linear(*call), lobcq_fx.ops.linear(*call))
     call = (x, *weight, bias, spec.array_size)
     same_bits(torch.ops.lobcq.linear.float_activation(*call), lobcq_fx.ops.linear_float_activation(*call))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(40, 200), (1, 7), (0, 64), (3, 0)], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_weights_are_encoded_as_by_default(name, shape, dtype):
+    spec, w = FormatSpec.from_name(name), torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    books = universal_codebooks(spec.num_codebooks)
+    for weight in (w, w.t().contiguous().t()):
+        expected = lobcq_fx.ops.quantize_weight(weight, books, spec.array_size)
+        for one, other in zip(torch.ops.lobcq.quantize_weight(weight, books, spec.array_size), expected, strict=True):
+            same_bits(one, other)
+
+
+def test_a_weight_that_is_not_finite_is_named():
+    w = torch.zeros(5, 64)
+    w[3, 17] = torch.inf
+    with pytest.raises(ValueError, match=r"x\[3, 17\] is inf: a weight must be finite"):
+        torch.ops.lobcq.quantize_weight(w, universal_codebooks(8), 64)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

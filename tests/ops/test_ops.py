@@ -72,6 +72,7 @@ def test_dtypes_and_strides_agree_with_the_fake_kernels(dtype):
         (torch.ops.lobcq.linear.default, (*packed, codebooks, *weight_args(w), bias, 200, 64, dtype)),
         (torch.ops.lobcq.linear.default, (*packed, codebooks, *weight_args(w), None, 200, 64, torch.float32)),
         (torch.ops.lobcq.linear.float_activation, (x, *weight_args(w), bias, 64)),
+        (torch.ops.lobcq.quantize_weight.default, (x[0], codebooks, 64)),
     ]
     for op, args in checks:
         torch.library.opcheck(op, args, test_utils=OPCHECKS)

@@ -21,8 +21,6 @@ FLAGS = (
     "-fPIC",
     "-shared",
     "-fvisibility=hidden",
-    "-fno-exceptions",
-    "-fno-rtti",
     # Bit-exactness: no fused multiply-add but those written as such. The other two change no result.
     "-ffp-contract=off",
     "-fno-math-errno",
@@ -64,13 +62,14 @@ def compile_core(output: Path, *, sanitize: bool = False, werror: bool = False) 
     command = [compiler, *FLAGS]
     if "clang" not in Path(compiler).name:
         command += GCC_FLAGS
-    if sys.platform == "linux":
-        command += ["-Wl,--as-needed", "-Wl,-z,defs"] if not sanitize else []
+    if sys.platform == "linux" and not sanitize:
+        # The C++ library's templates would be exported too, and bind to another library's copies.
+        command += ["-Wl,--as-needed", "-Wl,-z,defs", f"-Wl,--version-script={CORE / 'exports.map'}"]
     if sanitize:
         command += SANITIZE_FLAGS
     if werror:
         command.append("-Werror")
-    command += ["-o", str(output), *sorted(str(path) for path in CORE.glob("*.cpp"))]
+    command += ["-o", str(output), *sorted(str(path) for path in CORE.glob("*.cpp")), "-ldl"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise BuildError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")

@@ -7,7 +7,6 @@ the rest. ctypes releases the GIL during a call.
 from __future__ import annotations
 
 import ctypes
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +15,9 @@ from torch import Tensor
 
 from lobcq_fx.format.spec import FormatSpec
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ALIGNMENT = 64
 """Bytes: where the core's opaque buffers start. torch's CPU allocator aligns to as much."""
-
-HUGE_PAGE = 2 << 20
-"""Bytes. A weight is read once a token, front to back: with 4 KiB pages that is a page walk for every 7000 scalars."""
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ENCODED, _FLOAT = 0, 1
@@ -60,6 +56,16 @@ class _Weight(ctypes.Structure):
         ("columns", ctypes.c_int64),
         ("num_codebooks", ctypes.c_int32),
         ("array_size", ctypes.c_int32),
+    )
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (
+        ("tables", ctypes.c_void_p),
+        ("weight", ctypes.POINTER(_Weight)),
+        ("weight_scale", ctypes.c_float),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.POINTER(_Matrix)),
     )
 
 
@@ -155,6 +161,14 @@ class Core:
         """The instruction set in use: "portable", "avx2" or "avx512"."""
         return str(self._lib.lobcq_isa().decode())
 
+    def register_torch_ops(self) -> None:
+        """Register `lobcq::linear_prepacked` for CPU tensors, in C++. Once a process.
+
+        Raises:
+            CoreError: this libtorch is older than 2.10, or has the ops already.
+        """
+        self._call("register_torch_ops", ctypes.c_void_p(_libtorch()._handle))
+
     def tables(self, codebooks: Tensor) -> Tables:
         """Tables of codebooks int8 [N_c, 16]."""
         codebooks = codebooks.contiguous()
@@ -209,7 +223,7 @@ class Core:
         size = self._lib.lobcq_weight_bytes(
             ctypes.c_int64(rows), ctypes.c_int64(packed.columns), spec.num_codebooks, spec.array_size
         )
-        weight = KernelWeight(_weight_buffer(size), rows, packed.columns, spec, float(packed.tensor_scale))
+        weight = KernelWeight(_buffer(size), rows, packed.columns, spec, float(packed.tensor_scale))
         operand, out = _packed(packed), _weight(weight)
         self._call("weight_pack", ctypes.byref(operand), ctypes.byref(out), self._parallel())
         return weight
@@ -270,11 +284,12 @@ class Core:
         """`activation @ weight.T + bias` in `dtype` [M, N]; bias fp32 [N]; tables of the weight's codebooks."""
         out = torch.empty((activation.rows, weight.rows), dtype=dtype)
         matrix, w, a = _matrix(out), _weight(weight), _activation(activation)
-        bias_pointer = None if bias is None else _pointer(bias.to(torch.float32).contiguous())
-        self._call(
-            "linear", _pointer(tables.data), ctypes.byref(w), ctypes.c_float(weight.tensor_scale), ctypes.byref(a),
-            bias_pointer, ctypes.byref(matrix), self._parallel(),
+        bias = None if bias is None else bias.to(torch.float32).contiguous()
+        product = _Product(
+            tables.data.data_ptr(), ctypes.pointer(w), weight.tensor_scale,
+            None if bias is None else bias.data_ptr(), ctypes.pointer(matrix),
         )  # fmt: skip
+        self._call("linear", ctypes.byref(product), ctypes.c_int64(1), ctypes.byref(a), self._parallel())
         return out
 
     def _new_activation(self, rows: int, columns: int, array_size: int, kind: int) -> KernelActivation:
@@ -293,10 +308,13 @@ class Core:
 
 
 def torch_parallel_for() -> int | None:
-    """Address of libtorch's parallel_for, which obeys torch.set_num_threads; None where this libtorch has none."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    function = getattr(ctypes.CDLL(str(library)), "torch_parallel_for", None) if library.exists() else None
-    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
+    """Address of libtorch's parallel_for, which obeys torch.set_num_threads."""
+    return ctypes.cast(_libtorch().torch_parallel_for, ctypes.c_void_p).value
+
+
+def _libtorch() -> ctypes.CDLL:
+    """The library that `import torch` loaded, so that its symbols can be looked up."""
+    return ctypes.CDLL(next(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")))
 
 
 def _buffer(size: int) -> Tensor:
@@ -307,16 +325,6 @@ def _buffer(size: int) -> Tensor:
         padded = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
         data = padded[-padded.data_ptr() % ALIGNMENT :][:size]
     return data
-
-
-def _weight_buffer(size: int) -> Tensor:
-    """A buffer on huge pages where the system has them and the weight is worth one."""
-    if size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return _buffer(size)
-    pages = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    data = torch.frombuffer(pages, dtype=torch.uint8)
-    return data[-data.data_ptr() % HUGE_PAGE :][:size]
 
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:

@@ -61,6 +61,16 @@ int32_t check_activation(const lobcq_activation* a) {
     return valid_shape(a->rows, a->columns) && aligned(a->data, kAlign) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
 }
 
+int32_t check_product(const lobcq_product& p, const lobcq_activation& a) {
+    if (!valid_tables(p.tables) || !valid_matrix(p.out) || (p.bias && !aligned(p.bias, 4)))
+        return LOBCQ_INVALID_ARGUMENT;
+    if (const int32_t status = check_weight(p.weight)) return status;
+    const bool fits = p.weight->columns == a.columns && p.weight->array_size == a.array_size &&
+                      p.weight->num_codebooks == as_tables(p.tables).num_codebooks && p.out->rows == a.rows &&
+                      p.out->columns == p.weight->rows;
+    return fits ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
+}
+
 template <class A, class B>
 bool same_shape(const A& a, const B& b) {
     return a.rows == b.rows && a.columns == b.columns;
@@ -131,6 +141,10 @@ int32_t lobcq_tables_init(const int8_t* codebooks, int32_t num_codebooks, void* 
     }
     make_tables(codebooks, num_codebooks, static_cast<Tables*>(tables));
     return LOBCQ_OK;
+}
+
+int32_t lobcq_tables_codebooks(const void* tables) {
+    return valid_tables(tables) ? as_tables(tables).num_codebooks : -1;
 }
 
 int32_t lobcq_tensor_scale(const lobcq_matrix* x, float* tensor_scale, int64_t bad[2]) {
@@ -244,20 +258,14 @@ int32_t lobcq_activation_split(const lobcq_matrix* x, lobcq_activation* activati
                [&](int64_t begin, int64_t end) { split_activation(*x, a, begin, end); });
 }
 
-int32_t lobcq_linear(const void* tables, const lobcq_weight* weight, float weight_scale,
-                     const lobcq_activation* activation, const float* bias, lobcq_matrix* out,
+int32_t lobcq_linear(const lobcq_product* products, int64_t count, const lobcq_activation* activation,
                      lobcq_parallel_for parallel) {
-    if (!valid_tables(tables) || !valid_matrix(out) || (bias && !aligned(bias, 4))) return LOBCQ_INVALID_ARGUMENT;
-    if (const int32_t status = check_weight(weight)) return status;
+    if (count < 0 || (count > 0 && !products)) return LOBCQ_INVALID_ARGUMENT;
     if (const int32_t status = check_activation(activation)) return status;
-    if (weight->columns != activation->columns || weight->array_size != activation->array_size ||
-        weight->num_codebooks != as_tables(tables).num_codebooks || out->rows != activation->rows ||
-        out->columns != weight->rows)
-        return LOBCQ_INVALID_ARGUMENT;
-    const Linear linear{as_tables(tables), WeightView(*weight), view(*activation), weight_scale, bias, *out};
-    if (linear.tasks() == 0) return LOBCQ_OK;
-    return run(linear.tasks(), linear.grain(), parallel,
-               [&](int64_t begin, int64_t end) { linear.run(begin, end); });
+    for (int64_t i = 0; i < count; ++i)
+        if (const int32_t status = check_product(products[i], *activation)) return status;
+    const LinearGroup group{products, count, view(*activation)};
+    return run(group.tasks(), group.grain(), parallel, [&](int64_t begin, int64_t end) { group.run(begin, end); });
 }
 
 }  // extern "C"

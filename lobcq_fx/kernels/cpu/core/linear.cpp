@@ -21,11 +21,6 @@ int64_t Linear::tasks() const {
     return fused() ? w.panels : ceil_div(w.panels, kTilePanels) * row_blocks();
 }
 
-int64_t Linear::grain() const {
-    const int64_t products = rows() * w.rows * w.chunks * kChunk;
-    return ceil_div(kGrainProducts, products / tasks() + 1);
-}
-
 void Linear::run(int64_t begin, int64_t end) const {
     for (int64_t task = begin; task < end; ++task) {
         if (fused()) {
@@ -70,6 +65,28 @@ void Linear::finish(const float* sums, int64_t width, int64_t first_row, int64_t
         auto* to = static_cast<uint8_t*>(out.data) + (row * out.row_stride + first_column) * size;
         isa().finish(sums + m * a.planes * width, width, a.planes, n, a.row_scales[row], weight_scale,
                      bias ? bias + first_column : nullptr, out.dtype, to);
+    }
+}
+
+int64_t LinearGroup::tasks() const {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += Linear(products[i], a).tasks();
+    return sum;
+}
+
+int64_t LinearGroup::grain() const {
+    int64_t outputs = 0;
+    for (int64_t i = 0; i < count; ++i) outputs += products[i].weight->rows;
+    const int64_t all = a.rows * a.planes * outputs * a.arrays * a.array_size, each = all / (tasks() + 1) + 1;
+    return ceil_div(kGrainProducts, each);
+}
+
+void LinearGroup::run(int64_t begin, int64_t end) const {
+    for (int64_t i = 0, first = 0; i < count && first < end; ++i) {
+        const Linear linear(products[i], a);
+        const int64_t last = first + linear.tasks();
+        if (begin < last) linear.run(begin < first ? 0 : begin - first, (end < last ? end : last) - first);
+        first = last;
     }
 }
 

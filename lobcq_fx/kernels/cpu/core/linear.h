@@ -1,10 +1,12 @@
-// The product of an activation and a weight, cut into tasks.
+// The products of one activation and several weights, cut into tasks.
 #pragma once
 
 #include "isa.h"
 
 namespace lobcq {
 
+// One product. Tasks are independent and cover the output; each element is computed by one task, in an order that
+// depends on nothing but K.
 struct Linear {
     const Tables& tables;
     WeightView w;
@@ -13,10 +15,11 @@ struct Linear {
     const float* bias;  // may be null
     lobcq_matrix out;
 
-    // Tasks are independent and cover the output; each element is computed by one task, in an order that depends on
-    // nothing but K. `grain` is how many of them are worth a thread.
+    Linear(const lobcq_product& p, const ActivationView& activation)
+        : tables(*static_cast<const Tables*>(p.tables)), w(*p.weight), a(activation), weight_scale(p.weight_scale),
+          bias(p.bias), out(*p.out) {}
+
     int64_t tasks() const;
-    int64_t grain() const;
     void run(int64_t begin, int64_t end) const;
 
   private:
@@ -27,6 +30,17 @@ struct Linear {
     void run_panel(int64_t panel) const;
     void run_tile(int64_t first_panel, int64_t first_row, int64_t rows) const;
     void finish(const float* sums, int64_t width, int64_t first_row, int64_t rows, int64_t first_column) const;
+};
+
+// Products of one activation: their tasks in a row, so that all threads share all of them.
+struct LinearGroup {
+    const lobcq_product* products;
+    int64_t count;
+    ActivationView a;
+
+    int64_t tasks() const;
+    int64_t grain() const;  // how many tasks are worth a thread
+    void run(int64_t begin, int64_t end) const;
 };
 
 }  // namespace lobcq

@@ -31,7 +31,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a declaration in this header changes its meaning. */
-#define LOBCQ_ABI_VERSION 1
+#define LOBCQ_ABI_VERSION 2
 
 enum lobcq_status {
     LOBCQ_OK = 0,
@@ -115,6 +115,9 @@ LOBCQ_API const char* lobcq_status_text(int32_t status);
 LOBCQ_API int64_t lobcq_tables_bytes(void);
 LOBCQ_API int32_t lobcq_tables_init(const int8_t* codebooks, int32_t num_codebooks, void* tables);
 
+/* num_codebooks of initialized tables; -1 where they are not. */
+LOBCQ_API int32_t lobcq_tables_codebooks(const void* tables);
+
 /* The weight rule's tensor scale: max|x| / 13888, or 1 where x is all zero or empty.
  * LOBCQ_NOT_FINITE: x holds NaN or infinity; bad[0], bad[1] are then the row and column of the first one. */
 LOBCQ_API int32_t lobcq_tensor_scale(const lobcq_matrix* x, float* tensor_scale, int64_t bad[2]);
@@ -152,12 +155,19 @@ LOBCQ_API int32_t lobcq_activation_load(const void* tables, const lobcq_packed* 
 LOBCQ_API int32_t lobcq_activation_split(const lobcq_matrix* x, lobcq_activation* activation,
                                          lobcq_parallel_for parallel);
 
-/* out [M, N] (fp32, bf16 or fp16) = (a @ w^T * a's scales) * weight_scale + bias (fp32 [N], or NULL), accumulated in
- * fp32 and rounded once to out's dtype. `tables` are the weight's codebooks; weight and activation must agree in
- * columns and array_size. Element (m, n) depends on row m of a, row n of w and nothing else: its bits are the same for
- * any M, N and number of threads. */
-LOBCQ_API int32_t lobcq_linear(const void* tables, const lobcq_weight* weight, float weight_scale,
-                               const lobcq_activation* activation, const float* bias, lobcq_matrix* out,
+/* One linear: out [M, N] (fp32, bf16 or fp16) = (a @ w^T * a's scales) * weight_scale + bias, accumulated in fp32 and
+ * rounded once to out's dtype. */
+typedef struct {
+    const void* tables;         /* of the weight's codebooks */
+    const lobcq_weight* weight; /* [N, K], agrees with the activation in columns and array_size */
+    float weight_scale;
+    const float* bias;          /* [N], or NULL */
+    const lobcq_matrix* out;
+} lobcq_product;
+
+/* `count` linears of one activation, as one parallel loop. Element (m, n) of each depends on row m of a, row n of its
+ * weight and nothing else: its bits are the same for any M, N, company and number of threads. */
+LOBCQ_API int32_t lobcq_linear(const lobcq_product* products, int64_t count, const lobcq_activation* activation,
                                lobcq_parallel_for parallel);
 
 #ifdef __cplusplus

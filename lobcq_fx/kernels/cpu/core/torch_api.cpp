@@ -1,0 +1,81 @@
+#include "torch_api.h"
+
+#include <numeric>
+
+namespace lobcq::torch {
+
+Api api;
+
+Tensor Tensor::empty(const std::vector<int64_t>& sizes, int32_t dtype) {
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 1 ? sizes[i] : 1);
+    void* handle = nullptr;
+    check(api.aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+                                       api.aoti_torch_device_type_cpu(), 0, &handle),
+          "empty_strided");
+    return Tensor(reinterpret_cast<Value>(handle));
+}
+
+int32_t Tensor::dtype() const {
+    int32_t dtype = 0;
+    check(api.aoti_torch_get_dtype(handle_, &dtype), "get_dtype");
+    return dtype;
+}
+
+int64_t Tensor::numel() const {
+    const std::vector<int64_t> all = sizes();
+    return std::accumulate(all.begin(), all.end(), int64_t{1}, std::multiplies<>());
+}
+
+std::vector<int64_t> Tensor::numbers(int32_t (*get)(void*, int64_t**)) const {
+    int64_t dim = 0, *first = nullptr;
+    check(api.aoti_torch_get_dim(handle_, &dim), "get_dim");
+    check(get(handle_, &first), "get_sizes or get_strides");
+    return {first, first + dim};
+}
+
+Tensor take_optional_tensor(Value value) {
+    auto* boxed = reinterpret_cast<Value*>(value);
+    if (!boxed) return Tensor();
+    Tensor tensor(*boxed);
+    if (api.torch_delete_stable_ivalue) api.torch_delete_stable_ivalue(boxed);
+    else delete boxed;
+    return tensor;
+}
+
+namespace {
+
+template <class Item, class Make>
+std::vector<Item> take_list(Value value, Make make) {
+    auto* list = reinterpret_cast<void*>(value);
+    std::vector<Item> items;
+    size_t size = 0;
+    int32_t error = api.torch_list_size(list, &size);
+    for (size_t i = 0; i < size && !error; ++i) {
+        Value item = 0;
+        error = api.torch_list_get_item(list, i, &item);
+        if (!error) items.push_back(make(item));
+    }
+    api.torch_delete_list(list);
+    check(error, "reading a list");
+    return items;
+}
+
+}  // namespace
+
+std::vector<Tensor> take_tensors(Value value) {
+    return take_list<Tensor>(value, [](Value item) { return Tensor(item); });
+}
+
+std::vector<int64_t> take_integers(Value value) {
+    return take_list<int64_t>(value, [](Value item) { return static_cast<int64_t>(item); });
+}
+
+Value give_tensors(std::vector<Tensor> tensors) {
+    void* list = nullptr;
+    check(api.torch_new_list_reserve_size(tensors.size(), &list), "new_list");
+    for (Tensor& tensor : tensors) check(api.torch_list_push_back(list, tensor.release()), "list_push_back");
+    return reinterpret_cast<Value>(list);
+}
+
+}  // namespace lobcq::torch

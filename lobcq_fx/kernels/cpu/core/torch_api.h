@@ -1,0 +1,99 @@
+// What the binding uses of libtorch's stable C interface (torch/csrc/stable/c/shim.h and
+// torch/csrc/inductor/aoti_torch/c/shim.h, torch 2.10 and later), declared here and looked up at run time: the core
+// links no torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "lobcq.h"
+
+namespace lobcq::torch {
+
+using Value = uint64_t;  // StableIValue: an integer, or a pointer to what does not fit
+using BoxedKernel = void (*)(Value* stack, uint64_t num_arguments, uint64_t num_outputs);
+
+// Every function returns 0 for success unless it is said to return something else.
+struct Api {
+    int32_t (*aoti_torch_library_init_impl)(const char* ns, const char* key, const char* file, uint32_t line,
+                                            void** library);
+    int32_t (*torch_library_impl)(void* library, const char* name, BoxedKernel kernel, uint64_t version);
+    int32_t (*torch_call_dispatcher)(const char* name, const char* overload, Value* stack, uint64_t version);
+    int32_t (*aoti_torch_get_data_ptr)(void* tensor, void** data);
+    int32_t (*aoti_torch_get_dim)(void* tensor, int64_t* dim);
+    int32_t (*aoti_torch_get_sizes)(void* tensor, int64_t** sizes);
+    int32_t (*aoti_torch_get_strides)(void* tensor, int64_t** strides);
+    int32_t (*aoti_torch_get_dtype)(void* tensor, int32_t* dtype);
+    int32_t (*aoti_torch_empty_strided)(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                                        int32_t device_type, int32_t device_index, void** tensor);
+    int32_t (*aoti_torch_delete_tensor_object)(void* tensor);
+    int32_t (*torch_new_list_reserve_size)(size_t size, void** list);
+    int32_t (*torch_list_size)(void* list, size_t* size);
+    int32_t (*torch_list_get_item)(void* list, size_t index, Value* item);
+    int32_t (*torch_list_push_back)(void* list, Value item);
+    int32_t (*torch_delete_list)(void* list);
+    int32_t (*aoti_torch_dtype_float32)();  // these return the value
+    int32_t (*aoti_torch_dtype_bfloat16)();
+    int32_t (*aoti_torch_dtype_float16)();
+    int32_t (*aoti_torch_dtype_uint8)();
+    int32_t (*aoti_torch_device_type_cpu)();
+    int32_t (*torch_delete_stable_ivalue)(Value* value);  // since 2.13; null before: C++ `delete`
+    lobcq_parallel_for torch_parallel_for;
+};
+
+extern Api api;
+
+constexpr uint64_t kVersion = (uint64_t{2} << 56) | (uint64_t{10} << 48);  // of the interface that this is written for
+
+// torch turns what is thrown here into a RuntimeError.
+inline void check(int32_t error, const char* what) {
+    if (error) throw std::runtime_error(std::string("lobcq: libtorch failed in ") + what);
+}
+
+// An owned reference to a tensor.
+class Tensor {
+  public:
+    explicit Tensor(Value value = 0) : handle_(reinterpret_cast<void*>(value)) {}
+    Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+    Tensor& operator=(Tensor&& other) noexcept {
+        std::swap(handle_, other.handle_);
+        return *this;
+    }
+    ~Tensor() {
+        if (handle_) api.aoti_torch_delete_tensor_object(handle_);
+    }
+
+    static Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype);  // contiguous, on the CPU
+
+    explicit operator bool() const { return handle_; }
+    Value release() { return reinterpret_cast<Value>(std::exchange(handle_, nullptr)); }
+
+    template <class T>
+    T* data() const {
+        void* data = nullptr;
+        check(api.aoti_torch_get_data_ptr(handle_, &data), "get_data_ptr");
+        return static_cast<T*>(data);
+    }
+    int32_t dtype() const;
+    std::vector<int64_t> sizes() const { return numbers(api.aoti_torch_get_sizes); }
+    std::vector<int64_t> strides() const { return numbers(api.aoti_torch_get_strides); }
+    int64_t numel() const;
+
+  private:
+    std::vector<int64_t> numbers(int32_t (*get)(void*, int64_t**)) const;
+
+    void* handle_;
+};
+
+// Taking arguments off the stack: each is owned afterwards, and must be taken even where an error is found first.
+Tensor take_optional_tensor(Value value);
+std::vector<Tensor> take_tensors(Value value);
+std::vector<int64_t> take_integers(Value value);
+
+Value give_tensors(std::vector<Tensor> tensors);
+
+}  // namespace lobcq::torch

@@ -1,0 +1,51 @@
+"""Which nodes look at the same memory, and which write to it."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+
+class Writes:
+    """How often the memory behind a node has been written to, counted as a pass walks through the graph in order.
+
+    Two reads of one node with a write between them are reads of different values.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Counter[fx.Node] = Counter()
+
+    def visit(self, node: fx.Node) -> None:
+        """Count what `node` writes."""
+        self._counts.update(_owner(argument) for argument in _written(node))
+
+    def before(self, node: fx.Node) -> int:
+        """Writes so far to the memory that `node` looks at."""
+        return self._counts[_owner(node)]
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that the node changes in place."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return []
+    declared = zip(node.target._schema.arguments, node.args, strict=False)
+    return [value for argument, value in declared if argument.is_write and isinstance(value, fx.Node)]
+
+
+def _owner(node: fx.Node) -> fx.Node:
+    """The node whose memory this one may look at: itself, unless it is a view or the result of an in-place op."""
+    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node) and _may_alias(node.target):
+        node = node.args[0]
+    return node
+
+
+def _may_alias(target: object) -> bool:
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    # Dropout returns its input itself in eval mode and does not declare it.
+    return target is aten.dropout.default or any(result.alias_info for result in target._schema.returns)
