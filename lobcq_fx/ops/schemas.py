@@ -47,7 +47,8 @@ torch.library.define(
     f"(Tensor x, {_WEIGHT}, Tensor? bias, int array_size) -> Tensor",
 )
 
-_PREPACKED = "Tensor[] weights, Tensor[] tensor_scales, Tensor weight_tables, Tensor[] biases, int[] out_features, int array_size"
+_WEIGHTS = "Tensor[] weights, Tensor[] tensor_scales, Tensor weight_tables"
+_PREPACKED = f"{_WEIGHTS}, Tensor[] biases, int[] out_features, int array_size"
 
 torch.library.define(
     LINEAR_PREPACKED,

@@ -82,7 +82,8 @@ def _encode(weight: Tensor, name: str, spec: FormatSpec, codebooks: Tensor) -> E
         raise LobcqError(
             f"cannot encode {name}: {error}. Remedy: repair the checkpoint, or exclude the layer"
         ) from None
-    return Encoded(*parts, codebooks, spec, weight.shape[1])
+    codes, selectors, scales, tensor_scale = parts
+    return Encoded(codes, selectors, scales, tensor_scale, codebooks, spec, weight.shape[1])
 
 
 def _readers(weight: fx.Node) -> set[fx.Node]:

@@ -72,7 +72,7 @@ class PackedWeight(nn.Module):
         return dict(zip(PARTS, self.layout.unpack(self.prepacked, self.spec, self.rows, self.columns), strict=False))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.layout is not None:
             destination.update({prefix + name: tensor for name, tensor in self._parts().items()})
 
@@ -80,7 +80,7 @@ class PackedWeight(nn.Module):
         layout = self.layout
         if layout is not None:
             self.restore()
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
         if layout is not None:
             self.repack(layout)
 

@@ -77,6 +77,7 @@ class Prepack(GraphPass):
 
     def _replace(self, graph_module: fx.GraphModule, group: list[_Linear]) -> None:
         graph, first = graph_module.graph, group[0].node
+        args: tuple[Any, ...]
         arguments = named_arguments(first)
         weights = [get_attribute(graph_module, linear.weight) for linear in group]
         rest = (
@@ -106,7 +107,8 @@ class Prepack(GraphPass):
     def _tables(self, graph_module: fx.GraphModule, codebooks: fx.Node) -> fx.Node:
         name = f"{codebooks.target}{TABLES}"
         if not has_attribute(graph_module, name):
-            _register_transient(graph_module, name, self.layout.tables(get_attribute(graph_module, codebooks.target)))
+            tables = self.layout.tables(get_attribute(graph_module, str(codebooks.target)))
+            _register_transient(graph_module, name, tables)
         return get_attr_node(graph_module, name)
 
     def _bias(self, graph_module: fx.GraphModule, bias: fx.Node | None) -> fx.Node:

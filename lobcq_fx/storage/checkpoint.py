@@ -160,8 +160,8 @@ def _read_tensors(directory: Path, graph: fx.Graph) -> dict[str, Tensor]:
 
 def _self_check(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Read the folder back as a user would, and compare every byte."""
-    restored = load_checkpoint(folder).graph_module
-    restored = stored_tensors(restored, restored.graph)
+    graph_module = load_checkpoint(folder).graph_module
+    restored = stored_tensors(graph_module, graph_module.graph)
     for name, tensor in tensors.items():
         if not torch.equal(_bytes(restored[name]), _bytes(tensor)):
             raise CheckpointError(

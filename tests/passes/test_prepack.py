@@ -130,7 +130,8 @@ def test_a_state_dict_loads_into_the_kernel_layout():
     source, target = siblings(seed=5)[0], prepacked(siblings()[0])
     other = prepacked(copy.deepcopy(source))
     missing, unexpected = target.load_state_dict(source.state_dict())
-    assert not missing and not unexpected
+    assert not missing
+    assert not unexpected
     for actual, expected in zip(run(target, CALLS[0]), run(other, CALLS[0]), strict=True):
         assert torch.equal(actual, expected)
 
