@@ -1,0 +1,1 @@
+"""Honest timings: contenders that take turns in one run, results checked before anything is timed."""

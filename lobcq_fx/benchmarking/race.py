@@ -1,0 +1,42 @@
+"""Time contenders against one another on a machine that others may use too.
+
+All take turns, in an order that changes from round to round, and each round gives one ratio between any two of them: a
+machine that is slow for a while slows both sides alike. What is reported is the median of those ratios.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+SETTLE_SECONDS = 0.02
+"""Before each turn, so that the worker threads of the one before have stopped spinning."""
+
+Burst = Sequence[Callable[[], object]]
+"""Calls that are timed together: one for each copy of a weight, say, so that none finds its weight in a cache."""
+
+
+def race(contenders: Mapping[str, Burst], rounds: int) -> dict[str, list[float]]:
+    """Seconds per call of every contender in every round.
+
+    A turn begins with the burst's last call, untimed: it wakes the threads and warms the code.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            burst = contenders[name]
+            time.sleep(SETTLE_SECONDS)
+            burst[-1]()
+            start = time.perf_counter()
+            for call in burst:
+                call()
+            times[name].append((time.perf_counter() - start) / len(burst))
+    return times
+
+
+def median_ratio(slower: Sequence[float], faster: Sequence[float]) -> float:
+    """Median over the rounds of how many times as long `slower` took."""
+    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
