@@ -19,6 +19,7 @@ const Isa kAvx2 = {
     .correct = avx2::correct,
     .split = split_arrays<4, 6>,
     .fused_rows = avx2::kFusedRows,
+    .fused_limit = avx2::kFusedLimit,
     .fused = avx2::fused,
     .decode = avx2::decode,
     .multiply = avx2::multiply,

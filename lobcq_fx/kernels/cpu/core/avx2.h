@@ -24,5 +24,6 @@ void multiply(const WeightTile& tile, const ActivationView& a, int64_t first_row
               int64_t chunks, float* sums);
 
 constexpr int64_t kFusedRows = 2;
+constexpr int64_t kFusedLimit = 4;
 
 }  // namespace lobcq::avx2

@@ -18,6 +18,7 @@ const Isa kAvx512 = {
     .correct = correct_arrays,
     .split = split_arrays<3, 8>,
     .fused_rows = avx512::kFusedRows,
+    .fused_limit = avx512::kFusedLimit,
     .fused = avx512::fused,
     .decode = avx512::decode,
     .multiply = avx512::multiply,

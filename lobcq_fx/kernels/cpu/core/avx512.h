@@ -25,6 +25,7 @@ void multiply(const WeightTile& tile, const ActivationView& a, int64_t first_row
               int64_t chunks, float* sums);
 
 constexpr int64_t kFusedRows = 8;
+constexpr int64_t kFusedLimit = 24;
 
 // All 256 biased entries: byte look-ups by selector << 4 | code.
 struct EntryTable {

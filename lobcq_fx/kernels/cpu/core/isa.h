@@ -43,8 +43,9 @@ struct Isa {
                   int8_t* entries, int64_t stride, float* scales, int64_t scale_stride);
 
     // Multiplying. Up to fused_rows activation rows (planes counted): decode and multiply in registers, one panel.
-    // sums: fp32 [rows][16].
-    int64_t fused_rows;
+    // sums: fp32 [rows][16]. Up to fused_limit rows, decoding the panel again for every fused_rows of them is faster
+    // than going through a tile.
+    int64_t fused_rows, fused_limit;
     void (*fused)(const Tables& t, const WeightView& w, const ActivationView& a, int64_t panel, float* sums);
     // More rows: decode columns [chunk, chunk + chunks) of a panel into place `slot` of the tile, then multiply it with
     // `rows` activation rows from first_row on; sums: fp32 [rows][32], added to.

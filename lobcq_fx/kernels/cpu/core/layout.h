@@ -99,6 +99,17 @@ struct ActivationView {
         row_scales = part_of<float>(data, row_start);
     }
 
+    // Rows [first, first + count).
+    ActivationView part(int64_t first, int64_t count) const {
+        ActivationView view = *this;
+        view.entries = entries_at(first * planes);
+        view.scales = scales_at(first * planes);
+        view.corrections = corrections_at(first * planes);
+        view.row_scales += first;
+        view.rows = count;
+        return view;
+    }
+
     int8_t* entries_at(int64_t row) const { return entries + row * stride; }
     float* scales_at(int64_t row) const { return scales + row * arrays; }
     int32_t* corrections_at(int64_t row) const { return corrections + row * arrays * parts; }

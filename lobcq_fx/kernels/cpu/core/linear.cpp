@@ -36,8 +36,12 @@ void Linear::run(int64_t begin, int64_t end) const {
 
 void Linear::run_panel(int64_t panel) const {
     alignas(64) float sums[kMaxFusedRows * kPanel];
-    isa().fused(tables, w, a, panel, sums);
-    finish(sums, kPanel, 0, rows(), panel * kPanel);
+    const int64_t step = isa().fused_rows / a.planes;
+    for (int64_t row = 0; row < a.rows; row += step) {
+        const int64_t left = a.rows - row, n = left < step ? left : step;
+        isa().fused(tables, w, a.part(row, n), panel, sums);
+        finish(sums, kPanel, row * a.planes, n * a.planes, panel * kPanel);
+    }
 }
 
 void Linear::run_tile(int64_t first_panel, int64_t first_row, int64_t block_rows) const {

@@ -24,7 +24,7 @@ struct Linear {
 
   private:
     int64_t rows() const { return a.rows * a.planes; }
-    bool fused() const { return rows() <= isa().fused_rows; }
+    bool fused() const { return a.planes <= isa().fused_rows && rows() <= isa().fused_limit; }
     int64_t row_blocks() const;
     int64_t rows_per_block() const;
     void run_panel(int64_t panel) const;

@@ -109,6 +109,7 @@ const Isa kPortable = {
     .correct = correct_arrays,
     .split = split_arrays<3, 8>,
     .fused_rows = 0,
+    .fused_limit = 0,
     .fused = nullptr,
     .decode = decode,
     .multiply = multiply,
