@@ -24,6 +24,7 @@ from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.passes.attributes import register_attribute
 from lobcq_fx.passes.inventory import Inventory
+from lobcq_fx.passes.packed_weight import PARTS
 from lobcq_fx.storage.atomic_folder import replace_folder
 from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
 from lobcq_fx.storage.validate import restore_packed_weights
@@ -36,6 +37,7 @@ FORMAT_VERSION = 1
 """Raised whenever a folder written now could not be read by an older release."""
 
 WEIGHTS = "model.safetensors"
+MAPPED = tuple(f".{part}" for part in PARTS if part != "tensor_scale")
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,12 @@ def _read_tensors(directory: Path, graph: fx.Graph) -> dict[str, Tensor]:
             missing = wanted - set(file.keys())
             if missing:
                 raise CheckpointError(f"{path} lacks {sorted(missing)[0]} and {len(missing) - 1} more tensors")
-            return {name: file.get_tensor(name) for name in sorted(wanted)}
+            tensors = {name: file.get_tensor(name) for name in sorted(wanted)}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
+    # These look into the mapped file. Weights leave it when they are repacked; one tensor that stays would keep all of
+    # it mapped, and resident.
+    return {name: tensor if name.endswith(MAPPED) else tensor.clone() for name, tensor in tensors.items()}
 
 
 def _self_check(folder: Path, tensors: Mapping[str, Tensor]) -> None:
