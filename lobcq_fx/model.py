@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import LobcqError
 from lobcq_fx.kernels.bind import weight_layout
+from lobcq_fx.ops.schemas import NO_GRADIENT
 from lobcq_fx.passes.calling import CallingConvention
 from lobcq_fx.passes.inventory import Inventory
 from lobcq_fx.passes.prepack import Prepack, restore_weights
@@ -65,8 +66,12 @@ class QuantizedModel(nn.Module):
 
         Raises:
             CallError: the traced graph cannot serve the call.
+            LobcqError: an input requires a gradient.
         """
-        outputs = self.graph_module(*self.calling.flatten(args, kwargs))
+        inputs = self.calling.flatten(args, kwargs)
+        if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
+            raise LobcqError(NO_GRADIENT)
+        outputs = self.graph_module(*inputs)
         return self.calling.unflatten(outputs, args, kwargs)
 
     def _prepack(self) -> None:

@@ -57,19 +57,20 @@ torch.library.define(
 torch.library.define(LINEAR_PREPACKED_FLOAT_ACTIVATION, f"(Tensor x, {_PREPACKED}) -> Tensor[]")
 
 
+NO_GRADIENT = (
+    "the lobcq:: ops are inference only and have no gradient: call the model under torch.inference_mode(), and"
+    " fine-tune the float model before quantizing it"
+)
+
+
 def _refuse_backward(*_: Any) -> NoReturn:
-    raise LobcqError(
-        "the lobcq:: ops are inference only and have no gradient: call the model under torch.inference_mode(),"
-        " and fine-tune the float model before quantizing it"
-    )
+    raise LobcqError(NO_GRADIENT)
 
 
-for _name in (
-    QUANTIZE_ACTIVATION,
-    QUANTIZE_WEIGHT,
-    LINEAR,
-    LINEAR_FLOAT_ACTIVATION,
-    LINEAR_PREPACKED,
-    LINEAR_PREPACKED_FLOAT_ACTIVATION,
-):
+for _name in (QUANTIZE_ACTIVATION, QUANTIZE_WEIGHT, LINEAR, LINEAR_FLOAT_ACTIVATION):
     torch.library.register_autograd(_name, _refuse_backward)
+
+# A registered formula is Python that runs on every call, with gradients off too. The kernels of these refuse by
+# themselves an activation that requires a gradient.
+for _name in (LINEAR_PREPACKED, LINEAR_PREPACKED_FLOAT_ACTIVATION):
+    torch.library.impl(_name, "Autograd", torch.library.fallthrough_kernel)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
 from lobcq_fx.kernels.bind import weight_layout
 from tests.kernels.cpu.operands import assert_product
@@ -177,9 +176,13 @@ def test_arguments_that_do_not_fit_are_refused(case: str) -> None:
 
 
 def test_there_is_no_gradient() -> None:
-    linears = Linears(200)
-    with pytest.raises(LobcqError, match="inference only"):
-        linears.w4a16(X.clone().requires_grad_())[0].sum().backward()
+    linears, x = Linears(200), X.clone().requires_grad_()
+    for activation in (x, x * 2, x.detach().view(1, 400).requires_grad_().view(2, 200)):
+        with pytest.raises(RuntimeError, match="inference only"):
+            linears.w4a16(activation)
+        with torch.no_grad():
+            linears.check(linears.w4a16(activation), activation, activation)
+    assert not any(out.requires_grad for out in linears.w4a4(X))
 
 
 def test_several_python_threads_at_once() -> None:

@@ -15,6 +15,7 @@ from lobcq_fx.kernels.cpu.library import Core, torch_parallel_for
 
 INSTRUCTION_SETS = ("portable", "avx2", "avx512")
 
+
 @pytest.fixture(scope="session")
 def core_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Compiled here, every warning an error; or a copy of the one that LOBCQ_CPU_CORE names."""

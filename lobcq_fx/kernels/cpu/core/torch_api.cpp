@@ -16,6 +16,12 @@ Tensor Tensor::empty(const std::vector<int64_t>& sizes, int32_t dtype) {
     return Tensor(reinterpret_cast<Value>(handle));
 }
 
+Tensor Tensor::another() const {
+    void* handle = nullptr;
+    check(api.aoti_torch_new_tensor_handle(handle_, &handle), "new_tensor_handle");
+    return Tensor(reinterpret_cast<Value>(handle));
+}
+
 int32_t Tensor::dtype() const {
     int32_t dtype = 0;
     check(api.aoti_torch_get_dtype(handle_, &dtype), "get_dtype");

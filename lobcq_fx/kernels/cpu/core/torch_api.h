@@ -30,13 +30,15 @@ struct Api {
     int32_t (*aoti_torch_get_dtype)(void* tensor, int32_t* dtype);
     int32_t (*aoti_torch_empty_strided)(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                                         int32_t device_type, int32_t device_index, void** tensor);
+    int32_t (*aoti_torch_new_tensor_handle)(void* tensor, void** reference);
     int32_t (*aoti_torch_delete_tensor_object)(void* tensor);
     int32_t (*torch_new_list_reserve_size)(size_t size, void** list);
     int32_t (*torch_list_size)(void* list, size_t* size);
     int32_t (*torch_list_get_item)(void* list, size_t index, Value* item);
     int32_t (*torch_list_push_back)(void* list, Value item);
     int32_t (*torch_delete_list)(void* list);
-    int32_t (*aoti_torch_dtype_float32)();  // these return the value
+    bool (*aoti_torch_grad_mode_is_enabled)();  // these return the value
+    int32_t (*aoti_torch_dtype_float32)();
     int32_t (*aoti_torch_dtype_bfloat16)();
     int32_t (*aoti_torch_dtype_float16)();
     int32_t (*aoti_torch_dtype_uint8)();
@@ -68,6 +70,8 @@ class Tensor {
     }
 
     static Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype);  // contiguous, on the CPU
+
+    Tensor another() const;  // reference to the same tensor
 
     explicit operator bool() const { return handle_; }
     Value release() { return reinterpret_cast<Value>(std::exchange(handle_, nullptr)); }

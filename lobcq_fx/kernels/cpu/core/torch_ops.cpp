@@ -21,6 +21,15 @@ int32_t dtype_of(int32_t torch_dtype) {
     refuse("a tensor is not in fp32, bf16 or fp16");
 }
 
+// The stable interface has no requires_grad. A view of a tensor that requires a gradient is no leaf.
+bool requires_grad(const Tensor& x) {
+    if (!api.aoti_torch_grad_mode_is_enabled()) return false;
+    Value stack[1] = {x.another().release()};
+    check(api.torch_call_dispatcher("aten::alias", "", stack, kVersion), "aten::alias");
+    check(api.torch_call_dispatcher("aten::is_leaf", "", stack, kVersion), "aten::is_leaf");
+    return (stack[0] & 1) == 0;
+}
+
 // A call's arguments; see lobcq_fx/ops/linear_prepacked.py. Without activation tables the activation stays in float.
 struct Call {
     Tensor x, activation_tables, static_scale;
@@ -127,6 +136,7 @@ const float* float_bias(const Tensor& bias, int64_t outputs, std::vector<float>*
 }
 
 std::vector<Tensor> Call::run() {
+    if (requires_grad(x)) refuse("the lobcq:: ops are inference only and have no gradient");
     check_lists();
     const lobcq_matrix matrix = rows();
     lobcq_activation activation;
@@ -185,7 +195,8 @@ bool find_all(void* torch) {
            LOBCQ_FIND(torch_call_dispatcher) && LOBCQ_FIND(aoti_torch_get_data_ptr) &&
            LOBCQ_FIND(aoti_torch_get_dim) && LOBCQ_FIND(aoti_torch_get_sizes) &&
            LOBCQ_FIND(aoti_torch_get_strides) && LOBCQ_FIND(aoti_torch_get_dtype) &&
-           LOBCQ_FIND(aoti_torch_empty_strided) && LOBCQ_FIND(aoti_torch_delete_tensor_object) &&
+           LOBCQ_FIND(aoti_torch_empty_strided) && LOBCQ_FIND(aoti_torch_new_tensor_handle) &&
+           LOBCQ_FIND(aoti_torch_delete_tensor_object) && LOBCQ_FIND(aoti_torch_grad_mode_is_enabled) &&
            LOBCQ_FIND(torch_new_list_reserve_size) && LOBCQ_FIND(torch_list_size) &&
            LOBCQ_FIND(torch_list_get_item) && LOBCQ_FIND(torch_list_push_back) && LOBCQ_FIND(torch_delete_list) &&
            LOBCQ_FIND(aoti_torch_dtype_float32) && LOBCQ_FIND(aoti_torch_dtype_bfloat16) &&
