@@ -15,6 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cpu_tables import cpu_section
+from markdown import table
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 
@@ -34,9 +37,9 @@ def main() -> None:
 
 def filled(text: str) -> str:
     """The page with every `<!-- name -->` ... `<!-- /name -->` section replaced by its table."""
-    for name, table in (("perplexity", perplexity()), ("minilm", minilm()), ("sqnr", sqnr())):
+    for name, content in (("perplexity", perplexity()), ("minilm", minilm()), ("sqnr", sqnr()), ("cpu", cpu())):
         section = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
-        replacement = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
+        replacement = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
         text, count = section.subn(lambda _, new=replacement: new, text)
         if count != 1:
             sys.exit(f"README.md has {count} sections between <!-- {name} --> and <!-- /{name} -->, not one")
@@ -80,16 +83,17 @@ def sqnr() -> str:
     return table(["format", "bits a scalar", "Gaussian", "Laplace", "Student-t (4)", "computed by"], rows)
 
 
+def cpu() -> str:
+    """The speed of a linear, where it has been measured."""
+    if not (HERE / "results" / "cpu.json").is_file():
+        return "Not measured yet."
+    return cpu_section(results("cpu"))
+
+
 def results(name: str) -> dict[str, Any]:
     """What a benchmark wrote."""
     loaded: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
     return loaded
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
 """Time contenders against one another on a machine that others may use too.
 
-All take turns, in an order that changes from round to round, and each round gives one ratio between any two of them: a
-machine that is slow for a while slows both sides alike. What is reported is the median of those ratios.
+All take turns, in an order that is shuffled anew for each round, and each round gives one ratio between any two of
+them: a machine that is slow for a while slows both sides alike, and nobody always runs behind the same rival. What is
+reported is the median of those ratios.
 """
 
 from __future__ import annotations
 
+import gc
+import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 SETTLE_SECONDS = 0.02
 """Before each turn, so that the worker threads of the one before have stopped spinning."""
@@ -23,20 +27,36 @@ def race(contenders: Mapping[str, Burst], rounds: int) -> dict[str, list[float]]
     A turn begins with the burst's last call, untimed: it wakes the threads and warms the code.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            burst = contenders[name]
-            time.sleep(SETTLE_SECONDS)
-            burst[-1]()
-            start = time.perf_counter()
-            for call in burst:
-                call()
-            times[name].append((time.perf_counter() - start) / len(burst))
+    order = random.Random(0)  # orders that differ from round to round, but not from run to run
+    with _no_collection():
+        for _ in range(rounds):
+            for name in order.sample(list(contenders), len(contenders)):
+                times[name].append(_turn(contenders[name]))
     return times
 
 
 def median_ratio(slower: Sequence[float], faster: Sequence[float]) -> float:
     """Median over the rounds of how many times as long `slower` took."""
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
+
+
+def _turn(burst: Burst) -> float:
+    time.sleep(SETTLE_SECONDS)
+    burst[-1]()
+    start = time.perf_counter()
+    for call in burst:
+        call()
+    return (time.perf_counter() - start) / len(burst)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection, whose pause would be one contender's bad luck."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

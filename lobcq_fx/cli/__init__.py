@@ -1,4 +1,4 @@
-"""The command line: `lobcq quantize | eval | generate | report | calibrate`.
+"""The command line: `lobcq quantize | eval | generate | report | calibrate | bench`.
 
 Importing it costs no torch: a command imports what it needs when it runs.
 """

@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import lobcq_fx
+from lobcq_fx.cli.bench import bench
 from lobcq_fx.cli.calibrate import calibrate
 from lobcq_fx.cli.console import messages
 from lobcq_fx.cli.evaluate import evaluate
@@ -54,6 +55,7 @@ for name, command in (
     ("generate", generate),
     ("report", report),
     ("calibrate", calibrate),
+    ("bench", bench),
 ):
     app.command(name, epilog=EXIT_CODES)(command)
 

@@ -33,6 +33,7 @@ TITLES = {
     "fit codebooks": "Fit codebooks",
     "encode": "Encode weights",
     "save": "Save and verify",
+    "measure": "Check and time",
 }
 
 

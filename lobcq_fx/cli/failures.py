@@ -13,7 +13,7 @@ UNEXPECTED, USAGE, BAD_INPUT, CANNOT_WRITE = 1, 2, 3, 4
 
 EXIT_CODES = (
     "[bold]Exit codes:[/] 0 success · 1 unexpected error · 2 wrong usage or settings · "
-    "3 bad input: missing folder, not a model, no tokenizer, unsupported architecture, unusable text · "
+    "3 bad input: no folder, no model, no tokenizer, unsupported architecture, unusable text, no C++ core · "
     "4 cannot write: disk full, no permission, would overwrite"
 )
 

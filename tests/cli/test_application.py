@@ -13,7 +13,7 @@ import lobcq_fx
 from tests.cli.conftest import Run
 
 START = "import sys; sys.argv[0] = 'lobcq'; from lobcq_fx.cli import app; app()"
-COMMANDS = ("quantize", "eval", "generate", "report", "calibrate")
+COMMANDS = ("quantize", "eval", "generate", "report", "calibrate", "bench")
 
 
 def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,123 @@
+"""`lobcq bench`: our linear against those of others, on this machine and on shapes of one's own."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lobcq_fx.cli.options import JsonOption, Mode
+
+if TYPE_CHECKING:
+    from lobcq_fx.format import FormatSpec
+
+_SHAPE = re.compile(r"([1-9]\d*)x([1-9]\d*)")
+
+
+def bench(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NxK",
+            help="Weight of K inputs and N outputs; repeat it for several."
+            " Default: 2048x2048, 4096x4096, 11008x4096 and 4096x11008.",
+        ),
+    ] = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(min=1, metavar="M", help="Tokens in one call; repeat it for several. Default: 1, 8, 64 and 512."),
+    ] = None,
+    format: Annotated[
+        list[str] | None,
+        typer.Option("--format", metavar="NxL", help="As of [bold]lobcq quantize[/]; repeatable. Default: 8x64."),
+    ] = None,
+    mode: Annotated[Mode, typer.Option(help="Weights and activations in 4 bits, or weights alone.")] = Mode.w4a4,
+    threads: Annotated[int | None, typer.Option(min=1, help="For everybody; default: what torch uses.")] = None,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Each contender takes a turn a round; medians over the rounds are printed.")
+    ] = 5,
+    json: JsonOption = False,
+) -> None:
+    """Time the C++ core's linear against torch's, ONNX Runtime's and torchao's, those of them that are installed.
+
+    Every product is checked before it is timed. The encoding of activations is part of our time. Up to 8 tokens the
+    weights lie in no cache, as when a model writes one token after the other.
+    """
+    import torch
+
+    from lobcq_fx.benchmarking.comparison import ROWS, SHAPES, Plan
+    from lobcq_fx.benchmarking.measure import measure
+    from lobcq_fx.cli.console import ProgressBars, print_json
+
+    plan = Plan(
+        formats=_formats(format or ["8x64"]),
+        rows=tuple(dict.fromkeys(rows or ROWS)),
+        rounds=rounds,
+        threads=threads or torch.get_num_threads(),
+        mode=mode.value,
+    )
+    shapes = [_shape(text) for text in dict.fromkeys(shape)] if shape else list(SHAPES)
+    with ProgressBars() as progress:
+        found = measure(shapes, plan, progress)
+    if json:
+        print_json(found)
+    else:
+        _print(found)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    match = _SHAPE.fullmatch(text)
+    if match is None:
+        raise typer.BadParameter(f"--shape {text}: write NxK, outputs by inputs of a weight, for example 4096x11008")
+    return int(match[1]), int(match[2])
+
+
+def _formats(names: list[str]) -> tuple[FormatSpec, ...]:
+    from lobcq_fx.config import LobcqConfig
+
+    specs = [LobcqConfig(format=name).format for name in names]  # type: ignore[arg-type]
+    return tuple(dict.fromkeys(specs))
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    console, machine = Console(highlight=False), found["machine"]
+    versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items() if version)
+    load = found["load_average"]
+    console.print(
+        f"{found['mode'].upper()} on {machine['cpu']}, instruction set [bold]{machine['isa']}[/], {found['threads']}"
+        f" thread{'s' if found['threads'] > 1 else ''}; {versions}; load average {load['before']:.1f} before,"
+        f" {load['after']:.1f} after",
+        soft_wrap=True,
+    )
+    console.print(_table(found["results"]))
+    for line in dict.fromkeys(_not_run_line(one) for one in found["not_run"]):
+        console.print(line, markup=False, soft_wrap=True)
+    if any(row["rows"] == 1 and not row["cold"] for row in found["results"]):
+        console.print("Weights as small as these may be found in a cache at M = 1.", soft_wrap=True)
+
+
+def _table(results: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    peers = list(dict.fromkeys(peer for row in results for peer in row["speedups"]))
+    caption = "Under a peer: its time over ours. Memory speed: a plain read of as many bytes, timed in the same race."
+    table = Table(caption=caption, caption_justify="left")
+    for title in ("Weight", "Format"):
+        table.add_column(title, no_wrap=True)
+    for title in ("M", "ms", "GMAC/s", "of memory\nspeed", *peers):
+        table.add_column(title, justify="right")
+    for row in results:
+        share = f"{100 * row['read_share']:.0f} %" if "read_share" in row else "-"
+        speedups = (f"{row['speedups'][peer]:.2f}x" if peer in row["speedups"] else "-" for peer in peers)
+        milliseconds = f"{1e3 * row['seconds']:.3f}"
+        rate = f"{row['gmac_per_second']:.1f}"
+        table.add_row(row["shape"], row["format"], str(row["rows"]), milliseconds, rate, share, *speedups)
+    return table
+
+
+def _not_run_line(one: dict[str, str]) -> str:
+    where = "" if one["reason"].startswith("not installed") else f" on {one['shape']}"
+    return f"Not run{where}: {one['peer']} ({one['reason']})"
