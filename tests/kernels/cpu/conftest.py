@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,10 @@ from lobcq_fx.kernels.cpu.build import BuildError, compile_core
 from lobcq_fx.kernels.cpu.installed import SWITCH
 from lobcq_fx.kernels.cpu.library import Core, torch_parallel_for
 
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = (
+    ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
+)
+
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +53,6 @@ def load_core(core_file: Path) -> Callable[[str], Core]:
     return load
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
+@pytest.fixture(scope="session", params=INSTRUCTION_SETS)
 def core(request: pytest.FixtureRequest, load_core: Callable[[str], Core]) -> Core:
     return load_core(request.param)

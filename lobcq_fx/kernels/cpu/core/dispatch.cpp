@@ -2,6 +2,10 @@
 #include <atomic>
 #include <cstdlib>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include "isa.h"
 
 namespace lobcq {
@@ -17,12 +21,24 @@ bool runs_avx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
 }
+#elif defined(__aarch64__)
+bool runs_neon() {
+#if defined(__linux__)
+    return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+    return true;  // every Mac with an Arm CPU
+#else
+    return false;  // no way to ask
+#endif
+}
 #endif
 
 const Isa* choose() {
     const char* wanted = std::getenv("LOBCQ_CPU_ISA");
 #if defined(__x86_64__)
     const Isa* usable[] = {runs_avx512() ? &kAvx512 : nullptr, runs_avx2() ? &kAvx2 : nullptr, &kPortable};
+#elif defined(__aarch64__)
+    const Isa* usable[] = {runs_neon() ? &kNeon : nullptr, &kPortable};
 #else
     const Isa* usable[] = {&kPortable};
 #endif

@@ -4,11 +4,13 @@
 
 #if defined(__SSE__)
 #include <xmmintrin.h>
+#elif defined(__aarch64__)
+#include <cstdint>
 #endif
 
 namespace lobcq {
 
-class IeeeMode {
+class [[maybe_unused]] IeeeMode {  // unused where the CPU has no mode to set
 #if defined(__SSE__)
   public:
     IeeeMode() : saved_(_mm_getcsr()) { _mm_setcsr(kDefault); }
@@ -19,6 +21,19 @@ class IeeeMode {
   private:
     static constexpr unsigned kDefault = 0x1f80;  // all exceptions masked
     unsigned saved_;
+#elif defined(__aarch64__)
+  public:
+    IeeeMode() {
+        asm volatile("mrs %0, fpcr" : "=r"(saved_) : : "memory");
+        asm volatile("msr fpcr, %0" : : "r"(kDefault) : "memory");
+    }
+    ~IeeeMode() { asm volatile("msr fpcr, %0" : : "r"(saved_) : "memory"); }
+    IeeeMode(const IeeeMode&) = delete;
+    IeeeMode& operator=(const IeeeMode&) = delete;
+
+  private:
+    static constexpr uint64_t kDefault = 0;  // no exception trapped, IEEE half precision
+    uint64_t saved_;
 #endif
 };
 

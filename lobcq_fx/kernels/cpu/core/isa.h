@@ -62,6 +62,8 @@ extern const Isa kPortable;
 #if defined(__x86_64__)
 extern const Isa kAvx2;
 extern const Isa kAvx512;
+#elif defined(__aarch64__)
+extern const Isa kNeon;
 #endif
 
 // |x| / divisor up to here (600 grid steps; 31, or 33 with the scale's rounding, is usual): what the fast encoders

@@ -103,8 +103,9 @@ typedef struct {
 
 LOBCQ_API int32_t lobcq_abi_version(void);
 
-/* "portable", "avx2" or "avx512": the best this CPU runs, or what the environment variable LOBCQ_CPU_ISA named at the
- * first call of any function (a name that is unknown or that this CPU cannot run is ignored). Static storage. */
+/* "portable", "avx2", "avx512" or "neon" (Armv8 with byte dot products; run in an emulator only, its speed was never
+ * measured): the best this CPU runs, or what the environment variable LOBCQ_CPU_ISA named at the first call of any
+ * function (a name that is unknown or that this CPU cannot run is ignored). Static storage. */
 LOBCQ_API const char* lobcq_isa(void);
 
 /* One English sentence on a status. Static storage. */

@@ -1,0 +1,33 @@
+#if defined(__aarch64__)
+#include <cmath>
+#include <cstring>
+
+#include "neon.h"
+#include "loops.h"
+
+namespace lobcq {
+
+const Isa kNeon = {
+    .name = "neon",
+    .planes = 3,
+    .load = load_row,
+    .absmax = absmax_rows,
+    .array_scales = array_scales,
+    .encode = neon::encode,
+    .entries = neon::entries,
+    .correct = correct_arrays,
+    .split = split_arrays<3, 8>,
+    .fused_rows = neon::kFusedRows,
+    .fused_limit = neon::kFusedLimit,
+    .fused = neon::fused,
+    .decode = neon::decode,
+    .multiply = neon::multiply,
+    .finish = finish_row,
+};
+
+}  // namespace lobcq
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
