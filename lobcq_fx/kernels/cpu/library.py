@@ -158,7 +158,7 @@ class Core:
 
     @property
     def isa(self) -> str:
-        """The instruction set in use: "portable", "avx2" or "avx512"."""
+        """The instruction set in use: "portable", "avx2", "avx512" or "neon"."""
         return str(self._lib.lobcq_isa().decode())
 
     def register_torch_ops(self) -> None:

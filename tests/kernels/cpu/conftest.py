@@ -19,7 +19,6 @@ INSTRUCTION_SETS = (
 )
 
 
-
 @pytest.fixture(scope="session")
 def core_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Compiled here, every warning an error; or a copy of the one that LOBCQ_CPU_CORE names."""

@@ -28,4 +28,8 @@ const Isa kAvx2 = {
 
 }  // namespace lobcq
 
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
 #endif

@@ -113,4 +113,8 @@ void correct(const int8_t* entries, int64_t arrays, int array_size, int32_t* cor
 
 }  // namespace lobcq::avx2
 
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
 #endif

@@ -229,4 +229,8 @@ void multiply(const WeightTile& tile, const ActivationView& a, int64_t first_row
 
 }  // namespace lobcq::avx2
 
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
 #endif

@@ -27,4 +27,8 @@ const Isa kAvx512 = {
 
 }  // namespace lobcq
 
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
 #endif

@@ -118,4 +118,8 @@ void entries(const Tables& t, const uint8_t* codes, const uint8_t* selectors, in
 
 }  // namespace lobcq::avx512
 
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
 #endif

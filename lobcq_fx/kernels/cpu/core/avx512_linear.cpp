@@ -232,4 +232,8 @@ void multiply(const WeightTile& tile, const ActivationView& a, int64_t first_row
 
 }  // namespace lobcq::avx512
 
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
 #endif

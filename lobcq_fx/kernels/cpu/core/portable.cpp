@@ -56,7 +56,7 @@ void decode_half(const Tables& t, const uint8_t* codes, const uint8_t* selectors
             const int block = 2 * pair + j / kBlock;
             const uint64_t selector = (group >> (bits * (2 * block + selector_second(place)))) & mask;
             const int code = j < kBlock ? codes[j] & 15 : codes[j - kBlock] >> 4;
-            to[j / 4 * kPanel * 4 + row_at(half, place) * 4 + j % 4] = t.biased[selector << 4 | code];
+            to[j / 4 * kPanel * 4 + row_at(half, place) * 4 + j % 4] = t.biased[selector << 4 | static_cast<uint64_t>(code)];
         }
     }
 }
