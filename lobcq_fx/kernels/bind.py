@@ -16,7 +16,8 @@ from torch import Tensor
 import lobcq_fx.ops  # noqa: F401  (defines the schemas that are implemented here)
 from lobcq_fx.format import FormatSpec, scale_product
 from lobcq_fx.kernels.cpu.installed import cpu_core, tables_of
-from lobcq_fx.kernels.cpu.library import Core, PackedOperand
+from lobcq_fx.kernels.cpu.library import Core
+from lobcq_fx.kernels.cpu.operands import PackedOperand
 from lobcq_fx.kernels.cpu.weight_layout import CpuWeightLayout
 from lobcq_fx.ops.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION, QUANTIZE_ACTIVATION, QUANTIZE_WEIGHT
 

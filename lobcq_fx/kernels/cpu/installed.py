@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lobcq_fx.format import FormatSpec, check_codebooks
 from lobcq_fx.kernels.cpu import library
-from lobcq_fx.kernels.cpu.library import Core, Tables
+from lobcq_fx.kernels.cpu.library import Core
+from lobcq_fx.kernels.cpu.operands import Tables
 
 logger = logging.getLogger(__name__)
 

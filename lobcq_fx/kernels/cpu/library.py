@@ -7,76 +7,31 @@ the rest. ctypes releases the GIL during a call.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lobcq_fx.format.spec import FormatSpec
+from lobcq_fx.kernels.cpu.operands import (
+    CProduct,
+    KernelActivation,
+    KernelWeight,
+    PackedOperand,
+    Tables,
+    c_activation,
+    c_matrix,
+    c_packed,
+    c_weight,
+)
 
 ABI_VERSION = 2
 ALIGNMENT = 64
 """Bytes: where the core's opaque buffers start. torch's CPU allocator aligns to as much."""
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ENCODED, _FLOAT = 0, 1
 _SHARED_SCALE, _ROW_SCALES, _ABSMAX_SCALES = 0, 1, 2
 _NOT_FINITE = 5
-
-
-class _Matrix(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("row_stride", ctypes.c_int64),
-        ("dtype", ctypes.c_int32),
-    )
-
-
-class _Packed(ctypes.Structure):
-    _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("selectors", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("tensor_scale", ctypes.c_void_p),
-        ("num_tensor_scales", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("num_codebooks", ctypes.c_int32),
-        ("array_size", ctypes.c_int32),
-    )
-
-
-class _Weight(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("num_codebooks", ctypes.c_int32),
-        ("array_size", ctypes.c_int32),
-    )
-
-
-class _Product(ctypes.Structure):
-    _fields_ = (
-        ("tables", ctypes.c_void_p),
-        ("weight", ctypes.POINTER(_Weight)),
-        ("weight_scale", ctypes.c_float),
-        ("bias", ctypes.c_void_p),
-        ("out", ctypes.POINTER(_Matrix)),
-    )
-
-
-class _Activation(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("array_size", ctypes.c_int32),
-        ("kind", ctypes.c_int32),
-    )
 
 
 class CoreError(RuntimeError):
@@ -85,51 +40,6 @@ class CoreError(RuntimeError):
     def __init__(self, function: str, status: int, text: str) -> None:
         super().__init__(f"lobcq_{function}: {text}")
         self.status = status
-
-
-@dataclass(frozen=True)
-class PackedOperand:
-    """An operand as stored: the tensors of `lobcq_fx.format.Encoded`, E4M3 scales as uint8 bytes.
-
-    codes uint8 [R, Kp/2]; selectors uint8 [R, ...]; scales uint8 [R, Kp/L_A]; tensor_scale fp32 [] or [R, 1].
-    """
-
-    codes: Tensor
-    selectors: Tensor
-    scales: Tensor
-    tensor_scale: Tensor
-    spec: FormatSpec
-    columns: int
-
-
-@dataclass(frozen=True)
-class KernelWeight:
-    """A weight [N, K] in kernel layout (`data`: opaque bytes) and its tensor scale."""
-
-    data: Tensor
-    rows: int
-    columns: int
-    spec: FormatSpec
-    tensor_scale: float
-
-
-@dataclass(frozen=True)
-class KernelActivation:
-    """An activation [M, K], encoded or split (`data`: opaque bytes), for any number of linears."""
-
-    data: Tensor
-    rows: int
-    columns: int
-    array_size: int
-    kind: int
-
-
-@dataclass(frozen=True)
-class Tables:
-    """Look-up tables of one codebook set (`data`: opaque bytes)."""
-
-    data: Tensor
-    num_codebooks: int
 
 
 class Core:
@@ -184,7 +94,7 @@ class Core:
         """
         scale = torch.empty((), dtype=torch.float32)
         bad = (ctypes.c_int64 * 2)()
-        matrix = _matrix(x)
+        matrix = c_matrix(x)
         status = self._lib.lobcq_tensor_scale(ctypes.byref(matrix), _pointer(scale), bad)
         if status == _NOT_FINITE:
             raise ValueError(f"x[{bad[0]}, {bad[1]}] is {x[bad[0], bad[1]].item()}: a weight must be finite")
@@ -193,27 +103,20 @@ class Core:
 
     def encode(self, tables: Tables, x: Tensor, array_size: int, tensor_scale: Tensor | None = None) -> PackedOperand:
         """Encode x [R, K] with a tensor scale [] or [R, 1], or (None) one computed for each row."""
-        matrix = _matrix(x)
+        matrix = c_matrix(x)
         rows, columns = x.shape
         spec = FormatSpec(tables.num_codebooks, array_size)
         rule = _scale_rule(tensor_scale)
         scale = torch.empty((rows, 1)) if tensor_scale is None else tensor_scale.to(torch.float32).clone()
-        packed = PackedOperand(
-            torch.empty((rows, spec.code_bytes(columns)), dtype=torch.uint8),
-            torch.empty((rows, spec.selector_bytes(columns)), dtype=torch.uint8),
-            torch.empty((rows, spec.num_arrays(columns)), dtype=torch.uint8),
-            scale.contiguous(),
-            spec,
-            columns,
-        )
-        out = _packed(packed)
+        packed = PackedOperand.empty(rows, columns, spec, scale.contiguous())
+        out = c_packed(packed)
         self._call("encode", _pointer(tables.data), ctypes.byref(matrix), rule, ctypes.byref(out), self._parallel())
         return packed
 
     def decode(self, tables: Tables, packed: PackedOperand) -> Tensor:
         """The operand's values, fp32 [R, K]."""
         out = torch.empty((packed.codes.shape[0], packed.columns))
-        matrix, operand = _matrix(out), _packed(packed)
+        matrix, operand = c_matrix(out), c_packed(packed)
         self._call("decode", _pointer(tables.data), ctypes.byref(operand), ctypes.byref(matrix), self._parallel())
         return out
 
@@ -224,22 +127,14 @@ class Core:
             ctypes.c_int64(rows), ctypes.c_int64(packed.columns), spec.num_codebooks, spec.array_size
         )
         weight = KernelWeight(_buffer(size), rows, packed.columns, spec, float(packed.tensor_scale))
-        operand, out = _packed(packed), _weight(weight)
+        operand, out = c_packed(packed), c_weight(weight)
         self._call("weight_pack", ctypes.byref(operand), ctypes.byref(out), self._parallel())
         return weight
 
     def unpack_weight(self, weight: KernelWeight) -> PackedOperand:
         """The packed bytes that `pack_weight` was given."""
-        spec, rows, columns = weight.spec, weight.rows, weight.columns
-        packed = PackedOperand(
-            torch.empty((rows, spec.code_bytes(columns)), dtype=torch.uint8),
-            torch.empty((rows, spec.selector_bytes(columns)), dtype=torch.uint8),
-            torch.empty((rows, spec.num_arrays(columns)), dtype=torch.uint8),
-            torch.tensor(weight.tensor_scale),
-            spec,
-            columns,
-        )
-        source, out = _weight(weight), _packed(packed)
+        packed = PackedOperand.empty(weight.rows, weight.columns, weight.spec, torch.tensor(weight.tensor_scale))
+        source, out = c_weight(weight), c_packed(packed)
         self._call("weight_unpack", ctypes.byref(source), ctypes.byref(out), self._parallel())
         return packed
 
@@ -249,9 +144,9 @@ class Core:
         """Encode x [M, K] for W4A4 linears, tensor scales as in `encode`."""
         rule = _scale_rule(tensor_scale)
         scale = None if tensor_scale is None else tensor_scale.to(torch.float32).contiguous()
-        matrix = _matrix(x)
+        matrix = c_matrix(x)
         activation = self._new_activation(x.shape[0], x.shape[1], array_size, _ENCODED)
-        out = _activation(activation)
+        out = c_activation(activation)
         self._call(
             "activation_encode", _pointer(tables.data), ctypes.byref(matrix), rule,
             None if scale is None else _pointer(scale), ctypes.byref(out), self._parallel(),
@@ -261,15 +156,15 @@ class Core:
     def load_activation(self, tables: Tables, packed: PackedOperand) -> KernelActivation:
         """An activation from its packed bytes."""
         activation = self._new_activation(packed.codes.shape[0], packed.columns, packed.spec.array_size, _ENCODED)
-        operand, out = _packed(packed), _activation(activation)
+        operand, out = c_packed(packed), c_activation(activation)
         self._call("activation_load", _pointer(tables.data), ctypes.byref(operand), ctypes.byref(out), self._parallel())
         return activation
 
     def split_activation(self, x: Tensor, array_size: int) -> KernelActivation:
         """The float values of x [M, K], for W4A16 linears."""
-        matrix = _matrix(x)
+        matrix = c_matrix(x)
         activation = self._new_activation(x.shape[0], x.shape[1], array_size, _FLOAT)
-        out = _activation(activation)
+        out = c_activation(activation)
         self._call("activation_split", ctypes.byref(matrix), ctypes.byref(out), self._parallel())
         return activation
 
@@ -283,9 +178,9 @@ class Core:
     ) -> Tensor:
         """`activation @ weight.T + bias` in `dtype` [M, N]; bias fp32 [N]; tables of the weight's codebooks."""
         out = torch.empty((activation.rows, weight.rows), dtype=dtype)
-        matrix, w, a = _matrix(out), _weight(weight), _activation(activation)
+        matrix, w, a = c_matrix(out), c_weight(weight), c_activation(activation)
         bias = None if bias is None else bias.to(torch.float32).contiguous()
-        product = _Product(
+        product = CProduct(
             tables.data.data_ptr(), ctypes.pointer(w), weight.tensor_scale,
             None if bias is None else bias.data_ptr(), ctypes.pointer(matrix),
         )  # fmt: skip
@@ -329,43 +224,6 @@ def _buffer(size: int) -> Tensor:
 
 def _pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _matrix(x: Tensor) -> _Matrix:
-    if x.dim() != 2 or x.dtype not in _DTYPES or x.device.type != "cpu":
-        raise ValueError(f"{x.dtype} {tuple(x.shape)} on {x.device}: pass a CPU matrix in fp32, bf16 or fp16")
-    rows, columns = x.shape
-    stride = x.stride(0) if rows > 1 and columns > 0 else columns
-    if stride < columns or (columns > 1 and rows > 0 and x.stride(1) != 1):
-        raise ValueError(f"strides {x.stride()}: the last dimension must be contiguous, rows must not overlap")
-    return _Matrix(x.data_ptr(), rows, columns, stride, _DTYPES[x.dtype])
-
-
-def _packed(packed: PackedOperand) -> _Packed:
-    spec, rows = packed.spec, packed.codes.shape[0]
-    expected = {
-        "codes": spec.code_bytes(packed.columns),
-        "selectors": spec.selector_bytes(packed.columns),
-        "scales": spec.num_arrays(packed.columns),
-    }
-    for name, width in expected.items():
-        tensor: Tensor = getattr(packed, name)
-        if tensor.dtype != torch.uint8 or tuple(tensor.shape) != (rows, width) or not tensor.is_contiguous():
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected contiguous uint8 {rows, width}")
-    pointers = (packed.codes, packed.selectors, packed.scales, packed.tensor_scale)
-    return _Packed(
-        *(p.data_ptr() for p in pointers), packed.tensor_scale.numel(), rows, packed.columns, spec.num_codebooks,
-        spec.array_size,
-    )  # fmt: skip
-
-
-def _weight(weight: KernelWeight) -> _Weight:
-    spec = weight.spec
-    return _Weight(weight.data.data_ptr(), weight.rows, weight.columns, spec.num_codebooks, spec.array_size)
-
-
-def _activation(a: KernelActivation) -> _Activation:
-    return _Activation(a.data.data_ptr(), a.rows, a.columns, a.array_size, a.kind)
 
 
 def _scale_rule(tensor_scale: Tensor | None) -> int:

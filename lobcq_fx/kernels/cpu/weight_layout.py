@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.kernels.cpu.installed import cpu_core, tables_of
-from lobcq_fx.kernels.cpu.library import Core, KernelWeight, PackedOperand
+from lobcq_fx.kernels.cpu.library import Core
+from lobcq_fx.kernels.cpu.operands import KernelWeight, PackedOperand
 
 Parts = tuple[Tensor, Tensor, Tensor]
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.format import FormatSpec
-from lobcq_fx.kernels.cpu.library import CoreError, KernelActivation, KernelWeight, PackedOperand, Tables
+from lobcq_fx.kernels.cpu.library import CoreError
+from lobcq_fx.kernels.cpu.operands import KernelActivation, KernelWeight, PackedOperand, Tables
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ENCODED, _FLOAT = 0, 1

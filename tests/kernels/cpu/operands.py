@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, decode, encode
-from lobcq_fx.kernels.cpu.library import Core, KernelWeight, PackedOperand, Tables
+from lobcq_fx.kernels.cpu.library import Core
+from lobcq_fx.kernels.cpu.operands import KernelWeight, PackedOperand, Tables
 from tests.format.cases import codebooks_of, int8
 
 PRODUCT_TOLERANCE = 2e-6

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, absmax_tensor_scale, decode, encode
-from lobcq_fx.kernels.cpu.library import Core, PackedOperand
+from lobcq_fx.kernels.cpu.library import Core
+from lobcq_fx.kernels.cpu.operands import PackedOperand
 from tests.format.cases import ALL_SPECS, KINDS, PROPERTY, codebooks_of, int8, matrix
 from tests.kernels.cpu.operands import codebooks
 

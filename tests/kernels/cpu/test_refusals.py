@@ -13,7 +13,8 @@ import torch
 
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.kernels.cpu import build
-from lobcq_fx.kernels.cpu.library import Core, CoreError, KernelActivation
+from lobcq_fx.kernels.cpu.library import Core, CoreError
+from lobcq_fx.kernels.cpu.operands import KernelActivation
 from tests.format.cases import ALL_SPECS
 from tests.kernels.cpu.operands import codebooks, packed, weight
 

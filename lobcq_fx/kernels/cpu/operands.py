@@ -1,0 +1,181 @@
+"""The core's operands: as tensors, and as the structures of lobcq.h that point to them.
+
+A structure does not own memory: keep the operand while the structure is in use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lobcq_fx.format.spec import FormatSpec
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(frozen=True)
+class PackedOperand:
+    """An operand as stored: the tensors of `lobcq_fx.format.Encoded`, E4M3 scales as uint8 bytes.
+
+    codes uint8 [R, Kp/2]; selectors uint8 [R, ...]; scales uint8 [R, Kp/L_A]; tensor_scale fp32 [] or [R, 1].
+    """
+
+    codes: Tensor
+    selectors: Tensor
+    scales: Tensor
+    tensor_scale: Tensor
+    spec: FormatSpec
+    columns: int
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, spec: FormatSpec, tensor_scale: Tensor) -> PackedOperand:
+        """Room for an operand [rows, columns]."""
+        widths = (spec.code_bytes(columns), spec.selector_bytes(columns), spec.num_arrays(columns))
+        codes, selectors, scales = (torch.empty((rows, width), dtype=torch.uint8) for width in widths)
+        return cls(codes, selectors, scales, tensor_scale, spec, columns)
+
+
+@dataclass(frozen=True)
+class KernelWeight:
+    """A weight [N, K] in kernel layout (`data`: opaque bytes) and its tensor scale."""
+
+    data: Tensor
+    rows: int
+    columns: int
+    spec: FormatSpec
+    tensor_scale: float
+
+
+@dataclass(frozen=True)
+class KernelActivation:
+    """An activation [M, K], encoded or split (`data`: opaque bytes), for any number of linears."""
+
+    data: Tensor
+    rows: int
+    columns: int
+    array_size: int
+    kind: int
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Look-up tables of one codebook set (`data`: opaque bytes)."""
+
+    data: Tensor
+    num_codebooks: int
+
+
+class CMatrix(ctypes.Structure):
+    """`lobcq_matrix`."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class CPacked(ctypes.Structure):
+    """`lobcq_packed`."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("selectors", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("tensor_scale", ctypes.c_void_p),
+        ("num_tensor_scales", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("num_codebooks", ctypes.c_int32),
+        ("array_size", ctypes.c_int32),
+    )
+
+
+class CWeight(ctypes.Structure):
+    """`lobcq_weight`."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("num_codebooks", ctypes.c_int32),
+        ("array_size", ctypes.c_int32),
+    )
+
+
+class CProduct(ctypes.Structure):
+    """`lobcq_product`."""
+
+    _fields_ = (
+        ("tables", ctypes.c_void_p),
+        ("weight", ctypes.POINTER(CWeight)),
+        ("weight_scale", ctypes.c_float),
+        ("bias", ctypes.c_void_p),
+        ("out", ctypes.POINTER(CMatrix)),
+    )
+
+
+class CActivation(ctypes.Structure):
+    """`lobcq_activation`."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("array_size", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
+    )
+
+
+def c_matrix(x: Tensor) -> CMatrix:
+    """The structure of a matrix.
+
+    Raises:
+        ValueError: it is no matrix on the CPU in a float dtype of the format, or its rows overlap.
+    """
+    if x.dim() != 2 or x.dtype not in _DTYPES or x.device.type != "cpu":
+        raise ValueError(f"{x.dtype} {tuple(x.shape)} on {x.device}: pass a CPU matrix in fp32, bf16 or fp16")
+    rows, columns = x.shape
+    stride = x.stride(0) if rows > 1 and columns > 0 else columns
+    if stride < columns or (columns > 1 and rows > 0 and x.stride(1) != 1):
+        raise ValueError(f"strides {x.stride()}: the last dimension must be contiguous, rows must not overlap")
+    return CMatrix(x.data_ptr(), rows, columns, stride, _DTYPES[x.dtype])
+
+
+def c_packed(packed: PackedOperand) -> CPacked:
+    """The structure of a packed operand.
+
+    Raises:
+        ValueError: a part has another dtype or shape than its format says, or is not contiguous.
+    """
+    spec, rows = packed.spec, packed.codes.shape[0]
+    expected = {
+        "codes": spec.code_bytes(packed.columns),
+        "selectors": spec.selector_bytes(packed.columns),
+        "scales": spec.num_arrays(packed.columns),
+    }
+    for name, width in expected.items():
+        tensor: Tensor = getattr(packed, name)
+        if tensor.dtype != torch.uint8 or tuple(tensor.shape) != (rows, width) or not tensor.is_contiguous():
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected contiguous uint8 {rows, width}")
+    pointers = (packed.codes, packed.selectors, packed.scales, packed.tensor_scale)
+    return CPacked(
+        *(p.data_ptr() for p in pointers), packed.tensor_scale.numel(), rows, packed.columns, spec.num_codebooks,
+        spec.array_size,
+    )  # fmt: skip
+
+
+def c_weight(weight: KernelWeight) -> CWeight:
+    """The structure of a weight in kernel layout."""
+    spec = weight.spec
+    return CWeight(weight.data.data_ptr(), weight.rows, weight.columns, spec.num_codebooks, spec.array_size)
+
+
+def c_activation(a: KernelActivation) -> CActivation:
+    """The structure of an activation in kernel layout."""
+    return CActivation(a.data.data_ptr(), a.rows, a.columns, a.array_size, a.kind)
