@@ -34,7 +34,10 @@ def main() -> None:
 
 def filled(text: str) -> str:
     """The page with every `<!-- name -->` ... `<!-- /name -->` section replaced by its table."""
-    for name, table in (("perplexity", perplexity()), ("minilm", minilm()), ("sqnr", sqnr())):
+    sections = {"perplexity": perplexity(), "minilm": minilm(), "sqnr": sqnr()}
+    if (HERE / "results" / "cpu_model.json").exists():
+        sections |= {"cpu-model": cpu_model(), "cpu-model-step": cpu_model_step()}
+    for name, table in sections.items():
         section = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
         replacement = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
         text, count = section.subn(lambda _, new=replacement: new, text)
@@ -78,6 +81,36 @@ def sqnr() -> str:
         for row in results("format_quality")["formats"]
     ]
     return table(["format", "bits a scalar", "Gaussian", "Laplace", "Student-t (4)", "computed by"], rows)
+
+
+def cpu_model() -> str:
+    """Generation by a model of 1.1 billion parameters, each contender's speed and memory."""
+    report = results("cpu_model")
+    resident = {row["contender"]: row["used_mib"] for row in report["memory"]}
+    quantities = ["decode", *(f"prefill_{length}" for length in report["prompts"])]
+    rows = [
+        [
+            row["contender"],
+            str(row["threads"]),
+            *(f"{row[f'{what}_tokens_per_second']:.1f} ({row[f'{what}_ratio']:.2f}x)" for what in quantities),
+            f"{resident[row['contender']] / 1024:.2f}",
+        ]
+        for row in report["speed"]
+    ]
+    prompts = [f"prompt of {length}" for length in report["prompts"]]
+    return table(["model", "threads", "decode, tokens/s", *prompts, "resident GiB"], rows)
+
+
+def cpu_model_step() -> str:
+    """Where one decode step's milliseconds go."""
+    steps = results("cpu_model")["decode_step"]
+    header = ["ms of one decode step", *(f"{step['contender']}, {step['threads']} threads" for step in steps)]
+    rows = [[part, *(f"{step['parts_ms'][part]:.1f}" for step in steps)] for part in steps[0]["parts_ms"]]
+    rows += [
+        [title, *(f"{step[key]:.1f}" for step in steps)]
+        for title, key in (("all, unprofiled", "step_ms"), ("to read what is read once", "floor_ms"))
+    ]
+    return table(header, rows)
 
 
 def results(name: str) -> dict[str, Any]:
