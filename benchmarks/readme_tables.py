@@ -18,6 +18,8 @@ from typing import Any
 from cpu_tables import cpu_section
 from markdown import table
 
+NOT_MEASURED = "Not measured yet."
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 
@@ -37,7 +39,9 @@ def main() -> None:
 
 def filled(text: str) -> str:
     """The page with every `<!-- name -->` ... `<!-- /name -->` section replaced by its table."""
-    for name, content in (("perplexity", perplexity()), ("minilm", minilm()), ("sqnr", sqnr()), ("cpu", cpu())):
+    sections = {"perplexity": perplexity(), "minilm": minilm(), "sqnr": sqnr(), "cpu": cpu()}
+    sections |= {"cpu-model": cpu_model(), "cpu-model-step": cpu_model_step()}
+    for name, content in sections.items():
         section = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
         replacement = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
         text, count = section.subn(lambda _, new=replacement: new, text)
@@ -85,9 +89,46 @@ def sqnr() -> str:
 
 def cpu() -> str:
     """The speed of a linear, where it has been measured."""
-    if not (HERE / "results" / "cpu.json").is_file():
-        return "Not measured yet."
-    return cpu_section(results("cpu"))
+    return cpu_section(results("cpu")) if measured("cpu") else NOT_MEASURED
+
+
+def cpu_model() -> str:
+    """Generation by a model of 1.1 billion parameters, each contender's speed and memory."""
+    if not measured("cpu_model"):
+        return NOT_MEASURED
+    report = results("cpu_model")
+    resident = {row["contender"]: row["used_mib"] for row in report["memory"]}
+    quantities = ["decode", *(f"prefill_{length}" for length in report["prompts"])]
+    rows = [
+        [
+            row["contender"],
+            str(row["threads"]),
+            *(f"{row[f'{what}_tokens_per_second']:.1f} ({row[f'{what}_ratio']:.2f}x)" for what in quantities),
+            f"{resident[row['contender']] / 1024:.2f}",
+        ]
+        for row in report["speed"]
+    ]
+    prompts = [f"prompt of {length}" for length in report["prompts"]]
+    return table(["model", "threads", "decode, tokens/s", *prompts, "resident GiB"], rows)
+
+
+def cpu_model_step() -> str:
+    """Where one decode step's milliseconds go."""
+    if not measured("cpu_model"):
+        return NOT_MEASURED
+    steps = results("cpu_model")["decode_step"]
+    header = ["ms of one decode step", *(f"{step['contender']}, {step['threads']} threads" for step in steps)]
+    rows = [[part, *(f"{step['parts_ms'][part]:.1f}" for step in steps)] for part in steps[0]["parts_ms"]]
+    rows += [
+        [title, *(f"{step[key]:.1f}" for step in steps)]
+        for title, key in (("all, unprofiled", "step_ms"), ("to read what is read once", "floor_ms"))
+    ]
+    return table(header, rows)
+
+
+def measured(name: str) -> bool:
+    """Whether a benchmark has written anything."""
+    return (HERE / "results" / f"{name}.json").is_file()
 
 
 def results(name: str) -> dict[str, Any]:

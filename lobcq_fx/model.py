@@ -14,6 +14,8 @@ from lobcq_fx.errors import LobcqError
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.ops.schemas import NO_GRADIENT
 from lobcq_fx.passes.calling import CallingConvention
+from lobcq_fx.passes.group_query_heads import GroupQueryHeads
+from lobcq_fx.passes.infra import Sequential
 from lobcq_fx.passes.inventory import Inventory
 from lobcq_fx.passes.prepack import Prepack, restore_weights
 from lobcq_fx.passes.retarget_device import RetargetDevice
@@ -75,14 +77,14 @@ class QuantizedModel(nn.Module):
         return self.calling.unflatten(outputs, args, kwargs)
 
     def _prepack(self) -> None:
-        """Let the graph that runs use the kernels' own weight layout, where the device has one."""
+        """Where the device has kernels of its own, run a graph with their weight layout and its attention."""
         layout = weight_layout(self.device)
         if layout is None:
             return
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.stored_graph, {}))
         self.graph_module.graph = graph
-        Prepack(layout)(self.graph_module)
+        Sequential((Prepack(layout), GroupQueryHeads()))(self.graph_module)
 
     def _restore(self) -> None:
         """Run the stored graph on stored weights again."""

@@ -58,6 +58,18 @@ def test_the_flat_graph_of_a_causal_lm_compiles_once_for_all_lengths():
 
 
 @torch.no_grad()
+def test_every_step_after_a_prompt_runs_one_graph():
+    q = lobcq_fx.quantize(causal_lm("llama"))
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(q, fullgraph=True, dynamic=True)
+    cache = transformers.DynamicCache()
+    for tokens in (ids(1, 6), ids(1, 1), ids(1, 1), ids(1, 1)):
+        compiled(input_ids=tokens, past_key_values=cache, logits_to_keep=1)
+        assert all(state.is_contiguous() for layer in cache.layers for state in (layer.keys, layer.values))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the prompt's and the steps'
+
+
+@torch.no_grad()
 def test_an_encoder_compiles_whole():
     config = transformers.BertConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY

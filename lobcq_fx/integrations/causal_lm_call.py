@@ -154,6 +154,9 @@ def _grown(cache: Any, states: Sequence[Tensor]) -> Any:
     if cache is None:
         cache = DynamicCache()
     layers = []
+    # A compiled prompt would lay its keys and values out as its projections did, and the next call be compiled for
+    # those strides alone.
+    states = [state.contiguous() for state in states]
     for keys, values in zip(states[0::2], states[1::2], strict=True):
         layer = DynamicLayer()
         layer.lazy_initialization(keys, values)
