@@ -109,19 +109,47 @@ __m512 scaled(__m512i dot, __m512 w_scale, float a_scale, __m512 sum) {
 
 constexpr int64_t kPrefetch = 4096 + 512;  // bytes ahead: into the next page, where hardware prefetchers stop
 
+// Brings the codes of the next kStreams panels into the L2 cache while the kStreams panels before them are multiplied:
+// side by side, an equal part of each of them meanwhile. Memory delivers several streams faster than a single one.
+class PanelsAhead {
+  public:
+    PanelsAhead(const WeightView& w, int64_t panel)
+        : apart_(w.chunks * kChunkCodes),
+          next_(reinterpret_cast<intptr_t>(w.codes) + (panel / kStreams + 1) * kStreams * apart_ +
+                panel % kStreams * (w.chunks / kStreams) * kChunkCodes) {}
+
+    // To be called once a chunk. Behind the last panel there is nothing to read, and prefetching it does no harm.
+    void prefetch() {
+#pragma GCC unroll 4
+        for (int i = 0; i < kStreams; ++i)
+            for (int line = 0; line < kChunkCodes / kStreams; line += kAlign)
+                _mm_prefetch(reinterpret_cast<const char*>(next_ + i * apart_ + line), _MM_HINT_T1);
+        next_ += kChunkCodes / kStreams;
+    }
+
+  private:
+    static constexpr int kStreams = 4;
+    int64_t apart_;
+    intptr_t next_;
+};
+
 template <int kRows, bool kSixteen>
 void fused_rows(const Tables& t, const WeightView& w, const ActivationView& a, int64_t panel, float* sums) {
     Decoder<kSixteen> decoder(t, w, panel, 0);
     const int pairs = w.array_size / kPairColumns;
     __m512 sum[kRows];
     for (int m = 0; m < kRows; ++m) sum[m] = _mm512_setzero_ps();
+    PanelsAhead ahead(w, panel);
     const int8_t* entries = a.entries;
     int64_t pair = 0;
     for (int64_t g = 0; g < w.arrays; ++g) {
         __m512i dot[kRows];
         for (int m = 0; m < kRows; ++m) dot[m] = _mm512_set1_epi32(a.corrections_at(m)[g * a.parts]);
         for (int i = 0; i < pairs; ++i, ++pair, entries += kPairColumns) {
-            if (pair % 4 == 0) decoder.next_chunk();
+            if (pair % 4 == 0) {
+                decoder.next_chunk();
+                ahead.prefetch();
+            }
             decoder.prefetch(kPrefetch);
             Block low, high;
             decoder.next(static_cast<int>(pair % 4), &low, &high);
