@@ -18,6 +18,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,9 +92,12 @@ def measure(folders: Folders, settings: Settings, arguments: argparse.Namespace)
 
 
 def alone(function: Callable[..., Any], *values: Any) -> Any:
-    """The function's result, from a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, values)
+    """The function's result, from a fresh process; what it raises is raised here, and its death too.
+
+    A `multiprocessing.Pool` would wait for ever for a worker that exits, as a failed check makes it.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *values).result()
 
 
 def describe(row: dict[str, Any]) -> str:
