@@ -1,8 +1,7 @@
-"""The core, compiled once a session and loaded once for each instruction set."""
+"""The core, loaded once for each instruction set."""
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -10,27 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lobcq_fx.kernels.cpu.build import BuildError, compile_core
-from lobcq_fx.kernels.cpu.installed import SWITCH
 from lobcq_fx.kernels.cpu.library import Core, torch_parallel_for
 
 INSTRUCTION_SETS = (
     ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 )
-
-
-@pytest.fixture(scope="session")
-def core_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compiled here, every warning an error; or a copy of the one that LOBCQ_CPU_CORE names."""
-    output = tmp_path_factory.mktemp("core") / "liblobcq.so"
-    if given := os.environ.get(SWITCH):
-        return Path(shutil.copy(given, output))
-    try:
-        return compile_core(output, werror=True)
-    except BuildError as error:
-        if "no C++ compiler" in str(error):
-            pytest.skip(str(error))
-        raise
 
 
 @pytest.fixture(scope="session")

@@ -119,8 +119,8 @@ def test_exports_only_its_own_names_and_links_no_framework(core_file: Path) -> N
     names = {line.split()[-1] for line in symbols.stdout.splitlines()}
     if "asan" in _needed(core_file):
         pytest.skip("a sanitizer adds names and libraries")
-    headers = "".join((build.CORE / name).read_text() for name in ("lobcq.h", "lobcq_torch.h"))
-    assert names == set(re.findall(r"^LOBCQ_API .*?(lobcq_\w+)\(", headers, re.MULTILINE))
+    headers = "".join((build.CORE / name).read_text() for name in ("lobcq.h", "lobcq_torch.h", "lobcq_ort.h"))
+    assert names == set(re.findall(r"^LOBCQ_API .*?(\w+)\(", headers, re.MULTILINE))
     assert not {word for word in ("torch", "onnx", "omp") if word in _needed(core_file)}
 
 

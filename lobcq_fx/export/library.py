@@ -1,0 +1,39 @@
+"""The op library for ONNX Runtime: the C++ CPU core of this installation, which has the ops of domain `lobcq`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from lobcq_fx.errors import LobcqError
+from lobcq_fx.kernels.cpu.installed import SWITCH, cpu_core
+
+if TYPE_CHECKING:
+    from onnxruntime import SessionOptions
+
+
+def get_library_path() -> str:
+    """The shared library, for `SessionOptions.register_custom_ops_library`.
+
+    Raises:
+        LobcqError: there is none.
+    """
+    core = cpu_core()
+    if core is not None:
+        return str(core.path)
+    wanted = os.environ.get(SWITCH)
+    if wanted == "0":
+        raise LobcqError(f"the op library is switched off: unset {SWITCH}, which is 0")
+    if wanted:
+        raise LobcqError(f"the op library cannot be loaded from {wanted}: unset {SWITCH}, or give it a core's path")
+    raise LobcqError("the op library was not built: reinstall lobcq_fx with a C++ compiler")
+
+
+def register(session_options: SessionOptions) -> None:
+    """Add the `lobcq` ops to a session's options.
+
+    Raises:
+        LobcqError: there is no op library.
+        RuntimeError: this ONNX Runtime is too old for it.
+    """
+    session_options.register_custom_ops_library(get_library_path())

@@ -1,0 +1,224 @@
+#include "ort_ops.h"
+
+#include <cmath>
+#include <optional>
+
+#include "ort_weight.h"
+
+namespace lobcq::ort {
+namespace {
+
+int32_t array_size_of(const Node& node, const KernelInfo* info) {
+    const int64_t size = node.attribute(info, "array_size");
+    if (size != 16 && size != 32 && size != 64 && size != 128)
+        node.refuse("array_size is " + std::to_string(size) + ", not 16, 32, 64 or 128");
+    return static_cast<int32_t>(size);
+}
+
+int32_t dtype_of(ElementType type) {
+    return type == kFloat ? LOBCQ_FP32 : type == kBfloat16 ? LOBCQ_BF16 : LOBCQ_FP16;
+}
+
+// Of a tensor [..., columns].
+Shape leading_of(const Node& node, size_t index, const Tensor& tensor) {
+    if (tensor.shape.empty()) node.refuse(std::string(node.name(index)) + " has no dimension");
+    return Shape(tensor.shape.begin(), tensor.shape.end() - 1);
+}
+
+Shape with(Shape leading, int64_t last) {
+    leading.push_back(last);
+    return leading;
+}
+
+float scalar(const Node& node, size_t index, const Tensor& tensor) {
+    if (elements(tensor.shape) != 1) node.check_shape(index, tensor, {});
+    return *tensor.as<const float>();
+}
+
+// An activation in kernel layout, for one call.
+struct Activation {
+    Buffer data;
+    lobcq_activation view;
+
+    Activation(const Node& node, int64_t rows, int64_t columns, int32_t array_size, int32_t kind)
+        : data(bytes(node, rows, columns, array_size, kind)), view{data.data(), rows, columns, array_size, kind} {}
+
+  private:
+    static int64_t bytes(const Node& node, int64_t rows, int64_t columns, int32_t array_size, int32_t kind) {
+        const int64_t count = lobcq_activation_bytes(rows, columns, array_size, kind);
+        if (count < 0) node.refuse("the activation is too large");
+        return count;
+    }
+};
+
+class QuantizeActivation : public Kernel {
+  public:
+    QuantizeActivation(const Signature& op, const Api& api, const KernelInfo* info)
+        : node_(op.node(api, info)), array_size_(array_size_of(node_, info)) {
+        if (node_.is_constant(kCodebooks)) tables_ = tables_of(node_, kCodebooks, node_.constant(kCodebooks));
+        if (node_.is_constant(kStaticScale)) static_scale(node_.constant(kStaticScale));
+    }
+
+    void compute(KernelContext* context) const override;
+
+  private:
+    enum { kX, kCodebooks, kStaticScale };
+
+    float static_scale(const Tensor& tensor) const {
+        const float scale = scalar(node_, kStaticScale, tensor);
+        if (!(scale > 0 && std::isfinite(scale)))
+            node_.refuse("static_scale is " + std::to_string(scale) + ": it must be positive and finite");
+        return scale;
+    }
+
+    Node node_;
+    int32_t array_size_;
+    SharedTables tables_;  // null where the codebooks are not constant
+};
+
+void QuantizeActivation::compute(KernelContext* context) const {
+    const Call call(node_, context);
+    const Tensor x = call.input(kX), given = call.input(kStaticScale);
+    const SharedTables tables = tables_ ? tables_ : tables_of(node_, kCodebooks, call.input(kCodebooks));
+    const Shape leading = leading_of(node_, kX, x);
+    const int64_t rows = elements(leading), columns = x.shape.back();
+    const PackedRow row(columns, tables->num_codebooks, array_size_);
+    auto output = [&](size_t index, int64_t last) { return call.output(index, with(leading, last)); };
+    lobcq_packed out{static_cast<uint8_t*>(output(0, row.codes)), static_cast<uint8_t*>(output(1, row.selectors)),
+                     static_cast<uint8_t*>(output(2, row.scales)), static_cast<float*>(output(3, 1)), rows, rows,
+                     columns, tables->num_codebooks, array_size_};
+    if (given) {
+        const float scale = static_scale(given);
+        for (int64_t i = 0; i < rows; ++i) out.tensor_scale[i] = scale;
+    }
+    const lobcq_matrix matrix{x.data, rows, columns, columns, dtype_of(x.type)};
+    // Given for each row, the rule that makes NaN of a whole row with NaN or infinity in it.
+    const int32_t rule = given ? LOBCQ_ROW_SCALES : LOBCQ_ABSMAX_SCALES;
+    node_.check_core(lobcq_encode(tables.get(), &matrix, rule, &out, parallel_for), "x");
+}
+
+// What both linears have in common.
+class Product : public Kernel {
+  protected:
+    Product(const Signature& op, const Api& api, const KernelInfo* info, size_t first_weight_input)
+        : node_(op.node(api, info)), array_size_(array_size_of(node_, info)), at_{first_weight_input} {
+        if (!at_.all_constant(node_)) return;
+        weight_ = repack(node_, at_, array_size_, [&](size_t index) { return node_.constant(index); });
+        release_constants(node_, at_);
+    }
+
+    void multiply(const Call& call, const Activation& a, const Shape& leading, ElementType type) const;
+
+    Node node_;
+    int32_t array_size_;
+
+  private:
+    WeightInputs at_;
+    std::optional<Weight> weight_;  // none where it is not constant
+};
+
+void Product::multiply(const Call& call, const Activation& a, const Shape& leading, ElementType type) const {
+    std::optional<Weight> repacked;
+    if (!weight_) repacked = repack(node_, at_, array_size_, [&](size_t index) { return call.input(index); });
+    const Weight& w = weight_ ? *weight_ : *repacked;
+    const int64_t columns = a.view.columns;
+    if (round_up(columns, array_size_) != w.padded_columns)
+        node_.refuse("the weight has rows of " + std::to_string(w.padded_columns) + " scalars, the activation of " +
+                     std::to_string(columns) + ", filled up to a multiple of array_size");
+    const Tensor bias = call.input(at_.bias());
+    if (bias) node_.check_shape(at_.bias(), bias, {w.outputs});
+    const float scale = scalar(node_, at_.tensor_scale(), call.input(at_.tensor_scale()));
+    const lobcq_weight weight{w.data.data(), w.outputs, columns, w.tables->num_codebooks, array_size_};
+    const lobcq_matrix out{call.output(0, with(leading, w.outputs)), a.view.rows, w.outputs, w.outputs, dtype_of(type)};
+    const lobcq_product product{w.tables.get(), &weight, scale, bias.as<const float>(), &out};
+    node_.check_core(lobcq_linear(&product, 1, &a.view, parallel_for), "the product");
+}
+
+class Linear : public Product {
+  public:
+    Linear(const Signature& op, const Api& api, const KernelInfo* info)
+        : Product(op, api, info, kWeight), in_features_(node_.attribute(info, "in_features")) {
+        if (in_features_ < 0) node_.refuse("in_features is " + std::to_string(in_features_));
+        if (node_.is_constant(kCodebooks)) tables_ = tables_of(node_, kCodebooks, node_.constant(kCodebooks));
+    }
+
+    void compute(KernelContext* context) const override;
+
+  private:
+    enum { kCodes, kSelectors, kScales, kTensorScale, kCodebooks, kWeight };
+
+    int64_t in_features_;
+    SharedTables tables_;  // of the activation; null where its codebooks are not constant
+};
+
+void Linear::compute(KernelContext* context) const {
+    const Call call(node_, context);
+    const Tensor codes = call.input(kCodes), selectors = call.input(kSelectors), scales = call.input(kScales),
+                 tensor_scale = call.input(kTensorScale);
+    const SharedTables tables = tables_ ? tables_ : tables_of(node_, kCodebooks, call.input(kCodebooks));
+    const Shape leading = leading_of(node_, kCodes, codes);
+    const int64_t rows = elements(leading);
+    Activation activation(node_, rows, in_features_, array_size_, LOBCQ_ENCODED);
+    const PackedRow row(in_features_, tables->num_codebooks, array_size_);
+    node_.check_shape(kCodes, codes, with(leading, row.codes));
+    node_.check_shape(kSelectors, selectors, with(leading, row.selectors));
+    node_.check_shape(kScales, scales, with(leading, row.scales));
+    node_.check_shape(kTensorScale, tensor_scale, with(leading, 1));
+    const lobcq_packed packed{codes.as<uint8_t>(), selectors.as<uint8_t>(), scales.as<uint8_t>(),
+                              tensor_scale.as<float>(), rows, rows, in_features_, tables->num_codebooks, array_size_};
+    node_.check_core(lobcq_activation_load(tables.get(), &packed, &activation.view, parallel_for), "the activation");
+    multiply(call, activation, leading, kFloat);
+}
+
+class LinearFloatActivation : public Product {
+  public:
+    LinearFloatActivation(const Signature& op, const Api& api, const KernelInfo* info)
+        : Product(op, api, info, kWeight) {}
+
+    void compute(KernelContext* context) const override {
+        const Call call(node_, context);
+        const Tensor x = call.input(kX);
+        const Shape leading = leading_of(node_, kX, x);
+        const int64_t rows = elements(leading), columns = x.shape.back();
+        Activation activation(node_, rows, columns, array_size_, LOBCQ_FLOAT);
+        const lobcq_matrix matrix{x.data, rows, columns, columns, dtype_of(x.type)};
+        node_.check_core(lobcq_activation_split(&matrix, &activation.view, parallel_for), "x");
+        multiply(call, activation, leading, x.type);
+    }
+
+  private:
+    enum { kX, kWeight };
+};
+
+template <class K>
+std::unique_ptr<Kernel> create(const Signature& op, const Api& api, const KernelInfo* info) {
+    return std::make_unique<K>(op, api, info);
+}
+
+}  // namespace
+
+Node Signature::node(const Api& api, const KernelInfo* info) const {
+    std::vector<const char*> names;
+    for (const Port& port : inputs) names.push_back(port.name);
+    return Node(api, info, name, names);
+}
+
+std::vector<Signature> signatures() {
+    const std::vector<Port> encoded{
+        {"codes", kUint8}, {"selectors", kUint8}, {"scales", kFloat8E4M3FN}, {"tensor_scale", kFloat}};
+    const std::vector<Port> weight{{"w_codes", kUint8},        {"w_selectors", kUint8}, {"w_scales", kFloat8E4M3FN},
+                                   {"w_tensor_scale", kFloat}, {"w_codebooks", kInt8},  {"bias", kFloat, kOptional}};
+    const Port x{"x", kSame}, y{"y", kFloat}, y_like_x{"y", kSame}, codebooks{"codebooks", kInt8};
+    std::vector<Port> linear = encoded, float_activation{x};
+    linear.push_back(codebooks);
+    linear.insert(linear.end(), weight.begin(), weight.end());
+    float_activation.insert(float_activation.end(), weight.begin(), weight.end());
+    return {
+        {"QuantizeActivation", {x, codebooks, {"static_scale", kFloat, kOptional}}, encoded,
+         create<QuantizeActivation>},
+        {"Linear", linear, {y}, create<Linear>},
+        {"LinearFloatActivation", float_activation, {y_like_x}, create<LinearFloatActivation>},
+    };
+}
+
+}  // namespace lobcq::ort

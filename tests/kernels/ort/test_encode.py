@@ -1,0 +1,67 @@
+"""QuantizeActivation in ONNX Runtime: every byte against the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lobcq_fx.format import FormatSpec, absmax_row_scale, encode
+from tests.format.cases import ALL_SPECS, KINDS, matrix
+from tests.kernels.cpu.operands import codebooks
+from tests.kernels.ort.models import ENCODED, quantize_model
+
+
+def assert_encodes(library: Path, x: Tensor, spec: FormatSpec, scale: Tensor | None = None, threads: int = 1) -> None:
+    books, rows = codebooks(spec), x.flatten(end_dim=-2) if x.dim() > 1 else x[None]
+    row_scale = absmax_row_scale(rows) if scale is None else scale.expand(rows.shape[0], 1)
+    expected = encode(rows, spec, books, row_scale)
+    actual = quantize_model(x.dtype, books, spec.array_size, scale).session(library, threads).run(x=x)
+    for name in ENCODED:
+        part: Tensor = getattr(expected, name).contiguous()
+        assert actual[name].dtype == part.dtype
+        assert actual[name].shape == (*x.shape[:-1], part.shape[-1])
+        assert torch.equal(actual[name].reshape(-1).view(torch.uint8), part.reshape(-1).view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", [(5, 1), (2, 3, 100), (1, 1, 2, 1500), (333,), (0, 64), (2, 0)], ids=str)
+def test_every_format(core_file: Path, spec: FormatSpec, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    assert_encodes(core_file, x, spec)
+    assert_encodes(core_file, x, spec, torch.tensor(1e-4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_values(core_file: Path, kind: str) -> None:
+    assert_encodes(core_file, torch.from_numpy(matrix(kind, 7, 300, seed=3)), FormatSpec())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(core_file: Path, dtype: torch.dtype) -> None:
+    assert_encodes(core_file, torch.randn(3, 5, 200).to(dtype), FormatSpec(4, 32))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("scale", [None, torch.tensor(0.01)], ids=["absmax", "static"])
+def test_a_row_that_is_not_finite(core_file: Path, bad: float, scale: Tensor | None) -> None:
+    x = torch.randn(2, 4, 300)
+    x[1, 2, 77] = bad
+    assert_encodes(core_file, x, FormatSpec(), scale)
+
+
+def test_threads_change_nothing(core_file: Path) -> None:
+    assert_encodes(core_file, torch.randn(257, 700), FormatSpec(), threads=2)
+
+
+def test_codebooks_and_scale_may_be_computed(core_file: Path) -> None:
+    spec, x, scale = FormatSpec(2, 16), torch.randn(3, 40), torch.tensor(0.003)
+    model = quantize_model(torch.float32, codebooks(spec), 16, scale)
+    model.inputs |= {name: tensor.dtype for name, tensor in model.constants.items()}
+    given, model.constants = model.constants, {}
+    actual = model.session(core_file).run(x=x, **given)
+    expected = encode(x, spec, codebooks(spec), scale.expand(3, 1))
+    assert torch.equal(actual["codes"], expected.codes)
+    assert torch.equal(actual["selectors"], expected.selectors)
