@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lobcq_fx.config import LobcqConfig
     from lobcq_fx.default_model import default_model_path
     from lobcq_fx.errors import LobcqError
+    from lobcq_fx.export import export_onnx
     from lobcq_fx.format import FormatSpec
     from lobcq_fx.loading import load
     from lobcq_fx.model import QuantizedModel
@@ -19,7 +20,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["FormatSpec", "LobcqConfig", "LobcqError", "QuantizedModel", "default_model_path", "load", "quantize"]
+__all__ = [
+    "FormatSpec",
+    "LobcqConfig",
+    "LobcqError",
+    "QuantizedModel",
+    "default_model_path",
+    "export_onnx",
+    "load",
+    "quantize",
+]
 
 _HOMES = {
     "FormatSpec": "lobcq_fx.format",
@@ -27,6 +37,7 @@ _HOMES = {
     "LobcqError": "lobcq_fx.errors",
     "QuantizedModel": "lobcq_fx.model",
     "default_model_path": "lobcq_fx.default_model",
+    "export_onnx": "lobcq_fx.export",
     "load": "lobcq_fx.loading",
     "quantize": "lobcq_fx.pipeline",
 }

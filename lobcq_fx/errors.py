@@ -23,3 +23,7 @@ class CalibrationError(LobcqError):
 
 class CheckpointError(LobcqError):
     """A saved folder is incomplete, damaged, of another version, or would be overwritten."""
+
+
+class ExportError(LobcqError):
+    """A model cannot be exported as asked, or the exported one computes something else."""

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from lobcq_fx.calibration.fit import CodebookFit
@@ -81,22 +81,45 @@ def quantize(
     bind_cpu_core()
     count, float_bytes = _size(model.parameters())
     traced = _trace_and_observe(model, calibration_data, config, example_inputs, report)
-    graph_module = traced.graph_module
-    codebooks = choose_codebooks(graph_module, config, report)
+    records = quantize_graph(traced.graph_module, config, report, release_from=model if inplace else None)
+    saved = sum(record.float_bytes - record.packed_bytes for record in records)
+    inventory = Inventory(records, count, float_bytes, float_bytes - saved)
+    _warn_of_leftovers(inventory, config)
+    return _build(model, traced, config, inventory)
+
+
+def quantize_graph(
+    graph_module: fx.GraphModule,
+    config: LobcqConfig,
+    progress: Progress | None = None,
+    release_from: nn.Module | None = None,
+) -> tuple[MatmulRecord, ...]:
+    """Quantize a graph after `NormalizeMatmuls`, in place, with what its observers have seen if it has any.
+
+    Args:
+        graph_module: the graph.
+        config: what to quantize and how.
+        progress: called as weights are encoded.
+        release_from: a module whose float weights are freed as they are encoded.
+
+    Returns:
+        What became of each matmul.
+
+    Raises:
+        ConfigError: the settings leave nothing to quantize.
+        LobcqError: a weight holds NaN or infinity.
+    """
+    report = progress or _silent
     rewrite = Rewrite(
         config,
-        codebooks,
-        release_from=model if inplace else None,
+        choose_codebooks(graph_module, config, report),
+        release_from=release_from,
         progress=lambda done, total: report("encode", done, total),
     )
     if not rewrite(graph_module).modified:
-        raise ConfigError(f"nothing to quantize in {type(model).__name__}: {_reasons(rewrite.records)}")
+        raise ConfigError(f"nothing to quantize in the model: {_reasons(rewrite.records)}")
     Sequential((ShareActivations(), EliminateDeadCode()))(graph_module)
-
-    saved = sum(record.float_bytes - record.packed_bytes for record in rewrite.records)
-    inventory = Inventory(tuple(rewrite.records), count, float_bytes, float_bytes - saved)
-    _warn_of_leftovers(inventory, config)
-    return _build(model, traced, config, inventory)
+    return tuple(rewrite.records)
 
 
 def fit_shared_codebooks(

@@ -8,7 +8,16 @@ import sys
 import lobcq_fx
 from lobcq_fx import errors
 
-PUBLIC = {"FormatSpec", "LobcqConfig", "LobcqError", "QuantizedModel", "default_model_path", "load", "quantize"}
+PUBLIC = {
+    "FormatSpec",
+    "LobcqConfig",
+    "LobcqError",
+    "QuantizedModel",
+    "default_model_path",
+    "export_onnx",
+    "load",
+    "quantize",
+}
 
 
 def test_the_public_names_are_these_and_all_are_documented():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lobcq_fx.errors import LobcqError
@@ -10,6 +12,9 @@ from lobcq_fx.kernels.cpu.installed import SWITCH, cpu_core
 
 if TYPE_CHECKING:
     from onnxruntime import SessionOptions
+
+COPY = "liblobcq"
+"""Name, less its ending, of the copy that goes with an exported model."""
 
 
 def get_library_path() -> str:
@@ -37,3 +42,15 @@ def register(session_options: SessionOptions) -> None:
         RuntimeError: this ONNX Runtime is too old for it.
     """
     session_options.register_custom_ops_library(get_library_path())
+
+
+def copy_library(folder: Path) -> str:
+    """Put the library into a folder and return its name there; it needs nothing else, so it may travel.
+
+    Raises:
+        LobcqError: there is none.
+    """
+    path = Path(get_library_path())
+    name = COPY + path.suffix
+    shutil.copy(path, folder / name)
+    return name

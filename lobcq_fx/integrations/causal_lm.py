@@ -14,30 +14,8 @@ from lobcq_fx.model import QuantizedModel
 from lobcq_fx.passes.inventory import Inventory
 
 
-class QuantizedCausalLM(QuantizedModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """A `QuantizedModel` that generates: greedy, sampling, beams, batches padded on the left, any prompt length.
-
-    It is a `PreTrainedModel` for whatever asks one for its configuration, device or cache (pipelines, generation);
-    parameters, `forward`, casts and saving are `QuantizedModel`'s.
-    """
-
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        calling: CausalLMCall,
-        lobcq_config: LobcqConfig,
-        inventory: Inventory,
-        config: Any,
-        generation_config: GenerationConfig | None = None,
-    ) -> None:
-        config = copy.deepcopy(config)
-        # Attention and experts are part of the graph; there is nothing for transformers to dispatch.
-        config._attn_implementation = "eager"
-        config._experts_implementation = "eager"
-        PreTrainedModel.__init__(self, config)
-        self._assemble(graph_module, calling, lobcq_config, inventory)
-        if generation_config is not None:
-            self.generation_config = generation_config
+class CausalLMForward:
+    """The `forward` that Hugging Face's `generate()` reads and calls; the next class has one that takes keywords."""
 
     def forward(
         self,
@@ -81,4 +59,34 @@ class QuantizedCausalLM(QuantizedModel, PreTrainedModel, GenerationMixin):  # ty
             "return_dict": return_dict,
             **kwargs,
         }
-        return super().forward(**call)
+        return super().forward(**call)  # type: ignore[misc]
+
+
+def graph_config(config: Any) -> Any:
+    """A copy for a model that is one graph: there is no attention and no expert for transformers to dispatch."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    return config
+
+
+class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A `QuantizedModel` that generates: greedy, sampling, beams, batches padded on the left, any prompt length.
+
+    It is a `PreTrainedModel` for whatever asks one for its configuration, device or cache (pipelines, generation);
+    parameters, `forward`, casts and saving are `QuantizedModel`'s.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        calling: CausalLMCall,
+        lobcq_config: LobcqConfig,
+        inventory: Inventory,
+        config: Any,
+        generation_config: GenerationConfig | None = None,
+    ) -> None:
+        PreTrainedModel.__init__(self, graph_config(config))
+        self._assemble(graph_module, calling, lobcq_config, inventory)
+        if generation_config is not None:
+            self.generation_config = generation_config

@@ -78,12 +78,13 @@ def _repeated_sizes(node: Any) -> list[Any] | None:
 
 def _unsqueezed(node: Any) -> fx.Node | None:
     """What `node` is after `unsqueeze(..., 2)` and slices that keep everything."""
-    while isinstance(node, fx.Node) and node.target is aten.slice.Tensor and _keeps_everything(*node.args[1:]):
+    while isinstance(node, fx.Node) and node.target is aten.slice.Tensor and keeps_everything(*node.args[1:]):
         node = node.args[0]
     if not isinstance(node, fx.Node) or node.target is not aten.unsqueeze.default or node.args[1] != GROUPS:
         return None
     return node.args[0]  # type: ignore[return-value]
 
 
-def _keeps_everything(_dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> bool:
+def keeps_everything(_dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> bool:
+    """Whether `aten.slice` with these arguments after the tensor returns all of it."""
     return start in (None, 0) and (end is None or end == torch.iinfo(torch.int64).max) and step == 1

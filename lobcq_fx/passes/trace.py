@@ -69,13 +69,18 @@ def plain_graph_module(program: ExportedProgram) -> fx.GraphModule:
     """The program as a graph module with parameters, a flat signature, and none of export's run-time assertions."""
     graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, fx.GraphModule)
+    graph_module.graph.set_codegen(fx.graph.CodeGen())
+    return own_graph_module(graph_module)
+
+
+def own_graph_module(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """An exported graph module called as before, without run-time assertions, with parameters that no model shares."""
     graph = graph_module.graph
     for node in reversed(graph.nodes):
         unread = node.op == "get_attr" and not node.users
         guard = node.op == "call_module" and node.target == "_guards_fn"
         if unread or guard or node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
-    graph.set_codegen(fx.graph.CodeGen())
     # A fresh module drops the exported one's hooks and its eval()/train() overrides.
     plain = fx.GraphModule(graph_module, graph, class_name="LobcqGraph")
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}

@@ -1,0 +1,134 @@
+"""export_onnx(): a quantized model in, a folder with an ONNX model out."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import onnx_ir as ir
+
+from lobcq_fx.errors import ExportError
+from lobcq_fx.export.attention import use_group_query_attention
+from lobcq_fx.export.convert import to_onnx
+from lobcq_fx.export.genai import write_genai_files
+from lobcq_fx.export.library import copy_library
+from lobcq_fx.export.matmulnbits import lower_linears, use_float_activations
+from lobcq_fx.export.metadata import MODEL, is_export, metadata_of
+from lobcq_fx.export.schemas import DOMAIN
+from lobcq_fx.export.self_check import check_session
+from lobcq_fx.export.signature import signature_of
+from lobcq_fx.export.stored_module import FlatModule, stored_module
+from lobcq_fx.integrations.causal_lm_call import CausalLMCall
+from lobcq_fx.model import QuantizedModel
+from lobcq_fx.storage.atomic_folder import replace_folder
+
+DATA = f"{MODEL}.data"
+
+EXTERNAL_FROM = 1 << 20
+"""Bytes of weights from which on they lie in a file of their own, which runtimes map into memory instead of copying."""
+
+Target = Literal["custom", "matmulnbits"]
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What was written.
+
+    nodes: how many of each type, `domain::type` outside ONNX's own. library_nodes: those that the op library makes
+    fast. size: bytes of graph and weights on disk. largest_difference: of the self-check, relative to the output's
+    largest magnitude. fused_attentions: how many became ONNX Runtime's own; unfused_attentions: for each that did not,
+    why. left_in_float: layers that are not quantized, and why. genai: None where onnxruntime-genai can serve the
+    folder, else why it cannot.
+    """
+
+    path: Path
+    nodes: dict[str, int]
+    library_nodes: int
+    size: int
+    largest_difference: float
+    fused_attentions: int
+    unfused_attentions: tuple[str, ...]
+    left_in_float: tuple[tuple[str, str], ...]
+    genai: str | None
+
+
+def write_folder(
+    q: QuantizedModel,
+    out: Path,
+    example_inputs: Any,
+    *,
+    target: Target,
+    fuse: bool,
+    tokenizer: Any,
+    include_library: bool,
+    progress: Progress,
+) -> ExportSummary:
+    """See `lobcq_fx.export.export_onnx`."""
+    if q.device.type != "cpu":
+        raise ExportError(f"the model is on {q.device}: export it from the CPU, q.to('cpu')")
+    if target not in ("custom", "matmulnbits"):
+        raise ExportError(f"target is {target!r}: it may be 'custom' or 'matmulnbits'")
+    if include_library and target != "custom":
+        raise ExportError(f"target {target!r} needs no op library: leave include_library out")
+    signature = signature_of(q, example_inputs)
+    progress("convert", 0, 1)
+    graph = stored_module(q)
+    if target == "matmulnbits":
+        use_float_activations(graph)
+    reference = FlatModule(copy.deepcopy(graph))
+    if target == "matmulnbits":
+        lower_linears(graph, q.graph_module)
+    fused, unfused = use_group_query_attention(graph) if fuse else (0, ())
+    model = to_onnx(FlatModule(graph), signature, fuse=fuse)
+    model.metadata_props.update(metadata_of(q))
+    progress("convert", 1, 1)
+    with replace_folder(out, is_export) as folder:
+        size = _save(model, folder)
+        genai = _write_causal_lm_files(q, folder, tokenizer, include_library=include_library)
+        progress("check", 0, 1)
+        onnx.checker.check_model(str(folder / MODEL), full_check=True)
+        largest = check_session(folder / MODEL, signature, reference)
+        progress("check", 1, 1)
+    nodes = _count(model)
+    return ExportSummary(
+        path=out,
+        nodes=nodes,
+        library_nodes=sum(count for name, count in nodes.items() if name.startswith(f"{DOMAIN}::")),
+        size=size,
+        largest_difference=largest,
+        fused_attentions=fused,
+        unfused_attentions=unfused,
+        left_in_float=tuple((record.layer, str(record.reason)) for record in q.inventory.left_alone),
+        genai=genai,
+    )
+
+
+def _save(model: ir.Model, folder: Path) -> int:
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    external = sum(tensor.nbytes for tensor in tensors if tensor is not None) >= EXTERNAL_FROM
+    ir.save(model, folder / MODEL, external_data=DATA if external else None)
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _write_causal_lm_files(q: QuantizedModel, folder: Path, tokenizer: Any, *, include_library: bool) -> str | None:
+    library = copy_library(folder) if include_library else None
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if q.config is not None:
+        q.config.save_pretrained(folder)
+    if not isinstance(q.calling, CausalLMCall):
+        return "it is no causal language model"
+    q.generation_config.save_pretrained(folder)  # type: ignore[operator, union-attr]
+    return write_genai_files(folder, q, library)
+
+
+def _count(model: ir.Model) -> dict[str, int]:
+    names = (f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes())
+    counts = Counter(names)
+    return dict(sorted(counts.items(), key=lambda item: (not item[0].startswith(DOMAIN), -item[1], item[0])))

@@ -1,0 +1,20 @@
+"""Function bodies of the `lobcq` operators: what a runtime that does not know them executes instead."""
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from lobcq_fx.export.functions import linear, quantize_activation
+from lobcq_fx.export.functions.body import function
+from lobcq_fx.export.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION, QUANTIZE_ACTIVATION
+
+_BUILDERS: dict[str, Callable[..., Sequence[ir.Value]]] = {
+    QUANTIZE_ACTIVATION: quantize_activation.build,
+    LINEAR: linear.build_linear,
+    LINEAR_FLOAT_ACTIVATION: linear.build_linear_float_activation,
+}
+
+
+def function_body(name: str) -> ir.Function:
+    """A new function of the operator called `name`."""
+    return function(name, _BUILDERS[name])

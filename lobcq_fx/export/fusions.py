@@ -1,0 +1,37 @@
+"""ONNX Runtime's own operators in place of the standard ones that compute the same, in a form that every tool can read."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from lobcq_fx.integrations.transformers_onnx import fuse_for_cpu
+
+
+def use_runtime_operators(model: ir.Model) -> None:
+    """Fuse norms, activations and rotary embeddings as transformers does."""
+    fuse_for_cpu(model)
+    for node in list(model.graph):
+        if node.op_type == "SimplifiedLayerNormalization" and node.domain == "":
+            _spell_out(model.graph, node)
+    for value in model.graph.initializers.values():
+        if value.const_value is not None:  # the fusions leave some with another's shape
+            value.shape = value.const_value.shape
+
+
+def _spell_out(graph: ir.Graph, node: ir.Node) -> None:
+    """ONNX Runtime keeps its RMS norm in ONNX's domain, where ONNX's checker finds no such operator. It fuses these
+    nodes again when it opens the model.
+    """
+    x, weight = node.inputs
+    epsilon = node.attributes.get_float("epsilon", 1e-5)
+    tape = ir.tape.Tape(graph)
+    square = tape.op("Pow", [x, tape.initializer(ir.tensor(2.0), f"{node.name}_exponent")])
+    mean = tape.op("ReduceMean", [square, tape.initializer(ir.tensor([-1]), f"{node.name}_axes")])
+    moved = tape.op("Add", [mean, tape.initializer(ir.tensor(epsilon), f"{node.name}_epsilon")])
+    normed = tape.op("Div", [x, tape.op("Sqrt", [moved])])
+    output, old = tape.op("Mul", [normed, weight]), node.outputs[0]
+    graph.insert_before(node, tape.nodes)
+    output.shape, output.type = old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    output.name = old.name

@@ -1,0 +1,100 @@
+"""`target="matmulnbits"`: each packed weight as ONNX Runtime's 8-bit MatMulNBits, activations in float."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lobcq_fx.format import FormatSpec
+from lobcq_fx.format.codes import entries_of
+from lobcq_fx.format.packing import unpack_codes, unpack_selectors
+from lobcq_fx.format.spec import BLOCK_SIZE
+from lobcq_fx.passes.attributes import get_attribute, named_arguments, register_attribute
+
+ops = torch.ops.lobcq
+
+OPERATOR = "com.microsoft::MatMulNBits"
+ZERO_POINT = 128
+"""MatMulNBits' default for 8 bits: what an entry of 0 is stored as."""
+
+INTEGER_PARTS = ("w_codes", "w_selectors", "w_scales", "w_codebooks")
+WEIGHT_PARTS = (*INTEGER_PARTS[:3], "w_tensor_scale", INTEGER_PARTS[3])
+
+
+def use_float_activations(graph_module: fx.GraphModule) -> None:
+    """Put `linear.float_activation` in the place of every `linear`: the same weights, the activation as it was."""
+    graph = graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=ops.linear.default):
+        arguments = named_arguments(node)
+        part = arguments["codes"]
+        assert part.target is operator.getitem, "an encoded activation comes from quantize_activation"
+        x = named_arguments(part.args[0])["x"]
+        weight = [arguments[name] for name in WEIGHT_PARTS]
+        with graph.inserting_before(node):
+            y = graph.call_function(
+                ops.linear.float_activation, (x, *weight, arguments["bias"], arguments["array_size"])
+            )
+            y = graph.call_function(torch.ops.aten.to.dtype, (y, arguments["dtype"]))
+        node.replace_all_uses_with(y)
+        graph.erase_node(node)
+    _clean(graph_module)
+
+
+def lower_linears(graph_module: fx.GraphModule, quantized: nn.Module) -> None:
+    """Put MatMulNBits in the place of every `linear.float_activation`; `quantized` holds the same weights, packed."""
+    graph = graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=ops.linear.float_activation):
+        arguments = named_arguments(node)
+        name = str(arguments["w_codes"].target).removesuffix(".codes")
+        parts = [get_attribute(graph_module, str(arguments[part].target)) for part in INTEGER_PARTS]
+        blocks, scales = integer_weight(*parts, array_size=arguments["array_size"])
+        columns = get_attribute(quantized, name).columns
+        with graph.inserting_before(node):
+            stored = []
+            for key, tensor in ((f"{name}.blocks", blocks), (f"{name}.block_scales", scales)):
+                register_attribute(graph_module, key, tensor)
+                stored.append(graph.get_attr(key))
+            y = graph.call_function(matmul_nbits, (arguments["x"], *stored, columns))
+            y = graph.call_function(torch.ops.aten.mul.Tensor, (y, arguments["w_tensor_scale"]))
+            if arguments["bias"] is not None:
+                y = graph.call_function(torch.ops.aten.add.Tensor, (y, arguments["bias"]))
+        node.replace_all_uses_with(y)
+        graph.erase_node(node)
+    _clean(graph_module)
+
+
+def integer_weight(
+    codes: Tensor, selectors: Tensor, scales: Tensor, codebooks: Tensor, *, array_size: int
+) -> tuple[Tensor, Tensor]:
+    """The weight over its tensor scale as MatMulNBits stores it: uint8 [N, Kp / L_A, L_A], entry plus 128, and fp32
+    [N, Kp / L_A]. Both are exact; scales times the tensor scale, rounded, would not be.
+    """
+    spec = FormatSpec(codebooks.shape[0], array_size)
+    unpacked = unpack_codes(codes)
+    chosen = unpack_selectors(selectors, spec.selector_bits, unpacked.shape[1] // BLOCK_SIZE)
+    entries = entries_of(unpacked, chosen, codebooks).to(torch.int16)
+    return (entries + ZERO_POINT).to(torch.uint8).view(*scales.shape, array_size), scales.float()
+
+
+def matmul_nbits(x: Tensor, blocks: Tensor, scales: Tensor, columns: int) -> Tensor:
+    """One node of ONNX Runtime's operator: x [..., columns] times a weight [N, columns], all in fp32."""
+    rows, _, array_size = blocks.shape
+    attributes: dict[str, Any] = {"K": columns, "N": rows, "bits": 8, "block_size": array_size}
+    y: Tensor = torch.onnx.ops.symbolic(
+        OPERATOR,
+        (x, blocks, scales),
+        attributes,
+        dtype=x.dtype,
+        shape=(*x.shape[:-1], rows),
+        version=1,
+    )
+    return y
+
+
+def _clean(graph_module: fx.GraphModule) -> None:
+    graph_module.graph.eliminate_dead_code()
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()

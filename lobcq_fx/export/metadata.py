@@ -1,0 +1,66 @@
+"""What an exported model says of itself, in the metadata of its ONNX file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import lobcq_fx
+from lobcq_fx.errors import ExportError
+from lobcq_fx.export.schemas import VERSION
+from lobcq_fx.export.stored_module import KEPT
+from lobcq_fx.integrations.causal_lm_call import CausalLMCall
+from lobcq_fx.model import QuantizedModel
+
+MODEL = "model.onnx"
+
+OP_VERSION = "lobcq.op_version"
+CALLING = "lobcq.calling"
+
+
+def is_export(folder: Path) -> bool:
+    """Whether the folder looks like one of ours."""
+    return (folder / MODEL).is_file()
+
+
+def metadata_of(q: QuantizedModel) -> dict[str, str]:
+    """The version of the operators, and for a language model how its graph is called, as JSON."""
+    metadata = {"lobcq_fx.version": lobcq_fx.__version__, OP_VERSION: str(VERSION)}
+    if isinstance(q.calling, CausalLMCall):
+        inputs = tuple(name for name in q.calling.inputs if name != KEPT)
+        calling = dataclasses.replace(q.calling, inputs=inputs, cache_dtype="float32")
+        metadata[CALLING] = json.dumps(calling.to_dict())
+    return metadata
+
+
+def check_op_version(metadata: Mapping[str, str]) -> None:
+    """Refuse a model whose operators this version does not know.
+
+    Raises:
+        ExportError: says what to update.
+    """
+    version = metadata.get(OP_VERSION)
+    if version is None:
+        raise ExportError("the ONNX model was not written by lobcq_fx: it has no metadata of ours")
+    if int(version) != VERSION:
+        remedy = "export it again" if int(version) < VERSION else "update lobcq_fx"
+        raise ExportError(
+            f"the model uses version {version} of the lobcq operators, lobcq_fx {lobcq_fx.__version__} has version"
+            f" {VERSION}: {remedy}"
+        )
+
+
+def causal_lm_call(metadata: Mapping[str, str]) -> CausalLMCall:
+    """How an exported language model's graph is called.
+
+    Raises:
+        ExportError: the model is none, or its metadata is damaged.
+    """
+    if CALLING not in metadata:
+        raise ExportError("the ONNX model is no causal language model: it cannot generate")
+    try:
+        return CausalLMCall.from_dict(json.loads(metadata[CALLING]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"the ONNX model's metadata {CALLING} is damaged: {error}") from None

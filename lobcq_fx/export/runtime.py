@@ -1,0 +1,86 @@
+"""An exported language model in ONNX Runtime, with Hugging Face's `generate()`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedModel
+
+from lobcq_fx.errors import ExportError
+from lobcq_fx.export.library import register
+from lobcq_fx.export.metadata import MODEL, causal_lm_call, check_op_version, is_export
+from lobcq_fx.integrations.causal_lm import CausalLMForward, graph_config
+
+
+class _SessionModel:
+    """Calls an ONNX Runtime session as the model that it was exported from was called."""
+
+    def forward(self, **call: Any) -> Any:
+        """The output class of the float model."""
+        inputs = self.calling.flatten((), call)  # type: ignore[attr-defined]
+        return self.calling.unflatten(self.run(inputs), (), call)  # type: ignore[attr-defined]
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The graph's outputs, fp32, for its inputs in order."""
+        feeds = {name: x.contiguous().numpy() for name, x in zip(self.input_names, inputs, strict=True)}  # type: ignore[attr-defined]
+        return [torch.from_numpy(output) for output in self.session.run(None, feeds)]  # type: ignore[attr-defined]
+
+
+class OnnxCausalLM(CausalLMForward, _SessionModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A folder written by `export_onnx`, called like the quantized causal language model, `generate()` included.
+
+    session: the ONNX Runtime session. calling: how a call of the model becomes a call of the graph.
+    """
+
+    def __init__(self, directory: str | Path, *, use_library: bool = True, threads: int = 0) -> None:
+        """Open the folder.
+
+        Args:
+            directory: the folder.
+            use_library: run the lobcq operators by the op library, not by their function bodies.
+            threads: of the session; 0 takes one for each core.
+
+        Raises:
+            ExportError: the folder is not of `export_onnx`, of another version, or this ONNX Runtime is too old.
+            LobcqError: there is no op library.
+        """
+        directory = Path(directory)
+        if not is_export(directory):
+            raise ExportError(f"{directory} holds no {MODEL}: pass a folder that export_onnx wrote")
+        super().__init__(graph_config(AutoConfig.from_pretrained(directory)))
+        self.generation_config = GenerationConfig.from_pretrained(directory)
+        self.session = _session(directory / MODEL, use_library=use_library, threads=threads)
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        check_op_version(metadata)
+        self.calling = causal_lm_call(metadata)
+        self.input_names = [value.name for value in self.session.get_inputs()]
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """fp32."""
+        return torch.float32
+
+
+def _session(path: Path, *, use_library: bool, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # errors are raised as well
+    if use_library:
+        register(options)
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base of their own
+        raise ExportError(
+            f"ONNX Runtime {ort.__version__} cannot open {path}: {error}. Remedy: a newer onnxruntime; before 1.22, an"
+            " export with fuse=False"
+        ) from error

@@ -1,0 +1,75 @@
+"""LO-BCQ as a quantizer of transformers' own exporters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from transformers.exporters.configs import ExportFormat
+from transformers.exporters.quantizers import ExportQuantizer
+
+from lobcq_fx.config import LobcqConfig
+from lobcq_fx.errors import CalibrationError
+from lobcq_fx.export.convert import add_function_bodies
+from lobcq_fx.export.translation import translation_table
+from lobcq_fx.integrations.transformers_onnx import extend_onnx_exporter
+from lobcq_fx.passes.insert_observers import InsertObservers
+from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
+from lobcq_fx.passes.trace import own_graph_module
+from lobcq_fx.pipeline import quantize_graph
+
+
+# Now: an exporter looks up what it applies before it asks its quantizer anything.
+extend_onnx_exporter(translation_table(), add_function_bodies)
+
+
+class LobcqQuantizer(ExportQuantizer):  # type: ignore[misc]
+    """Quantizes a model while transformers exports it: `OnnxConfig(quantizer=LobcqQuantizer())`, or `DynamoConfig`.
+
+    The graph has the operators that `export_onnx` writes, with their function bodies.
+
+    Args:
+        config: what to quantize and how; None means `LobcqConfig()`, which needs no calibration.
+        calibration_dataset: keyword arguments of calls of the model.
+    """
+
+    quantizes_fx_graph = True
+    supported_formats = (ExportFormat.DYNAMO, ExportFormat.ONNX)
+    required_packages = ("torch",)
+
+    def __init__(
+        self, config: LobcqConfig | None = None, calibration_dataset: Iterable[dict[str, Any]] | None = None
+    ) -> None:
+        super().__init__(calibration_dataset)
+        self.config = config or LobcqConfig()
+
+    def validate_environment(self, export_format: ExportFormat) -> None:
+        """Refuse what cannot work, before the long work.
+
+        Raises:
+            ValueError: a format that has no LO-BCQ operators.
+            CalibrationError: the settings need data and there are none.
+        """
+        super().validate_environment(export_format)
+        if self.config.needs_calibration and not self.calibration_dataset:
+            raise CalibrationError("static scales and fitted codebooks need data: pass calibration_dataset")
+
+    def quantize(
+        self, model: fx.GraphModule, sample_inputs: dict[str, Any], export_format: ExportFormat
+    ) -> fx.GraphModule:
+        """The exported graph with its matmuls in LO-BCQ, called as before.
+
+        Raises:
+            ConfigError: the settings leave nothing to quantize.
+        """
+        graph_module = own_graph_module(model)
+        NormalizeMatmuls()(graph_module)
+        if self.calibration_dataset:
+            InsertObservers(self.config)(graph_module)
+            with torch.inference_mode():
+                for inputs in self.traced_calibration(sample_inputs):
+                    graph_module(**inputs)
+        quantize_graph(graph_module, self.config)
+        return graph_module

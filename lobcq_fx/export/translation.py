@@ -1,0 +1,46 @@
+"""How torch.onnx translates the torch ops `lobcq::` to the ONNX operators of the same domain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript import opset18 as standard
+
+import lobcq_fx.ops  # noqa: F401  (registers the torch ops)
+from lobcq_fx.export.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION, QUANTIZE_ACTIVATION, operator
+
+FLOAT = int(ir.DataType.FLOAT)
+
+
+def translation_table() -> dict[Any, Any]:
+    """For torch.onnx's `custom_translation_table`."""
+    ops = torch.ops.lobcq
+    return {
+        ops.quantize_activation.default: _quantize_activation,
+        ops.linear.default: _linear,
+        ops.linear.float_activation: _linear_float_activation,
+    }
+
+
+def _quantize_activation(x: Any, codebooks: Any, array_size: int, static_scale: Any = None) -> Any:
+    return operator(QUANTIZE_ACTIVATION)(x, codebooks, static_scale, array_size=array_size)
+
+
+def _linear(*arguments: Any) -> Any:
+    *packed, bias, in_features, array_size, dtype = arguments
+    y = operator(LINEAR)(*packed, _float(bias), in_features=in_features, array_size=array_size)
+    return y if dtype == FLOAT else standard.Cast(y, to=dtype)
+
+
+def _linear_float_activation(*arguments: Any) -> Any:
+    *operands, bias, array_size = arguments
+    return operator(LINEAR_FLOAT_ACTIVATION)(*operands, _float(bias), array_size=array_size)
+
+
+def _float(bias: Any) -> Any:
+    """The ONNX operators take the bias in fp32, which is what it is added in."""
+    if bias is None or bias.dtype == ir.DataType.FLOAT:
+        return bias
+    return standard.Cast(bias, to=FLOAT)

@@ -1,0 +1,70 @@
+"""The function bodies of Linear and LinearFloatActivation against the torch ops, in ONNX Runtime."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lobcq_fx.ops import linear, linear_float_activation, quantize_activation, quantize_weight
+from tests.export.single_node import Operator
+from tests.format.cases import ALL_SPECS, codebooks_of, int8
+
+COLUMNS, ROWS = 200, 7
+
+
+def operands(spec, leading=(2, 3)):
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(*leading, COLUMNS, generator=generator)
+    w, bias = torch.randn(ROWS, COLUMNS, generator=generator), torch.randn(ROWS, generator=generator)
+    books, w_books = int8(codebooks_of(1, spec.num_codebooks)), int8(codebooks_of(2, spec.num_codebooks))
+    return x, books, (*quantize_weight(w, w_books, spec.array_size), w_books), bias
+
+
+def assert_close(actual, expected):
+    assert actual.shape == expected.shape
+    scale = expected.nan_to_num().abs().max() if expected.numel() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6 * float(scale), equal_nan=True)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: spec.name)
+def test_linear(spec, with_bias):
+    x, books, weight, bias = operands(spec)
+    x[1, 2, 3] = torch.inf
+    bias = bias if with_bias else None
+    packed = (*quantize_activation(x, books, spec.array_size), books)
+    expected = linear(*packed, *weight, bias, COLUMNS, spec.array_size, torch.float32)
+    node = Operator("Linear", in_features=COLUMNS, array_size=spec.array_size)
+    (actual,) = node(*packed, *weight, bias)
+    assert actual[1, 2].isnan().all()
+    assert not actual[0].isnan().any()
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("spec", ALL_SPECS[::3], ids=lambda spec: spec.name)
+def test_linear_float_activation(spec, with_bias):
+    x, _, weight, bias = operands(spec)
+    bias = bias if with_bias else None
+    node = Operator("LinearFloatActivation", array_size=spec.array_size)
+    (actual,) = node(x, *weight, bias)
+    assert_close(actual, linear_float_activation(x, *weight, bias, spec.array_size))
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (2, 0)], ids=str)
+def test_any_leading_dimensions(leading):
+    spec = ALL_SPECS[-1]
+    x, books, weight, bias = operands(spec, leading)
+    packed = (*quantize_activation(x, books, spec.array_size), books)
+    node = Operator("Linear", in_features=COLUMNS, array_size=spec.array_size)
+    (actual,) = node(*packed, *weight, bias)
+    assert_close(actual, linear(*packed, *weight, bias, COLUMNS, spec.array_size, torch.float32))
+
+
+def test_float_activation_keeps_its_type():
+    spec = ALL_SPECS[-2]
+    x, _, weight, bias = operands(spec)
+    node = Operator("LinearFloatActivation", torch.float16, array_size=spec.array_size)
+    (actual,) = node(x.half(), *weight, bias)
+    expected = linear_float_activation(x.half(), *weight, bias, spec.array_size).float()
+    torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3)

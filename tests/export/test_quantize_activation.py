@@ -1,0 +1,63 @@
+"""The function body of QuantizeActivation against the format, byte for byte, in ONNX Runtime."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lobcq_fx.ops import quantize_activation
+from tests.export.single_node import Operator
+from tests.format.cases import ALL_SPECS, KINDS, codebooks_of, int8, matrix
+
+
+def assert_same(expected: tuple[torch.Tensor, ...], actual: list[torch.Tensor]) -> None:
+    for name, want, have in zip(("codes", "selectors", "scales", "tensor_scale"), expected, actual, strict=True):
+        assert want.shape == have.shape, name
+        torch.testing.assert_close(have.float(), want.float(), rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: spec.name)
+def test_all_formats_byte_for_byte(spec):
+    encode = Operator("QuantizeActivation", array_size=spec.array_size)
+    codebooks = int8(codebooks_of(3, spec.num_codebooks))
+    for kind in KINDS:
+        for columns in (1, 60, 200):
+            x = torch.from_numpy(matrix(kind, 6, columns, seed=columns)).view(2, 3, columns)
+            assert_same(quantize_activation(x, codebooks, spec.array_size), encode(x, codebooks))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 3e-39, 1e30])
+def test_static_scale(scale):
+    encode = Operator("QuantizeActivation", array_size=32)
+    codebooks, static = int8(codebooks_of(1, 8)), torch.tensor(scale)
+    for kind in KINDS:
+        x = torch.from_numpy(matrix(kind, 3, 70, seed=5))
+        x[1, 40] = torch.nan
+        assert_same(quantize_activation(x, codebooks, 32, static), encode(x, codebooks, static))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_not_finite_rows(bad):
+    encode = Operator("QuantizeActivation", array_size=64)
+    codebooks = int8(codebooks_of(1, 8))
+    x = torch.from_numpy(matrix("normal", 4, 130, seed=5))
+    x[1, 129] = x[3, 0] = bad
+    expected = quantize_activation(x, codebooks, 64)
+    assert expected[3].isnan().flatten().tolist() == [False, True, False, True]
+    assert_same(expected, encode(x, codebooks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrow_floats(dtype):
+    encode = Operator("QuantizeActivation", dtype, array_size=64)
+    codebooks = int8(codebooks_of(2, 16))
+    x = torch.from_numpy(matrix("heavy", 5, 100, seed=1)).to(dtype)
+    assert_same(quantize_activation(x, codebooks, 64), encode(x, codebooks))
+
+
+@pytest.mark.parametrize("shape", [(72,), (0, 72), (2, 0, 72), (2, 1, 3, 72)], ids=str)
+def test_any_leading_dimensions(shape):
+    encode = Operator("QuantizeActivation", array_size=64)
+    codebooks = int8(codebooks_of(2, 4))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert_same(quantize_activation(x, codebooks, 64), encode(x, codebooks))
