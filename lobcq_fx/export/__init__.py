@@ -43,6 +43,7 @@ def export_onnx(
     *,
     target: Literal["custom", "matmulnbits"] = "custom",
     fuse: bool = True,
+    last_logits_only: bool = False,
     tokenizer: Any = None,
     include_library: bool = False,
     progress: Callable[[str, int, int | None], None] | None = None,
@@ -61,6 +62,8 @@ def export_onnx(
             weights as 8-bit com.microsoft::MatMulNBits and leaves the activations in float.
         fuse: put ONNX Runtime's own attention, norms and rotary embedding in place of what they compute. Such a graph
             needs ONNX Runtime 1.22, and takes several tokens after a cache for a batch of one only.
+        last_logits_only: a language model returns logits [B, 1, V], of the last position, which is all that generation
+            reads: a long prompt then costs no head for the others.
         tokenizer: saved beside the model if given; onnxruntime-genai wants one.
         include_library: put the op library into the folder and name it in `genai_config.json`.
         progress: called with (step, done, total) as the work goes on.
@@ -81,6 +84,7 @@ def export_onnx(
         example_inputs,
         target=target,
         fuse=fuse,
+        last_logits_only=last_logits_only,
         tokenizer=tokenizer,
         include_library=include_library,
         progress=progress or (lambda step, done, total: None),

@@ -8,12 +8,14 @@ of the model's own since 1.22.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from lobcq_fx.integrations.causal_lm_call import CausalLMCall
 from lobcq_fx.passes.attributes import named_arguments
 from lobcq_fx.passes.group_query_heads import GroupQueryHeads, keeps_everything
 
@@ -42,16 +44,19 @@ class _Match:
         return keys[1], values[1], keys[0], values[0]
 
 
-def use_group_query_attention(graph_module: fx.GraphModule) -> tuple[int, tuple[str, ...]]:
-    """Rewrite every attention of the graph that the operator can express.
+def use_group_query_attention(graph_module: fx.GraphModule, calling: CausalLMCall) -> tuple[int, tuple[str, ...]]:
+    """Rewrite every attention of a language model's graph that the operator can express.
 
     Returns:
         How many there were, and for each that stays as it is the reason.
     """
     GroupQueryHeads()(graph_module)
     graph, fused, refused = graph_module.graph, 0, []
+    widths = [width for _, *both in calling.cache_heads for width in both]
+    states = [node for node in graph.nodes if node.op == "placeholder"][-len(widths) :]
+    caches = dict(zip(states, widths, strict=True))
     for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-        match = _match(node)
+        match = _match(node, caches)
         if isinstance(match, str):
             refused.append(match)
             continue
@@ -109,36 +114,33 @@ def _heads_last(states: Tensor) -> Tensor:
     return states.transpose(1, 2).reshape(batch, length, heads * width)
 
 
-def _match(node: fx.Node) -> _Match | str:
-    """The parts of an attention over a growing cache, or why it is none."""
+def _match(node: fx.Node, caches: Mapping[fx.Node, int]) -> _Match | str:
+    """The parts of an attention over a growing cache, or why it is none. `caches` has their heads' widths."""
     arguments = named_arguments(node)
     query, mask = arguments["query"], arguments.get("attn_mask")
     if mask is None or arguments.get("is_causal") or arguments.get("dropout_p"):
         return "it has no mask of its own"
-    keys, values = _appended(arguments["key"]), _appended(arguments["value"])
+    keys, values = _appended(arguments["key"], caches), _appended(arguments["value"], caches)
     if keys is None or values is None:
         return "keys or values are not a cache with new ones appended"
-    sizes = [states.meta["val"].shape for states in (query, keys, values)]
-    heads, width = sizes[0][1], sizes[0][3]
-    if not isinstance(width, int) or width % WIDTH_MULTIPLE or any(size[3] != width for size in sizes):
-        return f"its heads are {width} wide, and not a multiple of {WIDTH_MULTIPLE} in query, key and value alike"
-    groups = sizes[1][1]
-    if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups or sizes[2][1] != groups:
-        return "its numbers of heads are not fixed multiples"
-    return _Match(query, keys, values, mask, arguments.get("scale"))
+    match = _Match(query, keys, values, mask, arguments.get("scale"))
+    width, other = (caches[past] for past in match.states[2:])
+    if width != other or width % WIDTH_MULTIPLE:
+        return f"its heads are {width} and {other} wide, not a multiple of {WIDTH_MULTIPLE} for keys and values alike"
+    return match
 
 
-def _appended(node: Any) -> fx.Node | None:
-    """The `cat` of a graph input and new states along the sequence that `node` is, sliced and expanded to itself."""
+def _appended(node: Any, caches: Mapping[fx.Node, int]) -> fx.Node | None:
+    """The `cat` of a cache and new states along the sequence that `node` is, sliced and expanded to itself."""
     while isinstance(node, fx.Node) and (
         node.target is aten.expand.default or (node.target is aten.slice.Tensor and keeps_everything(*node.args[1:]))
     ):
         node = node.args[0]
     if not isinstance(node, fx.Node) or node.target is not aten.cat.default:
         return None
-    states, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
-    is_cache = len(states) == 2 and states[0].op == "placeholder"  # type: ignore[arg-type, union-attr, index]
-    return node if is_cache and dim in (-2, 2) else None
+    states: Any = node.args[0]
+    along_sequence = len(node.args) > 1 and node.args[1] in (-2, 2)
+    return node if along_sequence and len(states) == 2 and states[0] in caches else None
 
 
 def _comes_after(user: fx.Node, node: fx.Node) -> bool:

@@ -5,20 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 from torch.fx.node import map_aggregate
 
 NARROW = (torch.bfloat16, torch.float16)
 
 
 def compute_in_float32(graph_module: fx.GraphModule) -> bool:
-    """Widen every tensor and every cast of a stored graph; returns whether there was any. Packed weights stay."""
+    """Widen every buffer and every cast of a graph; returns whether there was any. Packed weights stay."""
     modified = False
     for module in graph_module.modules():
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        for name, tensor in list(module.named_buffers(recurse=False)):
             if tensor.dtype in NARROW:
-                wide = tensor.detach().float()
-                setattr(module, name, nn.Parameter(wide, requires_grad=False) if _is_parameter(tensor) else wide)
+                setattr(module, name, tensor.float())
                 modified = True
     for node in graph_module.graph.nodes:
         arguments = (node.args, node.kwargs)
@@ -28,10 +27,6 @@ def compute_in_float32(graph_module: fx.GraphModule) -> bool:
             modified = True
     graph_module.recompile()
     return modified
-
-
-def _is_parameter(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)
 
 
 def _widened(argument: Any) -> Any:

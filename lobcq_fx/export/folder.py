@@ -20,7 +20,7 @@ from lobcq_fx.export.library import copy_library
 from lobcq_fx.export.matmulnbits import lower_linears, use_float_activations
 from lobcq_fx.export.metadata import MODEL, is_export, metadata_of
 from lobcq_fx.export.schemas import DOMAIN
-from lobcq_fx.export.self_check import check_session
+from lobcq_fx.export.self_check import Differences, check_sessions
 from lobcq_fx.export.signature import signature_of
 from lobcq_fx.export.stored_module import FlatModule, stored_module
 from lobcq_fx.integrations.causal_lm_call import CausalLMCall
@@ -41,17 +41,16 @@ class ExportSummary:
     """What was written.
 
     nodes: how many of each type, `domain::type` outside ONNX's own. library_nodes: those that the op library makes
-    fast. size: bytes of graph and weights on disk. largest_difference: of the self-check, relative to the output's
-    largest magnitude. fused_attentions: how many became ONNX Runtime's own; unfused_attentions: for each that did not,
-    why. left_in_float: layers that are not quantized, and why. genai: None where onnxruntime-genai can serve the
-    folder, else why it cannot.
+    fast. size: bytes of graph and weights on disk. differences: what the self-check found. fused_attentions: how many
+    became ONNX Runtime's own; unfused_attentions: for each that did not, why. left_in_float: layers that are not
+    quantized, and why. genai: None where onnxruntime-genai can serve the folder, else why it cannot.
     """
 
     path: Path
     nodes: dict[str, int]
     library_nodes: int
     size: int
-    largest_difference: float
+    differences: Differences
     fused_attentions: int
     unfused_attentions: tuple[str, ...]
     left_in_float: tuple[tuple[str, str], ...]
@@ -65,6 +64,7 @@ def write_folder(
     *,
     target: Target,
     fuse: bool,
+    last_logits_only: bool,
     tokenizer: Any,
     include_library: bool,
     progress: Progress,
@@ -78,13 +78,14 @@ def write_folder(
         raise ExportError(f"target {target!r} needs no op library: leave include_library out")
     signature = signature_of(q, example_inputs)
     progress("convert", 0, 1)
-    graph = stored_module(q)
+    graph = stored_module(q, last_logits_only=last_logits_only)
     if target == "matmulnbits":
         use_float_activations(graph)
     reference = FlatModule(copy.deepcopy(graph))
     if target == "matmulnbits":
         lower_linears(graph, q.graph_module)
-    fused, unfused = use_group_query_attention(graph) if fuse else (0, ())
+    causal = q.calling if isinstance(q.calling, CausalLMCall) else None
+    fused, unfused = use_group_query_attention(graph, causal) if fuse and causal else (0, ())
     model = to_onnx(FlatModule(graph), signature, fuse=fuse)
     model.metadata_props.update(metadata_of(q))
     progress("convert", 1, 1)
@@ -93,7 +94,7 @@ def write_folder(
         genai = _write_causal_lm_files(q, folder, tokenizer, include_library=include_library)
         progress("check", 0, 1)
         onnx.checker.check_model(str(folder / MODEL), full_check=True)
-        largest = check_session(folder / MODEL, signature, reference)
+        differences = check_sessions(folder / MODEL, signature, reference)
         progress("check", 1, 1)
     nodes = _count(model)
     return ExportSummary(
@@ -101,7 +102,7 @@ def write_folder(
         nodes=nodes,
         library_nodes=sum(count for name, count in nodes.items() if name.startswith(f"{DOMAIN}::")),
         size=size,
-        largest_difference=largest,
+        differences=differences,
         fused_attentions=fused,
         unfused_attentions=unfused,
         left_in_float=tuple((record.layer, str(record.reason)) for record in q.inventory.left_alone),

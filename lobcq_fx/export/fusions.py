@@ -1,4 +1,4 @@
-"""ONNX Runtime's own operators in place of the standard ones that compute the same, in a form that every tool can read."""
+"""ONNX Runtime's own operators in place of what computes the same, in a form that every tool can read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def use_runtime_operators(model: ir.Model) -> None:
             _spell_out(model.graph, node)
     for value in model.graph.initializers.values():
         if value.const_value is not None:  # the fusions leave some with another's shape
-            value.shape = value.const_value.shape
+            value.shape = ir.Shape(list(value.const_value.shape.numpy()))
 
 
 def _spell_out(graph: ir.Graph, node: ir.Node) -> None:

@@ -20,7 +20,6 @@ from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
 from lobcq_fx.passes.trace import own_graph_module
 from lobcq_fx.pipeline import quantize_graph
 
-
 # Now: an exporter looks up what it applies before it asks its quantizer anything.
 extend_onnx_exporter(translation_table(), add_function_bodies)
 

@@ -1,0 +1,92 @@
+"""Which attentions become GroupQueryAttention, and which stay, with a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx
+import pytest
+import torch
+
+import lobcq_fx
+from lobcq_fx.export import export_onnx
+from lobcq_fx.export.attention import use_group_query_attention
+from lobcq_fx.export.stored_module import stored_module
+from tests.export.sessions import Session
+from tests.families import causal_lm
+
+aten = torch.ops.aten
+
+
+def attentions(graph_module):
+    return graph_module.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+
+
+@pytest.fixture(scope="module")
+def gpt_neox():
+    return lobcq_fx.quantize(causal_lm("gpt-neox"))
+
+
+def test_narrow_heads_stay(gpt_neox):
+    q = lobcq_fx.quantize(causal_lm("llama"))
+    graph_module = stored_module(q)
+    fused, refused = use_group_query_attention(graph_module, q.calling)
+    assert (fused, len(refused), len(attentions(graph_module))) == (0, 2, 2)
+    assert "its heads are 18 and 18 wide" in refused[0]
+
+
+def test_keys_and_values_of_other_widths_stay(gpt_neox):
+    graph_module = stored_module(gpt_neox)
+    heads = tuple((count, key, 2 * value) for count, key, value in gpt_neox.calling.cache_heads)
+    fused, refused = use_group_query_attention(graph_module, dataclasses.replace(gpt_neox.calling, cache_heads=heads))
+    assert fused == 0
+    assert "its heads are 16 and 32 wide" in refused[0]
+
+
+def test_what_is_no_growing_cache_stays(gpt_neox):
+    for change, reason in (
+        (lambda node: node.update_arg(3, None), "no mask of its own"),
+        (lambda node: node.args[1].update_arg(1, 1), "not a cache with new ones appended"),
+        (lambda node: node.args[1].update_arg(0, node.args[1].args[0][::-1]), "not a cache with new ones appended"),
+    ):
+        graph_module = stored_module(gpt_neox)
+        assert len(attentions(graph_module)) == 2
+        change(attentions(graph_module)[0])
+        fused, refused = use_group_query_attention(graph_module, gpt_neox.calling)
+        assert fused == 1
+        assert reason in refused[0]
+
+
+@torch.no_grad()
+def test_fused_equals_unfused(gpt_neox, tmp_path):
+    """A prompt padded on the left, then a token; and several tokens after a cache, which the fused takes one by one."""
+    summaries = [export_onnx(gpt_neox, tmp_path / str(fuse), fuse=fuse) for fuse in (True, False)]
+    assert [summary.fused_attentions for summary in summaries] == [2, 0]
+    assert [summary.nodes.get("com.microsoft::GroupQueryAttention", 0) for summary in summaries] == [2, 0]
+    fused, plain = (Session(tmp_path / str(fuse)) for fuse in (True, False))
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, :2] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    ids = torch.arange(14).view(2, 7) + 5
+    cache: dict[str, torch.Tensor] = {}
+    for start, stop in ((0, 6), (6, 7)):
+        call = {"input_ids": ids[:, start:stop], "position_ids": positions[:, start:stop].contiguous()}
+        call["attention_mask"] = mask[:, :stop].contiguous()
+        one, other = fused(**call, **cache), plain(**call, **cache)
+        real = mask[:, start:stop].bool()
+        torch.testing.assert_close(one["logits"][real], other["logits"][real], rtol=1e-4, atol=1e-5)
+        cache = {name.replace("present.", "past_key_values."): x for name, x in other.items() if name != "logits"}
+    one_sequence = {name: value[1:, :, :5].contiguous() for name, value in cache.items()}
+    call = {"input_ids": ids[1:, 5:], "position_ids": positions[1:, 5:].contiguous(), "attention_mask": mask[1:]}
+    torch.testing.assert_close(
+        fused(**call, **one_sequence)["logits"], plain(**call, **one_sequence)["logits"], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_fused_graph_is_read_by_the_checker(gpt_neox, tmp_path):
+    """ONNX Runtime's own norms lie in ONNX's domain, where the checker knows none."""
+    q = lobcq_fx.quantize(causal_lm("qwen3"))
+    summary = export_onnx(q, tmp_path / "out")
+    assert "SimplifiedLayerNormalization" not in summary.nodes
+    assert summary.nodes["com.microsoft::SkipSimplifiedLayerNormalization"] > 0
+    onnx.checker.check_model(str(tmp_path / "out" / "model.onnx"), full_check=True)
