@@ -12,6 +12,7 @@ from lobcq_fx.cli.bench import bench
 from lobcq_fx.cli.calibrate import calibrate
 from lobcq_fx.cli.console import messages
 from lobcq_fx.cli.evaluate import evaluate
+from lobcq_fx.cli.export import onnx
 from lobcq_fx.cli.failures import EXIT_CODES, explain, is_ours_to_explain
 from lobcq_fx.cli.generate import generate
 from lobcq_fx.cli.quantize import quantize
@@ -58,6 +59,10 @@ for name, command in (
     ("bench", bench),
 ):
     app.command(name, epilog=EXIT_CODES)(command)
+export = typer.Typer(help="Write a quantized model for other runtimes.", no_args_is_help=True, rich_markup_mode="rich")
+export.command("onnx", epilog=EXIT_CODES)(onnx)
+export.callback()(lambda: None)  # keeps `onnx` a command of its own while there is only one
+app.add_typer(export, name="export")
 
 
 def _print_version(wanted: bool) -> None:

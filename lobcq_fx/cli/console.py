@@ -33,6 +33,8 @@ TITLES = {
     "fit codebooks": "Fit codebooks",
     "encode": "Encode weights",
     "save": "Save and verify",
+    "convert": "Convert to ONNX",
+    "check": "Compare with torch",
     "measure": "Check and time",
 }
 

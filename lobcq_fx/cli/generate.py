@@ -12,6 +12,8 @@ from lobcq_fx.cli.options import JsonOption, ModelArgument
 if TYPE_CHECKING:
     from torch import nn
 
+    from lobcq_fx.cli.inputs import ModelFolder
+
 
 def generate(
     model: ModelArgument,
@@ -25,9 +27,12 @@ def generate(
         float, typer.Option(min=0.01, max=1.0, help="With --sample: draw from the likeliest tokens only.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="With --sample: fixes what is drawn.")] = 0,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="DIR is one that `lobcq export onnx` wrote; runs in ONNX Runtime.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Continue a prompt with a float or a quantized language model; the text appears as it is made."""
+    """Continue a prompt with a float, quantized or exported language model; the text appears as it is made."""
     from lobcq_fx.cli.console import messages, print_json
     from lobcq_fx.cli.failures import InputError
     from lobcq_fx.cli.inputs import load_model, load_tokenizer, model_folder
@@ -39,7 +44,7 @@ def generate(
     if not prompt:
         raise typer.BadParameter("the prompt is empty: give a few words to continue")
     with messages.status("Loading the model"):
-        language_model = load_model(folder)
+        language_model = _onnx_model(folder) if onnx else load_model(folder)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
     if sample:
         settings |= {"temperature": temperature, "top_p": top_p}
@@ -52,6 +57,12 @@ def generate(
         return
     rate = len(tokens) / seconds if seconds else 0.0
     messages.print(f"[dim]{len(tokens)} tokens in {seconds:.1f} s ({rate:.1f} tokens/s)[/]", highlight=False)
+
+
+def _onnx_model(folder: ModelFolder) -> nn.Module:
+    from lobcq_fx.export import OnnxCausalLM, library
+
+    return OnnxCausalLM(folder.path, use_library=library.is_available())
 
 
 def _run(

@@ -20,6 +20,7 @@ from lobcq_fx.export.schemas import DOMAIN, VERSION
 from lobcq_fx.export.signature import Signature
 from lobcq_fx.export.stored_module import PREFIX, FlatModule
 from lobcq_fx.export.translation import translation_table
+from lobcq_fx.export.unsupported import explain
 from lobcq_fx.integrations.transformers_onnx import conversion_fixes, fix_onnx_program
 
 
@@ -48,8 +49,7 @@ def to_onnx(module: FlatModule, signature: Signature, *, fuse: bool) -> ir.Model
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise ExportError(f"the graph cannot be converted to ONNX: {reason}") from error
+            raise ExportError(explain(error, program)) from error
     assert onnx_program is not None
     fix_onnx_program(onnx_program)
     model = onnx_program.model

@@ -15,8 +15,8 @@ import onnx_ir as ir
 from lobcq_fx.errors import ExportError
 from lobcq_fx.export.attention import use_group_query_attention
 from lobcq_fx.export.convert import to_onnx
-from lobcq_fx.export.genai import write_genai_files
-from lobcq_fx.export.library import copy_library
+from lobcq_fx.export.genai import GENAI_CONFIG, write_genai_files
+from lobcq_fx.export.library import LIBRARY_COPY, copy_library
 from lobcq_fx.export.matmulnbits import lower_linears, use_float_activations
 from lobcq_fx.export.metadata import MODEL, is_export, metadata_of
 from lobcq_fx.export.schemas import DOMAIN
@@ -28,6 +28,9 @@ from lobcq_fx.model import QuantizedModel
 from lobcq_fx.storage.atomic_folder import replace_folder
 
 DATA = f"{MODEL}.data"
+
+PARTS = (DATA, GENAI_CONFIG, LIBRARY_COPY)
+"""Files that belong to one export, besides the model's."""
 
 EXTERNAL_FROM = 1 << 20
 """Bytes of weights from which on they lie in a file of their own, which runtimes map into memory instead of copying."""
@@ -89,7 +92,7 @@ def write_folder(
     model = to_onnx(FlatModule(graph), signature, fuse=fuse)
     model.metadata_props.update(metadata_of(q))
     progress("convert", 1, 1)
-    with replace_folder(out, is_export) as folder:
+    with replace_folder(out, is_export, PARTS) as folder:
         size = _save(model, folder)
         genai = _write_causal_lm_files(q, folder, tokenizer, include_library=include_library)
         progress("check", 0, 1)

@@ -10,7 +10,7 @@ from lobcq_fx.export.metadata import MODEL
 from lobcq_fx.integrations.causal_lm_call import CausalLMCall
 from lobcq_fx.model import QuantizedModel
 
-CONFIG = "genai_config.json"
+GENAI_CONFIG = "genai_config.json"
 
 
 def write_genai_files(folder: Path, q: QuantizedModel, library: str | None) -> str | None:
@@ -32,7 +32,7 @@ def write_genai_files(folder: Path, q: QuantizedModel, library: str | None) -> s
     if "attention_mask" not in calling.inputs:
         return "it takes no attention_mask"
     text = json.dumps(_config(q, calling, library), indent=2)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    (folder / GENAI_CONFIG).write_text(text + "\n", encoding="utf-8")
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,8 @@ from lobcq_fx.kernels.cpu.installed import SWITCH, cpu_core
 if TYPE_CHECKING:
     from onnxruntime import SessionOptions
 
-COPY = "liblobcq"
-"""Name, less its ending, of the copy that goes with an exported model."""
+LIBRARY_COPY = {"darwin": "liblobcq.dylib", "win32": "lobcq.dll"}.get(sys.platform, "liblobcq.so")
+"""Name of the copy that goes with an exported model."""
 
 
 def get_library_path() -> str:
@@ -34,6 +35,11 @@ def get_library_path() -> str:
     raise LobcqError("the op library was not built: reinstall lobcq_fx with a C++ compiler")
 
 
+def is_available() -> bool:
+    """Whether there is an op library."""
+    return cpu_core() is not None
+
+
 def register(session_options: SessionOptions) -> None:
     """Add the `lobcq` ops to a session's options.
 
@@ -50,7 +56,5 @@ def copy_library(folder: Path) -> str:
     Raises:
         LobcqError: there is none.
     """
-    path = Path(get_library_path())
-    name = COPY + path.suffix
-    shutil.copy(path, folder / name)
-    return name
+    shutil.copy(get_library_path(), folder / LIBRARY_COPY)
+    return LIBRARY_COPY

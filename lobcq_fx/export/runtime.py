@@ -52,13 +52,14 @@ class OnnxCausalLM(CausalLMForward, _SessionModel, PreTrainedModel, GenerationMi
         directory = Path(directory)
         if not is_export(directory):
             raise ExportError(f"{directory} holds no {MODEL}: pass a folder that export_onnx wrote")
+        session = _session(directory / MODEL, use_library=use_library, threads=threads)
+        metadata = session.get_modelmeta().custom_metadata_map
+        check_op_version(metadata)
+        calling = causal_lm_call(metadata)
         super().__init__(graph_config(AutoConfig.from_pretrained(directory)))
         self.generation_config = GenerationConfig.from_pretrained(directory)
-        self.session = _session(directory / MODEL, use_library=use_library, threads=threads)
-        metadata = self.session.get_modelmeta().custom_metadata_map
-        check_op_version(metadata)
-        self.calling = causal_lm_call(metadata)
-        self.input_names = [value.name for value in self.session.get_inputs()]
+        self.session, self.calling = session, calling
+        self.input_names = [value.name for value in session.get_inputs()]
 
     @property
     def device(self) -> torch.device:

@@ -17,8 +17,8 @@ import onnxruntime as ort
 import torch
 from torch import Tensor, nn
 
-from lobcq_fx.errors import ExportError, LobcqError
-from lobcq_fx.export.library import get_library_path, register
+from lobcq_fx.errors import ExportError
+from lobcq_fx.export.library import is_available, register
 from lobcq_fx.export.signature import Signature
 
 FOLDING_LIMIT = 1 << 20
@@ -68,7 +68,7 @@ def check_sessions(path: Path, signature: Signature, torch_graph: nn.Module) -> 
                 largest = max(largest, _largest(want, have))
         return largest
 
-    return Differences(check(use_library=False), check(use_library=True) if _has_library() else None, rounding)
+    return Differences(check(use_library=False), check(use_library=True) if is_available() else None, rounding)
 
 
 def _run(graph: nn.Module, sample: Sequence[Tensor]) -> list[Tensor]:
@@ -83,14 +83,6 @@ def _move_parameters(graph: nn.Module) -> None:
             if tensor.dtype == torch.float32 and tensor.dim() > 0:  # no part of a packed weight
                 noise = torch.randn(tensor.shape, generator=generator).mul_(ROUNDING).add_(1)
                 setattr(module, name, tensor * noise)
-
-
-def _has_library() -> bool:
-    try:
-        get_library_path()
-    except LobcqError:
-        return False
-    return True
 
 
 def _outputs(path: Path, signature: Signature, use_library: bool, what: str) -> Iterator[list[Tensor]]:

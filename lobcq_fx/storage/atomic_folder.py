@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,10 +13,11 @@ from lobcq_fx.errors import CheckpointError
 
 
 @contextmanager
-def replace_folder(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[Path]:
+def replace_folder(target: Path, is_ours: Callable[[Path], bool], parts: Container[str] = ()) -> Iterator[Path]:
     """Yield an empty folder beside `target`; when the block ends well it becomes `target`, else it is deleted.
 
-    Files of an old folder that the block did not write again (a tokenizer, notes) are carried over.
+    Files of an old folder that the block did not write again (a tokenizer, notes) are carried over, but for those that
+    `parts` names, which belong to what was replaced.
 
     Raises:
         CheckpointError: `target` is a file, or holds something that `is_ours` does not recognise.
@@ -30,16 +31,16 @@ def replace_folder(target: Path, is_ours: Callable[[Path], bool]) -> Iterator[Pa
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
         yield fresh
-        _carry_over(target, fresh)
+        _carry_over(target, fresh, parts)
         _sync(fresh)
         _swap(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _carry_over(old: Path, fresh: Path) -> None:
+def _carry_over(old: Path, fresh: Path, parts: Container[str]) -> None:
     for path in old.iterdir() if old.is_dir() else ():
-        if not (fresh / path.name).exists():
+        if path.name not in parts and not (fresh / path.name).exists():
             (shutil.copytree if path.is_dir() else shutil.copy2)(path, fresh / path.name)
 
 

@@ -13,7 +13,7 @@ import lobcq_fx
 from tests.cli.conftest import Run
 
 START = "import sys; sys.argv[0] = 'lobcq'; from lobcq_fx.cli import app; app()"
-COMMANDS = ("quantize", "eval", "generate", "report", "calibrate", "bench")
+COMMANDS = ("quantize", "eval", "generate", "export", "report", "calibrate", "bench")
 
 
 def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -47,9 +47,9 @@ def test_help_does_not_load_torch() -> None:
     )
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*sorted(set(COMMANDS) - {"export"}), "export onnx"])
 def test_each_command_explains_itself(lobcq: Run, command: str) -> None:
-    text = lobcq(command, "--help").stdout
+    text = lobcq(*command.split(), "--help").stdout
     assert "--json" in text
     assert "Exit codes" in text
 

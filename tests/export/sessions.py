@@ -31,7 +31,7 @@ class Session:
         self.outputs = [value.name for value in self.inner.get_outputs()]
 
     def __call__(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Outputs by name. Cache inputs that are not given are empty; inputs that the graph does not take are dropped."""
+        """Outputs by name. Caches that are not given are empty; inputs that the graph does not take are dropped."""
         batch = next(iter(inputs.values())).shape[0]
         feeds = {
             name: np.zeros((batch, shape[1], 0, shape[3]), np.float32)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
-import onnxruntime as ort
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 import transformers
@@ -11,8 +14,11 @@ from torch import nn
 
 import lobcq_fx
 from lobcq_fx.errors import CheckpointError, ExportError
-from lobcq_fx.export import export_onnx
-from tests.families import VOCABULARY, causal_lm
+from lobcq_fx.export import OnnxCausalLM, export_onnx, folder
+from lobcq_fx.format import decode
+from lobcq_fx.passes.packed_weight import PackedWeight
+from tests.export.sessions import Session
+from tests.families import CAUSAL_LMS, VOCABULARY, causal_lm
 
 
 class Mlp(nn.Module):
@@ -25,10 +31,9 @@ class Mlp(nn.Module):
         return self.down(nn.functional.silu(self.side(x)) * self.up(x)) + x
 
 
-def run(folder, **inputs):
-    session = ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    outputs = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-    return {value.name: torch.from_numpy(array) for value, array in zip(session.get_outputs(), outputs, strict=True)}
+def quantized(model: nn.Module, *example: int, **settings: str) -> lobcq_fx.QuantizedModel:
+    config = lobcq_fx.LobcqConfig(**settings)
+    return lobcq_fx.quantize(model.eval(), config=config, example_inputs=torch.randn(example))
 
 
 def assert_close(actual, expected):
@@ -36,27 +41,58 @@ def assert_close(actual, expected):
     assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mlp():
-    return lobcq_fx.quantize(Mlp().eval(), example_inputs=torch.randn(2, 3, 72))
+    return quantized(Mlp(), 2, 3, 72)
+
+
+@pytest.fixture(scope="module")
+def exported_mlp(mlp, tmp_path_factory):
+    out = tmp_path_factory.mktemp("mlp") / "out"
+    return out, export_onnx(mlp, out, torch.randn(2, 3, 72))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 72), (1, 1, 72), (5, 9, 72)], ids=str)
-def test_plain_module_of_any_batch_and_length(mlp, tmp_path, shape):
-    summary = export_onnx(mlp, tmp_path / "out", torch.randn(2, 3, 72))
+def test_plain_module_of_any_batch_and_length(mlp, exported_mlp, shape):
+    out, summary = exported_mlp
     assert summary.nodes["lobcq::Linear"] == 3
     assert summary.nodes["lobcq::QuantizeActivation"] == 2  # up and side share one
+    assert summary.library_nodes == 5
+    assert summary.genai == "it is no causal language model"
     x = torch.randn(shape)
-    assert_close(run(tmp_path / "out", x=x)["output"], mlp(x))
+    for use_library in (False, True):
+        assert_close(Session(out, use_library=use_library)(x=x)["output"], mlp(x))
+
+
+def test_shapes_are_inferred(exported_mlp):
+    """From the inputs through our operators to the outputs."""
+    proto = onnx.load(str(exported_mlp[0] / "model.onnx"))
+    del proto.graph.value_info[:]
+    inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+    known = {value.name for value in inferred.graph.value_info if value.type.tensor_type.elem_type}
+    ours = [name for node in proto.graph.node if node.domain == "lobcq" for name in node.output]
+    assert len(ours) == 11
+    assert set(ours) - {value.name for value in proto.graph.output} <= known
 
 
 def test_w4a16(tmp_path):
-    config = lobcq_fx.LobcqConfig(mode="w4a16")
-    q = lobcq_fx.quantize(Mlp().eval(), config=config, example_inputs=torch.randn(2, 3, 72))
+    q = quantized(Mlp(), 2, 3, 72, mode="w4a16")
     summary = export_onnx(q, tmp_path / "out", torch.randn(2, 3, 72))
     assert summary.nodes["lobcq::LinearFloatActivation"] == 3
     x = torch.randn(4, 2, 72)
-    assert_close(run(tmp_path / "out", x=x)["output"], q(x))
+    assert_close(Session(tmp_path / "out", use_library=True)(x=x)["output"], q(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_floats_become_fp32(dtype, tmp_path):
+    model = Mlp().to(dtype).eval()
+    x = torch.randn(2, 3, 72).to(dtype)
+    q = lobcq_fx.quantize(model, example_inputs=x)
+    export_onnx(q, tmp_path / "out", x)
+    actual = Session(tmp_path / "out")(x=x.float())["output"]
+    assert actual.dtype == torch.float32
+    difference = (actual - q(x).float()).norm() / actual.norm()
+    assert difference < (0.05 if dtype is torch.bfloat16 else 0.01)
 
 
 def test_bert(tmp_path):
@@ -70,70 +106,87 @@ def test_bert(tmp_path):
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
-    outputs = run(tmp_path / "out", **inputs)
+    outputs = Session(tmp_path / "out")(**inputs)
     assert_close(outputs["last_hidden_state"], q(**inputs).last_hidden_state)
     assert_close(outputs["pooler_output"], q(**inputs).pooler_output)
 
 
-@pytest.mark.parametrize("target", ["custom", "matmulnbits"])
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "bloom"])
-def test_causal_lm_writes_the_same_tokens(family, target, tmp_path):
-    mode = "w4a4" if target == "custom" else "w4a16"
-    q = lobcq_fx.quantize(causal_lm(family), config=lobcq_fx.LobcqConfig(mode=mode))
-    export_onnx(q, tmp_path / "out", target=target)
-    session = ort.InferenceSession(str(tmp_path / "out" / "model.onnx"), providers=["CPUExecutionProvider"])
+@pytest.mark.parametrize("family", sorted(set(CAUSAL_LMS) - {"llama", "gpt2", "gpt-neox"}))  # those: test_parity.py
+def test_every_family_exports(family, tmp_path):
+    """The self-check compares a prompt, a token after it, and several tokens after a cache."""
+    q = lobcq_fx.quantize(causal_lm(family))
+    summary = export_onnx(q, tmp_path / "out")
+    assert summary.differences.functions < 1e-3
+    names = [value.name for value in Session(tmp_path / "out").inner.get_outputs()]
+    assert names[:3] == ["logits", "present.0.key", "present.0.value"]
+    assert (tmp_path / "out" / "genai_config.json").is_file()
+
+
+def test_matmulnbits(tmp_path):
+    """Greedy tokens are W4A16's, in stock operators alone; a graph in W4A4 leaves its activations in float as well."""
+    model = causal_lm("gpt2")
+    q = lobcq_fx.quantize(model, config=lobcq_fx.LobcqConfig(mode="w4a16"))
+    summary = export_onnx(q, tmp_path / "out", target="matmulnbits")
+    assert summary.library_nodes == 0
+    assert summary.nodes["com.microsoft::MatMulNBits"] == 8
     ids = torch.tensor([[5, 17, 3, 60, 8]])
-    expected = q.generate(ids, max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert greedy(session, ids, 32) == expected[0].tolist()
+    settings = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = q.generate(ids, **settings)
+    assert torch.equal(OnnxCausalLM(tmp_path / "out", use_library=False).generate(ids, **settings), expected)
+    export_onnx(lobcq_fx.quantize(model), tmp_path / "w4a4", target="matmulnbits")
+    assert torch.equal(OnnxCausalLM(tmp_path / "w4a4", use_library=False).generate(ids, **settings), expected)
 
 
-def greedy(session, ids, steps):
-    """A decoding loop as a deployment has it: the prompt, then one token at a time on the grown cache."""
-    taken = {value.name: value for value in session.get_inputs()}
-    names = [value.name for value in session.get_outputs()]
-    cache = {
-        name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-        for name, value in taken.items()
-        if name.startswith("past_key_values")
+def test_matmulnbits_holds_the_decoded_weight_exactly(tmp_path):
+    q = quantized(nn.Sequential(nn.Linear(200, 40)), 2, 200, mode="w4a16")
+    export_onnx(q, tmp_path / "out", torch.randn(2, 200), target="matmulnbits")
+    tensors = {
+        name: value.const_value.numpy().copy()
+        for name, value in ir.load(tmp_path / "out" / "model.onnx").graph.initializers.items()
     }
-    tokens, step = ids[0].tolist(), ids.numpy()
-    for _ in range(steps):
-        positions = np.arange(len(tokens) - step.shape[1], len(tokens))[None]
-        inputs = {"input_ids": step, "attention_mask": np.ones((1, len(tokens)), np.int64), "position_ids": positions}
-        inputs = {name: value for name, value in inputs.items() if name in taken}
-        outputs = dict(zip(names, session.run(None, inputs | cache), strict=True))
-        tokens.append(int(outputs["logits"][0, -1].argmax()))
-        step = np.array([[tokens[-1]]])
-        cache = {name.replace("present", "past_key_values"): outputs[name] for name in names if name != "logits"}
-    return tokens
+    q._restore()
+    packed = next(module for module in q.modules() if isinstance(module, PackedWeight))
+    entries = torch.from_numpy(tensors["0.weight.blocks"]).to(torch.int16) - 128
+    scaled = entries * torch.from_numpy(tensors["0.weight.block_scales"])[..., None]
+    weight = (scaled * packed.tensor_scale).view(40, -1)[:, :200]
+    encoded = lobcq_fx.format.Encoded(
+        packed.codes, packed.selectors, packed.scales, packed.tensor_scale, q.graph_module.lobcq.codebooks,
+        packed.spec, 200,
+    )  # fmt: skip
+    assert torch.equal(weight, decode(encoded))
 
 
-def test_causal_lm_logits_of_a_padded_batch(tmp_path):
+def test_last_logits_only(tmp_path):
     q = lobcq_fx.quantize(causal_lm("llama"))
-    export_onnx(q, tmp_path / "out")
-    mask = torch.ones(2, 6, dtype=torch.long)
-    mask[0, :2] = 0
-    call = {
-        "input_ids": torch.arange(12).view(2, 6),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(-1) - 1).clamp(min=0),
-    }
-    past = {
-        f"past_key_values.{layer}.{kind}": torch.zeros(2, heads, 0, width)
-        for layer, (heads, *widths) in enumerate(q.calling.cache_heads)
-        for kind, width in zip(("key", "value"), widths, strict=True)
-    }
-    assert_close(run(tmp_path / "out", **call, **past)["logits"], q(**call).logits)
+    export_onnx(q, tmp_path / "out", last_logits_only=True)
+    ids = torch.arange(12).view(2, 6)
+    call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(6).expand(2, 6)}
+    logits = Session(tmp_path / "out")(**{name: tensor.contiguous() for name, tensor in call.items()})["logits"]
+    assert_close(logits, q(**call).logits[:, -1:])
+    expected = q.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    found = OnnxCausalLM(tmp_path / "out").generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(found, expected)
+    with pytest.raises(ExportError, match="last_logits_only asks for a language model"):
+        export_onnx(quantized(Mlp(), 2, 72), tmp_path / "other", torch.randn(2, 72), last_logits_only=True)
 
 
 def test_size_on_disk(tmp_path):
     torch.manual_seed(0)
-    q = lobcq_fx.quantize(
-        nn.Sequential(nn.Linear(2048, 1024), nn.Linear(1024, 2048)).eval(), example_inputs=torch.randn(2, 2048)
-    )
+    q = quantized(nn.Sequential(nn.Linear(2048, 1024), nn.Linear(1024, 2048)), 2, 2048)
     q.save_pretrained(tmp_path / "packed")
     summary = export_onnx(q, tmp_path / "onnx", torch.randn(2, 2048))
     assert summary.size <= 1.02 * (tmp_path / "packed" / "model.safetensors").stat().st_size
+    assert summary.size == sum(file.stat().st_size for file in (tmp_path / "onnx").iterdir())
+
+
+def test_an_export_is_replaced_as_a_whole(mlp, tmp_path):
+    """Nothing of a larger one stays, but notes of its owner do."""
+    large = quantized(nn.Sequential(nn.Linear(2048, 1024)), 2, 2048)
+    export_onnx(large, tmp_path / "out", torch.randn(2, 2048))
+    assert (tmp_path / "out" / "model.onnx.data").is_file()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    export_onnx(mlp, tmp_path / "out", torch.randn(2, 3, 72))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.onnx", "notes.txt"]
 
 
 def test_refusals_leave_nothing(mlp, tmp_path, monkeypatch):
@@ -142,21 +195,56 @@ def test_refusals_leave_nothing(mlp, tmp_path, monkeypatch):
         export_onnx(mlp, tmp_path / "out")
     with pytest.raises(ExportError, match="target is 'x'"):
         export_onnx(mlp, tmp_path / "out", x, target="x")
+    with pytest.raises(ExportError, match="needs no op library"):
+        export_onnx(mlp, tmp_path / "out", x, target="matmulnbits", include_library=True)
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(CheckpointError, match="is a file"):
         export_onnx(mlp, file, x)
-    monkeypatch.setattr("lobcq_fx.export.folder.check_session", wrong)
-    with pytest.raises(ExportError, match="differs"):
+    save = folder._save
+
+    def save_wrong(model: ir.Model, path):
+        """A scale of one weight, doubled."""
+        value = model.graph.initializers["up.weight.tensor_scale"]
+        value.const_value = ir.tensor(value.const_value.numpy() * np.float32(2), name=value.name)
+        return save(model, path)
+
+    monkeypatch.setattr(folder, "_save", save_wrong)
+    with pytest.raises(ExportError, match=r"output output differs by .* function bodies and torch"):
         export_onnx(mlp, tmp_path / "out", x)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def wrong(*_):
-    raise ExportError("output y differs")
+def test_an_operator_that_onnx_lacks_is_named(tmp_path):
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.bessel_j0(self.linear(x))
+
+    q = quantized(Odd(), 2, 64)
+    with pytest.raises(ExportError, match=r"no operator for prims\.bessel_j0\.default, which follows linear,"):
+        export_onnx(q, tmp_path / "out", torch.randn(2, 64))
+    assert not list(tmp_path.iterdir())
 
 
-def test_missing_package_names_the_extra(mlp, tmp_path, monkeypatch):
+def test_missing_and_old_packages_are_named(mlp, tmp_path, monkeypatch):
+    x = torch.randn(2, 3, 72)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.19.2" if name == "onnxruntime" else "9.0")
+    with pytest.raises(ExportError, match=r"needs onnxruntime 1\.20, this is 1\.19\.2: pip install"):
+        export_onnx(mlp, tmp_path / "out", x)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ExportError, match=r'pip install "lobcq-fx\[onnx\]"'):
-        export_onnx(mlp, tmp_path / "out", torch.randn(2, 3, 72))
+    with pytest.raises(ExportError, match=r'needs onnx: pip install "lobcq-fx\[onnx\]"'):
+        export_onnx(mlp, tmp_path / "out", x)
+
+
+def test_genai_config_points_into_the_folder(tmp_path):
+    q = lobcq_fx.quantize(causal_lm("gpt-neox"))
+    export_onnx(q, tmp_path / "out", include_library=True)
+    config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    decoder = config["model"]["decoder"]
+    assert (tmp_path / "out" / decoder["session_options"]["custom_ops_library"]).is_file()
+    assert decoder["filename"] == "model.onnx"
+    assert (decoder["num_key_value_heads"], decoder["head_size"]) == q.calling.cache_heads[0][:2]
