@@ -23,24 +23,25 @@ def measure_memory(folders: Folders, name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     if name.startswith("ORT"):
         import onnxruntime  # noqa: F401
-    before = _status_mib("VmRSS")
+    before = status_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls back to what is resident now
     is_onnx = name.startswith("ORT")
     model: Any = (
         OnnxModel(folders.onnx(name), 1) if is_onnx else TorchModel(load_torch_model(folders, name), compiled=False)
     )
-    loaded = _status_mib("VmRSS") - before
+    loaded = status_mib("VmRSS") - before
     logits, cache = model.prefill(prompt(CHECKED_TOKENS))
     model.step(logits.argmax().view(1, 1), cache)
     return {
         "contender": name,
         "disk_mib": folders.bytes_of(name) / MIB,
         "loaded_mib": loaded,
-        "used_mib": _status_mib("VmRSS") - before,
-        "peak_mib": _status_mib("VmHWM") - before,
+        "used_mib": status_mib("VmRSS") - before,
+        "peak_mib": status_mib("VmHWM") - before,
     }
 
 
-def _status_mib(field: str) -> float:
+def status_mib(field: str) -> float:
+    """A size in /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024

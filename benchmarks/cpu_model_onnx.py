@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 BLOCK = 32
 ACCURACY_LEVEL = 4
-"""Activations are quantized to int8 inside, the fastest."""
+"""Activations are quantized to int8 inside, the fastest. Level 0 leaves them in fp32."""
 
 PAST, QUERY, KEPT = 5, 3, 2
 """Of the example that is exported: all different and above 1, so that none is baked in."""
@@ -46,11 +46,11 @@ def export_onnx(model: PreTrainedModel, path: Path) -> None:
     exporter.save_program(program, path)
 
 
-def quantize_onnx(source: Path, path: Path) -> None:
+def quantize_onnx(source: Path, path: Path, accuracy_level: int = ACCURACY_LEVEL) -> None:
     """Every constant matmul, the head's among them, becomes MatMulNBits: 4 bits, symmetric, in blocks of 32."""
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
-    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, accuracy_level=ACCURACY_LEVEL)
+    config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, accuracy_level=accuracy_level)
     quantizer = MatMulNBitsQuantizer(str(source), algo_config=config)
     quantizer.process()
     path.parent.mkdir(parents=True)
@@ -60,7 +60,7 @@ def quantize_onnx(source: Path, path: Path) -> None:
 class OnnxModel:
     """An exported model in a session; its cache stays in ONNX Runtime's own values, never copied."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, use_library: bool = False) -> None:
         import onnxruntime as ort
 
         self._value = ort.OrtValue.ortvalue_from_numpy
@@ -68,10 +68,14 @@ class OnnxModel:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        if use_library:
+            from lobcq_fx.export import register
+
+            register(options)
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
-        shapes = [value.shape for value in self.session.get_inputs()[4:]]
+        shapes = [value.shape for value in self.session.get_inputs() if len(value.shape) == 4]
         self.empty = [self._value(np.zeros((1, s[1], 0, s[3]), dtype=np.float32)) for s in shapes]
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, list[Any]]:
@@ -94,6 +98,7 @@ class OnnxModel:
             np.arange(past, past + query)[None],
             np.array([query - 1]),
         )
-        values = [*map(self._value, arrays), *cache]
+        taken = len(self.inputs) - len(cache)  # ours has no logits_to_keep: its head computes the last position alone
+        values = [*map(self._value, arrays[:taken]), *cache]
         logits, *grown = self.session.run_with_ort_values(self.outputs, dict(zip(self.inputs, values, strict=True)))
         return torch.from_numpy(logits.numpy())[0, -1], grown

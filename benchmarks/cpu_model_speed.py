@@ -145,10 +145,10 @@ def _checked(folders: Folders, name: str, threads: int, logits: Mapping[str, Ten
         model, eager = TorchModel(module), TorchModel(module, compiled=False)
         actual, _ = eager.prefill(prompt(CHECKED_TOKENS))
         compiled = _compiled_error(name, model, eager)
-    error = _relative(actual, logits[name])
+    error = relative(actual, logits[name])
     if not error <= TOLERANCES.get(name, OTHER_TOLERANCE):
         raise SystemExit(f"{name} is wrong: relative error {error:.3g}, so no speed for it")
-    against_float = _relative(actual, logits[TORCH_FP32])
+    against_float = relative(actual, logits[TORCH_FP32])
     return model, {"to_reference": error, "to_fp32": against_float, "compiled_to_eager": compiled}
 
 
@@ -158,7 +158,7 @@ def _compiled_error(name: str, compiled: TorchModel, eager: TorchModel) -> float
     states = [compiled.prefill(ids), eager.prefill(ids)]
     for _ in range(CHECKED_STEPS):
         (actual, mine), (expected, others) = states
-        largest = max(largest, _relative(actual, expected))
+        largest = max(largest, relative(actual, expected))
         if largest > TOLERANCES.get(name, OTHER_TOLERANCE):
             raise SystemExit(f"{name}: the compiled model's logits are off by {largest:.3g}, so no speed for it")
         if name == W4A16 and actual.argmax() != expected.argmax():
@@ -168,6 +168,7 @@ def _compiled_error(name: str, compiled: TorchModel, eager: TorchModel) -> float
     return largest
 
 
-def _relative(actual: Tensor, expected: Tensor) -> float:
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """Error in norm."""
     actual, expected = actual.double(), expected.double()
     return float((actual - expected).norm() / expected.norm())
