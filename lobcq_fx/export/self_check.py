@@ -94,7 +94,8 @@ def _outputs(path: Path, signature: Signature, use_library: bool, what: str) -> 
     except ExportError:
         raise
     except Exception as error:  # onnxruntime's exceptions share no base of their own
-        raise ExportError(f"{what} refuses the exported model: {error}") from error
+        remedy = "a newer onnxruntime; before 1.22, fuse=False"
+        raise ExportError(f"{what} refuses the exported model: {error}. Remedy: {remedy}") from error
 
 
 def _session(path: Path, use_library: bool) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lobcq_fx.ops import linear, linear_float_activation, quantize_activation, quantize_weight
-from tests.export.single_node import Operator
+from tests.export.single_node import Operator, sums_empty_tensors
 from tests.format.cases import ALL_SPECS, codebooks_of, int8
 
 COLUMNS, ROWS = 200, 7
@@ -51,7 +51,10 @@ def test_linear_float_activation(spec, with_bias):
     assert_close(actual, linear_float_activation(x, *weight, bias, spec.array_size))
 
 
-@pytest.mark.parametrize("leading", [(), (0,), (2, 0)], ids=str)
+EMPTY = [pytest.param(shape, marks=sums_empty_tensors) for shape in ((0,), (2, 0))]
+
+
+@pytest.mark.parametrize("leading", [(), *EMPTY], ids=str)
 def test_any_leading_dimensions(leading):
     spec = ALL_SPECS[-1]
     x, books, weight, bias = operands(spec, leading)

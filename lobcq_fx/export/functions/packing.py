@@ -50,25 +50,32 @@ def pack_codes(op: Body, codes: ir.Value) -> ir.Value:
 
 
 def pack_selectors(op: Body, selectors: ir.Value, bits: ir.Value) -> ir.Value:
-    """int32 [..., B] of `bits` each -> uint8 [..., ceil(B * bits / 8)]."""
-    leading = leading_shape(op, selectors)
-    stream = _bits(op, selectors, _powers(op, bits))
-    length = op("Mul", last_size(op, selectors), bits)
+    """int32 [..., B] of `bits` each -> uint8 [..., ceil(B * bits / 8)].
+
+    Selectors of no bits are packed as if they had one, and the bytes dropped: before 1.31, ONNX Runtime gives sums of
+    empty tensors another shape.
+    """
+    leading, blocks, computed = leading_shape(op, selectors), last_size(op, selectors), op("Max", bits, [1])
+    stream = _bits(op, selectors, _powers(op, computed))
+    length = op("Mul", blocks, computed)
     stream = reshape_last(op, stream, leading, length)
     fill = op("Mod", op("Neg", length), [BITS_PER_BYTE])
     stream = op("Pad", stream, op("Concat", [0], fill, axis=0), None, [-1])
     num_bytes = op("Div", op("Add", length, fill), [BITS_PER_BYTE])
     weighted = op("Mul", reshape_last(op, stream, leading, num_bytes, BITS_PER_BYTE), BYTE_WEIGHTS)
-    return op("Cast", op("ReduceSum", weighted, [-1], keepdims=0), to=UINT8)
+    packed = op("ReduceSum", weighted, [-1], keepdims=0)
+    return op("Cast", op("Slice", packed, [0], op("Mul", num_bytes, op("Min", bits, [1])), [-1]), to=UINT8)
 
 
 def unpack_selectors(op: Body, packed: ir.Value, bits: ir.Value, blocks: ir.Value) -> ir.Value:
-    """uint8 [..., bytes] -> int32 [..., blocks]."""
-    leading = leading_shape(op, packed)
-    stream = _bits(op, op("Cast", packed, to=INT32), BYTE_WEIGHTS)
-    stream = reshape_last(op, stream, leading, op("Mul", last_size(op, packed), [BITS_PER_BYTE]))
-    stream = op("Slice", stream, [0], op("Mul", blocks, bits), [-1])
-    weighted = op("Mul", reshape_last(op, stream, leading, blocks, bits), _powers(op, bits))
+    """uint8 [..., bytes] -> int32 [..., blocks]. Selectors of no bits are read as if they had one, from zeros."""
+    leading, computed = leading_shape(op, packed), op("Max", bits, [1])
+    missing = op("Mul", blocks, op("Sub", computed, bits))  # a byte for each block is more than enough
+    filled = op("Pad", op("Cast", packed, to=INT32), op("Concat", [0], missing, axis=0), None, [-1])
+    stream = _bits(op, filled, BYTE_WEIGHTS)
+    stream = reshape_last(op, stream, leading, op("Mul", last_size(op, filled), [BITS_PER_BYTE]))
+    stream = op("Slice", stream, [0], op("Mul", blocks, computed), [-1])
+    weighted = op("Mul", reshape_last(op, stream, leading, blocks, computed), _powers(op, computed))
     return op("ReduceSum", weighted, [-1], keepdims=0)
 
 
