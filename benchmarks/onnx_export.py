@@ -1,4 +1,4 @@
-"""Our ONNX export in ONNX Runtime against its own int4 and fp32, one model: `python benchmarks/onnx_export.py`.
+"""Our ONNX export in ONNX Runtime against its own int4 and fp32, one model: `python -m benchmarks.onnx_export`.
 
 The model is that of benchmarks/cpu_model.py: Llama-shaped, 1.1 billion random weights, batch 1. Contenders, all of the
 same weights: transformers' fp32 export; that quantized to MatMulNBits int4, head included, at accuracy levels 0 and 4;
@@ -7,7 +7,7 @@ computes the last position alone. Each export of ours was compared with its torc
 compared with their reference here, before anything is timed. Then all take turns, and ratios are medians over the
 rounds. Session creation and memory are measured in a process for each. Writes benchmarks/results/onnx_export.json.
 
-A quick look: `python benchmarks/onnx_export.py --layers 2 --rounds 2 --models /tmp/small --output /tmp/smoke.json`
+A quick look: `python -m benchmarks.onnx_export --layers 2 --rounds 2 --models /tmp/small --output /tmp/smoke.json`
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def measure(folders: Folders, arguments: argparse.Namespace) -> dict[str, Any]:
         for row in summary(speeds[-1]):
             print(describe(row), flush=True)
     return {
-        "command": "python benchmarks/onnx_export.py",
+        "command": "python -m benchmarks.onnx_export",
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "versions": {name: version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},

@@ -40,7 +40,7 @@ def main() -> None:
 def filled(text: str) -> str:
     """The page with every `<!-- name -->` ... `<!-- /name -->` section replaced by its table."""
     sections = {"perplexity": perplexity(), "minilm": minilm(), "sqnr": sqnr(), "cpu": cpu()}
-    sections |= {"cpu-model": cpu_model(), "cpu-model-step": cpu_model_step()}
+    sections |= {"cpu-model": cpu_model(), "cpu-model-step": cpu_model_step(), "onnx": onnx()}
     for name, content in sections.items():
         section = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
         replacement = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
@@ -124,6 +124,34 @@ def cpu_model_step() -> str:
         for title, key in (("all, unprofiled", "step_ms"), ("to read what is read once", "floor_ms"))
     ]
     return table(header, rows)
+
+
+def onnx() -> str:
+    """The exported model against ONNX Runtime's own formats."""
+    if not measured("onnx_export"):
+        return NOT_MEASURED
+    report = results("onnx_export")
+    sessions = {row["contender"]: row for row in report["sessions"]}
+    rivals = ("ORT fp32", "ORT int4")
+    quantities = ["decode", *(f"prefill_{length}" for length in report["prompts"])]
+    rows = []
+    for row in report["speed"]:
+        session = sessions[row["contender"]]
+        speeds = [
+            f"{row[f'{what}_tokens_per_second']:.1f} ("
+            + ", ".join(f"{row[f'{what}_x_{rival}']:.2f}x" for rival in rivals)
+            + ")"
+            for what in quantities
+        ]
+        sizes = [f"{session[key] / 1024:.2f}" for key in ("disk_mib", "peak_mib")]
+        rows.append([row["contender"], str(row["threads"]), *speeds, f"{session['create_seconds']:.1f}", *sizes])
+    prompts = [f"prompt of {length}" for length in report["prompts"]]
+    header = ["model", "threads", "decode, tokens/s", *prompts, "session, s", "disk, GiB", "peak, GiB"]
+    note = "In parentheses how many times as fast as ORT fp32, and as ORT int4 at accuracy level 4. "
+    note += (
+        f"{report['cpu']}, onnxruntime {report['versions']['onnxruntime']}; sessions and memory with one thread:\n\n"
+    )
+    return note + table(header, rows)
 
 
 def measured(name: str) -> bool:
