@@ -1,0 +1,11 @@
+"""What all launches share."""
+
+from __future__ import annotations
+
+OPTIONS = {"enable_fp_fusion": True}
+"""Fused multiply-adds change no encoded byte: no product that is rounded is added to anything."""
+
+
+def next_power_of_two(n: int) -> int:
+    """The least power of two that is n or more."""
+    return 1 << max(0, n - 1).bit_length()
