@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import triton
+
 OPTIONS = {"enable_fp_fusion": True}
 """Fused multiply-adds change no encoded byte: no product that is rounded is added to anything."""
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter: decided, as they are, when they are defined."""
 
 
 def next_power_of_two(n: int) -> int:
