@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -11,9 +9,10 @@ from torch import Tensor
 
 from lobcq_fx.format.spec import FormatSpec
 from lobcq_fx.kernels.triton.e4m3 import e4m3_value
-from lobcq_fx.kernels.triton.launching import INTERPRETED, OPTIONS, next_power_of_two
+from lobcq_fx.kernels.triton.launching import OPTIONS, next_power_of_two
+from lobcq_fx.kernels.triton.operands import Activation, Epilogue
 from lobcq_fx.kernels.triton.packed import line_entries
-from lobcq_fx.kernels.triton.products import exact_dot, operand_type, store_result
+from lobcq_fx.kernels.triton.products import num_terms, operand_term, operand_type, store_result
 from lobcq_fx.kernels.triton.weight_layout import PANEL_ROWS, WeightLines
 
 MAX_ROWS = 16
@@ -28,23 +27,10 @@ ENOUGH_PROGRAMS = 264
 MAX_SPLITS = 16
 
 
-@dataclass(frozen=True)
-class Epilogue:
-    """What follows the sum over K.
-
-    row_scales: fp32 [M] or [M, 1], the activation's tensor scales; None of a float activation.
-    weight_scale: fp32 []. bias: [N] or None. residual: [M, N], contiguous, or None, added to the rounded result.
-    """
-
-    row_scales: Tensor | None
-    weight_scale: Tensor
-    bias: Tensor | None = None
-    residual: Tensor | None = None
-
-
 @triton.jit
 def decode_gemm_kernel(
-    x,  # fp32, bf16 or fp16 [M, K]
+    x,  # fp32, bf16, fp16 or int8 [M, K]
+    x_scales,  # uint8 [M, arrays] of int8; or None
     codes,  # int32 [lines, L_A / 8]
     selectors,  # uint8 [lines, selector bytes]
     scales,  # uint8 [lines]
@@ -62,7 +48,7 @@ def decode_gemm_kernel(
     ARRAY: tl.constexpr,
     SELECTOR_BITS: tl.constexpr,
     STEP: tl.constexpr,
-    SPLIT_X: tl.constexpr,
+    TERMS: tl.constexpr,
     OPERAND: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
@@ -87,8 +73,16 @@ def decode_gemm_kernel(
         inside = (m[None, :, None] < rows) & (k < columns)
         values = tl.load(x + m[None, :, None] * row_stride + k, mask=inside, other=0.0)  # [STEP, 16, L_A]
         transposed = tl.permute(tl.reshape(entries, (STEP, PANEL, ARRAY)), (0, 2, 1))  # [STEP, L_A, PANEL]
-        product = exact_dot(values, transposed, SPLIT_X, OPERAND)  # [STEP, 16, PANEL]
-        sums += product * tl.reshape(scale, (STEP, 1, PANEL))
+        operand = transposed.to(OPERAND)
+        product = tl.dot(operand_term(values, TERMS - 1, OPERAND), operand)  # [STEP, 16, PANEL]
+        for i in tl.static_range(1, TERMS):  # the smallest first: least is rounded away
+            product = tl.dot(operand_term(values, TERMS - 1 - i, OPERAND), operand, acc=product)
+        scale = tl.reshape(scale, (STEP, 1, PANEL))
+        if x_scales is not None:
+            inside = (m[None, :] < rows) & (first + array[:, None] < arrays)
+            x_bytes = tl.load(x_scales + m[None, :] * arrays + first + array[:, None], mask=inside, other=0)
+            scale = e4m3_value(x_bytes.to(tl.int32))[:, :, None] * scale
+        sums += product.to(tl.float32) * scale
 
     total = tl.sum(sums, axis=0)  # [16, PANEL]
     n = panel * PANEL + tl.arange(0, PANEL)
@@ -122,36 +116,40 @@ def sum_splits_kernel(
 
 
 def decode_gemm(
-    x: Tensor, weight: WeightLines, codebooks: Tensor, spec: FormatSpec, outputs: int, epilogue: Epilogue,
+    a: Activation, weight: WeightLines, codebooks: Tensor, spec: FormatSpec, outputs: int, epilogue: Epilogue,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """`x @ w.T` and what follows.
+    """`a @ w.T` and what follows.
 
     Args:
-        x: [M, K], M from 1 to 16, the last dimension contiguous: a float activation (W4A16), or the scaled entries of
-            an encoded one in fp16 (W4A4; `encode_scaled`).
-        weight: of N = `outputs` rows and K columns.
+        a: of 1 to 16 rows.
+        weight: of N = `outputs` rows and a's columns.
         codebooks: int8 [N_c, 16], the weight's.
         spec: the weight's configuration.
         outputs: N.
-        epilogue: scales, bias and residual.
+        epilogue: scale, bias and residual.
         dtype: of the result.
 
     Returns:
         [M, N].
+
+    Raises:
+        ValueError: entries with block arrays too small for an integer MMA.
     """
+    a.check(spec)
+    x = a.values
     rows, columns = x.shape
-    split_x = x.dtype == torch.float32
-    step = STEP_COLUMNS // spec.array_size // (2 if split_x else 1)  # three terms take more registers than one
+    terms = num_terms(x.dtype)
+    step = STEP_COLUMNS // spec.array_size // (1 if terms == 1 else 2)  # three terms take more registers than one
     panels = -(-outputs // PANEL_ROWS)
     splits = num_splits(panels, -(-spec.num_arrays(columns) // step))
     out = torch.empty((rows, outputs), dtype=dtype, device=x.device)
     sums = out if splits == 1 else torch.empty((splits, rows, outputs), device=x.device)
-    tail = (epilogue.row_scales, epilogue.weight_scale, epilogue.bias, epilogue.residual)
+    tail = (a.row_scales, epilogue.weight_scale, epilogue.bias, epilogue.residual)
     decode_gemm_kernel[(panels, splits)](
-        x, weight.codes, weight.selectors, weight.scales, codebooks, *tail, sums, rows, outputs, columns, x.stride(0),
-        spec.num_arrays(columns), ARRAY=spec.array_size, SELECTOR_BITS=spec.selector_bits, STEP=step,
-        SPLIT_X=split_x, OPERAND=operand_type(x.dtype, INTERPRETED), SPLITS=splits, num_warps=4,
+        x, a.array_scales, weight.codes, weight.selectors, weight.scales, codebooks, *tail, sums, rows, outputs,
+        columns, x.stride(0), spec.num_arrays(columns), ARRAY=spec.array_size, SELECTOR_BITS=spec.selector_bits,
+        STEP=step, TERMS=terms, OPERAND=operand_type(x.dtype), SPLITS=splits, num_warps=4,
         num_stages=3, **OPTIONS,
     )  # fmt: skip
     if splits > 1:

@@ -8,7 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lobcq_fx.format.spec import BLOCK_SIZE, FormatSpec
-from lobcq_fx.kernels.triton.encode_tile import array_scales, choose_codes, magnitude_bits, row_scale, to_grid
+from lobcq_fx.kernels.triton.encode_tile import (
+    array_scales,
+    buckets,
+    choose_codebooks,
+    row_absmax_bits,
+    row_scale,
+    to_grid,
+)
 from lobcq_fx.kernels.triton.floats import widen
 from lobcq_fx.kernels.triton.launching import OPTIONS, next_power_of_two
 from lobcq_fx.kernels.triton.lookup import Lookup
@@ -49,15 +56,10 @@ def encode_kernel(
     row = tl.program_id(0).to(tl.int64)
     x += row * row_stride
     arrays = tl.cdiv(columns, ARRAY)
-    column = tl.arange(0, BLOCKS)[:, None] * 8 + tl.arange(0, 8)[None, :]  # [B, 8]
-
-    absmax = tl.zeros((BLOCKS, 8), tl.int32)
-    for start in range(0, columns, TILE):
-        values = widen(tl.load(x + start + column, mask=start + column < columns, other=0.0))
-        absmax = tl.maximum(absmax, magnitude_bits(values))
-    tensor_scale = row_scale(tl.max(tl.max(absmax, axis=1), axis=0), static_scale)
+    tensor_scale = row_scale(row_absmax_bits(x, columns, TILE), static_scale)
     tl.store(tensor_scales + row, tensor_scale, mask=tl.program_id(1) == 0)
 
+    column = tl.arange(0, BLOCKS)[:, None] * 8 + tl.arange(0, 8)[None, :]  # [B, 8]
     for start in range(tl.program_id(1) * TILE, arrays * ARRAY, tl.num_programs(1) * TILE):
         values = widen(tl.load(x + start + column, mask=start + column < columns, other=0.0))
         scale_bytes = array_scales(values, tensor_scale, ARRAY_BLOCKS)  # [A]
@@ -65,19 +67,21 @@ def encode_kernel(
         tl.store(scales + row * arrays + array, scale_bytes.to(tl.uint8), mask=array < arrays)
 
         grid = to_grid(values, scale_bytes, tensor_scale, ARRAY_BLOCKS)
-        chosen, code = choose_codes(grid, entries, nearest, NUM_CODEBOOKS)  # [B], [B, 8]
+        bucket = buckets(grid)
+        chosen = choose_codebooks(grid, bucket, entries, NUM_CODEBOOKS)  # [B]
+        code = tl.load(nearest + bucket * NUM_CODEBOOKS + chosen[:, None]).to(tl.int32)  # [B, 8]
         block = start // 8 + tl.arange(0, BLOCKS)
         blocks = arrays * ARRAY_BLOCKS
-        word = tl.sum(code << (4 * tl.arange(0, 8))[None, :], axis=1)  # [B]
-        tl.store(codes + row * blocks + block, word, mask=block < blocks)
+        words = tl.sum(code << (4 * tl.arange(0, 8))[None, :], axis=1)  # [B]
+        tl.store(codes + row * blocks + block, words, mask=block < blocks)
 
         if SELECTOR_BITS > 0:
             # Eight blocks fill SELECTOR_BITS bytes. A row's last byte is filled up with zeros.
             chosen = tl.reshape(tl.where(block < blocks, chosen, 0), (BLOCKS // 8, 8))
-            word = tl.sum(chosen << (SELECTOR_BITS * tl.arange(0, 8))[None, :], axis=1)  # [B / 8]
+            octets = tl.sum(chosen << (SELECTOR_BITS * tl.arange(0, 8))[None, :], axis=1)  # [B / 8]
             for i in tl.static_range(SELECTOR_BITS):
                 byte = (start // 64 + tl.arange(0, BLOCKS // 8)) * SELECTOR_BITS + i
-                value = ((word >> (8 * i)) & 0xFF).to(tl.uint8)
+                value = ((octets >> (8 * i)) & 0xFF).to(tl.uint8)
                 tl.store(selectors + row * selector_bytes + byte, value, mask=byte < selector_bytes)
 
 
@@ -101,11 +105,16 @@ def encode_rows(x: Tensor, lookup: Lookup, spec: FormatSpec, static_scale: Tenso
     tensor_scale = x.new_empty((rows, 1), dtype=torch.float32)
     if rows == 0:
         return codes, selectors, scales, tensor_scale
-    tile = min(TILE, max(LEAST_TILE, next_power_of_two(columns)))
-    grid = (rows, max(1, min(-(-columns // tile), ENOUGH_PROGRAMS // rows)))
+    tile, grid = tiles(rows, columns)
     encode_kernel[grid](
         x, static_scale, lookup.entries, lookup.codes, words, selectors, scales.view(torch.uint8),
         tensor_scale, columns, x.stride(0), selectors.shape[1], ARRAY=spec.array_size,
         NUM_CODEBOOKS=spec.num_codebooks, SELECTOR_BITS=spec.selector_bits, TILE=tile, num_warps=4, **OPTIONS,
     )  # fmt: skip
     return codes, selectors, scales, tensor_scale
+
+
+def tiles(rows: int, columns: int) -> tuple[int, tuple[int, int]]:
+    """Columns encoded at a time, and the grid of programs, for [rows, columns]."""
+    tile = min(TILE, max(LEAST_TILE, next_power_of_two(columns)))
+    return tile, (rows, max(1, min(-(-columns // tile), ENOUGH_PROGRAMS // rows)))

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from lobcq_fx.format.spec import ENTRY_MAX, GRID, GRID_MAX, TENSOR_SCALE_DIVISOR
 from lobcq_fx.kernels.triton.e4m3 import NAN_BYTE, e4m3_byte, e4m3_value, round_half_even
+from lobcq_fx.kernels.triton.floats import widen
 from lobcq_fx.kernels.triton.lookup import FIRST_BUCKET, LAST_BUCKET
 
 INFINITY_BITS = tl.constexpr(0x7F800000)
@@ -36,6 +37,24 @@ def row_scale(absmax_bits, static_scale):
 
 
 @triton.jit
+def row_absmax_bits(x, columns, TILE: tl.constexpr):
+    """x: pointer to a row of `columns` numbers -> the bits of its absmax."""
+    column = tl.arange(0, TILE)
+    absmax = tl.zeros((TILE,), tl.int32)
+    for start in range(0, columns, TILE):
+        values = tl.load(x + start + column, mask=start + column < columns, other=0.0)
+        absmax = tl.maximum(absmax, magnitude_bits(widen(values)))
+    return tl.max(absmax, axis=0)
+
+
+@triton.jit
+def spread(per_array, ARRAY_BLOCKS: tl.constexpr):
+    """[A] -> [B]: each array's value for each of its blocks."""
+    repeated = tl.broadcast_to(per_array[:, None], (per_array.shape[0], ARRAY_BLOCKS))
+    return tl.reshape(repeated, (per_array.shape[0] * ARRAY_BLOCKS,))
+
+
+@triton.jit
 def array_scales(x, tensor_scale, ARRAY_BLOCKS: tl.constexpr):
     """x fp32 [B, 8] -> E4M3 bytes int32 [A] of its block arrays, and whether each array's values are usable."""
     block_max = tl.max(magnitude_bits(x), axis=1)  # [B]
@@ -53,21 +72,25 @@ def to_grid(x, scale_bytes, tensor_scale, ARRAY_BLOCKS: tl.constexpr):
     divisor = e4m3_value(scale_bytes) * tensor_scale  # [A]
     usable = (divisor != 0.0) & (divisor == divisor)
     divisor = tl.where(usable, divisor, float("inf"))
-    spread = tl.broadcast_to(divisor[:, None], (scale_bytes.shape[0], ARRAY_BLOCKS))
-    normalised = tl.div_rn(x, tl.reshape(spread, (x.shape[0],))[:, None])
+    normalised = tl.div_rn(x, spread(divisor, ARRAY_BLOCKS)[:, None])
     normalised = tl.where(normalised == normalised, normalised, 0.0)  # infinity / infinity
     # Clamped before it is rounded, which is the same, as the limit is an integer.
     return round_half_even(tl.minimum(tl.maximum(normalised * GRID_STEPS, -GRID_LIMIT), GRID_LIMIT))
 
 
 @triton.jit
-def choose_codes(grid, entries, codes, NUM_CODEBOOKS: tl.constexpr):
-    """The tables of `Lookup`; grid int32 [B, 8] -> selectors int32 [B] and codes int32 [B, 8]."""
-    bucket = tl.minimum(tl.maximum((grid - 1) >> 3, FIRST), LAST) - FIRST  # [B, 8]
+def buckets(grid):
+    """Grid values int32 -> rows of `Lookup`'s tables."""
+    return tl.minimum(tl.maximum((grid - 1) >> 3, FIRST), LAST) - FIRST
+
+
+@triton.jit
+def choose_codebooks(grid, bucket, entries, NUM_CODEBOOKS: tl.constexpr):
+    """grid and bucket int32 [B, 8], `Lookup.entries` -> selectors int32 [B]."""
+    WORDS: tl.constexpr = (NUM_CODEBOOKS + 3) // 4
     selectors = tl.zeros((grid.shape[0],), tl.int32)
     if NUM_CODEBOOKS > 1:
         best = tl.full((grid.shape[0],), 2**31 - 1, tl.int32)
-        WORDS: tl.constexpr = (NUM_CODEBOOKS + 3) // 4
         for k in tl.static_range(NUM_CODEBOOKS):
             if k % 4 == 0:
                 word = tl.load(entries + bucket * WORDS + k // 4)
@@ -75,4 +98,4 @@ def choose_codes(grid, entries, codes, NUM_CODEBOOKS: tl.constexpr):
             cost = tl.sum(entry * ((entry << 3) - grid), axis=1)  # [B], (squared distance - grid**2) / 32
             selectors = tl.where(cost < best, k, selectors)
             best = tl.minimum(cost, best)
-    return selectors, tl.load(codes + bucket * NUM_CODEBOOKS + selectors[:, None]).to(tl.int32)
+    return selectors

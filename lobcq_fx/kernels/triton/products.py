@@ -1,4 +1,4 @@
-"""Products of floats and codebook entries without rounding, and what follows a sum of them."""
+"""What the GEMM kernels multiply, and what follows the sum."""
 
 from __future__ import annotations
 
@@ -7,41 +7,42 @@ import triton
 import triton.language as tl
 
 from lobcq_fx.kernels.triton.floats import narrow, widen
+from lobcq_fx.kernels.triton.launching import INTERPRETED
 
 
-def operand_type(dtype: torch.dtype, interpreted: bool) -> tl.dtype:
-    """The type in which the MMA multiplies activations of a dtype: fp32 goes in as three bf16 terms.
+def operand_type(dtype: torch.dtype) -> tl.dtype:
+    """The type in which the MMA multiplies activations of a dtype with entries: one that holds both exactly.
 
     The interpreter multiplies no bf16 (it takes its bits for integers): there bf16 goes in as fp32, the same numbers.
     """
-    if dtype == torch.float16:
-        return tl.float16
-    return tl.float32 if interpreted else tl.bfloat16
+    if dtype in (torch.int8, torch.float16):
+        return tl.int8 if dtype == torch.int8 else tl.float16
+    return tl.float32 if INTERPRETED else tl.bfloat16
+
+
+def num_terms(dtype: torch.dtype) -> int:
+    """How many operands an activation of a dtype is the sum of: fp32 is three bf16 numbers, of 8 bits each."""
+    return 3 if dtype == torch.float32 else 1
 
 
 @triton.jit
 def leading_term(x):
-    """fp32 -> its leading 8 significant bits, in fp32: a bf16 number."""
+    """fp32 -> its leading 8 significant bits, in fp32."""
     return (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def exact_dot(x, entries, SPLIT: tl.constexpr, OPERAND: tl.constexpr):
-    """Activations [..., M, K] times entries int8 [..., K, N], multiplied exactly and summed in fp32.
-
-    SPLIT: x is fp32, and goes in as three terms of 8 bits each, 24 in all. Otherwise OPERAND holds x exactly.
-    """
-    w = entries.to(OPERAND)
-    if SPLIT:
-        high = leading_term(x)
-        middle = leading_term(x - high)
-        low = (x - high) - middle
-        product = tl.dot(high.to(OPERAND), w) + (tl.dot(middle.to(OPERAND), w) + tl.dot(low.to(OPERAND), w))
+def operand_term(x, TERM: tl.constexpr, OPERAND: tl.constexpr):
+    """Term TERM, the largest first, of an activation as operand of an MMA."""
+    if x.dtype == tl.float32:
+        for _ in tl.static_range(TERM):
+            x -= leading_term(x)
+        term = leading_term(x).to(OPERAND)
     elif x.dtype == OPERAND:
-        product = tl.dot(x, w)
+        term = x
     else:
-        product = tl.dot(widen(x), w)
-    return product
+        term = widen(x)
+    return term
 
 
 @triton.jit

@@ -58,9 +58,12 @@ def parts(encoded: Encoded) -> tuple[Tensor, Tensor, Tensor]:
     return encoded.codes.to(DEVICE), encoded.selectors.to(DEVICE), encoded.scales.to(DEVICE)
 
 
-def weight(spec: FormatSpec, rows: int, columns: int, seed: int = 0) -> Weight:
-    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
-    encoded = encode(values, spec, codebooks(spec).cpu())
+def weight(
+    spec: FormatSpec, rows: int, columns: int, values: Tensor | None = None, books: Tensor | None = None
+) -> Weight:
+    if values is None:
+        values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.05
+    encoded = encode(values, spec, codebooks(spec).cpu() if books is None else books)
     prepacked = CudaWeightLayout().pack(parts(encoded), spec, columns)
     return Weight(WeightLines.of(prepacked, spec, rows, columns), encoded)
 
