@@ -122,7 +122,7 @@ def decode_gemm(
     """`a @ w.T` and what follows.
 
     Args:
-        a: of 1 to 16 rows.
+        a: of 16 rows at most.
         weight: of N = `outputs` rows and a's columns.
         codebooks: int8 [N_c, 16], the weight's.
         spec: the weight's configuration.
@@ -140,16 +140,19 @@ def decode_gemm(
     x = a.values
     rows, columns = x.shape
     terms = num_terms(x.dtype)
-    step = STEP_COLUMNS // spec.array_size // (1 if terms == 1 else 2)  # three terms take more registers than one
+    step = STEP_COLUMNS // spec.array_size
     panels = -(-outputs // PANEL_ROWS)
     splits = num_splits(panels, -(-spec.num_arrays(columns) // step))
     out = torch.empty((rows, outputs), dtype=dtype, device=x.device)
+    if out.numel() == 0:
+        return out
     sums = out if splits == 1 else torch.empty((splits, rows, outputs), device=x.device)
     tail = (a.row_scales, epilogue.weight_scale, epilogue.bias, epilogue.residual)
     decode_gemm_kernel[(panels, splits)](
         x, a.array_scales, weight.codes, weight.selectors, weight.scales, codebooks, *tail, sums, rows, outputs,
         columns, x.stride(0), spec.num_arrays(columns), ARRAY=spec.array_size, SELECTOR_BITS=spec.selector_bits,
-        STEP=step, TERMS=terms, OPERAND=operand_type(x.dtype), SPLITS=splits, num_warps=4,
+        STEP=step, TERMS=terms, OPERAND=operand_type(x.dtype), SPLITS=splits,
+        num_warps=4 if terms == 1 else 8,  # three terms take more registers than one
         num_stages=3, **OPTIONS,
     )  # fmt: skip
     if splits > 1:
