@@ -14,7 +14,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("columns", [1, 333, 1500])
+@pytest.mark.parametrize("columns", [1, 1100])
 def test_every_format(spec: FormatSpec, columns: int) -> None:
     books = codebooks(spec)
     x = torch.from_numpy(matrix("normal", 3, columns, seed=columns))

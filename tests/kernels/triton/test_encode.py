@@ -25,16 +25,21 @@ def assert_encodes(x: Tensor, spec: FormatSpec, static_scale: Tensor | None = No
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("columns", [1, 200, 1500])
+@pytest.mark.parametrize("columns", [1, 200])
 def test_every_format(spec: FormatSpec, columns: int) -> None:
     assert_encodes(torch.from_numpy(matrix("normal", 2, columns, seed=columns)), spec)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("spec", [FormatSpec(8, 64), FormatSpec(16, 16), FormatSpec(1, 128)], ids=lambda s: s.name)
+def test_several_tiles(spec: FormatSpec) -> None:
+    assert_encodes(torch.from_numpy(matrix("normal", 2, 2300, seed=1)), spec)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("spec", [FormatSpec(8, 64), FormatSpec(16, 16)], ids=lambda s: s.name)
 def test_every_kind_of_values(kind: str, spec: FormatSpec) -> None:
-    x = torch.from_numpy(matrix(kind, 3, 300, seed=3))
-    for static in (None, absmax_tensor_scale(x), absmax_tensor_scale(x) / 3):
+    x = torch.from_numpy(matrix(kind, 2, 300, seed=3))
+    for static in (None, absmax_tensor_scale(x) / 3):
         assert_encodes(x, spec, static)
 
 
@@ -58,13 +63,13 @@ def test_every_ratio_between_two_scales_rounds_as_e4m3_does() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs(dtype: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
-    finite = torch.where(every.isfinite(), every, 0).view(32, 2048)
+    finite = torch.where(every.isfinite(), every, 0).view(16, 4096)
     assert_encodes(finite, FormatSpec(8, 64))
-    assert_encodes((finite * torch.rand(32, 1).to(dtype))[:, :333], FormatSpec(4, 32))
+    assert_encodes((finite[:4] * torch.rand(4, 1).to(dtype))[:, :333], FormatSpec(4, 32))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("column", [0, 77, 299])
+@pytest.mark.parametrize("column", [0, 299])
 def test_a_row_that_is_not_finite_is_marked_and_disturbs_no_other(bad: float, column: int) -> None:
     spec, x = FormatSpec(8, 64), torch.randn(3, 300)
     x[1, column] = bad

@@ -26,7 +26,7 @@ def product(a: Activation, w: Weight, dtype: torch.dtype = torch.float32, **epil
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
 def test_every_format_and_plan(spec: FormatSpec) -> None:
     """Integer and fp16 plans, and float activations in bf16."""
-    w, x = weight(spec, 20, 200), activation(19, 200)
+    w, x = weight(spec, 20, 200), activation(3, 200)
     lookup = Lookup.of(w.codebooks)
     expected = decode(encode(x, spec, w.encoded.codebooks, absmax_row_scale(x)))
     for integers in (True, False):
@@ -67,7 +67,7 @@ def test_extreme_entries_do_not_overflow(array_size: int, sign: int) -> None:
     """Every product is 31 * 31 and of one sign, with the largest scales."""
     spec = FormatSpec(2, array_size)
     books = torch.tensor([[-31] * 8 + [31] * 8] * 2, dtype=torch.int8)
-    x, values = torch.full((17, 512), sign * 2.0), torch.full((20, 512), 0.3)
+    x, values = torch.full((2, 512), sign * 2.0), torch.full((20, 512), 0.3)
     values[1::2] *= -1
     w = weight(spec, 20, 512, values=values, books=books)
     a, lookup = encode(x, spec, books, absmax_row_scale(x)), Lookup.of(books.to(DEVICE))
@@ -78,13 +78,13 @@ def test_extreme_entries_do_not_overflow(array_size: int, sign: int) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("integers", [True, False])
 def test_a_non_finite_row_gives_nan_and_disturbs_no_other(bad: float, integers: bool) -> None:
-    w, x = weight(FormatSpec(), 20, 200), activation(20, 200)
+    w, x = weight(FormatSpec(), 20, 200), activation(4, 200)
     lookup = Lookup.of(w.codebooks)
     clean = product(encode_operand(x.to(DEVICE), lookup, FormatSpec(), None, integers), w)
-    x[7, 123] = bad
-    others = [m for m in range(20) if m != 7]
+    x[2, 123] = bad
+    others = [0, 1, 3]
     out = product(encode_operand(x.to(DEVICE), lookup, FormatSpec(), None, integers), w)
-    assert bool(out[7].isnan().all())
+    assert bool(out[2].isnan().all())
     assert torch.equal(out[others], clean[others])
 
 
