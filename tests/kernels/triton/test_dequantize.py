@@ -14,8 +14,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("columns", [1, 1100])
+@pytest.mark.parametrize("columns", [1, 1070])
 def test_every_format(spec: FormatSpec, columns: int) -> None:
+    """In 8x16 the last selector of 1070 columns straddles the last two bytes."""
     books = codebooks(spec)
     x = torch.from_numpy(matrix("normal", 3, columns, seed=columns))
     for scale in (None, absmax_row_scale(x)):

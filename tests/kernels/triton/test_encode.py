@@ -80,6 +80,16 @@ def test_a_row_that_is_not_finite_is_marked_and_disturbs_no_other(bad: float, co
     assert bool((scales.view(torch.uint8)[1] == NAN).all())
 
 
+@pytest.mark.parametrize("columns", [16, 48, 1040])
+def test_bits_left_over_at_the_end_of_a_row_are_zero(columns: int) -> None:
+    """Blocks beyond the row would choose codebook 7, the only one that has a 0."""
+    spec = FormatSpec(8, 16)
+    books = torch.tensor([[-30 + k] * 8 + [20 + k] * 8 for k in range(7)] + [[0] * 16], dtype=torch.int8)
+    x = torch.from_numpy(matrix("uniform", 2, columns, seed=1))
+    encoded = encode(x, spec, books, absmax_row_scale(x))
+    assert_same_bytes(encode_rows(x.to(DEVICE), Lookup.of(books.to(DEVICE)), spec), encoded)
+
+
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0), (0, 0)])
 def test_empty_operands(shape: tuple[int, int]) -> None:
     assert_encodes(torch.empty(shape).zero_(), FormatSpec())
