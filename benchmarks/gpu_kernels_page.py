@@ -27,6 +27,13 @@ NOT_MEASURED = "not measured"
 BYTES_PER_SECOND, FP16_PER_SECOND, INT8_PER_SECOND = 4.8e12, 989e12, 1979e12
 """An H200 by its data sheet: memory bandwidth, and dense tensor-core operations (a multiply-add is two)."""
 
+INSTRUCTIONS_PER_SECOND = 67e12 / 2
+"""Instructions of single threads: by the same data sheet's fp32 rate, one multiply-add an instruction."""
+
+SHOWN, SHOWN_SM, FEW_KERNEL = "8x64", 90, "few rows, int8 entries"
+STEP_WEIGHTS, WARP = 16 * 512, 32
+"""Weights that a program of the kernel for few rows takes in one turn of its loop."""
+
 LINEARS = {
     "8B q, k, v": (6144, 4096),
     "8B output": (4096, 4096),
@@ -58,7 +65,11 @@ def main() -> None:
 def filled(text: str) -> str:
     """The page with every `<!-- name -->` ... `<!-- /name -->` section replaced by its table."""
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    sections = {"few": few_rows_floors(), "many": many_rows_floors(), "compiled": compiled(found)}
+    sections = {
+        "few": few_rows_floors(instructions_per_weight(found)),
+        "many": many_rows_floors(),
+        "compiled": compiled(found),
+    }
     for name, content in sections.items():
         section = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
         replacement = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
@@ -68,16 +79,25 @@ def filled(text: str) -> str:
     return text
 
 
-def few_rows_floors(spec: FormatSpec | None = None) -> str:
-    """What reading a linear's operands and writing its results takes at least."""
-    spec = spec or FormatSpec()
+def instructions_per_weight(found: dict[str, Any]) -> float:
+    """Of the loop that reads the weight, for few rows."""
+    wanted = (SHOWN, SHOWN_SM, FEW_KERNEL)
+    (result,) = (r for r in found["results"] if (r["format"], r["sm"], r["what"]) == wanted)
+    return result["loop_instructions"] * result["options"]["num_warps"] * WARP / STEP_WEIGHTS
+
+
+def few_rows_floors(per_weight: float) -> str:
+    """What moving a linear's operands, and issuing the instructions that its weights take, last at least."""
+    bits = FormatSpec.from_name(SHOWN).bits_per_scalar
     rows = []
     for name, (n, k) in LINEARS.items():
         for m in FEW:
-            ours, bf16 = (linear_bytes(m, n, k, bits) for bits in (spec.bits_per_scalar, 16))
-            cells = [f"{moved / BYTES_PER_SECOND * 1e6:.1f}" for moved in (ours, bf16)]
-            rows.append([name, f"{n} x {k}", str(m), f"{ours / 1e6:.1f}", *cells, f"{bf16 / ours:.2f}x", NOT_MEASURED])
-    return table(["linear", "N x K", "M", "MB", "floor, us", "bf16's floor, us", "ratio", "measured, us"], rows)
+            ours, bf16 = (linear_bytes(m, n, k, size) for size in (bits, 16))
+            times = (ours / BYTES_PER_SECOND, n * k * per_weight / INSTRUCTIONS_PER_SECOND, bf16 / BYTES_PER_SECOND)
+            cells = [f"{seconds * 1e6:.1f}" for seconds in times]
+            rows.append([name, f"{n} x {k}", str(m), f"{ours / 1e6:.1f}", *cells, NOT_MEASURED])
+    header = ["linear", "N x K", "M", "MB", "bytes, us", "instructions, us", "bf16's bytes, us", "measured, us"]
+    return f"{per_weight:.1f} instructions a weight on sm_{SHOWN_SM}.\n\n{table(header, rows)}"
 
 
 def linear_bytes(m: int, n: int, k: int, weight_bits: float) -> float:

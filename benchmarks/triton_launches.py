@@ -84,8 +84,8 @@ def compiled(launch: Launch, capability: int) -> dict[str, Any]:
     """Compile for a compute capability (80, 90, 100, ...) down to machine code, and report what it needs.
 
     Returns:
-        registers a thread, shared memory in bytes a program, spills in bytes of local memory a thread, and the MMA
-        instructions in PTX and in machine code.
+        registers a thread, shared memory in bytes a program, spills in bytes of local memory a thread, the MMA
+        instructions in PTX and in machine code, and how many instructions of machine code the longest loop has.
     """
     target = GPUTarget("cuda", capability, WARP)
     kernel = triton.compile(launch.source(), target=target, options=launch.options)
@@ -103,10 +103,26 @@ def compiled(launch: Launch, capability: int) -> dict[str, Any]:
         "spilled_bytes": counts["STACK"] + counts["LOCAL"],
         "mma_ptx": sorted(set(re.findall(MMA_IN_PTX, kernel.asm["ptx"]))),
         "mma_sass": sorted(set(re.findall(MMA_IN_SASS, code))),
+        "loop_instructions": longest_loop(code),
         "flushes_subnormals": ".ftz" in kernel.asm["ptx"],
         "approximate_division": "div.full" in kernel.asm["ptx"] or "rcp.approx" in kernel.asm["ptx"],
         "options": {**launch.options, "grid": list(launch.grid)},
     }
+
+
+def longest_loop(code: str) -> int:
+    """Instructions between the target of a backward branch and the branch, of the longest such loop; from nvdisasm."""
+    labels: dict[str, int] = {}
+    count = longest = 0
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = count
+        elif re.match(r"\s*/\*[0-9a-f]+\*/\s+\S", line):
+            count += 1
+            branch = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
+            if branch and branch[1] in labels:
+                longest = max(longest, count - labels[branch[1]])
+    return longest
 
 
 def _run(*command: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from lobcq_fx.kernels.triton import encode as encode_module
 from lobcq_fx.kernels.triton.encode import encode_rows
 from lobcq_fx.kernels.triton.lookup import Lookup
 from tests.format.cases import ALL_SPECS, KINDS, matrix
-from tests.kernels.triton.operands import DEVICE, assert_same_bytes, codebooks
+from tests.format.test_golden_vectors import golden_file
+from tests.kernels.triton.operands import DEVICE, assert_same_bits, assert_same_bytes, codebooks
 
 NAN = 0x7F
 
@@ -28,6 +30,20 @@ def assert_encodes(x: Tensor, spec: FormatSpec, static_scale: Tensor | None = No
 @pytest.mark.parametrize("columns", [1, 200])
 def test_every_format(spec: FormatSpec, columns: int) -> None:
     assert_encodes(torch.from_numpy(matrix("normal", 2, columns, seed=columns)), spec)
+
+
+def test_golden_vectors() -> None:
+    """Bytes that neither this kernel nor the package produced."""
+    with np.load(golden_file()) as data:
+        fields = {name: data[name] for name in data.files}
+    for case in sorted({name.split("/")[0] for name in fields}):
+        x, books, scale = (torch.from_numpy(fields[f"{case}/{name}"]) for name in ("x", "codebooks", "tensor_scale"))
+        spec = FormatSpec(books.shape[0], int(fields[f"{case}/array_size"]))
+        static = scale.to(DEVICE) if scale.dim() == 0 else None
+        actual = encode_rows(x.to(DEVICE), Lookup.of(books.to(DEVICE)), spec, static)
+        for part, name in zip(actual, ("codes", "selectors", "scales"), strict=False):
+            assert np.array_equal(part.view(torch.uint8).cpu().numpy(), fields[f"{case}/{name}"]), (case, name)
+        assert_same_bits(actual[3], scale.repeat(x.shape[0], 1) if scale.dim() == 0 else scale)
 
 
 @pytest.mark.parametrize("spec", [FormatSpec(8, 64), FormatSpec(16, 16), FormatSpec(1, 128)], ids=lambda s: s.name)
