@@ -38,7 +38,8 @@ def test_links_to_files_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
-def test_the_readme_shows_the_measured_results():
-    script = ROOT / "benchmarks" / "readme_tables.py"
-    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+@pytest.mark.parametrize("script", ["readme_tables.py", "gpu_kernels_page.py"])
+def test_the_pages_show_the_results(script):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LobcqQuantizer", "OnnxCausalLM", "export_onnx", "get_library_path", "register"]
 
-NEEDED = {"onnx": "1.18", "onnxscript": "0.5", "onnxruntime": "1.20", "transformers": "5.23"}
+NEEDED = {"onnx": "1.21", "onnxscript": "0.7", "onnxruntime": "1.20", "transformers": "5.23"}
 """Packages and their oldest versions."""
 
 NEEDED_BY_TARGET = {"matmulnbits": {"onnxruntime": "1.23"}}

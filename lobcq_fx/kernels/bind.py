@@ -1,14 +1,22 @@
-"""Binds the C++ core to the `lobcq::` ops for CPU tensors.
+"""Binds kernels to the `lobcq::` ops: the C++ core for CPU tensors, Triton's for CUDA tensors.
 
 `lobcq::linear_prepacked`, the op of models that run, is the core's own, from the dispatcher straight into C++. The ops
 on weights as they are stored encode and decode by the core, and multiply by torch: their results are those of the
 default implementations, bit for bit. Without a built core, or with LOBCQ_CPU_CORE=0 in the environment, the defaults
 stay in place.
+
+On CUDA tensors all of them run Triton kernels where LOBCQ_TRITON=1 asks for those, which no GPU has run yet; otherwise,
+without Triton, or on a GPU that lacks their instructions, the defaults.
 """
 
 from __future__ import annotations
 
-from functools import cache
+import logging
+import os
+from collections.abc import Callable
+from functools import cache, wraps
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,12 +27,32 @@ from lobcq_fx.kernels.cpu.installed import cpu_core, tables_of
 from lobcq_fx.kernels.cpu.library import Core
 from lobcq_fx.kernels.cpu.operands import PackedOperand
 from lobcq_fx.kernels.cpu.weight_layout import CpuWeightLayout
-from lobcq_fx.ops.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION, QUANTIZE_ACTIVATION, QUANTIZE_WEIGHT
+from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
+from lobcq_fx.ops.schemas import (
+    LINEAR,
+    LINEAR_FLOAT_ACTIVATION,
+    LINEAR_PREPACKED,
+    LINEAR_PREPACKED_FLOAT_ACTIVATION,
+    QUANTIZE_ACTIVATION,
+    QUANTIZE_WEIGHT,
+)
+
+logger = logging.getLogger(__name__)
+
+TRITON_SWITCH = "LOBCQ_TRITON"
+"""Environment variable: "1" binds the Triton kernels. Becomes the default once a GPU has run their tests."""
+
+LEAST_CAPABILITY = (8, 0)
+"""Ampere: the first GPUs with bf16 MMA instructions and asynchronous copies to shared memory."""
 
 
-def weight_layout(device: torch.device) -> CpuWeightLayout | None:
+def weight_layout(device: torch.device) -> CpuWeightLayout | CudaWeightLayout | None:
     """The layout in which the kernels for a device want weights; None where the ops read them as they are stored."""
-    return CpuWeightLayout() if device.type == "cpu" and bind_cpu_core() else None
+    if device.type == "cpu" and bind_cpu_core():
+        return CpuWeightLayout()
+    if device.type == "cuda" and bind_triton_kernels():
+        return CudaWeightLayout()
+    return None
 
 
 @cache
@@ -39,6 +67,53 @@ def bind_cpu_core() -> bool:
     torch.library.impl(LINEAR, "CPU", _linear)
     torch.library.impl(LINEAR_FLOAT_ACTIVATION, "CPU", _linear_float_activation)
     return True
+
+
+@cache
+def bind_triton_kernels() -> bool:
+    """Register the Triton kernels, once a process; returns whether every GPU here can run them, and logs why not."""
+    reason = _why_no_triton()
+    if reason:
+        logger.warning("%s, the ops on CUDA tensors run through plain torch", reason)
+        return False
+    from lobcq_fx.kernels.triton import torch_ops  # imports triton
+
+    implementations: dict[str, Callable[..., Any]] = {
+        QUANTIZE_ACTIVATION: torch_ops.quantize_activation,
+        LINEAR: torch_ops.linear,
+        LINEAR_FLOAT_ACTIVATION: torch_ops.linear_float_activation,
+        LINEAR_PREPACKED: torch_ops.linear_prepacked,
+        LINEAR_PREPACKED_FLOAT_ACTIVATION: torch_ops.linear_prepacked_float_activation,
+    }
+    for name, implementation in implementations.items():
+        torch.library.impl(name, "CUDA", _on_its_device(implementation))
+    return True
+
+
+def _why_no_triton() -> str | None:
+    if os.environ.get(TRITON_SWITCH) != "1":
+        return f"{TRITON_SWITCH} is not 1"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < LEAST_CAPABILITY:
+            name = torch.cuda.get_device_name(index)
+            return f"{name} has compute capability {'.'.join(map(str, capability))}, the kernels need 8.0"
+    return None
+
+
+def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device: make it the first operand's."""
+
+    @wraps(implementation)
+    def run(first: Tensor, *rest: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return implementation(first, *rest, **options)
+
+    return run
 
 
 def _quantize_activation(

@@ -1,0 +1,145 @@
+"""Put what was compiled, and the floors that can be computed, into docs/gpu_kernels.md, between its markers.
+
+python benchmarks/gpu_kernels_page.py           # rewrite the page
+python benchmarks/gpu_kernels_page.py --check   # exit with 1 if it differs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from markdown import table
+
+from lobcq_fx.format import FormatSpec
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "gpu_kernels.md"
+RESULTS = HERE / "results" / "triton_compile.json"
+
+NOT_MEASURED = "not measured"
+
+BYTES_PER_SECOND, FP16_PER_SECOND, INT8_PER_SECOND = 4.8e12, 989e12, 1979e12
+"""An H200 by its data sheet: memory bandwidth, and dense tensor-core operations (a multiply-add is two)."""
+
+INSTRUCTIONS_PER_SECOND = 67e12 / 2
+"""Instructions of single threads: by the same data sheet's fp32 rate, one multiply-add an instruction."""
+
+SHOWN, SHOWN_SM, FEW_KERNEL = "8x64", 90, "few rows, int8 entries"
+STEP_WEIGHTS, WARP = 16 * 512, 32
+"""Weights that a program of the kernel for few rows takes in one turn of its loop."""
+
+LINEARS = {
+    "8B q, k, v": (6144, 4096),
+    "8B output": (4096, 4096),
+    "8B gate, up": (28672, 4096),
+    "8B down": (4096, 14336),
+    "70B q, k, v": (10240, 8192),
+    "70B output": (8192, 8192),
+    "70B gate, up": (57344, 8192),
+    "70B down": (8192, 28672),
+}
+"""N x K of Llama-3's linears, siblings merged."""
+
+FEW, MANY = (1, 16), 4096
+
+
+def main() -> None:
+    """Rewrite or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    before = PAGE.read_text(encoding="utf-8")
+    after = filled(before)
+    if not arguments.check:
+        PAGE.write_text(after, encoding="utf-8")
+    elif before != after:
+        sys.exit(f"{PAGE.name} does not show the results: run python benchmarks/gpu_kernels_page.py")
+
+
+def filled(text: str) -> str:
+    """The page with every `<!-- name -->` ... `<!-- /name -->` section replaced by its table."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    sections = {
+        "few": few_rows_floors(instructions_per_weight(found)),
+        "many": many_rows_floors(),
+        "compiled": compiled(found),
+    }
+    for name, content in sections.items():
+        section = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
+        replacement = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
+        text, count = section.subn(lambda _, new=replacement: new, text)
+        if count != 1:
+            sys.exit(f"{PAGE.name} has {count} sections between <!-- {name} --> and <!-- /{name} -->, not one")
+    return text
+
+
+def instructions_per_weight(found: dict[str, Any]) -> float:
+    """Of the loop that reads the weight, for few rows."""
+    wanted = (SHOWN, SHOWN_SM, FEW_KERNEL)
+    (result,) = (r for r in found["results"] if (r["format"], r["sm"], r["what"]) == wanted)
+    return result["loop_instructions"] * result["options"]["num_warps"] * WARP / STEP_WEIGHTS
+
+
+def few_rows_floors(per_weight: float) -> str:
+    """What moving a linear's operands, and issuing the instructions that its weights take, last at least."""
+    bits = FormatSpec.from_name(SHOWN).bits_per_scalar
+    rows = []
+    for name, (n, k) in LINEARS.items():
+        for m in FEW:
+            ours, bf16 = (linear_bytes(m, n, k, size) for size in (bits, 16))
+            times = (ours / BYTES_PER_SECOND, n * k * per_weight / INSTRUCTIONS_PER_SECOND, bf16 / BYTES_PER_SECOND)
+            cells = [f"{seconds * 1e6:.1f}" for seconds in times]
+            rows.append([name, f"{n} x {k}", str(m), f"{ours / 1e6:.1f}", *cells, NOT_MEASURED])
+    header = ["linear", "N x K", "M", "MB", "bytes, us", "instructions, us", "bf16's bytes, us", "measured, us"]
+    return f"{per_weight:.1f} instructions a weight on sm_{SHOWN_SM}.\n\n{table(header, rows)}"
+
+
+def linear_bytes(m: int, n: int, k: int, weight_bits: float) -> float:
+    """A packed weight, a bf16 activation and a bf16 result, each moved once."""
+    return n * k * weight_bits / 8 + 2 * m * (k + n)
+
+
+def many_rows_floors() -> str:
+    """What a linear's multiply-adds take at least."""
+    rows = []
+    for name, (n, k) in LINEARS.items():
+        operations = 2 * MANY * n * k
+        cells = [f"{operations / rate * 1e6:.0f}" for rate in (INT8_PER_SECOND, FP16_PER_SECOND)]
+        rows.append([name, f"{n} x {k}", f"{operations / 1e12:.2f}", *cells, NOT_MEASURED])
+    return table(["linear", "N x K", "1e12 operations", "int8 floor, us", "fp16 floor, us", "measured, us"], rows)
+
+
+def compiled(found: dict[str, Any]) -> str:
+    """Registers, shared memory and MMA instruction of each kernel: the range over formats, by architecture."""
+    results = found["results"]
+    kinds = dict.fromkeys((result["what"], result["kernel"]) for result in results)
+    rows = []
+    for what, kernel in kinds:
+        for sm in sorted({result["sm"] for result in results}):
+            of_kind = [r for r in results if (r["what"], r["kernel"], r["sm"]) == (what, kernel, sm)]
+            shared = span(round(r["shared_bytes"] / 1024) for r in of_kind)
+            spilled = str(max(r["spilled_bytes"] for r in of_kind))
+            mma = sorted({name for r in of_kind for name in r["mma_sass"]})
+            registers = span(r["registers"] for r in of_kind)
+            warps = str(of_kind[0]["options"]["num_warps"])
+            row = [what, f"`{kernel}`", f"sm_{sm}", warps, registers, shared, spilled, ", ".join(mma) or "none"]
+            rows.append(row)
+    formats = ", ".join(dict.fromkeys(result["format"] for result in results))
+    header = ["what", "kernel", "for", "warps", "registers", "shared, KB", "spilled", "MMA instruction"]
+    return f"Triton {found['triton']}, formats {formats}.\n\n{table(header, rows)}"
+
+
+def span(values: Iterable[int]) -> str:
+    """Least to largest."""
+    found = sorted(set(values))
+    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
+
+
+if __name__ == "__main__":
+    main()

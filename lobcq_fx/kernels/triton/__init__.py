@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA GPUs. Modules here import triton when they are imported; nothing else in the package does."""

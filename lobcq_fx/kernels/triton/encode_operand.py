@@ -1,0 +1,102 @@
+"""Encoding of activations for the GEMM kernels: what they multiply, in place of codes and selectors."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lobcq_fx.format.spec import FormatSpec
+from lobcq_fx.kernels.triton.e4m3 import e4m3_value
+from lobcq_fx.kernels.triton.encode import tiles
+from lobcq_fx.kernels.triton.encode_tile import (
+    array_scales,
+    buckets,
+    choose_codebooks,
+    row_absmax_bits,
+    row_scale,
+    spread,
+    to_grid,
+)
+from lobcq_fx.kernels.triton.floats import widen
+from lobcq_fx.kernels.triton.launching import OPTIONS
+from lobcq_fx.kernels.triton.lookup import Lookup
+from lobcq_fx.kernels.triton.operands import LEAST_INTEGER_ARRAY, Activation
+
+
+@triton.jit
+def encode_operand_kernel(
+    x,  # fp32, bf16 or fp16 [M, K]
+    static_scale,  # fp32 [] or None
+    entries,  # int32 [126, ceil(N_c / 4)]
+    entry_bytes,  # int8, the same memory
+    values,  # int8 [M, Kp], entries; or fp16 [M, Kp], scaled entries
+    scales,  # uint8 [M, Kp / L_A], or None with scaled entries
+    tensor_scales,  # fp32 [M]
+    columns,
+    row_stride,
+    ARRAY: tl.constexpr,
+    NUM_CODEBOOKS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Program (m, i) encodes tiles i, i + I, ... of row m, as `encode_kernel` does."""
+    BLOCKS: tl.constexpr = TILE // 8
+    ARRAY_BLOCKS: tl.constexpr = ARRAY // 8
+    ROW_BYTES: tl.constexpr = (NUM_CODEBOOKS + 3) // 4 * 4
+    row = tl.program_id(0).to(tl.int64)
+    x += row * row_stride
+    arrays = tl.cdiv(columns, ARRAY)
+    tensor_scale = row_scale(row_absmax_bits(x, columns, TILE), static_scale)
+    tl.store(tensor_scales + row, tensor_scale, mask=tl.program_id(1) == 0)
+
+    column = tl.arange(0, BLOCKS)[:, None] * 8 + tl.arange(0, 8)[None, :]  # [B, 8]
+    for start in range(tl.program_id(1) * TILE, arrays * ARRAY, tl.num_programs(1) * TILE):
+        inside = start + column < columns
+        numbers = widen(tl.load(x + start + column, mask=inside, other=0.0))
+        scale_bytes = array_scales(numbers, tensor_scale, ARRAY_BLOCKS)  # [A]
+        grid = to_grid(numbers, scale_bytes, tensor_scale, ARRAY_BLOCKS)
+        bucket = buckets(grid)
+        chosen = choose_codebooks(grid, bucket, entries, NUM_CODEBOOKS)  # [B]
+        entry = tl.load(entry_bytes + bucket * ROW_BYTES + chosen[:, None])  # [B, 8]
+
+        result = entry
+        if scales is None:
+            scale = spread(e4m3_value(scale_bytes), ARRAY_BLOCKS)
+            result = (entry.to(tl.float32) * scale[:, None]).to(tl.float16)
+        else:
+            array = start // ARRAY + tl.arange(0, TILE // ARRAY)
+            tl.store(scales + row * arrays + array, scale_bytes.to(tl.uint8), mask=array < arrays)
+        # A padded position has an entry, which may not be 0, and must contribute nothing.
+        result = tl.where(inside, result, tl.zeros_like(result))
+        padded = arrays * ARRAY
+        tl.store(values + row * padded + start + column, result, mask=start + column < padded)
+
+
+def encode_operand(
+    x: Tensor, lookup: Lookup, spec: FormatSpec, static_scale: Tensor | None = None, integers: bool = True
+) -> Activation:
+    """Encode an activation as operand of a GEMM: the numbers that `lobcq::quantize_activation` stores, looked up.
+
+    Args:
+        x: [M, K], fp32, bf16 or fp16, its last dimension contiguous.
+        lookup: of the codebooks.
+        spec: the configuration.
+        static_scale: fp32 [], a calibrated tensor scale; None computes one for each row.
+        integers: to int8 entries and their scales where the format allows it; otherwise to scaled entries.
+
+    Returns:
+        The operand. A row that holds NaN or infinity has NaN scales.
+    """
+    rows, columns = x.shape
+    integers = integers and spec.array_size >= LEAST_INTEGER_ARRAY
+    values = x.new_empty((rows, spec.padded_columns(columns)), dtype=torch.int8 if integers else torch.float16)
+    scales = x.new_empty((rows, spec.num_arrays(columns)), dtype=torch.uint8) if integers else None
+    tensor_scale = x.new_empty((rows, 1), dtype=torch.float32)
+    if rows > 0:
+        tile, grid = tiles(rows, columns)
+        encode_operand_kernel[grid](
+            x, static_scale, lookup.entries, lookup.entries.view(torch.int8), values, scales, tensor_scale, columns,
+            x.stride(0), ARRAY=spec.array_size, NUM_CODEBOOKS=spec.num_codebooks, TILE=tile, num_warps=4, **OPTIONS,
+        )  # fmt: skip
+    return Activation(values, scales, tensor_scale)

@@ -1,0 +1,101 @@
+"""The encoding of one tile, which every kernel that encodes shares: docs/format.md, steps 1 to 5."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lobcq_fx.format.spec import ENTRY_MAX, GRID, GRID_MAX, TENSOR_SCALE_DIVISOR
+from lobcq_fx.kernels.triton.e4m3 import NAN_BYTE, e4m3_byte, e4m3_value, round_half_even
+from lobcq_fx.kernels.triton.floats import widen
+from lobcq_fx.kernels.triton.lookup import FIRST_BUCKET, LAST_BUCKET
+
+INFINITY_BITS = tl.constexpr(0x7F800000)
+DIVISOR = tl.constexpr(TENSOR_SCALE_DIVISOR)
+LARGEST_ENTRY = tl.constexpr(float(ENTRY_MAX))
+GRID_STEPS = tl.constexpr(float(GRID))
+GRID_LIMIT = tl.constexpr(float(GRID_MAX))
+FIRST = tl.constexpr(FIRST_BUCKET)
+LAST = tl.constexpr(LAST_BUCKET)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """fp32 -> the bits of |x| as int32: ordered as the magnitudes are, with infinity and then NaN above all."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def row_scale(absmax_bits, static_scale):
+    """The tensor scale of a row, from the bits of its absmax; NaN where that is not finite. `static_scale`: or None."""
+    if static_scale is not None:
+        scale = tl.load(static_scale)
+    else:
+        absmax = absmax_bits.to(tl.float32, bitcast=True)
+        scale = tl.where(absmax_bits == 0, 1.0, tl.div_rn(absmax, DIVISOR))
+    return tl.where(absmax_bits >= INFINITY_BITS, float("nan"), scale)
+
+
+@triton.jit
+def row_absmax_bits(x, columns, TILE: tl.constexpr):
+    """x: pointer to a row of `columns` numbers -> the bits of its absmax."""
+    column = tl.arange(0, TILE)
+    absmax = tl.zeros((TILE,), tl.int32)
+    for start in range(0, columns, TILE):
+        values = tl.load(x + start + column, mask=start + column < columns, other=0.0)
+        absmax = tl.maximum(absmax, magnitude_bits(widen(values)))
+    return tl.max(absmax, axis=0)
+
+
+@triton.jit
+def spread(per_array, ARRAY_BLOCKS: tl.constexpr):
+    """[A] -> [B]: each array's value for each of its blocks."""
+    repeated = tl.broadcast_to(per_array[:, None], (per_array.shape[0], ARRAY_BLOCKS))
+    return tl.reshape(repeated, (per_array.shape[0] * ARRAY_BLOCKS,))
+
+
+@triton.jit
+def array_scales(x, tensor_scale, ARRAY_BLOCKS: tl.constexpr):
+    """x fp32 [B, 8] -> E4M3 bytes int32 [A] of its block arrays, and whether each array's values are usable."""
+    block_max = tl.max(magnitude_bits(x), axis=1)  # [B]
+    absmax_bits = tl.max(tl.reshape(block_max, (x.shape[0] // ARRAY_BLOCKS, ARRAY_BLOCKS)), axis=1)  # [A]
+    ratio = tl.div_rn(tl.div_rn(absmax_bits.to(tl.float32, bitcast=True), LARGEST_ENTRY), tensor_scale)
+    ratio = tl.where(ratio == ratio, ratio, 0.0)  # both quotients may underflow, to 0 / 0
+    byte = tl.where(absmax_bits == 0, 0, e4m3_byte(ratio))
+    finite = (absmax_bits < INFINITY_BITS) & (magnitude_bits(tensor_scale) < INFINITY_BITS)
+    return tl.where(finite, byte, NAN_BYTE)
+
+
+@triton.jit
+def to_grid(x, scale_bytes, tensor_scale, ARRAY_BLOCKS: tl.constexpr):
+    """x fp32 [B, 8], E4M3 bytes int32 [A] -> grid values int32 [B, 8]; 0 where the divisor is 0 or NaN."""
+    divisor = e4m3_value(scale_bytes) * tensor_scale  # [A]
+    usable = (divisor != 0.0) & (divisor == divisor)
+    divisor = tl.where(usable, divisor, float("inf"))
+    normalised = tl.div_rn(x, spread(divisor, ARRAY_BLOCKS)[:, None])
+    normalised = tl.where(normalised == normalised, normalised, 0.0)  # infinity / infinity
+    # Clamped before it is rounded, which is the same, as the limit is an integer.
+    return round_half_even(tl.minimum(tl.maximum(normalised * GRID_STEPS, -GRID_LIMIT), GRID_LIMIT))
+
+
+@triton.jit
+def buckets(grid):
+    """Grid values int32 -> rows of `Lookup`'s tables."""
+    return tl.minimum(tl.maximum((grid - 1) >> 3, FIRST), LAST) - FIRST
+
+
+@triton.jit
+def choose_codebooks(grid, bucket, entries, NUM_CODEBOOKS: tl.constexpr):
+    """grid and bucket int32 [B, 8], `Lookup.entries` -> selectors int32 [B]."""
+    WORDS: tl.constexpr = (NUM_CODEBOOKS + 3) // 4
+    selectors = tl.zeros((grid.shape[0],), tl.int32)
+    if NUM_CODEBOOKS > 1:
+        best = tl.full((grid.shape[0],), 2**31 - 1, tl.int32)
+        for k in tl.static_range(NUM_CODEBOOKS):
+            if k % 4 == 0:
+                word = tl.load(entries + bucket * WORDS + k // 4)
+            entry = (word << (24 - 8 * (k % 4))) >> 24  # sign-extended
+            cost = tl.sum(entry * ((entry << 3) - grid), axis=1)  # [B], (squared distance - grid**2) / 32
+            selectors = tl.where(cost < best, k, selectors)
+            best = tl.minimum(cost, best)
+    return selectors

@@ -1,0 +1,165 @@
+"""The `lobcq::` ops by Triton kernels: what bind.py registers for CUDA tensors.
+
+The prepacked ops wait for nothing on the host, so that CUDA graphs can hold them. Those on weights as they are stored
+look up tables by the codebooks' values, which they wait for.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lobcq_fx.errors import LobcqError
+from lobcq_fx.format import FormatSpec, scale_product
+from lobcq_fx.kernels.triton.decode_gemm import MAX_ROWS, decode_gemm
+from lobcq_fx.kernels.triton.dequantize import dequantize
+from lobcq_fx.kernels.triton.encode import Packed, encode_rows
+from lobcq_fx.kernels.triton.encode_operand import encode_operand
+from lobcq_fx.kernels.triton.lookup import Lookup
+from lobcq_fx.kernels.triton.operands import Activation, Epilogue
+from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
+from lobcq_fx.kernels.triton.weight_layout import WeightLines
+from lobcq_fx.ops.schemas import NO_GRADIENT
+
+INTEGER_ARRAY = 128
+"""Prefill multiplies integers from this L_A on: scaling each array costs about half of what it saves. Not measured."""
+
+
+def linear_prepacked(
+    x: Tensor,
+    activation_tables: Tensor,
+    static_scale: Tensor | None,
+    weights: list[Tensor],
+    tensor_scales: list[Tensor],
+    weight_tables: Tensor,
+    biases: list[Tensor],
+    out_features: list[int],
+    array_size: int,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """`lobcq::linear_prepacked` (W4A4)."""
+    _refuse_gradient(x)
+    lookup, rows = Lookup.from_bytes(activation_tables), _rows(x)
+    spec = FormatSpec(lookup.codebooks.shape[0], array_size)
+    static = None if static_scale is None else static_scale.float()
+    integers = rows.shape[0] <= MAX_ROWS or array_size >= INTEGER_ARRAY
+    a = encode_operand(rows, lookup, spec, static, integers)
+    results = _products(a, x.shape[-1], weights, tensor_scales, weight_tables, biases, out_features, array_size, dtype)
+    return [out.view(*x.shape[:-1], out.shape[1]) for out in results]
+
+
+def linear_prepacked_float_activation(
+    x: Tensor,
+    weights: list[Tensor],
+    tensor_scales: list[Tensor],
+    weight_tables: Tensor,
+    biases: list[Tensor],
+    out_features: list[int],
+    array_size: int,
+) -> list[Tensor]:
+    """`lobcq::linear_prepacked.float_activation` (W4A16)."""
+    _refuse_gradient(x)
+    a, columns = Activation(_rows(x)), x.shape[-1]
+    results = _products(a, columns, weights, tensor_scales, weight_tables, biases, out_features, array_size, x.dtype)
+    return [out.view(*x.shape[:-1], out.shape[1]) for out in results]
+
+
+def quantize_activation(x: Tensor, codebooks: Tensor, array_size: int, static_scale: Tensor | None = None) -> Packed:
+    """`lobcq::quantize_activation`."""
+    spec, leading = FormatSpec(codebooks.shape[0], array_size), x.shape[:-1]
+    static = None if static_scale is None else static_scale.float()
+    parts = encode_rows(_rows(x.detach()), _lookup(codebooks), spec, static)
+    codes, selectors, scales, tensor_scale = (part.view(*leading, part.shape[1]) for part in parts)
+    return codes, selectors, scales, tensor_scale
+
+
+def linear(
+    codes: Tensor,
+    selectors: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor,
+    codebooks: Tensor,
+    w_codes: Tensor,
+    w_selectors: Tensor,
+    w_scales: Tensor,
+    w_tensor_scale: Tensor,
+    w_codebooks: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    array_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`lobcq::linear`, by torch on what the kernels decode."""
+    a = _scaled_entries(codes, selectors, scales, codebooks, in_features, array_size)
+    w = _scaled_entries(w_codes, w_selectors, w_scales, w_codebooks, in_features, array_size)
+    out = scale_product(a @ w.t(), tensor_scale.reshape(-1, 1), w_tensor_scale, bias)
+    return out.to(dtype).view(*codes.shape[:-1], w_codes.shape[0])
+
+
+def linear_float_activation(
+    x: Tensor,
+    w_codes: Tensor,
+    w_selectors: Tensor,
+    w_scales: Tensor,
+    w_tensor_scale: Tensor,
+    w_codebooks: Tensor,
+    bias: Tensor | None,
+    array_size: int,
+) -> Tensor:
+    """`lobcq::linear.float_activation`, by torch on what the kernels decode."""
+    w = _scaled_entries(w_codes, w_selectors, w_scales, w_codebooks, x.shape[-1], array_size) * w_tensor_scale
+    return torch.nn.functional.linear(x.float(), w, None if bias is None else bias.float()).to(x.dtype)
+
+
+def _products(
+    a: Activation,
+    columns: int,
+    weights: list[Tensor],
+    tensor_scales: list[Tensor],
+    weight_tables: Tensor,
+    biases: list[Tensor],
+    out_features: list[int],
+    array_size: int,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    codebooks = Lookup.from_bytes(weight_tables).codebooks
+    spec = FormatSpec(codebooks.shape[0], array_size)
+    gemm = decode_gemm if a.values.shape[0] <= MAX_ROWS else prefill_gemm
+    results = []
+    for weight, scale, bias, outputs in zip(weights, tensor_scales, biases, out_features, strict=True):
+        lines = WeightLines.of(weight, spec, outputs, columns)
+        epilogue = Epilogue(scale, bias if bias.numel() else None)
+        results.append(gemm(a, lines, codebooks, spec, outputs, epilogue, dtype))
+    return results
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K] whose last dimension is contiguous."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return rows if rows.shape[1] <= 1 or rows.stride(1) == 1 else rows.contiguous()
+
+
+def _scaled_entries(
+    codes: Tensor, selectors: Tensor, scales: Tensor, codebooks: Tensor, columns: int, array_size: int
+) -> Tensor:
+    """Entry times block-array scale, fp32 [R, K], of an operand with any leading dimensions."""
+    codes, selectors, scales = (_rows(part).contiguous() for part in (codes, selectors, scales))
+    spec = FormatSpec(codebooks.shape[0], array_size)
+    return dequantize(codes, selectors, scales, None, codebooks.contiguous(), spec, columns, torch.float32)
+
+
+def _lookup(codebooks: Tensor) -> Lookup:
+    return _cached_lookup(tuple(codebooks.flatten().tolist()), tuple(codebooks.shape), codebooks.device)
+
+
+@lru_cache(maxsize=32)
+def _cached_lookup(entries: tuple[int, ...], shape: tuple[int, ...], device: torch.device) -> Lookup:
+    return Lookup.of(torch.tensor(entries, dtype=torch.int8, device=device).view(shape))
+
+
+def _refuse_gradient(x: Tensor) -> None:
+    """No autograd formula stands between the dispatcher and the prepacked ops: one would run on every call."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise LobcqError(NO_GRADIENT)

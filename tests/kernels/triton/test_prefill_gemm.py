@@ -1,0 +1,100 @@
+"""Linears of many rows against float64 products of what `lobcq_fx.format` decodes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode
+from lobcq_fx.kernels.triton import prefill_gemm as module
+from lobcq_fx.kernels.triton.encode_operand import encode_operand
+from lobcq_fx.kernels.triton.lookup import Lookup
+from lobcq_fx.kernels.triton.operands import Activation, Epilogue
+from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
+from tests.format.cases import ALL_SPECS
+from tests.kernels.triton.operands import DEVICE, Weight, activation, assert_product, weight
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def product(a: Activation, w: Weight, dtype: torch.dtype = torch.float32, **epilogue: Tensor) -> Tensor:
+    tail = Epilogue(w.scale, **epilogue)
+    return prefill_gemm(a, w.lines, w.codebooks, w.encoded.spec, w.encoded.shape[0], tail, dtype)
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+def test_every_format_and_plan(spec: FormatSpec) -> None:
+    """Integer and fp16 plans, and float activations in bf16."""
+    w, x = weight(spec, 20, 200), activation(3, 200)
+    lookup = Lookup.of(w.codebooks)
+    expected = decode(encode(x, spec, w.encoded.codebooks, absmax_row_scale(x)))
+    for integers in (True, False):
+        assert_product(product(encode_operand(x.to(DEVICE), lookup, spec, None, integers), w), expected, w.encoded)
+    half = x.bfloat16()
+    assert_product(product(Activation(half.to(DEVICE)), w), half, w.encoded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "shape"), [(1, (1, 1)), (130, (16, 100)), (150, (140, 200))], ids=str)
+def test_shapes(dtype: torch.dtype, rows: int, shape: tuple[int, int]) -> None:
+    """Tiles left over in both directions, and groups of tiles that are not full."""
+    w, x = weight(FormatSpec(8, 64), *shape), activation(rows, shape[1]).to(dtype)
+    assert_product(product(Activation(x.to(DEVICE)), w), x, w.encoded)
+
+
+def test_more_tiles_of_rows_than_a_group_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "GROUP", 2)
+    w, x = weight(FormatSpec(8, 64), 140, 64), activation(330, 64).half()
+    assert_product(product(Activation(x.to(DEVICE)), w), x, w.encoded)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_epilogue(dtype: torch.dtype) -> None:
+    """Row scales and bias before the rounding, the residual after it: the bits of the graph that is not fused."""
+    w, x = weight(FormatSpec(8, 64), 20, 200), activation(18, 200).half()
+    a = Activation(x.to(DEVICE), row_scales=torch.rand(18, 1, device=DEVICE))
+    bias, residual = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((20,), (18, 20)))
+    scaled = product(a, w, dtype, bias=bias)
+    assert a.row_scales is not None
+    assert_product(scaled, x.double() * a.row_scales.cpu(), w.encoded, bias)
+    assert torch.equal(product(a, w, dtype, bias=bias, residual=residual), scaled + residual)
+
+
+@pytest.mark.parametrize("array_size", [32, 128])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_extreme_entries_do_not_overflow(array_size: int, sign: int) -> None:
+    """Every product is 31 * 31 and of one sign, with the largest scales."""
+    spec = FormatSpec(2, array_size)
+    books = torch.tensor([[-31] * 8 + [31] * 8] * 2, dtype=torch.int8)
+    x, values = torch.full((2, 512), sign * 2.0), torch.full((20, 512), 0.3)
+    values[1::2] *= -1
+    w = weight(spec, 20, 512, values=values, books=books)
+    a, lookup = encode(x, spec, books, absmax_row_scale(x)), Lookup.of(books.to(DEVICE))
+    for integers in (True, False):
+        assert_product(product(encode_operand(x.to(DEVICE), lookup, spec, None, integers), w), decode(a), w.encoded)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("integers", [True, False])
+def test_a_non_finite_row_gives_nan_and_disturbs_no_other(bad: float, integers: bool) -> None:
+    w, x = weight(FormatSpec(), 20, 200), activation(4, 200)
+    lookup = Lookup.of(w.codebooks)
+    clean = product(encode_operand(x.to(DEVICE), lookup, FormatSpec(), None, integers), w)
+    x[2, 123] = bad
+    others = [0, 1, 3]
+    out = product(encode_operand(x.to(DEVICE), lookup, FormatSpec(), None, integers), w)
+    assert bool(out[2].isnan().all())
+    assert torch.equal(out[others], clean[others])
+
+
+def test_entries_in_small_arrays_are_refused() -> None:
+    w = weight(FormatSpec(8, 16), 20, 64)
+    a = Activation(torch.zeros(3, 64, dtype=torch.int8, device=DEVICE))
+    with pytest.raises(ValueError, match="format 8x16 has arrays below 32: encode to scaled entries"):
+        product(a, w)
+
+
+def test_no_rows() -> None:
+    w = weight(FormatSpec(), 20, 64)
+    assert product(Activation(torch.empty(0, 64, device=DEVICE)), w).shape == (0, 20)

@@ -1,0 +1,155 @@
+"""The ops' implementations against the default ones and float64 products. Without a GPU they are called directly."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lobcq_fx.ops
+from lobcq_fx.errors import LobcqError
+from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
+from lobcq_fx.kernels.triton import torch_ops
+from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
+from lobcq_fx.passes.packed_weight import PackedWeight
+from tests.kernels.triton.operands import DEVICE, assert_product, assert_same_bits, parts
+
+OUTPUTS = (33, 16, 1)
+STATIC = torch.tensor(1e-4)
+CONFIGS = ["1x16", "2x32", "8x64", "16x128"]
+
+
+class Linears:
+    """Three linears of one activation, the second without a bias."""
+
+    def __init__(self, columns: int, spec: FormatSpec | None = None) -> None:
+        generator = torch.Generator().manual_seed(columns)
+        self.spec = spec or FormatSpec()
+        self.codebooks = universal_codebooks(self.spec.num_codebooks)
+        layout = CudaWeightLayout()
+        self.tables = layout.tables(self.codebooks).to(DEVICE)
+        floats = [torch.randn(n, columns, generator=generator) * 0.05 for n in OUTPUTS]
+        self.encoded = [encode(w, self.spec, self.codebooks) for w in floats]
+        self.biases = [torch.empty(0) if i == 1 else torch.randn(n, generator=generator) for i, n in enumerate(OUTPUTS)]
+        self.weights = [layout.pack(parts(w), self.spec, columns) for w in self.encoded]
+
+    @property
+    def rest(self) -> list:
+        scales = [w.tensor_scale.to(DEVICE) for w in self.encoded]
+        biases = [bias.to(DEVICE) for bias in self.biases]
+        return [self.weights, scales, self.tables, biases, list(OUTPUTS), self.spec.array_size]
+
+    def w4a4(self, x: Tensor, static: Tensor | None = None) -> list[Tensor]:
+        static = None if static is None else static.to(DEVICE)
+        return torch_ops.linear_prepacked(x.to(DEVICE), self.tables, static, *self.rest, torch.float32)
+
+    def w4a16(self, x: Tensor) -> list[Tensor]:
+        return torch_ops.linear_prepacked_float_activation(x.to(DEVICE), *self.rest)
+
+    def fake_quantized(self, x: Tensor, static: Tensor | None = None) -> Tensor:
+        rows = x.float().reshape(-1, x.shape[-1])
+        scale = absmax_row_scale(rows) if static is None else static
+        return decode(encode(rows, self.spec, self.codebooks, scale))
+
+    def check(self, results: list[Tensor], x: Tensor, rows: Tensor) -> None:
+        """The results are those of rows [M, K], the values that x stands for."""
+        assert [tuple(out.shape) for out in results] == [(*x.shape[:-1], n) for n in OUTPUTS]
+        assert all(out.is_contiguous() for out in results)
+        weights: list[Encoded] = self.encoded
+        for out, w, bias in zip(results, weights, self.biases, strict=True):
+            assert_product(out.reshape(-1, out.shape[-1]), rows, w, bias.float() if bias.numel() else None)
+
+
+def values(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("shape", [(64,), (3, 6, 70), (0, 64)], ids=str)
+def test_prepacked(name: str, shape: tuple[int, ...]) -> None:
+    """Few rows, and more than the kernel for few rows takes."""
+    linears, x = Linears(shape[-1], FormatSpec.from_name(name)), values(*shape)
+    linears.check(linears.w4a4(x), x, linears.fake_quantized(x))
+    linears.check(linears.w4a16(x), x, x.reshape(-1, shape[-1]))
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_a_static_scale(rows: int) -> None:
+    linears, x = Linears(100), values(rows, 100)
+    linears.check(linears.w4a4(x, STATIC), x, linears.fake_quantized(x, STATIC))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    linears, x = Linears(200), values(5, 200).to(dtype)
+    linears.biases = [bias.to(dtype) for bias in linears.biases]
+    results = linears.w4a16(x)
+    assert {out.dtype for out in results} == {dtype}
+    linears.check(results, x, x.float())
+
+
+@pytest.mark.parametrize(
+    "x",
+    [values(4, 3, 400)[..., 100:300], values(8, 200)[::2], values(200, 6).t(), values(4, 400)[:, ::2]],
+    ids=["a slice", "every other row", "transposed", "strided within rows"],
+)
+def test_activations_as_they_lie(x: Tensor) -> None:
+    linears = Linears(200)
+    for actual, expected in zip(linears.w4a4(x), linears.w4a4(x.contiguous()), strict=True):
+        assert torch.equal(actual, expected)
+    for actual, expected in zip(linears.w4a16(x), linears.w4a16(x.contiguous()), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("shape", [(2, 3, 100), (0, 64)], ids=str)
+def test_the_ops_on_stored_weights_equal_the_default_ones(name: str, shape: tuple[int, ...]) -> None:
+    spec, x = FormatSpec.from_name(name), values(*shape).bfloat16()
+    books, bias = universal_codebooks(spec.num_codebooks), values(20).bfloat16()
+    w = encode(values(20, shape[-1]), spec, books)
+    stored = (w.codes, w.selectors, w.scales, w.tensor_scale, books)
+    on_device = tuple(part.to(DEVICE) for part in stored)
+    for static in (None, STATIC):
+        expected = lobcq_fx.ops.quantize_activation(x, books, spec.array_size, static)
+        device_static = None if static is None else static.to(DEVICE)
+        actual = torch_ops.quantize_activation(x.to(DEVICE), books.to(DEVICE), spec.array_size, device_static)
+        for one, other in zip(actual, expected, strict=True):
+            assert_same_bits(one, other)
+        tail = (shape[-1], spec.array_size, torch.float32)
+        out = torch_ops.linear(*actual, books.to(DEVICE), *on_device, bias.to(DEVICE), *tail)
+        assert_close(out, lobcq_fx.ops.linear(*expected, books, *stored, bias, *tail))
+    out = torch_ops.linear_float_activation(x.to(DEVICE), *on_device, bias.to(DEVICE), spec.array_size)
+    assert_close(out, lobcq_fx.ops.linear_float_activation(x, *stored, bias, spec.array_size))
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    """On the CPU both are torch's products of equal bits; a GPU may add in another order."""
+    tolerance = {"rtol": 0, "atol": 0} if DEVICE.type == "cpu" else {}
+    torch.testing.assert_close(actual.cpu(), expected, **tolerance)
+
+
+def test_a_gradient_is_refused() -> None:
+    linears, x = Linears(64), values(3, 64).requires_grad_()
+    for call in (linears.w4a4, linears.w4a16):
+        with pytest.raises(LobcqError, match="inference only"):
+            call(x)
+        with torch.no_grad():
+            call(x)
+
+
+def test_a_weight_module_holds_this_layout_and_saves_what_is_stored() -> None:
+    """The layout of docs/extending.md's protocol: repacked, copied, pickled, saved and restored."""
+    linears = Linears(200)
+    module = PackedWeight(linears.encoded[0])
+    stored = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    module.repack(CudaWeightLayout())
+    for one in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert isinstance(one, nn.Module)
+        assert torch.equal(one.prepacked, linears.weights[0].cpu())
+        state = one.state_dict()
+        assert state.keys() == stored.keys()
+        for name, tensor in stored.items():
+            assert_same_bits(state[name], tensor)
