@@ -117,7 +117,7 @@ def export(folders: Folders, name: str) -> dict[str, Any]:
         "disk_to_packed": summary.size / packed,
         "difference_functions": summary.differences.functions,
         "difference_library": summary.differences.library,
-        "difference_by_rounding": summary.differences.rounding,
+        "moved_codes": summary.differences.moved_codes,
         "fused_attentions": summary.fused_attentions,
     }
 

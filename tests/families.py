@@ -55,9 +55,11 @@ CAUSAL_LMS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
 }  # fmt: skip
 
 
-def causal_lm(family: str) -> PreTrainedModel:
+def causal_lm(family: str, **changes: int) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CAUSAL_LMS[family]()).eval()
+    config = CAUSAL_LMS[family]()
+    config.update(changes)
+    model = AutoModelForCausalLM.from_config(config).eval()
     # Random initialisation is so small that every prediction looks alike; larger weights make them differ.
     with torch.no_grad():
         for parameter in model.parameters():

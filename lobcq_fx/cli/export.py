@@ -104,7 +104,7 @@ def _values(summary: ExportSummary, seconds: float) -> dict[str, Any]:
         "bytes": summary.size,
         "difference_with_function_bodies": summary.differences.functions,
         "difference_with_library": summary.differences.library,
-        "difference_by_rounding": summary.differences.rounding,
+        "moved_codes": summary.differences.moved_codes,
         "fused_attentions": summary.fused_attentions,
         "unfused_attentions": list(summary.unfused_attentions),
         "left_in_float": [{"layer": layer, "reason": reason} for layer, reason in summary.left_in_float],
@@ -127,7 +127,9 @@ def _print(summary: ExportSummary, result: dict[str, Any], *, causal: bool) -> N
     table.add_row("Largest difference to torch", f"{summary.differences.functions:.2g} of the largest value")
     if summary.differences.library is not None:
         table.add_row("The same with the op library", f"{summary.differences.library:.2g}")
-    table.add_row("What rounding makes in torch", f"{summary.differences.rounding:.2g}")
+    table.add_row(
+        "Codes that rounding moved", f"{100 * summary.differences.moved_codes:.2g} % of an activation's at most"
+    )
     table.add_row("Attention", f"{summary.fused_attentions} fused, {len(summary.unfused_attentions)} not")
     table.add_row("onnxruntime-genai", "yes" if summary.genai is None else f"no: {summary.genai}")
     table.add_row("Time", f"{result['seconds']:.1f} s")

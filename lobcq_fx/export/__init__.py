@@ -6,8 +6,8 @@ Alone in this package, this part imports onnx, onnxscript and onnxruntime, and o
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -106,10 +106,11 @@ def check_packages(needed: Mapping[str, str] = NEEDED) -> None:
     for package, oldest in needed.items():
         if importlib.util.find_spec(package) is None:
             raise ExportError(f'ONNX export needs {package}: pip install "lobcq-fx[onnx]"')
-        version = importlib.metadata.version(package)
+        # Not its distribution's: onnxruntime comes in several, under other names.
+        version = importlib.import_module(package).__version__
         if _parsed(version) < _parsed(oldest):
             raise ExportError(f'ONNX export needs {package} {oldest}, this is {version}: pip install "lobcq-fx[onnx]"')
 
 
 def _parsed(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

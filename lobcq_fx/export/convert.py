@@ -23,6 +23,9 @@ from lobcq_fx.export.translation import translation_table
 from lobcq_fx.export.unsupported import explain
 from lobcq_fx.integrations.transformers_onnx import conversion_fixes, fix_onnx_program
 
+OUTPUT = "lobcq_output."
+"""Outputs while the graph is made: the names they end with may be those of inner values."""
+
 
 def to_onnx(module: FlatModule, signature: Signature, *, fuse: bool) -> ir.Model:
     """Convert, and add the function bodies of the operators that the graph uses.
@@ -42,7 +45,7 @@ def to_onnx(module: FlatModule, signature: Signature, *, fuse: bool) -> ir.Model
                 program,
                 (),
                 input_names=list(signature.inputs),
-                output_names=list(signature.outputs),
+                output_names=[f"{OUTPUT}{index}" for index in range(len(signature.outputs))],
                 custom_translation_table={**translations, **translation_table()},
                 opset_version=OPSET,
                 dynamo=True,
@@ -60,6 +63,7 @@ def to_onnx(module: FlatModule, signature: Signature, *, fuse: bool) -> ir.Model
         with _quiet():
             use_runtime_operators(model)
     _name_dimensions(model, signature.dynamic)
+    _name_outputs(model.graph, signature)
     add_function_bodies(model)
     model.producer_name = "lobcq_fx"
     return model
@@ -86,6 +90,17 @@ def _dynamic(tensor: Tensor, names: Mapping[int, str]) -> dict[int, object]:
     return {dim: Dim.AUTO if dim in names else Dim.STATIC for dim in range(tensor.dim())}
 
 
+def _name_outputs(graph: ir.Graph, signature: Signature) -> None:
+    """Only now: before, a name may be an inner value's, which gets another one."""
+    taken = {*signature.inputs, *signature.outputs}
+    inner = [value for node in graph.all_nodes() for value in node.outputs] + list(graph.initializers.values())
+    for value in inner:
+        if value.name in taken:
+            value.name = f"{value.name}_inner"
+    for value, name in zip(graph.outputs, signature.outputs, strict=True):
+        value.name = name
+
+
 def _name_dimensions(model: ir.Model, dynamic: Mapping[str, Mapping[int, str]]) -> None:
     """Give the free dimensions of the inputs their names, wherever they occur."""
     renamed: dict[str, str] = {}
@@ -93,7 +108,9 @@ def _name_dimensions(model: ir.Model, dynamic: Mapping[str, Mapping[int, str]]) 
         for dim, name in dynamic[str(value.name)].items():
             assert value.shape is not None
             size = value.shape[dim]
-            if isinstance(size, ir.SymbolicDim) and size.value is not None:
+            if isinstance(size, int):
+                raise ExportError(f"dimension {dim} of input {value.name} was free and became {size} in the export")
+            if size.value is not None:
                 renamed.setdefault(size.value, name)
     for value in _values(model.graph):
         if value.shape is not None:

@@ -16,7 +16,7 @@ from lobcq_fx.errors import ExportError
 from lobcq_fx.export.attention import use_group_query_attention
 from lobcq_fx.export.convert import to_onnx
 from lobcq_fx.export.genai import GENAI_CONFIG, write_genai_files
-from lobcq_fx.export.library import LIBRARY_COPY, copy_library
+from lobcq_fx.export.library import LIBRARY_COPY, copy_library, get_library_path
 from lobcq_fx.export.matmulnbits import lower_linears, use_float_activations
 from lobcq_fx.export.metadata import MODEL, is_export, metadata_of
 from lobcq_fx.export.schemas import DOMAIN
@@ -29,7 +29,11 @@ from lobcq_fx.storage.atomic_folder import replace_folder
 
 DATA = f"{MODEL}.data"
 
-PARTS = (DATA, GENAI_CONFIG, LIBRARY_COPY)
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+PARTS = (DATA, GENAI_CONFIG, LIBRARY_COPY, "config.json", "generation_config.json", *TOKENIZER_FILES)
 """Files that belong to one export, besides the model's."""
 
 EXTERNAL_FROM = 1 << 20
@@ -79,18 +83,20 @@ def write_folder(
         raise ExportError(f"target is {target!r}: it may be 'custom' or 'matmulnbits'")
     if include_library and target != "custom":
         raise ExportError(f"target {target!r} needs no op library: leave include_library out")
+    if include_library:
+        get_library_path()  # there is none? say so before the long work
     signature = signature_of(q, example_inputs)
     progress("convert", 0, 1)
     graph = stored_module(q, last_logits_only=last_logits_only)
     if target == "matmulnbits":
         use_float_activations(graph)
-    reference = FlatModule(copy.deepcopy(graph))
+    reference = copy.deepcopy(graph)
     if target == "matmulnbits":
         lower_linears(graph, q.graph_module)
     causal = q.calling if isinstance(q.calling, CausalLMCall) else None
     fused, unfused = use_group_query_attention(graph, causal) if fuse and causal else (0, ())
     model = to_onnx(FlatModule(graph), signature, fuse=fuse)
-    model.metadata_props.update(metadata_of(q))
+    model.metadata_props.update(metadata_of(q, one_sequence=bool(fused), last_logits_only=last_logits_only))
     progress("convert", 1, 1)
     with replace_folder(out, is_export, PARTS) as folder:
         size = _save(model, folder)

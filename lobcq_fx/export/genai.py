@@ -31,13 +31,16 @@ def write_genai_files(folder: Path, q: QuantizedModel, library: str | None) -> s
         return "its layers' caches differ in shape"
     if "attention_mask" not in calling.inputs:
         return "it takes no attention_mask"
-    text = json.dumps(_config(q, calling, library), indent=2)
+    generation: Any = q.generation_config
+    if generation.eos_token_id is None:
+        return "its generation_config has no eos_token_id"
+    text = json.dumps(_config(q, calling, generation, library), indent=2)
     (folder / GENAI_CONFIG).write_text(text + "\n", encoding="utf-8")
     return None
 
 
-def _config(q: QuantizedModel, calling: CausalLMCall, library: str | None) -> dict[str, Any]:
-    config, generation = q.config.get_text_config(), q.generation_config
+def _config(q: QuantizedModel, calling: CausalLMCall, generation: Any, library: str | None) -> dict[str, Any]:
+    config = q.config.get_text_config()
     length = getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None) or 2048
     (key_value_heads, head_size, _), *_ = calling.cache_heads
     session: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
@@ -47,16 +50,15 @@ def _config(q: QuantizedModel, calling: CausalLMCall, library: str | None) -> di
     if "position_ids" in calling.inputs:
         inputs["position_ids"] = "position_ids"
     inputs["past_key_names"], inputs["past_value_names"] = "past_key_values.%d.key", "past_key_values.%d.value"
-    end = getattr(generation, "eos_token_id", None)
-    padding = getattr(generation, "pad_token_id", None)
+    end, padding = generation.eos_token_id, generation.pad_token_id
     return {
         "model": {
             "type": "decoder",
             "vocab_size": calling.vocab_size,
             "context_length": length,
-            "bos_token_id": getattr(generation, "bos_token_id", None) or 0,
-            "eos_token_id": 0 if end is None else end,
-            "pad_token_id": (end[0] if isinstance(end, list) else end or 0) if padding is None else padding,
+            "bos_token_id": generation.bos_token_id or 0,
+            "eos_token_id": end,
+            "pad_token_id": (end[0] if isinstance(end, list) else end) if padding is None else padding,
             "decoder": {
                 "session_options": session,
                 "filename": MODEL,

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import onnx
+
 import lobcq_fx
 from lobcq_fx.errors import ExportError
 from lobcq_fx.export.schemas import VERSION
@@ -18,16 +20,25 @@ MODEL = "model.onnx"
 
 OP_VERSION = "lobcq.op_version"
 CALLING = "lobcq.calling"
+ONE_SEQUENCE = "lobcq.continues_one_sequence"
+"""1: several tokens after a cache are for a batch of one only, as ONNX Runtime's GroupQueryAttention has it."""
+
+LAST_LOGITS_ONLY = "lobcq.last_logits_only"
 
 
 def is_export(folder: Path) -> bool:
-    """Whether the folder looks like one of ours."""
-    return (folder / MODEL).is_file()
+    """Whether `export_onnx` wrote the folder's model."""
+    try:
+        proto = onnx.load(str(folder / MODEL), load_external_data=False)
+    except Exception:  # no file, or none of ONNX's: protobuf's exceptions differ between its implementations
+        return False
+    return any(entry.key == OP_VERSION for entry in proto.metadata_props)
 
 
-def metadata_of(q: QuantizedModel) -> dict[str, str]:
-    """The version of the operators, and for a language model how its graph is called, as JSON."""
+def metadata_of(q: QuantizedModel, *, one_sequence: bool, last_logits_only: bool) -> dict[str, str]:
+    """The version of the operators; for a language model how its graph is called, as JSON, and what it cannot do."""
     metadata = {"lobcq_fx.version": lobcq_fx.__version__, OP_VERSION: str(VERSION)}
+    metadata |= {ONE_SEQUENCE: str(int(one_sequence)), LAST_LOGITS_ONLY: str(int(last_logits_only))}
     if isinstance(q.calling, CausalLMCall):
         inputs = tuple(name for name in q.calling.inputs if name != KEPT)
         calling = dataclasses.replace(q.calling, inputs=inputs, cache_dtype="float32")

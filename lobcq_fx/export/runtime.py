@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,51 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrainedModel
 
-from lobcq_fx.errors import ExportError
+from lobcq_fx.errors import CallError, ExportError
 from lobcq_fx.export.library import register
-from lobcq_fx.export.metadata import MODEL, causal_lm_call, check_op_version, is_export
+from lobcq_fx.export.metadata import LAST_LOGITS_ONLY, MODEL, ONE_SEQUENCE, causal_lm_call, check_op_version
 from lobcq_fx.integrations.causal_lm import CausalLMForward, graph_config
+from lobcq_fx.integrations.causal_lm_call import CausalLMCall
+
+DTYPES = {"tensor(int64)": torch.int64, "tensor(float)": torch.float32}
+"""Of the inputs that exported language models have."""
 
 
 class _SessionModel:
     """Calls an ONNX Runtime session as the model that it was exported from was called."""
 
+    session: ort.InferenceSession
+    calling: CausalLMCall
+    metadata: Mapping[str, str]
+
     def forward(self, **call: Any) -> Any:
-        """The output class of the float model."""
-        inputs = self.calling.flatten((), call)  # type: ignore[attr-defined]
-        return self.calling.unflatten(self.run(inputs), (), call)  # type: ignore[attr-defined]
+        """The output class of the float model.
+
+        Raises:
+            CallError: the exported graph cannot serve the call.
+        """
+        inputs = self.calling.flatten((), call)
+        batch, length = inputs[0].shape
+        cached = inputs[-1].shape[2]
+        if self.metadata[ONE_SEQUENCE] == "1" and batch > 1 and length > 1 and cached:
+            raise CallError(
+                f"{length} tokens after a cache of {cached} for a batch of {batch}: ONNX Runtime's GroupQueryAttention"
+                " takes them for a batch of one. Remedy: one token at a time, or an export with fuse=False"
+            )
+        kept = call.get("logits_to_keep")
+        if self.metadata[LAST_LOGITS_ONLY] == "1" and (
+            call.get("labels") is not None or isinstance(kept, Tensor) or (kept or 0) > 1
+        ):
+            raise CallError("the graph returns the logits of the last position: export without last_logits_only")
+        return self.calling.unflatten(self.run(inputs), (), call)
 
     def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The graph's outputs, fp32, for its inputs in order."""
-        feeds = {name: x.contiguous().numpy() for name, x in zip(self.input_names, inputs, strict=True)}  # type: ignore[attr-defined]
-        return [torch.from_numpy(output) for output in self.session.run(None, feeds)]  # type: ignore[attr-defined]
+        feeds = {
+            value.name: x.to(DTYPES[value.type]).contiguous().numpy()
+            for value, x in zip(self.session.get_inputs(), inputs, strict=True)
+        }
+        return [torch.from_numpy(output) for output in self.session.run(None, feeds)]
 
 
 class OnnxCausalLM(CausalLMForward, _SessionModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -50,7 +77,7 @@ class OnnxCausalLM(CausalLMForward, _SessionModel, PreTrainedModel, GenerationMi
             LobcqError: there is no op library.
         """
         directory = Path(directory)
-        if not is_export(directory):
+        if not (directory / MODEL).is_file():
             raise ExportError(f"{directory} holds no {MODEL}: pass a folder that export_onnx wrote")
         session = _session(directory / MODEL, use_library=use_library, threads=threads)
         metadata = session.get_modelmeta().custom_metadata_map
@@ -58,8 +85,7 @@ class OnnxCausalLM(CausalLMForward, _SessionModel, PreTrainedModel, GenerationMi
         calling = causal_lm_call(metadata)
         super().__init__(graph_config(AutoConfig.from_pretrained(directory)))
         self.generation_config = GenerationConfig.from_pretrained(directory)
-        self.session, self.calling = session, calling
-        self.input_names = [value.name for value in session.get_inputs()]
+        self.session, self.calling, self.metadata = session, calling, metadata
 
     @property
     def device(self) -> torch.device:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from lobcq_fx.errors import ExportError
@@ -92,7 +92,14 @@ def _module(q: QuantizedModel, calling: ModuleCall, example_inputs: Any) -> Sign
         name: {dim: f"{name}_{dim}" for dim, size in enumerate(shape) if size is None}
         for name, shape in zip(names, calling.shapes, strict=True)
     }
-    outputs = tuple(_leaf_names(calling.outputs, "output"))
+    outputs = tuple(name if name not in names else f"{name}_out" for name in _leaf_names(calling.outputs, "output"))
+    (results,) = next(iter(q.stored_graph.find_nodes(op="output"))).args
+    for name, value in zip(outputs, results, strict=True):
+        if not isinstance(value, fx.Node):
+            raise ExportError(
+                f"output {name} is {value!r}, which no ONNX graph returns: wrap the model in a module that returns its"
+                " tensors alone, and quantize that"
+            )
     return Signature(dict(zip(names, tensors, strict=True)), outputs, dynamic, (tuple(tensors),))
 
 
@@ -112,6 +119,8 @@ def _token_example(calling: ModuleCall) -> dict[str, Tensor]:
 
 def _example(tensor: Tensor, shape: Sequence[int | None]) -> Tensor:
     """In fp32 as the exported graph, free dimensions of 1 repeated to 2, since export would bake them in."""
+    if not tensor.numel():
+        raise ExportError(f"example_inputs hold an empty tensor {list(tensor.shape)}: pass one with elements")
     tensor = tensor.float() if tensor.dtype in NARROW else tensor
     repeats = [2 if free is None and size == 1 else 1 for free, size in zip(shape, tensor.shape, strict=True)]
     return tensor.repeat(repeats) if repeats else tensor

@@ -13,7 +13,7 @@ from lobcq_fx.export.stored_module import PREFIX
 
 def explain(error: Exception, program: ExportedProgram) -> str:
     """Name the operator, the layer it follows, and what to do."""
-    reason = str(error.__cause__ or error).strip().splitlines()[0]
+    reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
     operator = re.search(r"target=torch\.ops\.([\w.]+)", reason)
     if operator is None:
         return f"the graph cannot be converted to ONNX: {reason}"

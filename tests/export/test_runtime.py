@@ -70,6 +70,21 @@ def test_loss_and_outputs(q, model):
         model(IDS, output_attentions=True)
 
 
+@torch.no_grad()
+def test_calls_that_an_export_cannot_serve_say_why(q, model, tmp_path):
+    mask = torch.ones(2, 7, dtype=torch.bool)  # the type that masks are often made in
+    ids = torch.arange(10, dtype=torch.int32).view(2, 5)
+    out = model(ids, attention_mask=mask[:, :5])
+    torch.testing.assert_close(out.logits, q(ids, attention_mask=mask[:, :5]).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(CallError, match="2 tokens after a cache of 5 for a batch of 2"):
+        model(ids[:, :2], attention_mask=mask, past_key_values=out.past_key_values)
+    export_onnx(q, tmp_path / "last", last_logits_only=True)
+    last = OnnxCausalLM(tmp_path / "last", threads=1)
+    for call in ({"labels": IDS}, {"logits_to_keep": 3}, {"logits_to_keep": torch.tensor([1])}):
+        with pytest.raises(CallError, match="export without last_logits_only"):
+            last(IDS, **call)
+
+
 def test_other_folders_are_refused(folder, tmp_path):
     with pytest.raises(ExportError, match=r"holds no model\.onnx"):
         OnnxCausalLM(tmp_path)
