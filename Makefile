@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 OUT := demo-output
 TEXT := lobcq_fx/assets/default_model/heldout.txt
 
-.PHONY: demo test lint unit sanitize oldest clean
+.PHONY: demo test lint unit unit-export unit-rest sanitize oldest clean
 
 demo: $(VENV)/.installed
 	@# The text only measures the activations here: universal codebooks and per-token scales need no calibration.
@@ -19,7 +19,9 @@ demo: $(VENV)/.installed
 	@echo
 	@echo "The quantized model is in $(OUT)/default-8x64, the report in $(OUT)/report.html."
 
-test: lint unit sanitize oldest
+# Two at a time: most tests use one core.
+test: $(VENV)/.installed
+	$(MAKE) --jobs=2 unit-export unit-rest lint sanitize oldest
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -27,8 +29,15 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: $(VENV)/.installed
-	$(BIN)/python -m pytest
+unit: unit-rest unit-export
+
+# About half of the time each.
+EXPORT_TESTS := tests/export tests/cli tests/benchmarking tests/kernels/triton
+unit-export: $(VENV)/.installed
+	$(BIN)/python -m pytest $(EXPORT_TESTS)
+
+unit-rest: $(VENV)/.installed
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(EXPORT_TESTS))
 
 # The core's tests once more, on a build with AddressSanitizer and UBSan, whose reports go to the process's stderr.
 # Python itself leaks at exit.
