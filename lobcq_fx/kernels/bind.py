@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 import lobcq_fx.ops  # noqa: F401  (defines the schemas that are implemented here)
-from lobcq_fx.format import FormatSpec, scale_product
+from lobcq_fx.format import FormatSpec
 from lobcq_fx.kernels.cpu.installed import cpu_core, tables_of
 from lobcq_fx.kernels.cpu.library import Core
 from lobcq_fx.kernels.cpu.operands import PackedOperand
 from lobcq_fx.kernels.cpu.weight_layout import CpuWeightLayout
+from lobcq_fx.kernels.stored_linears import StoredLinears
 from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
 from lobcq_fx.ops.schemas import (
     LINEAR,
@@ -64,8 +65,9 @@ def bind_cpu_core() -> bool:
     core.register_torch_ops()
     torch.library.impl(QUANTIZE_ACTIVATION, "CPU", _quantize_activation)
     torch.library.impl(QUANTIZE_WEIGHT, "CPU", _quantize_weight)
-    torch.library.impl(LINEAR, "CPU", _linear)
-    torch.library.impl(LINEAR_FLOAT_ACTIVATION, "CPU", _linear_float_activation)
+    stored = StoredLinears(_scaled_entries)
+    torch.library.impl(LINEAR, "CPU", stored.linear)
+    torch.library.impl(LINEAR_FLOAT_ACTIVATION, "CPU", stored.linear_float_activation)
     return True
 
 
@@ -133,43 +135,6 @@ def _quantize_weight(w: Tensor, codebooks: Tensor, array_size: int) -> tuple[Ten
     core, rows = _core(), w.detach().contiguous()
     packed = core.encode(tables_of(codebooks), rows, array_size, core.tensor_scale(rows))
     return packed.codes, packed.selectors, packed.scales.view(torch.float8_e4m3fn), packed.tensor_scale
-
-
-def _linear(
-    codes: Tensor,
-    selectors: Tensor,
-    scales: Tensor,
-    tensor_scale: Tensor,
-    codebooks: Tensor,
-    w_codes: Tensor,
-    w_selectors: Tensor,
-    w_scales: Tensor,
-    w_tensor_scale: Tensor,
-    w_codebooks: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    array_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    leading = codes.shape[:-1]
-    a = _scaled_entries(codes, selectors, scales, codebooks, in_features, array_size)
-    w = _scaled_entries(w_codes, w_selectors, w_scales, w_codebooks, in_features, array_size)
-    out = scale_product(a @ w.t(), tensor_scale.reshape(-1, 1), w_tensor_scale, bias)
-    return out.to(dtype).view(*leading, w_codes.shape[0])
-
-
-def _linear_float_activation(
-    x: Tensor,
-    w_codes: Tensor,
-    w_selectors: Tensor,
-    w_scales: Tensor,
-    w_tensor_scale: Tensor,
-    w_codebooks: Tensor,
-    bias: Tensor | None,
-    array_size: int,
-) -> Tensor:
-    w = _scaled_entries(w_codes, w_selectors, w_scales, w_codebooks, x.shape[-1], array_size) * w_tensor_scale
-    return torch.nn.functional.linear(x.float(), w, None if bias is None else bias.float()).to(x.dtype)
 
 
 def _scaled_entries(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.errors import LobcqError
-from lobcq_fx.format import FormatSpec, scale_product
+from lobcq_fx.format import FormatSpec
+from lobcq_fx.kernels.stored_linears import StoredLinears
 from lobcq_fx.kernels.triton.decode_gemm import MAX_ROWS, decode_gemm
 from lobcq_fx.kernels.triton.dequantize import dequantize
 from lobcq_fx.kernels.triton.encode import Packed, encode_rows
@@ -75,44 +76,6 @@ def quantize_activation(x: Tensor, codebooks: Tensor, array_size: int, static_sc
     return codes, selectors, scales, tensor_scale
 
 
-def linear(
-    codes: Tensor,
-    selectors: Tensor,
-    scales: Tensor,
-    tensor_scale: Tensor,
-    codebooks: Tensor,
-    w_codes: Tensor,
-    w_selectors: Tensor,
-    w_scales: Tensor,
-    w_tensor_scale: Tensor,
-    w_codebooks: Tensor,
-    bias: Tensor | None,
-    in_features: int,
-    array_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`lobcq::linear`, by torch on what the kernels decode."""
-    a = _scaled_entries(codes, selectors, scales, codebooks, in_features, array_size)
-    w = _scaled_entries(w_codes, w_selectors, w_scales, w_codebooks, in_features, array_size)
-    out = scale_product(a @ w.t(), tensor_scale.reshape(-1, 1), w_tensor_scale, bias)
-    return out.to(dtype).view(*codes.shape[:-1], w_codes.shape[0])
-
-
-def linear_float_activation(
-    x: Tensor,
-    w_codes: Tensor,
-    w_selectors: Tensor,
-    w_scales: Tensor,
-    w_tensor_scale: Tensor,
-    w_codebooks: Tensor,
-    bias: Tensor | None,
-    array_size: int,
-) -> Tensor:
-    """`lobcq::linear.float_activation`, by torch on what the kernels decode."""
-    w = _scaled_entries(w_codes, w_selectors, w_scales, w_codebooks, x.shape[-1], array_size) * w_tensor_scale
-    return torch.nn.functional.linear(x.float(), w, None if bias is None else bias.float()).to(x.dtype)
-
-
 def _products(
     a: Activation,
     columns: int,
@@ -148,6 +111,10 @@ def _scaled_entries(
     codes, selectors, scales = (_rows(part).contiguous() for part in (codes, selectors, scales))
     spec = FormatSpec(codebooks.shape[0], array_size)
     return dequantize(codes, selectors, scales, None, codebooks.contiguous(), spec, columns, torch.float32)
+
+
+_STORED = StoredLinears(_scaled_entries)
+linear, linear_float_activation = _STORED.linear, _STORED.linear_float_activation
 
 
 def _lookup(codebooks: Tensor) -> Lookup:

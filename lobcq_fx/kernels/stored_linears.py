@@ -1,0 +1,63 @@
+"""Linears on weights as they are stored, for devices whose kernels decode and leave the product to torch.
+
+Where a device's kernels decode what the format does, the results are those of the default implementations, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lobcq_fx.format import scale_product
+
+
+@dataclass(frozen=True)
+class StoredLinears:
+    """`lobcq::linear` and `lobcq::linear.float_activation`.
+
+    scaled_entries: called with an operand's codes, selectors, scales and codebooks, its number of columns and L_A, any
+        leading dimensions; returns entries times block-array scales, fp32 [R, K].
+    """
+
+    scaled_entries: Callable[[Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+
+    def linear(
+        self,
+        codes: Tensor,
+        selectors: Tensor,
+        scales: Tensor,
+        tensor_scale: Tensor,
+        codebooks: Tensor,
+        w_codes: Tensor,
+        w_selectors: Tensor,
+        w_scales: Tensor,
+        w_tensor_scale: Tensor,
+        w_codebooks: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        array_size: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """W4A4; see `lobcq_fx.ops.linear`."""
+        a = self.scaled_entries(codes, selectors, scales, codebooks, in_features, array_size)
+        w = self.scaled_entries(w_codes, w_selectors, w_scales, w_codebooks, in_features, array_size)
+        out = scale_product(a @ w.t(), tensor_scale.reshape(-1, 1), w_tensor_scale, bias)
+        return out.to(dtype).view(*codes.shape[:-1], w_codes.shape[0])
+
+    def linear_float_activation(
+        self,
+        x: Tensor,
+        w_codes: Tensor,
+        w_selectors: Tensor,
+        w_scales: Tensor,
+        w_tensor_scale: Tensor,
+        w_codebooks: Tensor,
+        bias: Tensor | None,
+        array_size: int,
+    ) -> Tensor:
+        """W4A16; see `lobcq_fx.ops.linear`."""
+        w = self.scaled_entries(w_codes, w_selectors, w_scales, w_codebooks, x.shape[-1], array_size) * w_tensor_scale
+        return torch.nn.functional.linear(x.float(), w, None if bias is None else bias.float()).to(x.dtype)
