@@ -6,15 +6,12 @@ python benchmarks/gpu_kernels_page.py --check   # exit with 1 if it differs
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from markdown import table
+from markdown import keep_page, table
 
 from lobcq_fx.format import FormatSpec
 
@@ -51,32 +48,13 @@ FEW, MANY = (1, 16), 4096
 
 def main() -> None:
     """Rewrite or check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    before = PAGE.read_text(encoding="utf-8")
-    after = filled(before)
-    if not arguments.check:
-        PAGE.write_text(after, encoding="utf-8")
-    elif before != after:
-        sys.exit(f"{PAGE.name} does not show the results: run python benchmarks/gpu_kernels_page.py")
-
-
-def filled(text: str) -> str:
-    """The page with every `<!-- name -->` ... `<!-- /name -->` section replaced by its table."""
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
     sections = {
         "few": few_rows_floors(instructions_per_weight(found)),
         "many": many_rows_floors(),
         "compiled": compiled(found),
     }
-    for name, content in sections.items():
-        section = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
-        replacement = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
-        text, count = section.subn(lambda _, new=replacement: new, text)
-        if count != 1:
-            sys.exit(f"{PAGE.name} has {count} sections between <!-- {name} --> and <!-- /{name} -->, not one")
-    return text
+    keep_page(PAGE, sections, "gpu_kernels_page.py", __doc__)
 
 
 def instructions_per_weight(found: dict[str, Any]) -> float:

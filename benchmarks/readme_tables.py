@@ -8,15 +8,12 @@ Reads benchmarks/results/*.json, which the other benchmarks write; so no figure 
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from cpu_tables import cpu_section
-from markdown import table
+from markdown import keep_page, table
 
 NOT_MEASURED = "Not measured yet."
 
@@ -26,28 +23,9 @@ README = HERE.parent / "README.md"
 
 def main() -> None:
     """Rewrite or check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    before = README.read_text(encoding="utf-8")
-    after = filled(before)
-    if not arguments.check:
-        README.write_text(after, encoding="utf-8")
-    elif before != after:
-        sys.exit("README.md does not show the results in benchmarks/results: run python benchmarks/readme_tables.py")
-
-
-def filled(text: str) -> str:
-    """The page with every `<!-- name -->` ... `<!-- /name -->` section replaced by its table."""
     sections = {"perplexity": perplexity(), "minilm": minilm(), "sqnr": sqnr(), "cpu": cpu()}
     sections |= {"cpu-model": cpu_model(), "cpu-model-step": cpu_model_step(), "onnx": onnx()}
-    for name, content in sections.items():
-        section = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
-        replacement = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
-        text, count = section.subn(lambda _, new=replacement: new, text)
-        if count != 1:
-            sys.exit(f"README.md has {count} sections between <!-- {name} --> and <!-- /{name} -->, not one")
-    return text
+    keep_page(README, sections, "readme_tables.py", __doc__)
 
 
 def perplexity() -> str:
