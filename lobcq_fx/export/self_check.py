@@ -158,7 +158,7 @@ def _difference(name: str, expected: Tensor, have: Tensor, what: str) -> float:
         raise ExportError(f"output {name} has shape {list(have.shape)} in {what}, {list(expected.shape)} in torch")
     want, have = expected.double(), have.double()
     finite = want.isfinite()
-    if not torch.equal(want[~finite].nan_to_num(), have[~finite].nan_to_num()):
+    if not torch.allclose(want[~finite], have[~finite], equal_nan=True):
         raise ExportError(f"output {name}: NaN or infinity in {what} and in torch stand at different places")
     difference, want = (have - want)[finite], want[finite]
     if not want.numel():

@@ -14,7 +14,7 @@ from torch import nn
 
 import lobcq_fx
 from lobcq_fx.errors import CheckpointError, ExportError
-from lobcq_fx.export import OnnxCausalLM, export_onnx, folder
+from lobcq_fx.export import OnnxCausalLM, export_onnx, folder, self_check
 from lobcq_fx.format import decode
 from lobcq_fx.passes.packed_weight import PackedWeight
 from tests.export.sessions import Session
@@ -262,6 +262,11 @@ def test_outputs_may_have_the_names_of_anything(tmp_path):
 def test_outputs_that_are_not_finite_are_compared_elsewhere(tmp_path):
     q = quantized(Outputs(lambda x, y: y.masked_fill(x > 0, -torch.inf)), 2, 64)
     export_onnx(q, tmp_path / "out", torch.randn(2, 64))
+
+
+def test_a_zero_in_the_place_of_nan_is_a_difference():
+    with pytest.raises(ExportError, match="NaN or infinity"):
+        self_check._difference("y", torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 0.0]), "ONNX Runtime")
 
 
 def test_what_cannot_be_exported_is_named(tmp_path):
