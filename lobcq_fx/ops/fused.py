@@ -102,7 +102,6 @@ IMPLEMENTATIONS: dict[str, Callable[..., list[Tensor]]] = {
 }
 
 
-
 def _fake_of(name: str) -> Callable[..., list[Tensor]]:
     """The fake kernel of any of these ops: what it returns follows from arguments that all of them have."""
     overload = getattr(ops.linear_prepacked, name.partition(".")[2])

@@ -30,7 +30,9 @@ from lobcq_fx.passes.packed_weight import PARTS, PREPACKED, PackedWeight, Weight
 
 ops = torch.ops.lobcq
 
-NO_BIAS = f"{MODULE}.no_bias"
+ABSENT = f"{MODULE}.absent"
+"""The empty tensor that stands for a bias, or anything else, that a linear does not have."""
+
 TABLES = "_tables"
 """What the name of a codebook set's look-up tables ends in."""
 
@@ -112,12 +114,15 @@ class Prepack(GraphPass):
         return get_attr_node(graph_module, name)
 
     def _bias(self, graph_module: fx.GraphModule, bias: fx.Node | None) -> fx.Node:
-        if bias is not None:
-            return get_attr_node(graph_module, str(bias.target))
-        if not has_attribute(graph_module, NO_BIAS):
-            device = get_attribute(graph_module, MODULE).get_buffer("codebooks").device
-            _register_transient(graph_module, NO_BIAS, torch.empty(0, device=device))
-        return get_attr_node(graph_module, NO_BIAS)
+        return absent(graph_module) if bias is None else get_attr_node(graph_module, str(bias.target))
+
+
+def absent(graph_module: fx.GraphModule) -> fx.Node:
+    """The node of `ABSENT`."""
+    if not has_attribute(graph_module, ABSENT):
+        device = next(get_attribute(graph_module, MODULE).buffers()).device
+        _register_transient(graph_module, ABSENT, torch.empty(0, device=device))
+    return get_attr_node(graph_module, ABSENT)
 
 
 def restore_weights(graph_module: fx.GraphModule) -> None:
@@ -128,7 +133,7 @@ def restore_weights(graph_module: fx.GraphModule) -> None:
     for module in graph_module.modules():
         if isinstance(module, PackedWeight) and module.layout is not None:
             module.restore()
-    for name in [name for name, _ in graph_module.named_buffers() if name == NO_BIAS or name.endswith(TABLES)]:
+    for name in [name for name, _ in graph_module.named_buffers() if name == ABSENT or name.endswith(TABLES)]:
         owner, _, last = name.rpartition(".")
         delattr(get_attribute(graph_module, owner), last)
 

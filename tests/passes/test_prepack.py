@@ -11,8 +11,6 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.kernels.bind import weight_layout
-from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
-from lobcq_fx.passes.insert_observers import InsertObservers
 from lobcq_fx.passes.packed_weight import PARTS, PackedWeight
 from lobcq_fx.passes.prepack import Prepack, restore_weights
 from lobcq_fx.passes.share_activations import ShareActivations
@@ -25,6 +23,7 @@ from tests.passes.graphs import (
     nodes,
     normalized,
     parameter,
+    quantized,
     reference,
     rewritten,
     run,
@@ -39,20 +38,9 @@ PREPACKED = {"w4a4": lobcq.linear_prepacked.default, "w4a16": lobcq.linear_prepa
 CALLS = [values(2, 3, 64), values(1, 1, 64), values(5, 9, 64)]
 
 
-def graph(function, config=None, data=None, **members):
-    graph_module = normalized(Function(function, **members))
-    if data is not None:
-        InsertObservers(config)(graph_module)
-        run(graph_module, data)
-    rewritten(graph_module, config)
-    ShareActivations()(graph_module)
-    EliminateDeadCode()(graph_module)
-    return graph_module
-
-
 def siblings(config=None, data=None, seed=0):
     members = {"q": linear(48, 64, seed=seed), "k": linear(17, 64, bias=False, seed=seed + 1)}
-    return graph(lambda m, x: (m.q(x), torch.relu(m.k(x))), config, data, **members), members
+    return quantized(lambda m, x: (m.q(x), torch.relu(m.k(x))), config, data, **members), members
 
 
 def prepacked(graph_module) -> fx.GraphModule:
@@ -155,7 +143,7 @@ def test_restored_weights_are_the_stored_ones():
 def test_a_tied_weight_is_packed_once_and_read_by_both():
     first, second = linear(64, 64, bias=False), linear(64, 64, bias=False)
     second.weight = first.weight
-    graph_module = graph(lambda m, x: m.b(torch.relu(m.a(x))), a=first, b=second)
+    graph_module = quantized(lambda m, x: m.b(torch.relu(m.a(x))), a=first, b=second)
     before = run(graph_module, CALLS[0])
     prepacked(graph_module)
     assert len(nodes(graph_module, PREPACKED["w4a4"])) == 2
@@ -165,7 +153,7 @@ def test_a_tied_weight_is_packed_once_and_read_by_both():
 
 def test_activations_of_different_formats_stay_apart():
     config = LobcqConfig(overrides={"b": {"format": "8x32"}})
-    graph_module = graph(lambda m, x: m.a(x) + m.b(x), config, a=linear(32, 64), b=linear(32, 64, seed=1))
+    graph_module = quantized(lambda m, x: m.a(x) + m.b(x), config, a=linear(32, 64), b=linear(32, 64, seed=1))
     before = run(graph_module, CALLS[0])
     prepacked(graph_module)
     assert len(nodes(graph_module, PREPACKED["w4a4"])) == 2
@@ -198,7 +186,7 @@ def test_a_write_between_two_reads_keeps_them_apart(mode):
 def test_a_computed_bias_keeps_its_linear_and_all_that_read_its_weight():
     a, b, c = linear(64, 64, bias=False), linear(64, 64, bias=False), linear(64, 64, bias=False, seed=2)
     b.weight = a.weight
-    graph_module = graph(
+    graph_module = quantized(
         lambda m, x: nn.functional.linear(x, m.a.weight, m.s * 2) + m.b(x) + m.c(x), a=a, b=b, c=c, s=parameter(64)
     )
     before = run(graph_module, CALLS[0])
@@ -211,7 +199,7 @@ def test_a_computed_bias_keeps_its_linear_and_all_that_read_its_weight():
 
 
 def test_parts_that_no_encoder_node_made_are_left_alone():
-    graph_module = graph(lambda m, x: m.a(x), a=linear(32, 64))
+    graph_module = quantized(lambda m, x: m.a(x), a=linear(32, 64))
     (node,) = nodes(graph_module, FORMAT_OPS[0])
     (encoder,) = nodes(graph_module, FORMAT_OPS[2])
     with graph_module.graph.inserting_after(encoder):
