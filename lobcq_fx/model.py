@@ -17,6 +17,7 @@ from lobcq_fx.passes.calling import CallingConvention
 from lobcq_fx.passes.group_query_heads import GroupQueryHeads
 from lobcq_fx.passes.infra import Sequential
 from lobcq_fx.passes.inventory import Inventory
+from lobcq_fx.passes.merge_siblings import MergeSiblings
 from lobcq_fx.passes.prepack import Prepack, restore_weights
 from lobcq_fx.passes.retarget_device import RetargetDevice
 from lobcq_fx.storage.checkpoint import save_checkpoint
@@ -84,7 +85,7 @@ class QuantizedModel(nn.Module):
         graph = fx.Graph()
         graph.output(graph.graph_copy(self.stored_graph, {}))
         self.graph_module.graph = graph
-        Sequential((Prepack(layout), GroupQueryHeads()))(self.graph_module)
+        Sequential((Prepack(layout), MergeSiblings(), GroupQueryHeads()))(self.graph_module)
 
     def _restore(self) -> None:
         """Run the stored graph on stored weights again."""

@@ -1,13 +1,12 @@
-"""Pass: put weights into a device's kernel layout, and linears of one activation into one call.
+"""Pass: put weights into a device's kernel layout, and let linears read those and encode their activation themselves.
 
-quantize_activation(x); linear(codes, ..., w_q); linear(codes, ..., w_k)  ->  linear_prepacked(x, [w_q, w_k])     W4A4
-linear.float_activation(x, w_q); linear.float_activation(x, w_k)          ->  the same with `.float_activation`   W4A16
+quantize_activation(x); linear(codes, ..., w)  ->  linear_prepacked(x, [w])                     W4A4
+linear.float_activation(x, w)                  ->  linear_prepacked.float_activation(x, [w])    W4A16
 """
 
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, fx, nn
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops that this pass matches and emits)
-from lobcq_fx.passes.aliasing import Writes
 from lobcq_fx.passes.attributes import (
     add_call,
     add_get_attr,
@@ -39,12 +37,12 @@ TABLES = "_tables"
 
 @dataclass(frozen=True)
 class _Linear:
-    """One linear of the graph. `shared` is equal for linears that one call can compute."""
+    """One linear of the graph, and the node that encodes its activation, None in W4A16."""
 
     node: fx.Node
     weight: str
     bias: fx.Node | None
-    shared: tuple[Any, ...]
+    encoder: fx.Node | None
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,8 @@ class Prepack(GraphPass):
     """Repack weights and replace their linears. What was stored is no longer in the graph; `restore_weights` undoes it.
 
     A linear whose bias is computed in the graph keeps the ops of the format, and so does every other that reads its
-    weight: a call for several linears stands where the activation is known, and the bias may not be known there yet.
-    So does one whose encoded activation is not the result of `quantize_activation`.
+    weight: the call stands where the activation was encoded, and the bias may not be known there yet. So does one whose
+    encoded activation is not the result of `quantize_activation`.
 
     Args:
         layout: of the device's kernels.
@@ -64,47 +62,40 @@ class Prepack(GraphPass):
     layout: WeightLayout
 
     def transform(self, graph_module: fx.GraphModule) -> bool:
-        """Replace linears group by group, at the place where their activation was encoded or first read."""
-        groups: dict[tuple[Any, ...], list[_Linear]] = defaultdict(list)
-        for linear in _linears(graph_module):
-            groups[linear.shared].append(linear)
-        weights = {linear.weight for group in groups.values() for linear in group}
-        for name in sorted(weights):
+        """Replace linears one by one, at the place where their activation was encoded or read."""
+        linears = _linears(graph_module)
+        for name in sorted({linear.weight for linear in linears}):
             get_attribute(graph_module, name).repack(self.layout)
-        for group in groups.values():
-            self._replace(graph_module, group)
-        if groups:
+        for linear in linears:
+            self._replace(graph_module, linear)
+        if linears:
             _erase_unread(graph_module.graph)
-        return bool(groups)
+        return bool(linears)
 
-    def _replace(self, graph_module: fx.GraphModule, group: list[_Linear]) -> None:
-        graph, first = graph_module.graph, group[0].node
+    def _replace(self, graph_module: fx.GraphModule, linear: _Linear) -> None:
+        graph, node = graph_module.graph, linear.node
         args: tuple[Any, ...]
-        arguments = named_arguments(first)
-        weights = [get_attribute(graph_module, linear.weight) for linear in group]
+        arguments = named_arguments(node)
         rest = (
-            [add_get_attr(graph_module, f"{linear.weight}.{PREPACKED}") for linear in group],
-            [get_attr_node(graph_module, f"{linear.weight}.tensor_scale") for linear in group],
+            [add_get_attr(graph_module, f"{linear.weight}.{PREPACKED}")],
+            [get_attr_node(graph_module, f"{linear.weight}.tensor_scale")],
             self._tables(graph_module, arguments["w_codebooks"]),
-            [self._bias(graph_module, linear.bias) for linear in group],
-            [weight.rows for weight in weights],
+            [absent(graph_module) if linear.bias is None else get_attr_node(graph_module, str(linear.bias.target))],
+            [get_attribute(graph_module, linear.weight).rows],
             arguments["array_size"],
         )
-        if first.target is ops.linear.default:
-            place = _encoder(arguments)
-            assert place is not None
-            encoded = named_arguments(place)
+        if linear.encoder is None:
+            target, args = ops.linear_prepacked.float_activation, (arguments["x"], *rest)
+        else:
+            encoded = named_arguments(linear.encoder)
             tables = self._tables(graph_module, encoded["codebooks"])
             target = ops.linear_prepacked.default
             args = (encoded["x"], tables, encoded.get("static_scale"), *rest, arguments["dtype"])
-        else:
-            place, target, args = first, ops.linear_prepacked.float_activation, (arguments["x"], *rest)
-        with graph.inserting_before(place):
-            call = add_call(graph, target, args, like=first)
-            results = [add_call(graph, operator.getitem, (call, i), like=one.node) for i, one in enumerate(group)]
-        for linear, result in zip(group, results, strict=True):
-            linear.node.replace_all_uses_with(result)
-            graph.erase_node(linear.node)
+        with graph.inserting_before(linear.encoder or node):
+            call = add_call(graph, target, args, like=node)
+            result = add_call(graph, operator.getitem, (call, 0), like=node)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
 
     def _tables(self, graph_module: fx.GraphModule, codebooks: fx.Node) -> fx.Node:
         name = f"{codebooks.target}{TABLES}"
@@ -112,9 +103,6 @@ class Prepack(GraphPass):
             tables = self.layout.tables(get_attribute(graph_module, str(codebooks.target)))
             _register_transient(graph_module, name, tables)
         return get_attr_node(graph_module, name)
-
-    def _bias(self, graph_module: fx.GraphModule, bias: fx.Node | None) -> fx.Node:
-        return absent(graph_module) if bias is None else get_attr_node(graph_module, str(bias.target))
 
 
 def absent(graph_module: fx.GraphModule) -> fx.Node:
@@ -140,10 +128,8 @@ def restore_weights(graph_module: fx.GraphModule) -> None:
 
 def _linears(graph_module: fx.GraphModule) -> list[_Linear]:
     """The linears that can be replaced, in order."""
-    writes = Writes()
     candidates, refused = [], set()
     for node in graph_module.graph.nodes:
-        writes.visit(node)
         if node.op != "call_function" or node.target not in (ops.linear.default, ops.linear.float_activation):
             continue
         arguments = named_arguments(node)
@@ -153,9 +139,7 @@ def _linears(graph_module: fx.GraphModule) -> list[_Linear]:
         if (bias is not None and bias.op != "get_attr") or not (is_float or encoder):
             refused.add(weight)
             continue
-        read = (arguments["x"], writes.before(arguments["x"])) if is_float else (encoder, arguments["dtype"])
-        shared = (*read, arguments["w_codebooks"], arguments["array_size"])
-        candidates.append(_Linear(node, weight, bias, shared))
+        candidates.append(_Linear(node, weight, bias, encoder))
     return [linear for linear in candidates if linear.weight not in refused]
 
 

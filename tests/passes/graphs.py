@@ -14,10 +14,11 @@ from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, univer
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.passes.codebook_sets import CodebookSets
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
-from lobcq_fx.passes.infra import GraphPass, PassResult
+from lobcq_fx.passes.infra import GraphPass, PassResult, Sequential
 from lobcq_fx.passes.insert_observers import InsertObservers
 from lobcq_fx.passes.inventory import MatmulRecord
 from lobcq_fx.passes.matmuls import find_matmuls
+from lobcq_fx.passes.merge_siblings import MergeSiblings
 from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
 from lobcq_fx.passes.prepack import Prepack
 from lobcq_fx.passes.rewrite import Rewrite
@@ -90,12 +91,10 @@ def quantized(
 
 
 def prepacked_graph(function: Callable[..., Any], **options: Any) -> fx.GraphModule:
-    """The same, with weights in the layout of the CPU's kernels."""
+    """The same, with weights in the layout of the CPU's kernels, and siblings in one call."""
     layout = weight_layout(torch.device("cpu"))
     assert layout is not None
-    graph_module = quantized(function, **options)
-    Prepack(layout)(graph_module)
-    return graph_module
+    return Sequential((Prepack(layout), MergeSiblings()))(quantized(function, **options)).graph_module
 
 
 def targets(graph_module: fx.GraphModule) -> list[Any]:

@@ -1,4 +1,4 @@
-"""prepack: weights in a kernel layout, linears of one activation in one call, and the way back."""
+"""prepack: weights in a kernel layout, linears that read them and encode for themselves, and the way back."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def assert_same_state(graph_module, expected):
 
 @pytest.mark.parametrize("scale", ["per_token", "static"])
 @pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
-def test_siblings_become_one_call_with_the_same_results(mode, scale):
+def test_linears_become_calls_with_the_same_results(mode, scale):
     if (mode, scale) == ("w4a16", "static"):
         pytest.skip("a contradiction that the configuration refuses")
     graph_module, _ = siblings(LobcqConfig(mode=mode, activation_scale=scale), values(2, 3, 64))
@@ -71,8 +71,7 @@ def test_siblings_become_one_call_with_the_same_results(mode, scale):
     before = [run(graph_module, x) for x in CALLS]
 
     prepacked(graph_module)
-    (call,) = nodes(graph_module, PREPACKED[mode])
-    assert [user.args[1] for user in call.users] == [0, 1]
+    assert len(nodes(graph_module, PREPACKED[mode])) == 2
     assert not any(nodes(graph_module, op) for op in FORMAT_OPS)
     for x, expected in zip(CALLS, before, strict=True):
         for actual, wanted in zip(run(graph_module, x), expected, strict=True):
@@ -151,15 +150,6 @@ def test_a_tied_weight_is_packed_once_and_read_by_both():
     torch.testing.assert_close(run(graph_module, CALLS[0]), before, rtol=1e-5, atol=1e-5)
 
 
-def test_activations_of_different_formats_stay_apart():
-    config = LobcqConfig(overrides={"b": {"format": "8x32"}})
-    graph_module = quantized(lambda m, x: m.a(x) + m.b(x), config, a=linear(32, 64), b=linear(32, 64, seed=1))
-    before = run(graph_module, CALLS[0])
-    prepacked(graph_module)
-    assert len(nodes(graph_module, PREPACKED["w4a4"])) == 2
-    torch.testing.assert_close(run(graph_module, CALLS[0]), before, rtol=1e-5, atol=1e-5)
-
-
 class InPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +163,7 @@ class InPlace(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
-def test_a_write_between_two_reads_keeps_them_apart(mode):
+def test_an_activation_is_read_before_it_is_written_to(mode):
     graph_module = normalized(InPlace())
     rewritten(graph_module, LobcqConfig(mode=mode))
     ShareActivations()(graph_module)
