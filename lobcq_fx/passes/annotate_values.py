@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from lobcq_fx.passes.attributes import fake_mode
 from lobcq_fx.passes.infra import GraphPass
+from lobcq_fx.passes.trace import fixed_size
 
 EXAMPLE = "lobcq_example"
 """Where the metadata of a loaded placeholder has its `InputExample`."""
@@ -38,7 +40,7 @@ class InputExample:
         value = placeholder.meta.get("val")
         if not isinstance(value, Tensor):
             return placeholder.meta.get(EXAMPLE)
-        dynamic = tuple(d for d, size in enumerate(value.shape) if not isinstance(size, int))
+        dynamic = tuple(d for d, size in enumerate(value.shape) if fixed_size(size) is None)
         sizes = tuple(size if isinstance(size, int) else size.node.hint for size in value.shape)
         return cls(str(value.dtype).removeprefix("torch."), sizes, dynamic)
 
@@ -102,7 +104,7 @@ class _Annotator(fx.Interpreter):
         self.mode = mode
 
     def run_node(self, node: fx.Node) -> Any:
-        with self.mode:
+        with enable_python_dispatcher(), self.mode:  # without it some operators refuse symbolic sizes
             result = super().run_node(node)
         node.meta["val"] = result
         return result
