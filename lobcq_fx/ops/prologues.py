@@ -65,5 +65,5 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _inverse_root(x: Tensor) -> Tensor:
-    """fp32 -> `1 / sqrt(x)`, both to nearest. The root by way of fp64: MKL's in fp32, torch's on CPUs, is off by a bit."""
+    """fp32 -> `1 / sqrt(x)`, both to nearest. The root by way of fp64: torch's fp32 one, MKL's, is not."""
     return 1 / x.double().sqrt().float()

@@ -88,13 +88,17 @@ def operands(prologue: Prologue | None) -> Operands:
         case SiluMul(up):
             return Operands(SILU_MUL, up, up.stride(0))
         case LayerNorm(weight, bias, eps):
-            return Operands(LAYER_NORM, weight=weight, bias=bias, eps=eps)
+            return Operands(LAYER_NORM, weight=_contiguous(weight), bias=_contiguous(bias), eps=eps)
         case AddRmsNorm(residual, sums, norm):
             added = operands(norm)
             return added._replace(kind=ADD_RMS_NORM, second=residual, second_stride=residual.stride(0), sums=sums)
         case RmsNorm(weight, eps, offset, round_first):
             constant = tl.constexpr(round_first)
-            return Operands(RMS_NORM, weight=weight, eps=eps, offset=offset, round_first=constant)
+            return Operands(RMS_NORM, weight=_contiguous(weight), eps=eps, offset=offset, round_first=constant)
+
+
+def _contiguous(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()
 
 
 @triton.jit
