@@ -35,6 +35,7 @@ from tests.kernels.triton.operands import DEVICE, assert_same_bits, codebooks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["RMSNorm", "RMSNorm rounded once", "RMSNorm of Gemma", "add, RMSNorm", "LayerNorm", "SiLU, multiply"]
+OF_TWO = ["add, RMSNorm", "SiLU, multiply"]
 EPS = 1e-2
 
 
@@ -47,7 +48,7 @@ def _exp(x, out, COUNT: tl.constexpr, TILE: tl.constexpr):
 def device_exp(x: Tensor) -> Tensor:
     """fp32 -> what kernels take for exp."""
     x, out = x.contiguous().to(DEVICE), torch.empty(x.shape, device=DEVICE)
-    _exp[(1,)](x, out, x.numel(), triton.next_power_of_2(x.numel()), **ROUNDED_APART)
+    _exp[(1,)](x, out, x.numel(), triton.next_power_of_2(x.numel() + 1), **ROUNDED_APART)
     return out.cpu()
 
 
@@ -157,15 +158,13 @@ def test_parameters_may_be_missing_or_of_another_dtype(kind: str, dtype: torch.d
 @pytest.mark.parametrize("name", ["1x16", "2x128", "8x64", "16x32"])
 @pytest.mark.parametrize("columns", [1, 200])
 def test_every_form_of_encoding(kind: str, name: str, columns: int) -> None:
-    assert_encodes(case(kind, *values(2, columns, torch.bfloat16)), FormatSpec.from_name(name))
+    assert_encodes(case(kind, *values(1, columns, torch.bfloat16)), FormatSpec.from_name(name))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_encoding_of_every_dtype(kind: str, dtype: torch.dtype) -> None:
-    one = case(kind, *values(3, 333, dtype))
-    assert_encodes(one, FormatSpec())
-    assert_encodes(one, FormatSpec(), torch.tensor(1e-4, device=DEVICE))
+    assert_encodes(case(kind, *values(2, 150, dtype)), FormatSpec())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -186,18 +185,14 @@ def test_rows_may_be_strided(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0)], ids=str)
 def test_empty_operands(kind: str, shape: tuple[int, int]) -> None:
-    if kind != "SiLU, multiply":
-        assert_encodes(case(kind, *values(*shape, torch.bfloat16)), FormatSpec())
+    assert_encodes(case(kind, *values(*shape, torch.bfloat16)), FormatSpec())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "where"), [*((kind, 0) for kind in KINDS), *((kind, 1) for kind in OF_TWO)])
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
-@pytest.mark.parametrize("where", [0, 1])
-def test_a_row_that_is_not_finite_is_marked_and_disturbs_no_other(kind: str, bad: float, where: int) -> None:
+def test_a_row_that_is_not_finite_is_marked_and_disturbs_no_other(kind: str, where: int, bad: float) -> None:
     """In x, or in what is added to it or multiplied with it."""
     spec, operand = FormatSpec(), values(3, 200, torch.bfloat16)
-    if where == 1 and kind not in ("add, RMSNorm", "SiLU, multiply"):
-        pytest.skip("has one operand")
     clean = case(kind, *operand).expected
     operand[where][1, 170] = bad
     one = case(kind, *operand)
@@ -228,6 +223,15 @@ def test_magnitudes_whose_squares_fp32_does_not_hold(kind: str, exponent: int) -
     x, second, weight, bias = values(3, 200, torch.float32)
     one = case(kind, torch.ldexp(x / 16, torch.tensor(exponent)), second, weight, bias, 0.0)
     assert_equal(one.result(), one.expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_far_from_zero(kind: str) -> None:
+    """The variance is about the mean as it is before it is rounded; and beyond a row nothing is subtracted from."""
+    x, second, *_ = values(3, 150, torch.float32)
+    one = case(kind, x / 300 + 1000, second, None, None)
+    assert_equal(one.result(), one.expected)
+    assert_encodes(one, FormatSpec())
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "SiLU, multiply"])
