@@ -161,7 +161,7 @@ def complaints(result: dict[str, Any]) -> Iterator[str]:
         yield f"spills {result['spilled_bytes']} bytes a thread"
     if result["flushes_subnormals"] or result["approximate_division"]:
         yield "flushes subnormals, or divides or takes roots approximately"
-    if result["fused_multiply_adds"] and not result["options"]["enable_fp_fusion"]:
+    if result["fused_multiply_adds"] and ", encode" in result["what"]:
         yield f"fuses {result['fused_multiply_adds']} multiplications with additions"
     if not result["kernel"].endswith("gemm_kernel"):
         return
