@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -233,3 +234,12 @@ def test_a_weight_module_holds_this_layout_and_saves_what_is_stored() -> None:
         assert state.keys() == stored.keys()
         for name, tensor in stored.items():
             assert_same_bits(state[name], tensor)
+
+
+def test_implementations_take_what_the_schemas_say() -> None:
+    """In the schema's order: the dispatcher passes arguments by position."""
+    packet = torch.ops.lobcq.linear_prepacked
+    for overload in packet.overloads():
+        name = "linear_prepacked" if overload == "default" else f"linear_prepacked_{overload}"
+        arguments = [argument.name for argument in getattr(packet, overload)._schema.arguments]
+        assert list(inspect.signature(getattr(torch_ops, name)).parameters) == arguments, name
