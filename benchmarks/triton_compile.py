@@ -29,9 +29,9 @@ from lobcq_fx.kernels.triton.dequantize import dequantize
 from lobcq_fx.kernels.triton.encode import encode_rows
 from lobcq_fx.kernels.triton.encode_operand import encode_operand
 from lobcq_fx.kernels.triton.lookup import Lookup
-from lobcq_fx.kernels.triton.operands import LEAST_INTEGER_ARRAY, Activation, Epilogue
+from lobcq_fx.kernels.triton.operands import LEAST_INTEGER_ARRAY, Activation, Epilogue, Linear
 from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
-from lobcq_fx.kernels.triton.weight_layout import PANEL_ROWS, WeightLines
+from lobcq_fx.kernels.triton.weight_layout import WeightTiles, num_panels, num_tiles, tile_bytes
 
 CAPABILITIES = (80, 90, 100)
 FORMATS = ("1x16", "2x128", "2x64", "4x64", "8x64", "8x128", "16x64", "16x128", "16x32")
@@ -101,8 +101,8 @@ def calls(spec: FormatSpec) -> Iterator[tuple[str, Call]]:
 def gemm_call(gemm: Callable[..., Any], a: Activation, spec: FormatSpec, outputs: int) -> Call:
     """A linear with a bias and a bf16 result."""
     epilogue = Epilogue(torch.empty(()), bias=torch.empty(outputs, dtype=torch.bfloat16))
-    codebooks = meta_lookup(spec).codebooks
-    return partial(gemm, a, lines(spec, outputs), codebooks, spec, outputs, epilogue, torch.bfloat16)
+    linear, codebooks = Linear(tiles(spec, outputs), outputs, epilogue), meta_lookup(spec).codebooks
+    return partial(gemm, a, [linear], codebooks, spec, torch.bfloat16)
 
 
 def meta_lookup(spec: FormatSpec) -> Lookup:
@@ -120,18 +120,17 @@ def parts(spec: FormatSpec) -> tuple[torch.Tensor, ...]:
     return codes, selectors, scales, torch.empty(())
 
 
-def lines(spec: FormatSpec, outputs: int) -> WeightLines:
+def tiles(spec: FormatSpec, outputs: int) -> WeightTiles:
     """A weight in kernel layout."""
-    count = -(-outputs // PANEL_ROWS) * PANEL_ROWS * spec.num_arrays(COLUMNS)
-    size = spec.code_bytes(spec.array_size) + spec.selector_bytes(spec.array_size) + 1
-    return WeightLines.of(torch.empty(count * size, dtype=torch.uint8), spec, outputs, COLUMNS)
+    size = num_panels(outputs) * num_tiles(COLUMNS) * sum(tile_bytes(spec))
+    return WeightTiles.of(torch.empty(size, dtype=torch.uint8), spec, outputs, COLUMNS)
 
 
 def activations(spec: FormatSpec, rows: int) -> Iterator[tuple[str, Activation]]:
     """Every form that a GEMM takes."""
     row_scales = torch.empty(rows, 1)
     if spec.array_size >= LEAST_INTEGER_ARRAY:
-        scales = torch.empty(rows, spec.num_arrays(COLUMNS), dtype=torch.uint8)
+        scales = torch.empty(rows, spec.num_arrays(COLUMNS))
         yield ENCODED[0], Activation(torch.empty(rows, COLUMNS, dtype=torch.int8), scales, row_scales)
     yield ENCODED[1], Activation(torch.empty(rows, COLUMNS, dtype=torch.float16), None, row_scales)
     for name, dtype in FLOATS.items():

@@ -38,20 +38,28 @@ class Launch:
 
     def source(self) -> ASTSource:
         """The kernel specialised for these arguments, as a launch would."""
-        signature, constants, attributes = {}, {}, {}
-        for place, parameter in enumerate(self.kernel.params):
-            name, value = parameter.name, self.arguments[parameter.name]
-            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-                signature[name], constants[name] = "constexpr", value
-                continue
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], Any] = {}
+
+        def signature(value: Any, place: tuple[int, ...], is_constexpr: bool = False) -> Any:
+            if isinstance(value, tuple) and not is_constexpr:
+                return tuple(signature(part, (*place, i)) for i, part in enumerate(value))
+            if is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                constants[place] = value
+                return "constexpr"
             if isinstance(value, torch.Tensor):
-                signature[name] = f"*{canonicalize_dtype(value.dtype)}"
-                alignment = value.storage_offset() * value.element_size()
+                kind, alignment = f"*{canonicalize_dtype(value.dtype)}", value.storage_offset() * value.element_size()
             else:
-                signature[name], alignment = "i32" if abs(value) < 2**31 else "i64", value
+                kind, alignment = "i32" if abs(value) < 2**31 else "i64", value
             if alignment % ALIGNMENT == 0:
-                attributes[(place,)] = [["tt.divisibility", ALIGNMENT]]
-        return ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
+                attributes[place] = [["tt.divisibility", ALIGNMENT]]
+            return kind
+
+        kinds = {
+            parameter.name: signature(self.arguments[parameter.name], (place,), parameter.is_constexpr)
+            for place, parameter in enumerate(self.kernel.params)
+        }
+        return ASTSource(self.kernel, signature=kinds, constexprs=constants, attrs=attributes)
 
 
 @contextmanager

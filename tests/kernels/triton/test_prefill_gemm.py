@@ -10,7 +10,7 @@ from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode
 from lobcq_fx.kernels.triton import prefill_gemm as module
 from lobcq_fx.kernels.triton.encode_operand import encode_operand
 from lobcq_fx.kernels.triton.lookup import Lookup
-from lobcq_fx.kernels.triton.operands import Activation, Epilogue
+from lobcq_fx.kernels.triton.operands import Activation, Epilogue, Linear
 from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
 from tests.format.cases import ALL_SPECS
 from tests.kernels.triton.operands import DEVICE, Weight, activation, assert_product, weight
@@ -19,8 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def product(a: Activation, w: Weight, dtype: torch.dtype = torch.float32, **epilogue: Tensor) -> Tensor:
-    tail = Epilogue(w.scale, **epilogue)
-    return prefill_gemm(a, w.lines, w.codebooks, w.encoded.spec, w.encoded.shape[0], tail, dtype)
+    linear = Linear(w.tiles, w.encoded.shape[0], Epilogue(w.scale, **epilogue))
+    return prefill_gemm(a, [linear], w.codebooks, w.encoded.spec, dtype)[0]
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
