@@ -40,7 +40,7 @@ FORMATS = ("1x16", "2x128", "2x64", "4x64", "8x64", "8x128", "16x64", "16x128", 
 ROWS, COLUMNS, OUTPUTS, FEW_OUTPUTS = 4096, 4096, 4096, 1024
 """A linear of Llama-3-8B; and one with so few outputs that K is split."""
 
-FEW_ROWS = 16
+LEAST_ROWS, FEW_ROWS = 8, 16
 ENCODED = ("int8 entries", "fp16 scaled entries")
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -90,6 +90,8 @@ def calls(spec: FormatSpec) -> Iterator[tuple[str, Call]]:
         integers = form == ENCODED[0]
         if not integers or spec.array_size >= LEAST_INTEGER_ARRAY:
             yield f"encode to {form}", partial(encode_operand, x, lookup, spec, None, integers)
+    for form, a in activations(spec, LEAST_ROWS):
+        yield f"at most 8 rows, {form}", gemm_call(decode_gemm, a, spec, OUTPUTS)
     for form, a in activations(spec, FEW_ROWS):
         yield f"few rows, {form}", gemm_call(decode_gemm, a, spec, OUTPUTS)
         if form == ENCODED[1]:

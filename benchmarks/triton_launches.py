@@ -36,6 +36,11 @@ class Launch:
     options: dict[str, Any]
     grid: tuple[int, ...]
 
+    def constants(self) -> dict[str, int]:
+        """The numbers among its compile-time constants."""
+        names = [parameter.name for parameter in self.kernel.params if parameter.is_constexpr]
+        return {name: self.arguments[name] for name in names if isinstance(self.arguments[name], int)}
+
     def source(self) -> ASTSource:
         """The kernel specialised for these arguments, as a launch would."""
         constants: dict[tuple[int, ...], Any] = {}
@@ -115,6 +120,7 @@ def compiled(launch: Launch, capability: int) -> dict[str, Any]:
         "flushes_subnormals": ".ftz" in kernel.asm["ptx"],
         "approximate_division": "div.full" in kernel.asm["ptx"] or "rcp.approx" in kernel.asm["ptx"],
         "options": {**launch.options, "grid": list(launch.grid)},
+        "constants": launch.constants(),
     }
 
 

@@ -1,4 +1,4 @@
-"""Codes to entries by byte permutations: a codebook is 16 bytes, four registers, and an instruction looks up four codes.
+"""Codes to entries by byte permutations: a codebook is 16 bytes, four registers, and three instructions look up four.
 
 Triton's interpreter cannot run PTX: there, and nowhere else, one load an entry takes its place.
 """
@@ -22,8 +22,8 @@ ld.global.nc.v4.b32 {$0, $1, $2, $3}, [address];
 
 CODEBOOK_CONSTRAINTS = tl.constexpr("=r,=r,=r,=r,r,l")
 
-# `prmt` takes each byte of its result from eight, by the low three bits of a nibble of its selector: so one looks up the
-# lower eight entries, one the upper eight, and a third chooses, byte j or j + 4, by the codes' high bits.
+# `prmt` takes each byte of its result from eight, by the low three bits of a nibble of its selector. So one looks up
+# the lower eight entries, one the upper eight, and a third chooses, byte j or j + 4, by the codes' high bits.
 _REGISTERS = """
 .reg .b32 low, high, below, above;
 and.b32 low, {word}, 0x77777777;
@@ -93,7 +93,7 @@ def entries_of(codebooks, words, selectors, OPERAND: tl.constexpr):
             CODEBOOK_ASM, CODEBOOK_CONSTRAINTS, [selectors, codebooks.to(tl.int64)],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
-        if OPERAND == tl.int8:
+        if OPERAND.is_int8():
             e, f = tl.inline_asm_elementwise(
                 INT8_ASM, INT8_CONSTRAINTS, [words, a, b, c, d], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
             )
@@ -102,7 +102,7 @@ def entries_of(codebooks, words, selectors, OPERAND: tl.constexpr):
             entries = tl.reshape((fours >> (8 * tl.arange(0, 4))).to(tl.int8), (BLOCKS, 8))
         else:
             e, f, g, h = tl.inline_asm_elementwise(
-                BF16_ASM if OPERAND == tl.bfloat16 else FP16_ASM, FLOAT_CONSTRAINTS, [words, a, b, c, d],
+                BF16_ASM if OPERAND.is_bf16() else FP16_ASM, FLOAT_CONSTRAINTS, [words, a, b, c, d],
                 dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
             )  # fmt: skip
             pairs = tl.reshape(tl.join(tl.join(e, g), tl.join(f, h)), (BLOCKS, 2, 2, 1))

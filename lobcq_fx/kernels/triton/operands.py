@@ -24,7 +24,8 @@ class Activation:
 
     Encoded forms hold zeros from K on. The last dimension of `values` is contiguous.
 
-    array_scales: fp32 [M, Kp / L_A rounded up to whole tiles of weights], what E4M3 holds; zeros from Kp on. row_scales: fp32 [M, 1], tensor scales.
+    array_scales: fp32 [M, Kp / L_A], E4M3's numbers, with zeros up to whole tiles of weights.
+    row_scales: fp32 [M, 1], tensor scales.
     """
 
     values: Tensor

@@ -19,7 +19,7 @@ LANE_COUNT = tl.constexpr(LANES)
 
 @triton.jit
 def panel_tiles(first_panel, outputs, tiles, panel):
-    """Panels counted from a first one -> their first tiles, int64. Beyond the last panel: the last, whatever it holds."""
+    """Panels, counted from a first one -> their first tiles, int64; beyond the last panel, the last's."""
     return tl.minimum(first_panel + panel, tl.cdiv(outputs, PANEL) - 1).to(tl.int64) * tiles
 
 

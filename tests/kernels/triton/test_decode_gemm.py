@@ -78,7 +78,7 @@ def test_splits_of_k(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("programs", "tiles", "expected"), [(64, 8, 4), (256, 8, 1), (1, 100, 16), (1, 3, 2), (1, 1, 1), (2000, 50, 1)]
+    ("programs", "tiles", "expected"), [(64, 8, 8), (512, 8, 1), (1, 100, 16), (1, 3, 2), (1, 1, 1), (2000, 50, 1)]
 )
 def test_number_of_splits(programs: int, tiles: int, expected: int) -> None:
     assert num_splits(programs, tiles) == expected
