@@ -165,6 +165,24 @@ def test_several_linears_have_the_bits_of_each(
         assert out.is_contiguous()
 
 
+def test_a_program_multiplies_one_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FirstTwo:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+            assert grid == (5, 1)
+            launch: Callable[..., None] = self.kernel[(2, 1)]
+            return launch
+
+    monkeypatch.setattr(module, "num_splits", lambda programs, tiles: 1)
+    monkeypatch.setattr(module, "decode_gemm_kernel", FirstTwo(module.decode_gemm_kernel))
+    spec, a = FormatSpec(8, 64), Activation(activation(3, 128).to(DEVICE))
+    first, second = decode_gemm(a, linears([100, 190], 128, torch.float32, 3), codebooks(spec), spec, torch.float32)
+    assert not bool(first.isnan().any())
+    assert bool(second.isnan().all())
+
+
 @pytest.mark.parametrize(("count", "launches"), [(1, 1), (4, 1), (5, 2)])
 def test_a_launch_takes_four_linears(monkeypatch: pytest.MonkeyPatch, count: int, launches: int) -> None:
     class Counted:
