@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lobcq_fx.format.spec import FormatSpec
+from lobcq_fx.kernels.triton.configs import DecodeConfig, Shape, decode_config
 from lobcq_fx.kernels.triton.fragments import activation_operand, activation_scales, tile_operand, weight_scales
 from lobcq_fx.kernels.triton.launching import OPTIONS, next_power_of_two
 from lobcq_fx.kernels.triton.operands import Activation, Linear
@@ -27,17 +28,6 @@ from lobcq_fx.kernels.triton.weight_tile import (
 )
 
 MAX_ROWS = 16
-
-PANELS = 4
-"""Panels of 16 outputs of a program, a warp each: what it reads of the activation serves them all."""
-
-UNROLL = 2
-"""Tiles of a turn of the loop: what is not multiplication costs an eighth less than with one."""
-
-ENOUGH_PROGRAMS = 528
-"""K is split among programs until there are about as many: four for each multiprocessor of an H100 or H200."""
-
-MAX_SPLITS = 16
 
 
 @triton.jit
@@ -196,8 +186,9 @@ SUM_TILE = 256
 
 
 def decode_gemm(
-    a: Activation, linears: Sequence[Linear], codebooks: Tensor, spec: FormatSpec, dtype: torch.dtype
-) -> list[Tensor]:
+    a: Activation, linears: Sequence[Linear], codebooks: Tensor, spec: FormatSpec, dtype: torch.dtype,
+    config: DecodeConfig | None = None,
+) -> list[Tensor]:  # fmt: skip
     """`a @ w.T` and what follows, for each weight.
 
     Args:
@@ -206,6 +197,7 @@ def decode_gemm(
         codebooks: int8 [N_c, 16], the weights'.
         spec: the weights' configuration.
         dtype: of the results.
+        config: of every launch; None takes what was chosen for its shape.
 
     Returns:
         [M, N] of each.
@@ -218,36 +210,39 @@ def decode_gemm(
     outs = [torch.empty(shape, dtype=dtype, device=a.values.device) for shape in shapes]
     wanted = [(linear, out) for linear, out in zip(linears, outs, strict=True) if out.numel() > 0]
     for begin in range(0, len(wanted), MAX_WEIGHTS):
-        _launch(a, wanted[begin : begin + MAX_WEIGHTS], codebooks, spec)
+        some = wanted[begin : begin + MAX_WEIGHTS]
+        shape = Shape.of(a.values, sum(linear.outputs for linear, _ in some), spec)
+        _launch(a, some, codebooks, spec, config or decode_config(shape, a.values.device))
     return outs
 
 
-def _launch(a: Activation, wanted: Sequence[tuple[Linear, Tensor]], codebooks: Tensor, spec: FormatSpec) -> None:
+def _launch(
+    a: Activation, wanted: Sequence[tuple[Linear, Tensor]], codebooks: Tensor, spec: FormatSpec, config: DecodeConfig
+) -> None:
     rows, columns = a.values.shape
-    programs = sum(-(-num_panels(linear.outputs) // PANELS) for linear, _ in wanted)
-    splits = num_splits(programs, num_tiles(columns))
-    terms = num_terms(a.values.dtype)
+    sizes = [linear.outputs for linear, _ in wanted]
+    programs = sum(-(-num_panels(n) // config.panels) for n in sizes)
+    splits = num_splits(programs, num_tiles(columns), config)
     sums = [out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32) for _, out in wanted]
     tails = [(e.weight_scale, e.bias, e.residual) for e in (linear.epilogue for linear, _ in wanted)]
     operands = [(linear.weight.codes, linear.weight.selectors, linear.weight.scales) for linear, _ in wanted]
-    sizes = [linear.outputs for linear, _ in wanted]
     decode_gemm_kernel[(programs, splits)](
         a.values, a.array_scales, a.row_scales, codebooks,
         tuple((*w, *tail, out, n) for w, tail, out, n in zip(operands, tails, sums, sizes, strict=True)),
-        rows, columns, a.values.stride(0), ARRAY=spec.array_size,
-        SELECTOR_BITS=spec.selector_bits, PANELS=PANELS, ROWS=8 if rows <= 8 else 16, TERMS=terms,
-        OPERAND=operand_type(a.values.dtype), SPLITS=splits, UNROLL=UNROLL, num_warps=PANELS, num_stages=3, **OPTIONS,
+        rows, columns, a.values.stride(0), ARRAY=spec.array_size, SELECTOR_BITS=spec.selector_bits,
+        PANELS=config.panels, ROWS=8 if rows <= 8 else 16, TERMS=num_terms(a.values.dtype),
+        OPERAND=operand_type(a.values.dtype), SPLITS=splits, UNROLL=config.unroll,
+        num_warps=config.panels, num_stages=config.stages, **OPTIONS,
     )  # fmt: skip
     if splits > 1:
-        results = (out for _, out in wanted)
+        outs = (out for _, out in wanted)
         sum_splits_kernel[(rows, sum(-(-n // SUM_TILE) for n in sizes))](
-            a.row_scales,
-            tuple((s, *tail, out, n) for s, tail, out, n in zip(sums, tails, results, sizes, strict=True)),
+            a.row_scales, tuple((s, *tail, out, n) for s, tail, out, n in zip(sums, tails, outs, sizes, strict=True)),
             rows, SPLITS=splits, TILE=SUM_TILE, num_warps=4, **OPTIONS,
         )  # fmt: skip
 
 
-def num_splits(programs: int, tiles: int) -> int:
-    """A power of two up to 16: among how many programs to split each panel's tiles."""
-    wanted = max(1, min(ENOUGH_PROGRAMS // max(1, programs), tiles, MAX_SPLITS))
+def num_splits(programs: int, tiles: int, config: DecodeConfig) -> int:
+    """A power of two: among how many programs to split each panel's tiles."""
+    wanted = max(1, min(config.enough_programs // max(1, programs), tiles, config.max_splits))
     return next_power_of_two(wanted + 1) // 2

@@ -10,18 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lobcq_fx.format.spec import FormatSpec
+from lobcq_fx.kernels.triton.configs import PrefillConfig, Shape, prefill_config
 from lobcq_fx.kernels.triton.e4m3 import e4m3_256th
 from lobcq_fx.kernels.triton.launching import OPTIONS
 from lobcq_fx.kernels.triton.operands import Activation, Linear
 from lobcq_fx.kernels.triton.products import num_terms, operand_term, operand_type, store_result
 from lobcq_fx.kernels.triton.weight_tile import COLUMNS, PANEL, natural_entries, panel_tiles
-
-TILE_M, TILE_N = 128, 64
-STEP_COLUMNS = 64
-"""Columns multiplied at a time where block arrays need no scaling of their own."""
-
-GROUP = 8
-"""Tiles of rows that share a weight tile in L2 while it is there."""
 
 
 @triton.jit
@@ -110,8 +104,9 @@ def prefill_gemm_kernel(
 
 
 def prefill_gemm(
-    a: Activation, linears: Sequence[Linear], codebooks: Tensor, spec: FormatSpec, dtype: torch.dtype
-) -> list[Tensor]:
+    a: Activation, linears: Sequence[Linear], codebooks: Tensor, spec: FormatSpec, dtype: torch.dtype,
+    config: PrefillConfig | None = None,
+) -> list[Tensor]:  # fmt: skip
     """`a @ w.T` and what follows, for each weight and any number of rows; a launch each, which fills a GPU.
 
     Entries go to integer MMA instructions, scaled entries and fp16 activations to fp16 ones, bf16 and fp32 ones to
@@ -123,6 +118,7 @@ def prefill_gemm(
         codebooks: int8 [N_c, 16], the weights'.
         spec: the weights' configuration.
         dtype: of the results.
+        config: of every launch; None takes what was chosen for its shape.
 
     Returns:
         [M, N] of each.
@@ -131,24 +127,27 @@ def prefill_gemm(
         ValueError: entries with block arrays too small for an integer MMA, or codebooks that are not aligned.
     """
     a.check(codebooks, spec)
-    return [_product(a, linear, codebooks, spec, dtype) for linear in linears]
+    shapes = [(a.values.shape[0], linear.outputs) for linear in linears]
+    outs = [torch.empty(shape, dtype=dtype, device=a.values.device) for shape in shapes]
+    for linear, out in zip(linears, outs, strict=True):
+        if out.numel() > 0:
+            shape = Shape.of(a.values, linear.outputs, spec)
+            _launch(a, linear, codebooks, spec, config or prefill_config(shape, a.values.device), out)
+    return outs
 
 
-def _product(a: Activation, linear: Linear, codebooks: Tensor, spec: FormatSpec, dtype: torch.dtype) -> Tensor:
-    x, weight, outputs, epilogue = a.values, linear.weight, linear.outputs, linear.epilogue
+def _launch(
+    a: Activation, linear: Linear, codebooks: Tensor, spec: FormatSpec, config: PrefillConfig, out: Tensor
+) -> None:
+    x, weight, epilogue = a.values, linear.weight, linear.epilogue
     rows, columns = x.shape
-    out = torch.empty((rows, outputs), dtype=dtype, device=x.device)
-    if out.numel() == 0:
-        return out
     scaled_weight = x.dtype == torch.float16
-    step = max(1, STEP_COLUMNS // spec.array_size) if scaled_weight else 1
-    terms = num_terms(x.dtype)
-    tile_m = TILE_M if terms == 1 else TILE_M // 2  # three terms take more registers than one
-    prefill_gemm_kernel[(-(-rows // tile_m) * -(-outputs // TILE_N),)](
+    step = max(1, config.step_columns // spec.array_size) if scaled_weight else 1
+    prefill_gemm_kernel[(-(-rows // config.tile_m) * -(-linear.outputs // config.tile_n),)](
         x, a.array_scales, weight.codes, weight.selectors, weight.scales, codebooks, a.row_scales,
-        epilogue.weight_scale, epilogue.bias, epilogue.residual, out, rows, outputs, columns, x.stride(0),
+        epilogue.weight_scale, epilogue.bias, epilogue.residual, out, rows, linear.outputs, columns, x.stride(0),
         spec.num_arrays(columns), ARRAY=spec.array_size, SELECTOR_BITS=spec.selector_bits, STEP=step,
-        SCALED_WEIGHT=scaled_weight, TERMS=terms, OPERAND=operand_type(x.dtype),
-        TILE_M=tile_m, TILE_N=TILE_N, GROUP=GROUP, num_warps=8, num_stages=3, **OPTIONS,
+        SCALED_WEIGHT=scaled_weight, TERMS=num_terms(x.dtype), OPERAND=operand_type(x.dtype),
+        TILE_M=config.tile_m, TILE_N=config.tile_n, GROUP=config.group,
+        num_warps=config.warps, num_stages=config.stages, **OPTIONS,
     )  # fmt: skip
-    return out

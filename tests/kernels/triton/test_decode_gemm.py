@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode
 from lobcq_fx.kernels.triton import decode_gemm as module
+from lobcq_fx.kernels.triton.configs import DecodeConfig
 from lobcq_fx.kernels.triton.decode_gemm import decode_gemm, num_splits
 from lobcq_fx.kernels.triton.encode_operand import encode_operand
 from lobcq_fx.kernels.triton.lookup import Lookup
@@ -70,7 +71,7 @@ def test_fp32_activations_keep_all_their_bits() -> None:
 def test_splits_of_k(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
     """Also more of them than evenly divide the steps."""
     w, x = weight(FormatSpec(8, 64), 37, 2900), activation(5, 2900)
-    monkeypatch.setattr(module, "ENOUGH_PROGRAMS", splits)
+    monkeypatch.setattr(module, "num_splits", lambda *_: splits)
     bias = torch.randn(37)
     out = product(x, w, bias=bias.to(DEVICE))
     assert_product(out, x, w.encoded, bias)
@@ -81,14 +82,14 @@ def test_splits_of_k(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
     ("programs", "tiles", "expected"), [(64, 8, 8), (512, 8, 1), (1, 100, 16), (1, 3, 2), (1, 1, 1), (2000, 50, 1)]
 )
 def test_number_of_splits(programs: int, tiles: int, expected: int) -> None:
-    assert num_splits(programs, tiles) == expected
+    assert num_splits(programs, tiles, DecodeConfig()) == expected
 
 
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_epilogue(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, splits: int) -> None:
     """Row scales and bias before the rounding, the residual after it: the bits of the graph that is not fused."""
-    monkeypatch.setattr(module, "ENOUGH_PROGRAMS", splits)
+    monkeypatch.setattr(module, "num_splits", lambda *_: splits)
     w, x = weight(FormatSpec(8, 64), 20, 1200), activation(4, 1200).half()
     a = Activation(x.to(DEVICE), row_scales=torch.rand(4, 1, device=DEVICE))
     bias, residual = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((20,), (4, 20)))
@@ -154,7 +155,7 @@ def test_several_linears_have_the_bits_of_each(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n: list[int], splits: int
 ) -> None:
     """Also more than a launch takes, and one without outputs."""
-    monkeypatch.setattr(module, "num_splits", lambda programs, tiles: splits)
+    monkeypatch.setattr(module, "num_splits", lambda *_: splits)
     several, a = linears(n, 300, dtype, 3), Activation(activation(3, 300).to(dtype).to(DEVICE))
     books = codebooks(FormatSpec(8, 64))
     together = decode_gemm(a, several, books, FormatSpec(8, 64), dtype)
@@ -175,12 +176,21 @@ def test_a_program_multiplies_one_weight(monkeypatch: pytest.MonkeyPatch) -> Non
             launch: Callable[..., None] = self.kernel[(2, 1)]
             return launch
 
-    monkeypatch.setattr(module, "num_splits", lambda programs, tiles: 1)
+    monkeypatch.setattr(module, "num_splits", lambda *_: 1)
     monkeypatch.setattr(module, "decode_gemm_kernel", FirstTwo(module.decode_gemm_kernel))
     spec, a = FormatSpec(8, 64), Activation(activation(3, 128).to(DEVICE))
     first, second = decode_gemm(a, linears([100, 190], 128, torch.float32, 3), codebooks(spec), spec, torch.float32)
     assert not bool(first.isnan().any())
     assert bool(second.isnan().all())
+
+
+@pytest.mark.parametrize("panels", [1, 2, 8])
+def test_panels_of_a_program(panels: int) -> None:
+    w, x = weight(FormatSpec(4, 32), 50, 300), activation(9, 300)
+    linear, a = Linear(w.tiles, 50, Epilogue(w.scale)), Activation(x.to(DEVICE))
+    config = DecodeConfig(panels=panels, max_splits=2)
+    (out,) = decode_gemm(a, [linear], w.codebooks, w.encoded.spec, torch.float32, config)
+    assert_product(out, x, w.encoded)
 
 
 @pytest.mark.parametrize(("count", "launches"), [(1, 1), (4, 1), (5, 2)])
@@ -194,7 +204,7 @@ def test_a_launch_takes_four_linears(monkeypatch: pytest.MonkeyPatch, count: int
 
     Counted.grids.clear()
     monkeypatch.setattr(module, "decode_gemm_kernel", Counted())
-    monkeypatch.setattr(module, "num_splits", lambda programs, tiles: 1)
+    monkeypatch.setattr(module, "num_splits", lambda *_: 1)
     a = Activation(activation(3, 128).to(DEVICE))
     decode_gemm(
         a, linears([65] * count, 128, torch.float32, 3), codebooks(FormatSpec(8, 64)), FormatSpec(8, 64), torch.float32
