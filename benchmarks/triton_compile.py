@@ -37,8 +37,8 @@ CAPABILITIES = (80, 90, 100)
 FORMATS = ("1x16", "2x128", "2x64", "4x64", "8x64", "8x128", "16x64", "16x128", "16x32")
 """The paper's, and the one with the least of everything."""
 
-ROWS, COLUMNS, OUTPUTS, FEW_OUTPUTS = 4096, 4096, 4096, 1024
-"""A linear of Llama-3-8B; and one with so few outputs that K is split."""
+ROWS, COLUMNS, OUTPUTS, MANY_OUTPUTS = 4096, 4096, 4096, 28672
+"""A linear of Llama-3-8B; and its gate and up, of so many outputs that K is not split for few rows."""
 
 LEAST_ROWS, FEW_ROWS = 8, 16
 ENCODED = ("int8 entries", "fp16 scaled entries")
@@ -64,7 +64,7 @@ def main() -> None:
                     results.append({"format": name, "what": what, **compiled(launch, capability)})
         print(f"{name}: {sum(result['format'] == name for result in results)} kernels compiled", flush=True)
     if arguments.output:
-        shape = {"many_rows": ROWS, "few_rows": FEW_ROWS, "outputs": [OUTPUTS, FEW_OUTPUTS], "columns": COLUMNS}
+        shape = {"many_rows": ROWS, "few_rows": FEW_ROWS, "outputs": [OUTPUTS, MANY_OUTPUTS], "columns": COLUMNS}
         found = {"triton": triton.__version__, "shape": shape, "results": results}
         arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     failures = [f"{r['format']} {r['what']} sm_{r['sm']}: {text}" for r in results for text in complaints(r)]
@@ -91,11 +91,11 @@ def calls(spec: FormatSpec) -> Iterator[tuple[str, Call]]:
         if not integers or spec.array_size >= LEAST_INTEGER_ARRAY:
             yield f"encode to {form}", partial(encode_operand, x, lookup, spec, None, integers)
     for form, a in activations(spec, LEAST_ROWS):
-        yield f"at most 8 rows, {form}", gemm_call(decode_gemm, a, spec, OUTPUTS)
+        yield f"at most 8 rows, {form}", gemm_call(decode_gemm, a, spec, MANY_OUTPUTS)
     for form, a in activations(spec, FEW_ROWS):
-        yield f"few rows, {form}", gemm_call(decode_gemm, a, spec, OUTPUTS)
+        yield f"few rows, {form}", gemm_call(decode_gemm, a, spec, MANY_OUTPUTS)
         if form == ENCODED[1]:
-            yield f"few rows and outputs, {form}", gemm_call(decode_gemm, a, spec, FEW_OUTPUTS)
+            yield f"few rows and outputs, {form}", gemm_call(decode_gemm, a, spec, OUTPUTS)
     for form, a in activations(spec, ROWS):
         yield f"many rows, {form}", gemm_call(prefill_gemm, a, spec, OUTPUTS)
 
