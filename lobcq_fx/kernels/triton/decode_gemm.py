@@ -184,6 +184,10 @@ MAX_WEIGHTS = 4
 
 SUM_TILE = 256
 
+MAX_REGISTERS = 168
+"""For more than 8 rows of integers: three programs of four warps a multiprocessor. Left to itself ptxas stops at 128, for
+a fourth, and spills."""
+
 
 def decode_gemm(
     a: Activation, linears: Sequence[Linear], codebooks: Tensor, spec: FormatSpec, dtype: torch.dtype,
@@ -232,7 +236,8 @@ def _launch(
         rows, columns, a.values.stride(0), ARRAY=spec.array_size, SELECTOR_BITS=spec.selector_bits,
         PANELS=config.panels, ROWS=8 if rows <= 8 else 16, TERMS=num_terms(a.values.dtype),
         OPERAND=operand_type(a.values.dtype), SPLITS=splits, UNROLL=config.unroll,
-        num_warps=config.panels, num_stages=config.stages, **OPTIONS,
+        num_warps=config.panels, num_stages=config.stages,
+        maxnreg=MAX_REGISTERS if rows > 8 and a.array_scales is not None else None, **OPTIONS,
     )  # fmt: skip
     if splits > 1:
         outs = (out for _, out in wanted)
