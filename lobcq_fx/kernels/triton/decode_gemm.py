@@ -185,8 +185,10 @@ MAX_WEIGHTS = 4
 SUM_TILE = 256
 
 MAX_REGISTERS = 168
-"""For more than 8 rows of integers: three programs of four warps a multiprocessor. Left to itself ptxas stops at 128, for a
-fourth, and spills."""
+"""For more than 8 rows of integers: three programs of four warps a multiprocessor.
+
+Left to itself ptxas stops at 128, for a fourth, and spills.
+"""
 
 
 def decode_gemm(
