@@ -30,9 +30,11 @@ BYTES_PER_SECOND, FP16_PER_SECOND, INT8_PER_SECOND = 4.8e12, 989e12, 1979e12
 INSTRUCTIONS_PER_SECOND = 67e12 / 2
 """Instructions of single threads: by the same data sheet's fp32 rate, one multiply-add an instruction."""
 
-SHOWN, SHOWN_SM, FEW_KERNEL = "8x64", 90, "few rows, int8 entries"
-STEP_WEIGHTS, WARP = 16 * 512, 32
-"""Weights that a program of the kernel for few rows takes in one turn of its loop."""
+SHOWN, SHOWN_SM = "8x64", 90
+FEW_KERNELS = {8: "at most 8 rows, int8 entries", 16: "few rows, int8 entries"}
+"""By rows that it multiplies, however many of them there are."""
+
+TILE_WEIGHTS, WARP = 16 * 128, 32
 
 FEW, MANY = (1, 16), 4096
 
@@ -41,32 +43,46 @@ def main() -> None:
     """Rewrite or check."""
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
     sections = {
-        "few": few_rows_floors(instructions_per_weight(found)),
+        "few": few_rows_floors(found),
         "many": many_rows_floors(),
         "compiled": compiled(found),
     }
     keep_page(PAGE, sections, "gpu_kernels_page.py", __doc__)
 
 
-def instructions_per_weight(found: dict[str, Any]) -> float:
-    """Of the loop that reads the weight, for few rows."""
-    wanted = (SHOWN, SHOWN_SM, FEW_KERNEL)
+def instructions_per_weight(found: dict[str, Any], kernel: str, name: str = SHOWN, sm: int = SHOWN_SM) -> float:
+    """Of the loop that reads the weight, for few rows: of a kernel, format and GPU."""
+    wanted = (name, sm, kernel)
     (result,) = (r for r in found["results"] if (r["format"], r["sm"], r["what"]) == wanted)
-    return result["loop_instructions"] * result["options"]["num_warps"] * WARP / STEP_WEIGHTS
+    constants = result["constants"]
+    turn = constants["PANELS"] * constants["UNROLL"] * TILE_WEIGHTS
+    return result["loop_instructions"] * result["options"]["num_warps"] * WARP / turn
 
 
-def few_rows_floors(per_weight: float) -> str:
+def few_rows_floors(found: dict[str, Any]) -> str:
     """What moving a linear's operands, and issuing the instructions that its weights take, last at least."""
     bits = FormatSpec.from_name(SHOWN).bits_per_scalar
     rows = []
     for name, (n, k) in LINEARS.items():
         for m in FEW:
+            per_weight = instructions_per_weight(found, FEW_KERNELS[8 if m <= 8 else 16])
             ours, bf16 = (linear_bytes(m, n, k, size) for size in (bits, 16))
             times = (ours / BYTES_PER_SECOND, n * k * per_weight / INSTRUCTIONS_PER_SECOND, bf16 / BYTES_PER_SECOND)
             cells = [f"{seconds * 1e6:.1f}" for seconds in times]
             rows.append([name, f"{n} x {k}", str(m), f"{ours / 1e6:.1f}", *cells, measured("few rows", name, m)])
     header = ["linear", "N x K", "M", "MB", "bytes, us", "instructions, us", "bf16's bytes, us", "measured, us"]
-    return f"{per_weight:.1f} instructions a weight on sm_{SHOWN_SM}.\n\n{table(header, rows)}"
+    return f"{instructions_of_formats(found)}\n\n{table(header, rows)}"
+
+
+def instructions_of_formats(found: dict[str, Any]) -> str:
+    """Instructions a weight, of every format that has kernels for few rows on integers."""
+    names = [n for n in dict.fromkeys(r["format"] for r in found["results"]) if not n.endswith("x16")]
+    sms = sorted({result["sm"] for result in found["results"]})
+    rows = []
+    for name in names:
+        of_sms = [[instructions_per_weight(found, kernel, name, sm) for kernel in FEW_KERNELS.values()] for sm in sms]
+        rows.append([name, *(" / ".join(f"{value:.1f}" for value in values) for values in of_sms)])
+    return table(["instructions a weight, up to 8 / 16 rows", *(f"sm_{sm}" for sm in sms)], rows)
 
 
 def measured(section: str, linear: str, rows: int) -> str:

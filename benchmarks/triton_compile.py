@@ -29,19 +29,19 @@ from lobcq_fx.kernels.triton.dequantize import dequantize
 from lobcq_fx.kernels.triton.encode import encode_rows
 from lobcq_fx.kernels.triton.encode_operand import encode_operand
 from lobcq_fx.kernels.triton.lookup import Lookup
-from lobcq_fx.kernels.triton.operands import LEAST_INTEGER_ARRAY, Activation, Epilogue
+from lobcq_fx.kernels.triton.operands import LEAST_INTEGER_ARRAY, Activation, Epilogue, Linear
 from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
 from lobcq_fx.kernels.triton.prologues import AddRmsNorm, LayerNorm, Prologue, RmsNorm, SiluMul
-from lobcq_fx.kernels.triton.weight_layout import PANEL_ROWS, WeightLines
+from lobcq_fx.kernels.triton.weight_layout import WeightTiles, num_panels, num_tiles, tile_bytes
 
 CAPABILITIES = (80, 90, 100)
 FORMATS = ("1x16", "2x128", "2x64", "4x64", "8x64", "8x128", "16x64", "16x128", "16x32")
 """The paper's, and the one with the least of everything."""
 
-ROWS, COLUMNS, OUTPUTS, FEW_OUTPUTS = 4096, 4096, 4096, 1024
-"""A linear of Llama-3-8B; and one with so few outputs that K is split."""
+ROWS, COLUMNS, OUTPUTS, MANY_OUTPUTS = 4096, 4096, 4096, 28672
+"""A linear of Llama-3-8B; and its gate and up, of so many outputs that K is not split for few rows."""
 
-FEW_ROWS = 16
+LEAST_ROWS, FEW_ROWS = 8, 16
 ENCODED = ("int8 entries", "fp16 scaled entries")
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -65,7 +65,7 @@ def main() -> None:
                     results.append({"format": name, "what": what, **compiled(launch, capability)})
         print(f"{name}: {sum(result['format'] == name for result in results)} kernels compiled", flush=True)
     if arguments.output:
-        shape = {"many_rows": ROWS, "few_rows": FEW_ROWS, "outputs": [OUTPUTS, FEW_OUTPUTS], "columns": COLUMNS}
+        shape = {"many_rows": ROWS, "few_rows": FEW_ROWS, "outputs": [OUTPUTS, MANY_OUTPUTS], "columns": COLUMNS}
         found = {"triton": triton.__version__, "shape": shape, "results": results}
         arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     failures = [f"{r['format']} {r['what']} sm_{r['sm']}: {text}" for r in results for text in complaints(r)]
@@ -93,10 +93,12 @@ def calls(spec: FormatSpec) -> Iterator[tuple[str, Call]]:
                 call = partial(encode_operand, x, lookup, spec, None, integers, prologue)
                 yield f"{name}encode to {form}", call
     yield "decode to bf16", partial(dequantize, *parts(spec), lookup.codebooks, spec, COLUMNS, torch.bfloat16)
+    for form, a in activations(spec, LEAST_ROWS):
+        yield f"at most 8 rows, {form}", gemm_call(decode_gemm, a, spec, MANY_OUTPUTS)
     for form, a in activations(spec, FEW_ROWS):
-        yield f"few rows, {form}", gemm_call(decode_gemm, a, spec, OUTPUTS)
+        yield f"few rows, {form}", gemm_call(decode_gemm, a, spec, MANY_OUTPUTS)
         if form == ENCODED[1]:
-            yield f"few rows and outputs, {form}", gemm_call(decode_gemm, a, spec, FEW_OUTPUTS)
+            yield f"few rows and outputs, {form}", gemm_call(decode_gemm, a, spec, OUTPUTS)
     for form, a in activations(spec, ROWS):
         yield f"many rows, {form}", gemm_call(prefill_gemm, a, spec, OUTPUTS)
 
@@ -118,8 +120,8 @@ def prologues() -> dict[str, Prologue | None]:
 def gemm_call(gemm: Callable[..., Any], a: Activation, spec: FormatSpec, outputs: int) -> Call:
     """A linear with a bias and a bf16 result."""
     epilogue = Epilogue(torch.empty(()), bias=torch.empty(outputs, dtype=torch.bfloat16))
-    codebooks = meta_lookup(spec).codebooks
-    return partial(gemm, a, lines(spec, outputs), codebooks, spec, outputs, epilogue, torch.bfloat16)
+    linear, codebooks = Linear(tiles(spec, outputs), outputs, epilogue), meta_lookup(spec).codebooks
+    return partial(gemm, a, [linear], codebooks, spec, torch.bfloat16)
 
 
 def meta_lookup(spec: FormatSpec) -> Lookup:
@@ -137,18 +139,17 @@ def parts(spec: FormatSpec) -> tuple[torch.Tensor, ...]:
     return codes, selectors, scales, torch.empty(())
 
 
-def lines(spec: FormatSpec, outputs: int) -> WeightLines:
+def tiles(spec: FormatSpec, outputs: int) -> WeightTiles:
     """A weight in kernel layout."""
-    count = -(-outputs // PANEL_ROWS) * PANEL_ROWS * spec.num_arrays(COLUMNS)
-    size = spec.code_bytes(spec.array_size) + spec.selector_bytes(spec.array_size) + 1
-    return WeightLines.of(torch.empty(count * size, dtype=torch.uint8), spec, outputs, COLUMNS)
+    size = num_panels(outputs) * num_tiles(COLUMNS) * sum(tile_bytes(spec))
+    return WeightTiles.of(torch.empty(size, dtype=torch.uint8), spec, outputs, COLUMNS)
 
 
 def activations(spec: FormatSpec, rows: int) -> Iterator[tuple[str, Activation]]:
     """Every form that a GEMM takes."""
     row_scales = torch.empty(rows, 1)
     if spec.array_size >= LEAST_INTEGER_ARRAY:
-        scales = torch.empty(rows, spec.num_arrays(COLUMNS), dtype=torch.uint8)
+        scales = torch.empty(rows, spec.num_arrays(COLUMNS))
         yield ENCODED[0], Activation(torch.empty(rows, COLUMNS, dtype=torch.int8), scales, row_scales)
     yield ENCODED[1], Activation(torch.empty(rows, COLUMNS, dtype=torch.float16), None, row_scales)
     for name, dtype in FLOATS.items():

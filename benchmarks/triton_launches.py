@@ -38,14 +38,20 @@ class Launch:
     options: dict[str, Any]
     grid: tuple[int, ...]
 
+    def constants(self) -> dict[str, int]:
+        """The numbers among its compile-time constants."""
+        names = [parameter.name for parameter in self.kernel.params if parameter.is_constexpr]
+        return {name: self.arguments[name] for name in names if isinstance(self.arguments[name], int)}
+
     def source(self) -> ASTSource:
         """The kernel specialised for these arguments, as a launch would."""
         signature, constants, attributes = {}, {}, {}
 
         def specialized(value: Any, place: tuple[int, ...], constant: bool = False) -> Any:
             """The type of an argument at a place: its index, or its index and that inside a tuple."""
-            if isinstance(value, tuple):
-                return value._make(specialized(part, (*place, i)) for i, part in enumerate(value))
+            if isinstance(value, tuple) and not constant:
+                parts = tuple(specialized(part, (*place, i)) for i, part in enumerate(value))
+                return type(value)(*parts) if hasattr(value, "_fields") else parts
             constant |= value is None or isinstance(value, constexpr) or (isinstance(value, int) and value == 1)
             if constant:
                 constants[place] = value.value if isinstance(value, constexpr) else value
@@ -120,6 +126,7 @@ def compiled(launch: Launch, capability: int) -> dict[str, Any]:
         "approximate_division": any(name in kernel.asm["ptx"] for name in APPROXIMATIONS),
         "fused_multiply_adds": kernel.asm["ptx"].count("fma.rn.f32"),
         "options": {**launch.options, "grid": list(launch.grid)},
+        "constants": launch.constants(),
     }
 
 

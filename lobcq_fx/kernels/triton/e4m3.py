@@ -37,5 +37,10 @@ def e4m3_byte(x):
 @triton.jit
 def e4m3_value(byte):
     """E4M3 bytes, int32, none negative -> fp32, exact. By way of fp16, whose subnormals no GPU flushes."""
-    half = (byte << 7).to(tl.int16).to(tl.float16, bitcast=True)
-    return tl.where(byte == NAN_BYTE, float("nan"), half.to(tl.float32) * 256.0)
+    return tl.where(byte == NAN_BYTE, float("nan"), e4m3_256th(byte) * 256.0)
+
+
+@triton.jit
+def e4m3_256th(byte):
+    """E4M3 bytes, int32, none negative or NaN -> a 256th of them in fp32, exact."""
+    return (byte << 7).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)

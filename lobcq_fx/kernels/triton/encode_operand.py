@@ -23,6 +23,9 @@ from lobcq_fx.kernels.triton.launching import OPTIONS, ROUNDED_APART
 from lobcq_fx.kernels.triton.lookup import Lookup
 from lobcq_fx.kernels.triton.operands import LEAST_INTEGER_ARRAY, Activation
 from lobcq_fx.kernels.triton.prologues import Prologue, operands, row_statistics, tile_to_encode
+from lobcq_fx.kernels.triton.weight_layout import TILE_COLUMNS, num_tiles
+
+COLUMNS = tl.constexpr(TILE_COLUMNS)
 
 
 @triton.jit
@@ -32,7 +35,7 @@ def encode_operand_kernel(
     entries,  # int32 [126, ceil(N_c / 4)]
     entry_bytes,  # int8, the same memory
     values,  # int8 [M, Kp], entries; or fp16 [M, Kp], scaled entries
-    scales,  # uint8 [M, Kp / L_A], or None with scaled entries
+    scales,  # fp32 [M, arrays of whole tiles of weights], or None with scaled entries
     tensor_scales,  # fp32 [M]
     prologue,  # `Operands`
     columns,
@@ -63,12 +66,14 @@ def encode_operand_kernel(
         entry = tl.load(entry_bytes + bucket * ROW_BYTES + chosen[:, None])  # [B, 8]
 
         result = entry
+        scale = e4m3_value(scale_bytes)
         if scales is None:
-            scale = spread(e4m3_value(scale_bytes), ARRAY_BLOCKS)
+            scale = spread(scale, ARRAY_BLOCKS)
             result = (entry.to(tl.float32) * scale[:, None]).to(tl.float16)
         else:
             array = start // ARRAY + tl.arange(0, TILE // ARRAY)
-            tl.store(scales + row * arrays + array, scale_bytes.to(tl.uint8), mask=array < arrays)
+            padded = tl.cdiv(columns, COLUMNS) * (COLUMNS // ARRAY)
+            tl.store(scales + row * padded + array, scale, mask=array < padded)
         # A padded position has an entry, which may not be 0, and must contribute nothing.
         result = tl.where(inside, result, tl.zeros_like(result))
         padded = arrays * ARRAY
@@ -95,7 +100,8 @@ def encode_operand(
     rows, columns = x.shape
     integers = integers and spec.array_size >= LEAST_INTEGER_ARRAY
     values = x.new_empty((rows, spec.padded_columns(columns)), dtype=torch.int8 if integers else torch.float16)
-    scales = x.new_empty((rows, spec.num_arrays(columns)), dtype=torch.uint8) if integers else None
+    tile_arrays = num_tiles(columns) * TILE_COLUMNS // spec.array_size
+    scales = x.new_empty((rows, tile_arrays), dtype=torch.float32) if integers else None
     tensor_scale = x.new_empty((rows, 1), dtype=torch.float32)
     if rows > 0:
         tile, grid = tiles(rows, columns)

@@ -50,8 +50,8 @@ class Lookup:
         return cls(codebooks.contiguous(), padded.contiguous().view(torch.int32), codes.contiguous())
 
     def to_bytes(self) -> Tensor:
-        """One uint8 [bytes]: words first, so that all parts are aligned."""
-        return torch.cat([part.reshape(-1).view(torch.uint8) for part in (self.entries, self.codebooks, self.codes)])
+        """One uint8 [bytes]: codebooks first, which kernels load 16 bytes at a time, then words."""
+        return torch.cat([part.reshape(-1).view(torch.uint8) for part in (self.codebooks, self.entries, self.codes)])
 
     @classmethod
     def from_bytes(cls, data: Tensor) -> Lookup:
@@ -62,9 +62,9 @@ class Lookup:
         """
         for n in ALLOWED_NUM_CODEBOOKS:
             words = -(-n // ENTRIES_PER_WORD)
-            sizes = [4 * NUM_BUCKETS * words, CODEBOOK_SIZE * n, NUM_BUCKETS * n]
+            sizes = [CODEBOOK_SIZE * n, 4 * NUM_BUCKETS * words, NUM_BUCKETS * n]
             if data.numel() == sum(sizes):
-                entries, codebooks, codes = data.split(sizes)
+                codebooks, entries, codes = data.split(sizes)
                 shaped = codebooks.view(torch.int8).view(n, CODEBOOK_SIZE)
                 return cls(shaped, entries.view(torch.int32).view(NUM_BUCKETS, words), codes.view(NUM_BUCKETS, n))
         raise ValueError(f"{data.numel()} bytes are no set's look-up tables")

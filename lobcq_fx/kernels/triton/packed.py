@@ -32,16 +32,3 @@ def look_up(codebooks, words, selectors):
     code = (tl.expand_dims(words, -1) >> (4 * tl.arange(0, 8))) & 0xF
     # Or, not plus: it goes with the mask into one instruction.
     return tl.load(codebooks + ((tl.expand_dims(selectors, -1) << 4) | code))
-
-
-@triton.jit
-def line_entries(codes, selectors, codebooks, line, valid, ARRAY: tl.constexpr, SELECTOR_BITS: tl.constexpr):
-    """Entries of lines of a weight in kernel layout (`CudaWeightLayout`), int8 [R, ARRAY]; of line int32 [R]."""
-    BLOCKS: tl.constexpr = ARRAY // 8
-    SELECTOR_BYTES: tl.constexpr = (BLOCKS * SELECTOR_BITS + 7) // 8
-    block = tl.arange(0, BLOCKS)[None, :]
-    chosen = load_selectors(
-        selectors + (line * SELECTOR_BYTES)[:, None], block, SELECTOR_BYTES, valid[:, None], SELECTOR_BITS
-    )  # [R, BLOCKS]
-    words = tl.load(codes + (line * BLOCKS)[:, None] + block, mask=valid[:, None], other=0)  # [R, BLOCKS]
-    return tl.reshape(look_up(codebooks, words, chosen), (line.shape[0], ARRAY))

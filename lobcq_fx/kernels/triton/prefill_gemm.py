@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lobcq_fx.format.spec import FormatSpec
-from lobcq_fx.kernels.triton.e4m3 import e4m3_value
+from lobcq_fx.kernels.triton.configs import PrefillConfig, Shape, prefill_config
+from lobcq_fx.kernels.triton.e4m3 import e4m3_256th
 from lobcq_fx.kernels.triton.launching import OPTIONS
-from lobcq_fx.kernels.triton.operands import Activation, Epilogue
-from lobcq_fx.kernels.triton.packed import line_entries
+from lobcq_fx.kernels.triton.operands import Activation, Linear
 from lobcq_fx.kernels.triton.products import num_terms, operand_term, operand_type, store_result
-from lobcq_fx.kernels.triton.weight_layout import PANEL_ROWS, WeightLines
-
-PANEL = tl.constexpr(PANEL_ROWS)
-
-TILE_M, TILE_N = 128, 64
-STEP_COLUMNS = 64
-"""Columns multiplied at a time where block arrays need no scaling of their own."""
-
-GROUP = 8
-"""Tiles of rows that share a weight tile in L2 while it is there."""
+from lobcq_fx.kernels.triton.weight_tile import COLUMNS, PANEL, natural_entries, panel_tiles
 
 
 @triton.jit
 def prefill_gemm_kernel(
     x,  # fp32, bf16, fp16 or int8 [M, K]
-    x_scales,  # uint8 [M, arrays] of int8; or None
-    codes,  # int32 [lines, L_A / 8]
-    selectors,  # uint8 [lines, selector bytes]
-    scales,  # uint8 [lines]
+    x_scales,  # fp32 [M, tiles * 128 / L_A] of int8; or None
+    codes,
+    selectors,
+    scales,
     codebooks,  # int8 [N_c, 16]
+    # 16
     row_scales,
     weight_scale,
     bias,
@@ -62,80 +56,98 @@ def prefill_gemm_kernel(
     group_size = tl.minimum(tiles_m - group * GROUP, GROUP)
     within = tl.program_id(0) % (GROUP * tiles_n)
     m = (group * GROUP + within % group_size) * TILE_M + tl.arange(0, TILE_M)
-    n = within // group_size * TILE_N + tl.arange(0, TILE_N)
+    n_tile = within // group_size
+    n = n_tile * TILE_N + tl.arange(0, TILE_N)
 
-    # One line for each array of each output: [TILE_N * STEP].
-    output = tl.reshape(tl.broadcast_to(n[:, None], (TILE_N, STEP)), (TILE_N * STEP,))
-    array = tl.reshape(tl.broadcast_to(tl.arange(0, STEP)[None, :], (TILE_N, STEP)), (TILE_N * STEP,))
-    line = (output // PANEL * arrays + array) * PANEL + output % PANEL
+    PANELS: tl.constexpr = TILE_N // PANEL
+    ARRAYS: tl.constexpr = COLUMNS // ARRAY
+    tiles = tl.cdiv(columns, COLUMNS)
+    first_panel = n_tile * PANELS
+    # Of each output and each array of a step: where a tile's scales have it.
+    output = tl.arange(0, TILE_N)[:, None]
+    scale_tile = panel_tiles(first_panel, outputs, tiles, output // PANEL)
+    byte_scales = scales.to(tl.pointer_type(tl.uint8), bitcast=True)
+    output_scales = byte_scales + scale_tile * (PANEL * ARRAYS) + output % 8 * (2 * ARRAYS) + output // 8 % 2
     x_rows = x + m.to(tl.int64)[:, None] * row_stride
     k = tl.arange(0, STEP * ARRAY)[None, :]
 
     sums = tl.zeros((TILE_M, TILE_N), tl.float32)
     for i in tl.static_range(TERMS):  # the smallest first: least is rounded away
         for first in range(0, arrays, STEP):
-            valid = (output < outputs) & (first + array < arrays)
-            place = line + first * PANEL
-            entries = line_entries(codes, selectors, codebooks, place, valid, ARRAY, SELECTOR_BITS)
-            operand = entries.to(OPERAND)  # [TILE_N * STEP, L_A]
-            scale = e4m3_value(tl.load(scales + place, mask=valid, other=0).to(tl.int32))
+            operand = natural_entries(
+                codes, selectors, codebooks, first_panel, outputs, tiles, first * ARRAY,
+                STEP * ARRAY, PANELS, SELECTOR_BITS, OPERAND,
+            )  # fmt: skip
+            array = first + tl.arange(0, STEP)[None, :]
+            place = array // ARRAYS * (PANEL * ARRAYS) + array % ARRAYS * 2
+            scale = e4m3_256th(tl.load(output_scales + place).to(tl.int32))  # [TILE_N, STEP]
             inside = (m[:, None] < rows) & (first * ARRAY + k < columns)
             values = tl.load(x_rows + first * ARRAY + k, mask=inside, other=0)  # [TILE_M, STEP * L_A]
             term = operand_term(values, TERMS - 1 - i, OPERAND)
             if SCALED_WEIGHT:
-                operand *= scale.to(OPERAND)[:, None]  # exact: at most 9 significant bits
-                sums = tl.dot(term, tl.trans(tl.reshape(operand, (TILE_N, STEP * ARRAY))), acc=sums)
+                operand = tl.reshape(operand, (TILE_N, STEP, ARRAY)) * (scale * 256.0).to(OPERAND)[:, :, None]
+                operand = tl.reshape(operand, (TILE_N, STEP * ARRAY))  # exact: at most 9 significant bits
+                sums = tl.dot(term, tl.trans(operand), acc=sums)
             else:
                 tl.static_assert(STEP == 1, "an array is scaled by itself")
                 product = tl.dot(term, tl.trans(operand)).to(tl.float32)
+                scale = tl.reshape(scale, (1, TILE_N))
                 if x_scales is None:
-                    sums += product * scale[None, :]
+                    scale *= 256.0
                 else:
-                    x_bytes = tl.load(x_scales + m * arrays + first, mask=m < rows, other=0)
-                    sums += product * (e4m3_value(x_bytes.to(tl.int32))[:, None] * scale[None, :])
+                    scale = tl.load(x_scales + m * (tiles * ARRAYS) + first, mask=m < rows, other=0)[:, None] * scale
+                sums += product * scale
 
+    if x_scales is not None:
+        sums *= 256.0
     store_result(sums, m[:, None], n[None, :], rows, outputs, row_scales, weight_scale, bias, residual, out)
 
 
 def prefill_gemm(
-    a: Activation, weight: WeightLines, codebooks: Tensor, spec: FormatSpec, outputs: int, epilogue: Epilogue,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """`a @ w.T` and what follows, for any number of rows.
+    a: Activation, linears: Sequence[Linear], codebooks: Tensor, spec: FormatSpec, dtype: torch.dtype,
+    config: PrefillConfig | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """`a @ w.T` and what follows, for each weight and any number of rows; a launch each, which fills a GPU.
 
     Entries go to integer MMA instructions, scaled entries and fp16 activations to fp16 ones, bf16 and fp32 ones to
     bf16 ones: whichever multiplies them exactly.
 
     Args:
         a: M rows.
-        weight: of N = `outputs` rows and a's columns.
-        codebooks: int8 [N_c, 16], the weight's.
-        spec: the weight's configuration.
-        outputs: N.
-        epilogue: scale, bias and residual.
-        dtype: of the result.
+        linears: any number.
+        codebooks: int8 [N_c, 16], the weights'.
+        spec: the weights' configuration.
+        dtype: of the results.
+        config: of every launch; None takes what was chosen for its shape.
 
     Returns:
-        [M, N].
+        [M, N] of each.
 
     Raises:
-        ValueError: entries with block arrays too small for an integer MMA.
+        ValueError: entries with block arrays too small for an integer MMA, or codebooks that are not aligned.
     """
-    a.check(spec)
-    x = a.values
+    a.check(codebooks, spec)
+    shapes = [(a.values.shape[0], linear.outputs) for linear in linears]
+    outs = [torch.empty(shape, dtype=dtype, device=a.values.device) for shape in shapes]
+    for linear, out in zip(linears, outs, strict=True):
+        if out.numel() > 0:
+            shape = Shape.of(a.values, linear.outputs, spec)
+            _launch(a, linear, codebooks, spec, config or prefill_config(shape, a.values.device), out)
+    return outs
+
+
+def _launch(
+    a: Activation, linear: Linear, codebooks: Tensor, spec: FormatSpec, config: PrefillConfig, out: Tensor
+) -> None:
+    x, weight, epilogue = a.values, linear.weight, linear.epilogue
     rows, columns = x.shape
-    out = torch.empty((rows, outputs), dtype=dtype, device=x.device)
-    if out.numel() == 0:
-        return out
     scaled_weight = x.dtype == torch.float16
-    step = max(1, STEP_COLUMNS // spec.array_size) if scaled_weight else 1
-    terms = num_terms(x.dtype)
-    tile_m = TILE_M if terms == 1 else TILE_M // 2  # three terms take more registers than one
-    prefill_gemm_kernel[(-(-rows // tile_m) * -(-outputs // TILE_N),)](
+    step = max(1, config.step_columns // spec.array_size) if scaled_weight else 1
+    prefill_gemm_kernel[(-(-rows // config.tile_m) * -(-linear.outputs // config.tile_n),)](
         x, a.array_scales, weight.codes, weight.selectors, weight.scales, codebooks, a.row_scales,
-        epilogue.weight_scale, epilogue.bias, epilogue.residual, out, rows, outputs, columns, x.stride(0),
+        epilogue.weight_scale, epilogue.bias, epilogue.residual, out, rows, linear.outputs, columns, x.stride(0),
         spec.num_arrays(columns), ARRAY=spec.array_size, SELECTOR_BITS=spec.selector_bits, STEP=step,
-        SCALED_WEIGHT=scaled_weight, TERMS=terms, OPERAND=operand_type(x.dtype),
-        TILE_M=tile_m, TILE_N=TILE_N, GROUP=GROUP, num_warps=8, num_stages=3, **OPTIONS,
+        SCALED_WEIGHT=scaled_weight, TERMS=num_terms(x.dtype), OPERAND=operand_type(x.dtype),
+        TILE_M=config.tile_m, TILE_N=config.tile_n, GROUP=config.group,
+        num_warps=config.warps, num_stages=config.stages, **OPTIONS,
     )  # fmt: skip
-    return out

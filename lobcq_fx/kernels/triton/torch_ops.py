@@ -20,10 +20,10 @@ from lobcq_fx.kernels.triton.dequantize import dequantize
 from lobcq_fx.kernels.triton.encode import Packed, encode_rows
 from lobcq_fx.kernels.triton.encode_operand import encode_operand
 from lobcq_fx.kernels.triton.lookup import Lookup
-from lobcq_fx.kernels.triton.operands import Activation, Epilogue
+from lobcq_fx.kernels.triton.operands import Activation, Epilogue, Linear
 from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
 from lobcq_fx.kernels.triton.prologues import AddRmsNorm, LayerNorm, Prologue, RmsNorm, SiluMul
-from lobcq_fx.kernels.triton.weight_layout import WeightLines
+from lobcq_fx.kernels.triton.weight_layout import WeightTiles
 from lobcq_fx.ops.schemas import NO_GRADIENT
 
 INTEGER_ARRAY = 128
@@ -175,14 +175,13 @@ def _products(
 ) -> list[Tensor]:
     codebooks = Lookup.from_bytes(weight_tables).codebooks
     spec = FormatSpec(codebooks.shape[0], array_size)
-    gemm = decode_gemm if a.values.shape[0] <= MAX_ROWS else prefill_gemm
-    results = []
     each = [None] * len(weights) if residuals is None else [_residual(residual) for residual in residuals]
+    linears = []
     for weight, scale, bias, outputs, residual in zip(weights, tensor_scales, biases, out_features, each, strict=True):
-        lines = WeightLines.of(weight, spec, outputs, columns)
         epilogue = Epilogue(scale, bias if bias.numel() else None, residual)
-        results.append(gemm(a, lines, codebooks, spec, outputs, epilogue, dtype))
-    return results
+        linears.append(Linear(WeightTiles.of(weight, spec, outputs, columns), outputs, epilogue))
+    gemm = decode_gemm if a.values.shape[0] <= MAX_ROWS else prefill_gemm
+    return gemm(a, linears, codebooks, spec, dtype)
 
 
 def _residual(residual: Tensor) -> Tensor | None:

@@ -6,29 +6,46 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.format.packing import pack_selectors, unpack_selectors
-from lobcq_fx.format.spec import BLOCK_SIZE, E4M3_MAX
+from lobcq_fx.format.spec import BLOCK_SIZE, CODE_BITS, E4M3_MAX
 from lobcq_fx.kernels.triton.lookup import Lookup
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
 PANEL_ROWS = 16
-"""Rows whose block arrays lie side by side: the rows of the smallest tile that an MMA instruction multiplies."""
+TILE_COLUMNS = 128
+"""A tile has the rows of the smallest tile that an MMA instruction multiplies, and the columns of the largest array."""
 
+LANES = 32
+LANE_BLOCKS = PANEL_ROWS * TILE_COLUMNS // BLOCK_SIZE // LANES
+"""Blocks of a tile that a thread of a warp multiplies."""
+
+CODE_BYTES = PANEL_ROWS * TILE_COLUMNS * CODE_BITS // 8
 LARGEST_SCALE = int(torch.tensor(E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8))
+
+SELECTOR_TYPES = {0: torch.uint8, 1: torch.uint8, 2: torch.int16, 3: torch.uint8, 4: torch.int32}
+"""By bits of a selector, what a thread loads its eight as: one number, or three bytes."""
+
+SCALE_TYPES = {1: torch.int16, 2: torch.int32, 4: torch.int32, 8: torch.int32}
+"""By arrays of a tile, what a thread loads the scales of its two rows as: one number or several."""
 
 
 @dataclass(frozen=True)
-class WeightLines:
-    """A weight [N, K] in kernel layout. A line is one block array of one row, packed as at rest.
+class WeightTiles:
+    """A weight [N, K] in kernel layout: tiles of 16 rows x 128 columns, those of 16 rows one after another.
 
-    Lines are ordered by panel of 16 rows, block array, row: what a program reads next is what lies next in memory, and
-    all rows of a panel at once. N is rounded up to 16 with lines of zero bytes.
+    N and K are rounded up to whole tiles with zero bytes, whose scales of zero make them contribute nothing.
 
-    codes: int32 [lines, L_A / 8], a block a word. selectors: uint8 [lines, ceil(L_A / 8 * log2(N_c) / 8)].
-    scales: uint8 [lines, 1], E4M3.
+    What the 32 threads of a warp multiply lies in their order, as a fragment of an MMA instruction has it: thread
+    4 g + t has rows g and g + 8 and, of every 32 columns, block t. Its eight blocks are ordered by half of the columns,
+    row, half of those columns.
+
+    codes: int32 [tiles, 2, 32, 4], a block a word: half of the columns, thread, block.
+    selectors: [tiles, 32, ...], log2(N_c) bytes a thread, in the types of `SELECTOR_TYPES`.
+    scales: E4M3 bytes [tiles, 8, 128 / L_A, 2]: g, array, row; in the types of `SCALE_TYPES`.
     """
 
     codes: Tensor
@@ -36,21 +53,35 @@ class WeightLines:
     scales: Tensor
 
     @classmethod
-    def of(cls, prepacked: Tensor, spec: FormatSpec, rows: int, columns: int) -> WeightLines:
+    def of(cls, prepacked: Tensor, spec: FormatSpec, rows: int, columns: int) -> WeightTiles:
         """Views of what `CudaWeightLayout.pack` made of a weight [rows, columns]."""
-        lines = -(-rows // PANEL_ROWS) * PANEL_ROWS * spec.num_arrays(columns)
-        widths = _line_bytes(spec)
-        parts = prepacked.split([lines * width for width in widths])
-        codes, selectors, scales = (part.view(lines, width) for part, width in zip(parts, widths, strict=True))
-        return cls(codes.view(torch.int32), selectors, scales)
+        tiles = num_panels(rows) * num_tiles(columns)
+        codes, selectors, scales = prepacked.split([tiles * size for size in tile_bytes(spec)])
+        selector_type, scale_type = SELECTOR_TYPES[spec.selector_bits], SCALE_TYPES[TILE_COLUMNS // spec.array_size]
+        return cls(codes.view(torch.int32), selectors.view(selector_type), scales.view(scale_type))
+
+
+def num_panels(rows: int) -> int:
+    """Tiles along N."""
+    return -(-rows // PANEL_ROWS)
+
+
+def num_tiles(columns: int) -> int:
+    """Tiles along K."""
+    return -(-columns // TILE_COLUMNS)
+
+
+def tile_bytes(spec: FormatSpec) -> tuple[int, int, int]:
+    """Of a tile's codes, selectors and scales."""
+    return CODE_BYTES, LANES * spec.selector_bits, PANEL_ROWS * TILE_COLUMNS // spec.array_size
 
 
 @dataclass(frozen=True)
 class CudaWeightLayout:
-    """Codes, selectors and scales to lines and back, on whatever device they are.
+    """Codes, selectors and scales to tiles and back, on whatever device they are.
 
     It holds no state: models that carry it can be copied and pickled. No larger than what is stored, but for padding to
-    16 rows and, where L_A is 16 or 32, of a line's selectors to bytes.
+    16 rows and 128 columns.
     """
 
     def pack(self, parts: Parts, spec: FormatSpec, columns: int) -> Tensor:
@@ -62,43 +93,65 @@ class CudaWeightLayout:
         codes, selectors, scales = parts
         _check_scales(scales)
         blocks = unpack_selectors(selectors, spec.selector_bits, spec.padded_columns(columns) // BLOCK_SIZE)
-        array_selectors = pack_selectors(blocks.reshape(-1, spec.array_size // BLOCK_SIZE), spec.selector_bits)
-        stored = (codes, array_selectors, scales.view(torch.uint8))
-        shape = (codes.shape[0], spec.num_arrays(columns))
-        lines = [_to_lines(part.reshape(*shape, w)) for part, w in zip(stored, _line_bytes(spec), strict=True)]
-        return torch.cat(lines)
+        lane_selectors = _to_lanes(blocks).flatten(0, 2)
+        stored = (
+            _to_lanes(codes.view(torch.int32)).unflatten(-1, (2, LANE_BLOCKS // 2)).transpose(2, 3).contiguous(),
+            pack_selectors(lane_selectors, spec.selector_bits),
+            _scales_to_tiles(scales.view(torch.uint8), TILE_COLUMNS // spec.array_size),
+        )
+        return torch.cat([part.reshape(-1).view(torch.uint8) for part in stored])
 
     def unpack(self, prepacked: Tensor, spec: FormatSpec, rows: int, columns: int) -> Parts:
         """Inverse of `pack`."""
-        lines = WeightLines.of(prepacked, spec, rows, columns)
-        arrays, array_blocks = spec.num_arrays(columns), spec.array_size // BLOCK_SIZE
-        parts = (lines.codes.view(torch.uint8), lines.selectors, lines.scales)
-        codes, array_selectors, scales = (_from_lines(part, rows, arrays) for part in parts)
-        blocks = unpack_selectors(array_selectors.flatten(0, 1), spec.selector_bits, array_blocks)
-        selectors = pack_selectors(blocks.view(rows, arrays * array_blocks), spec.selector_bits)
-        return codes.flatten(1), selectors, scales.flatten(1).view(torch.float8_e4m3fn)
+        tiles = WeightTiles.of(prepacked, spec, rows, columns)
+        shape = (num_panels(rows), num_tiles(columns))
+        blocks = spec.padded_columns(columns) // BLOCK_SIZE
+        words = tiles.codes.view(*shape, 2, LANES, LANE_BLOCKS // 2).transpose(2, 3).reshape(*shape, LANES, LANE_BLOCKS)
+        packed = tiles.selectors.view(torch.uint8).view(shape[0] * shape[1] * LANES, spec.selector_bits)
+        chosen = unpack_selectors(packed, spec.selector_bits, LANE_BLOCKS).view(*shape, LANES, LANE_BLOCKS)
+        codes, chosen = (_from_lanes(part, rows, blocks) for part in (words, chosen))
+        scales = _scales_from_tiles(
+            tiles.scales.view(torch.uint8).view(*shape, tile_bytes(spec)[2]), rows, spec.num_arrays(columns)
+        )
+        return codes.view(torch.uint8), pack_selectors(chosen, spec.selector_bits), scales.view(torch.float8_e4m3fn)
 
     def tables(self, codebooks: Tensor) -> Tensor:
         """What the kernels look up for codebooks int8 [N_c, 16], uint8 [bytes]."""
         return Lookup.of(codebooks).to_bytes()
 
 
-def _line_bytes(spec: FormatSpec) -> tuple[int, int, int]:
-    return spec.code_bytes(spec.array_size), spec.selector_bytes(spec.array_size), 1
+def _padded(part: Tensor, columns: int) -> Tensor:
+    """[N, C] -> [N', C'], multiples of 16 and of `columns`."""
+    return pad(part, (0, -part.shape[1] % columns, 0, -part.shape[0] % PANEL_ROWS))
 
 
-def _to_lines(part: Tensor) -> Tensor:
-    """uint8 [N, arrays, bytes] -> [lines * bytes]."""
-    rows, arrays, width = part.shape
-    padded = torch.nn.functional.pad(part, (0, 0, 0, 0, 0, -rows % PANEL_ROWS))
-    panels = padded.view(padded.shape[0] // PANEL_ROWS, PANEL_ROWS, arrays, width)
-    return panels.transpose(1, 2).flatten()
+def _to_lanes(part: Tensor) -> Tensor:
+    """Something of each block [N, blocks] -> [panels, tiles, 32, 8]."""
+    padded = _padded(part, TILE_COLUMNS // BLOCK_SIZE)
+    # Row: half, g. Block: tile, half of the columns v, half of those i, t.
+    split = padded.view(padded.shape[0] // PANEL_ROWS, 2, 8, padded.shape[1] // 16, 2, 2, 4)
+    return split.permute(0, 3, 2, 6, 4, 1, 5).reshape(split.shape[0], split.shape[3], LANES, LANE_BLOCKS)
 
 
-def _from_lines(part: Tensor, rows: int, arrays: int) -> Tensor:
-    """uint8 [lines, bytes] -> [N, arrays, bytes], contiguous."""
-    panels = part.view(-(-rows // PANEL_ROWS), arrays, PANEL_ROWS, part.shape[1])
-    return panels.transpose(1, 2).flatten(0, 1)[:rows].contiguous()
+def _from_lanes(part: Tensor, rows: int, blocks: int) -> Tensor:
+    """Inverse of `_to_lanes`, contiguous."""
+    panels, tiles = part.shape[:2]
+    split = part.view(panels, tiles, 8, 4, 2, 2, 2).permute(0, 5, 2, 1, 4, 6, 3)
+    return split.reshape(panels * PANEL_ROWS, tiles * TILE_COLUMNS // BLOCK_SIZE)[:rows, :blocks].contiguous()
+
+
+def _scales_to_tiles(scales: Tensor, tile_arrays: int) -> Tensor:
+    """uint8 [N, arrays] -> [panels, tiles, 8, tile_arrays, 2]."""
+    padded = _padded(scales, tile_arrays)
+    split = padded.view(padded.shape[0] // PANEL_ROWS, 2, 8, padded.shape[1] // tile_arrays, tile_arrays)
+    return split.permute(0, 3, 2, 4, 1)
+
+
+def _scales_from_tiles(scales: Tensor, rows: int, arrays: int) -> Tensor:
+    """Inverse of `_scales_to_tiles`, of [panels, tiles, 16 * tile_arrays]; contiguous."""
+    panels, tiles, size = scales.shape
+    split = scales.view(panels, tiles, 8, size // PANEL_ROWS, 2).permute(0, 4, 2, 1, 3)
+    return split.reshape(panels * PANEL_ROWS, tiles * size // PANEL_ROWS)[:rows, :arrays].contiguous()
 
 
 def _check_scales(scales: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.format import Encoded, FormatSpec, decode, encode
-from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout, WeightLines
+from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout, WeightTiles
 from tests.format.cases import codebooks_of, int8
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,7 +42,7 @@ PRODUCT_TOLERANCE = 2e-6
 class Weight:
     """One weight as the kernels and as the reference hold it."""
 
-    lines: WeightLines
+    tiles: WeightTiles
     encoded: Encoded
 
     @property
@@ -65,7 +65,7 @@ def weight(
         values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.05
     encoded = encode(values, spec, codebooks(spec).cpu() if books is None else books)
     prepacked = CudaWeightLayout().pack(parts(encoded), spec, columns)
-    return Weight(WeightLines.of(prepacked, spec, rows, columns), encoded)
+    return Weight(WeightTiles.of(prepacked, spec, rows, columns), encoded)
 
 
 def activation(rows: int, columns: int, seed: int = 1) -> Tensor:

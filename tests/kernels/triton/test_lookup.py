@@ -28,6 +28,7 @@ def test_bytes_and_back(num_codebooks: int) -> None:
     back = Lookup.from_bytes(lookup.to_bytes())
     for name in ("codebooks", "entries", "codes"):
         assert torch.equal(getattr(back, name), getattr(lookup, name))
+    assert back.codebooks.data_ptr() % 16 == 0
 
 
 def test_other_bytes_are_refused() -> None:

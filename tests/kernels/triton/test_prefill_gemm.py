@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode
-from lobcq_fx.kernels.triton import prefill_gemm as module
+from lobcq_fx.kernels.triton.configs import PrefillConfig
 from lobcq_fx.kernels.triton.encode_operand import encode_operand
 from lobcq_fx.kernels.triton.lookup import Lookup
-from lobcq_fx.kernels.triton.operands import Activation, Epilogue
+from lobcq_fx.kernels.triton.operands import Activation, Epilogue, Linear
 from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
 from tests.format.cases import ALL_SPECS
 from tests.kernels.triton.operands import DEVICE, Weight, activation, assert_product, weight
@@ -19,8 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def product(a: Activation, w: Weight, dtype: torch.dtype = torch.float32, **epilogue: Tensor) -> Tensor:
-    tail = Epilogue(w.scale, **epilogue)
-    return prefill_gemm(a, w.lines, w.codebooks, w.encoded.spec, w.encoded.shape[0], tail, dtype)
+    linear = Linear(w.tiles, w.encoded.shape[0], Epilogue(w.scale, **epilogue))
+    return prefill_gemm(a, [linear], w.codebooks, w.encoded.spec, dtype)[0]
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
@@ -43,10 +43,15 @@ def test_shapes(dtype: torch.dtype, rows: int, shape: tuple[int, int]) -> None:
     assert_product(product(Activation(x.to(DEVICE)), w), x, w.encoded)
 
 
-def test_more_tiles_of_rows_than_a_group_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "GROUP", 2)
-    w, x = weight(FormatSpec(8, 64), 140, 64), activation(330, 64).half()
-    assert_product(product(Activation(x.to(DEVICE)), w), x, w.encoded)
+@pytest.mark.parametrize(
+    "config", [PrefillConfig(group=2), PrefillConfig(tile_m=64, tile_n=128, step_columns=128), PrefillConfig(tile_n=16)]
+)
+def test_configurations(config: PrefillConfig) -> None:
+    """Also more tiles of rows than a group has."""
+    w, x = weight(FormatSpec(8, 64), 140, 150), activation(330, 150).half()
+    linear, a = Linear(w.tiles, 140, Epilogue(w.scale)), Activation(x.to(DEVICE))
+    (out,) = prefill_gemm(a, [linear], w.codebooks, w.encoded.spec, torch.float32, config)
+    assert_product(out, x, w.encoded)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

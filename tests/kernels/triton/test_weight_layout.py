@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from lobcq_fx.format import FormatSpec, encode
-from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout, WeightLines
+from lobcq_fx.format.packing import unpack_selectors
+from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout, WeightTiles
 from tests.format.cases import ALL_SPECS
 from tests.kernels.triton.operands import DEVICE, assert_same_bits, codebooks, parts
 
@@ -24,18 +27,38 @@ def test_unpacking_restores_every_byte(spec: FormatSpec, shape: tuple[int, int])
         assert one.is_contiguous()
 
 
-def test_a_line_is_one_array_of_one_row() -> None:
-    """Panel 1, array 2, row 16 + 5: line (1 * arrays + 2) * 16 + 5."""
-    spec, shape = FormatSpec(8, 64), (40, 256)
-    encoded = encode(torch.randn(shape), spec, codebooks(spec).cpu())
-    lines = WeightLines.of(CudaWeightLayout().pack(parts(encoded), spec, 256), spec, *shape)
-    line = (1 * 4 + 2) * 16 + 5
-    assert torch.equal(lines.codes[line].view(torch.uint8).cpu(), encoded.codes[21, 64:96])
-    assert torch.equal(lines.selectors[line].cpu(), encoded.selectors[21, 6:9])
-    assert lines.scales[line].item() == encoded.scales.view(torch.uint8)[21, 2].item()
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+def test_a_thread_has_the_blocks_that_it_multiplies(spec: FormatSpec) -> None:
+    """Thread 4 g + t: rows g and g + 8, and of every 32 columns block t."""
+    encoded = encode(torch.randn(40, 300), spec, codebooks(spec).cpu())
+    tiles = WeightTiles.of(CudaWeightLayout().pack(parts(encoded), spec, 300), spec, 40, 300)
+    panel, tile, g, t = 1, 1, 5, 2
+    place = panel * 3 + tile
+    codes = tiles.codes.view(9, 2, 32, 4).cpu()
+    lanes = tiles.selectors.view(torch.uint8).view(9 * 32, spec.selector_bits)[
+        place * 32 + 4 * g + t : place * 32 + 4 * g + t + 1
+    ]
+    selectors = unpack_selectors(lanes.cpu(), spec.selector_bits, 8).view(2, 2, 2)
+    scales = tiles.scales.view(torch.uint8).view(9, 8, 128 // spec.array_size, 2).cpu()
+    all_selectors = unpack_selectors(encoded.selectors, spec.selector_bits, spec.padded_columns(300) // 8)
+    for v, half, i in itertools.product(range(2), repeat=3):
+        row, block = 16 * panel + 8 * half + g, 16 * tile + 8 * v + 4 * i + t
+        word = codes[place, v, 4 * g + t, 2 * half + i]
+        assert torch.equal(word.view(1).view(torch.uint8), encoded.codes[row, 4 * block : 4 * block + 4])
+        assert selectors[v, half, i] == all_selectors[row, block]
+        array = 8 * block // spec.array_size
+        scale = scales[place, g, array % (128 // spec.array_size), half]
+        assert scale == encoded.scales.view(torch.uint8)[row, array]
 
 
-@pytest.mark.parametrize("spec", [s for s in ALL_SPECS if s.array_size >= 64], ids=lambda s: s.name)
+def test_padding_has_scales_of_zero() -> None:
+    spec = FormatSpec(8, 32)
+    encoded = encode(torch.rand(3, 33) + 1, spec, codebooks(spec).cpu())
+    scales = WeightTiles.of(CudaWeightLayout().pack(parts(encoded), spec, 33), spec, 3, 33).scales
+    assert int((scales.view(torch.uint8) != 0).sum()) == 3 * 2
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
 def test_no_larger_than_what_is_stored(spec: FormatSpec) -> None:
     encoded = encode(torch.randn(64, 512), spec, codebooks(spec).cpu())
     prepacked = CudaWeightLayout().pack(parts(encoded), spec, 512)
