@@ -55,20 +55,25 @@ class Prepack(GraphPass):
 
     Args:
         layout: of the device's kernels.
+        stored: weights that another graph on the same tensors reads as they are stored; none is repacked.
     """
 
     name: ClassVar[str] = "prepack"
 
     layout: WeightLayout
+    stored: frozenset[str] = frozenset()
 
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Replace linears group by group, at the place where their activation was encoded or first read."""
         groups: dict[tuple[Any, ...], list[_Linear]] = defaultdict(list)
-        for linear in _linears(graph_module):
-            groups[linear.shared].append(linear)
+        for linear in _linears(graph_module.graph):
+            if linear.weight not in self.stored:
+                groups[linear.shared].append(linear)
         weights = {linear.weight for group in groups.values() for linear in group}
         for name in sorted(weights):
-            get_attribute(graph_module, name).repack(self.layout)
+            weight = get_attribute(graph_module, name)
+            if weight.layout is None:  # another graph's run may have repacked it
+                weight.repack(self.layout)
         for group in groups.values():
             self._replace(graph_module, group)
         if groups:
@@ -133,11 +138,22 @@ def restore_weights(graph_module: fx.GraphModule) -> None:
         delattr(get_attribute(graph_module, owner), last)
 
 
-def _linears(graph_module: fx.GraphModule) -> list[_Linear]:
+def weights_as_stored(graph: fx.Graph) -> frozenset[str]:
+    """The weights that the graph goes on reading as they are stored after `Prepack`."""
+    return _candidates(graph)[1]
+
+
+def _linears(graph: fx.Graph) -> list[_Linear]:
     """The linears that can be replaced, in order."""
+    candidates, refused = _candidates(graph)
+    return [linear for linear in candidates if linear.weight not in refused]
+
+
+def _candidates(graph: fx.Graph) -> tuple[list[_Linear], frozenset[str]]:
+    """The linears that could be replaced by themselves, and the weights of those that cannot."""
     writes = Writes()
     candidates, refused = [], set()
-    for node in graph_module.graph.nodes:
+    for node in graph.nodes:
         writes.visit(node)
         if node.op != "call_function" or node.target not in (ops.linear.default, ops.linear.float_activation):
             continue
@@ -151,7 +167,7 @@ def _linears(graph_module: fx.GraphModule) -> list[_Linear]:
         read = (arguments["x"], writes.before(arguments["x"])) if is_float else (encoder, arguments["dtype"])
         shared = (*read, arguments["w_codebooks"], arguments["array_size"])
         candidates.append(_Linear(node, weight, bias, shared))
-    return [linear for linear in candidates if linear.weight not in refused]
+    return candidates, frozenset(refused)
 
 
 def _encoder(arguments: dict[str, Any]) -> fx.Node | None:
