@@ -133,7 +133,9 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
     ) -> Cache:
         """As `generate()` makes it, but whole in every layer. A compiled prefill needs its memory beforehand."""
         if "offloaded" in cache_implementation:
-            raise CallError(f"cache_implementation is {cache_implementation!r}; of the static ones only 'static' is served")
+            raise CallError(
+                f"cache_implementation is {cache_implementation!r}; of the static ones only 'static' is served"
+            )
         made = super()._prepare_static_cache(cache_implementation, batch_size, max_cache_len, None, model_kwargs)
         length = max(layer.max_cache_len for layer in made.layers)
         return self.static_cache(max(length, max_cache_len), None if prefill_chunk_size is None else batch_size)
@@ -145,7 +147,7 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         if variant is None:
             reason = self.refused_variants.get(STATIC_CACHE, "it was saved by a release that knew none")
             raise CallError(
-                f"the model has no graph for static caches: {reason}. Remedy: pass a DynamicCache, or quantize the float"
-                " model again"
+                f"the model has no graph for static caches: {reason}. Remedy: pass a DynamicCache, or quantize the"
+                " float model again"
             )
         return variant.graph_module, variant.calling

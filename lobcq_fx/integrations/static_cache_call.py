@@ -88,7 +88,9 @@ class StaticCacheCall(CallingConvention):
             for state, width in zip((layer.keys, layer.values), widths, strict=True):
                 wanted = (batch, heads, cache.layers[0].keys.shape[2], width)
                 if tuple(state.shape) != wanted:
-                    found = f"past_key_values holds a tensor of {list(state.shape)} for a call that needs {list(wanted)}"
+                    found = (
+                        f"past_key_values holds a tensor of {list(state.shape)} for a call that needs {list(wanted)}"
+                    )
                     raise CallError(f"{found} [batch, heads, length, width]: {REMEDY}")
         return list(cache.layers)
 
@@ -134,5 +136,7 @@ def cache_mask(mask: Tensor | None, batch: int, length: int, device: torch.devic
         return torch.ones((batch, length), dtype=torch.long, device=device)
     if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] > length:
         wanted = f"a 2-D one of at most [{batch}, {length}], cached tokens included"
-        raise CallError(f"attention_mask has shape {list(mask.shape)}; the graph makes its own 4-D masks: pass {wanted}")
+        raise CallError(
+            f"attention_mask has shape {list(mask.shape)}; the graph makes its own 4-D masks: pass {wanted}"
+        )
     return functional.pad(mask, (0, length - mask.shape[1]))

@@ -123,9 +123,7 @@ def _product_refusal(node: fx.Node) -> str:
 def _linear(node: fx.Node, config: LobcqConfig) -> Matmul:
     found = constant_weight(node.args[1])
     if found is None:
-        return Matmul(
-            node, module_path(node), None, False, "its weight is computed in the graph, not constant", config
-        )
+        return Matmul(node, module_path(node), None, False, "its weight is computed in the graph, not constant", config)
     weight, flipped = found
     layer = _layer_name(node, str(weight.target))
     settings = config.for_layer(layer)
