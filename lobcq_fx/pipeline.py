@@ -19,7 +19,7 @@ from lobcq_fx.errors import CalibrationError, ConfigError, TraceError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.integrations.causal_lm import QuantizedCausalLM
 from lobcq_fx.integrations.causal_lm_call import CausalLMCall
-from lobcq_fx.integrations.static_cache_graph import StaticCacheGraph, trace_static_cache_graph
+from lobcq_fx.integrations.static_cache_graph import StaticCacheGraph
 from lobcq_fx.integrations.transformers_trace import is_causal_lm, trace_causal_lm, trace_pretrained
 from lobcq_fx.kernels.bind import bind_cpu_core
 from lobcq_fx.model import QuantizedModel
@@ -49,6 +49,7 @@ def quantize(
     example_inputs: Any = None,
     *,
     inplace: bool = False,
+    static_cache: bool = True,
     progress: Progress | None = None,
 ) -> QuantizedModel:
     """Quantize a model's matmuls to LO-BCQ.
@@ -64,6 +65,7 @@ def quantize(
             the first item of `calibration_data` serves if this is None.
         inplace: free each float weight as soon as it is encoded, so that the peak stays below the float model plus one
             layer. `model` is unusable afterwards.
+        static_cache: trace a language model once more, so that it takes static caches too; False saves that time.
         progress: called as the work goes on.
 
     Returns:
@@ -82,7 +84,7 @@ def quantize(
     bind_cpu_core()
     count, float_bytes = _size(model.parameters())
     traced = _trace_and_observe(model, calibration_data, config, example_inputs, report)
-    static = trace_static_cache_graph(model, traced)
+    static = _static_cache_graph(model, traced, static_cache)
     records = quantize_graph(traced.graph_module, config, report, release_from=model if inplace else None)
     if static is not None:
         static.quantize(config)
@@ -220,6 +222,14 @@ def _calibrate(traced: TracedModel, data: Iterable[Any], report: Progress) -> No
         report("calibrate", done, total)
     if done == 0:
         raise CalibrationError("calibration_data is empty: pass at least one model input")
+
+
+def _static_cache_graph(model: nn.Module, traced: TracedModel, wanted: bool) -> StaticCacheGraph | None:
+    """A language model's other graph; None for other models."""
+    if not isinstance(traced.calling, CausalLMCall):
+        return None
+    assert isinstance(model, PreTrainedModel)
+    return StaticCacheGraph(model, traced, wanted)
 
 
 def _build(

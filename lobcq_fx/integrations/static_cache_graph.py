@@ -29,12 +29,15 @@ class StaticCacheGraph:
         graph, for which the second then has the reason.
     """
 
-    def __init__(self, model: PreTrainedModel, first: TracedModel) -> None:
+    def __init__(self, model: PreTrainedModel, first: TracedModel, wanted: bool = True) -> None:
         """Trace `model`, of which `first` is the normalized other graph. No tensor is kept that `first` has."""
         self.variants: dict[str, TracedModel] = {}
         self.refused_variants: dict[str, str] = {}
         self._first = first.graph_module
         self._traced: TracedModel | None = None
+        if not wanted:
+            self.refused_variants[STATIC_CACHE] = "quantize() was called with static_cache=False"
+            return
         assert isinstance(first.calling, CausalLMCall)
         try:
             self._traced = trace_static_cache(model, first.calling)
@@ -60,11 +63,3 @@ class StaticCacheGraph:
     def _refuse(self, error: TraceError) -> None:
         self.refused_variants[STATIC_CACHE] = str(error)
         logger.warning("the quantized model will refuse static caches: %s", error)
-
-
-def trace_static_cache_graph(model: object, first: TracedModel) -> StaticCacheGraph | None:
-    """None for models that are no causal language models."""
-    if not isinstance(first.calling, CausalLMCall):
-        return None
-    assert isinstance(model, PreTrainedModel)
-    return StaticCacheGraph(model, first)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional
 from torch.utils import _pytree as pytree
@@ -28,6 +28,7 @@ from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.trace import (
     TracedModel,
     drop_constant_inputs,
+    fixed_size,
     flatten_program,
     plain_graph_module,
     tracing,
@@ -93,12 +94,12 @@ def trace_static_cache(model: PreTrainedModel, causal: CausalLMCall) -> TracedMo
         inputs["past_key_values"] = _in_place(inputs["past_key_values"], model.device)
         shapes = _causal_lm_dynamic_shapes(inputs)
         shapes["past_key_values"].append({0: Dim.AUTO})
-        program = _export(model, inputs, shapes)
-    graph_module = plain_graph_module(program)
-    drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
-    output = graph_module.graph.output_node()
-    output.args = ((output.args[0][0],),)  # type: ignore[index]  # the cache that it returns is the one that came in
-    EliminateDeadCode()(graph_module)
+        graph_module = plain_graph_module(_export(model, inputs, shapes))
+        drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
+        output = graph_module.graph.output_node()
+        output.args = ((output.args[0][0],),)  # type: ignore[index]  # the cache it returns is the one that came in
+        EliminateDeadCode()(graph_module)
+        _check_sizes(graph_module)
     return TracedModel(graph_module, StaticCacheCall(causal))
 
 
@@ -191,6 +192,15 @@ def _in_place(cache: DynamicCache, device: torch.device) -> InPlaceCache:
         )
         layers.append(layer)
     return InPlaceCache(layers, torch.arange(PAST, PAST + QUERY, device=device))
+
+
+def _check_sizes(graph_module: fx.GraphModule) -> None:
+    """A graph gives wrong results, not errors, for sizes that tracing fixed: only heads and widths may be."""
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        shape = [fixed_size(size) for size in node.meta["val"].shape]
+        free = shape[::2] if len(shape) == 4 else shape
+        if any(size is not None for size in free):
+            raise TraceError(f"tracing fixed a size of {node.name}, which has the shape {shape}")
 
 
 def _check_cache(model: PreTrainedModel, output: Any) -> None:

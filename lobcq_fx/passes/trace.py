@@ -107,10 +107,10 @@ def drop_constant_inputs(graph_module: fx.GraphModule, leaves: list[Any]) -> dic
 def _traced_shapes(graph_module: fx.GraphModule) -> tuple[tuple[int | None, ...], ...]:
     """Shape of each placeholder, None where a dimension is dynamic."""
     values = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
-    return tuple(tuple(_fixed(size) for size in value.shape) for value in values)
+    return tuple(tuple(fixed_size(size) for size in value.shape) for value in values)
 
 
-def _fixed(size: int | torch.SymInt) -> int | None:
+def fixed_size(size: int | torch.SymInt) -> int | None:
     """A size that tracing fixed, also where it started out dynamic; None for one that is still free."""
     if isinstance(size, int):
         return size
