@@ -136,9 +136,10 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
             raise CallError(
                 f"cache_implementation is {cache_implementation!r}; of the static ones only 'static' is served"
             )
-        made = super()._prepare_static_cache(cache_implementation, batch_size, max_cache_len, None, model_kwargs)
-        length = max(layer.max_cache_len for layer in made.layers)
-        return self.static_cache(max(length, max_cache_len), None if prefill_chunk_size is None else batch_size)
+        # As transformers does: a shorter call takes the length of the longest so far, for which a step is compiled.
+        length = max(max_cache_len, getattr(self, "_previous_max_cache_length", 0))
+        self._previous_max_cache_length = length
+        return self.static_cache(length, None if prefill_chunk_size is None else batch_size)
 
     def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, CallingConvention]:
         if not is_static(kwargs.get("past_key_values")):
