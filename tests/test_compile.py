@@ -80,8 +80,8 @@ def greedy(forward, prompt, steps, cache):
     for _ in range(steps):
         call_mask = mask if length is None else torch.nn.functional.pad(mask, (0, length - mask.shape[1]))
         # A clone, as in generate(): strides are guarded too, and a view's grow with the mask.
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :].clone(
-            memory_format=torch.contiguous_format
+        positions = (
+            (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :].clone(memory_format=torch.contiguous_format)
         )
         logits = forward(
             input_ids=tokens, attention_mask=call_mask, position_ids=positions, past_key_values=cache
@@ -124,7 +124,9 @@ class Inspected:
         metadata = torch._guards.TracingContext.get().fw_metadata
         placeholders = graph_module.graph.find_nodes(op="placeholder")
         self.graphs.append(graph_module.graph)
-        self.copied.append([p.meta["val"] for i, p in enumerate(placeholders) if i not in metadata.static_input_indices])
+        self.copied.append(
+            [p.meta["val"] for i, p in enumerate(placeholders) if i not in metadata.static_input_indices]
+        )
         for place, changed in enumerate(metadata.input_info):
             assert not changed.mutates_data or place in metadata.static_input_indices
         return graph_module

@@ -49,12 +49,13 @@ def share(graph_module: fx.GraphModule, root: fx.GraphModule) -> SharingGraphMod
         graph_module: after `drop_shared`.
         root: keeps its graph.
     """
-    own = dict([*graph_module.named_parameters(), *graph_module.named_buffers()])
-    for name, tensor in own.items():
+    own = [*graph_module.named_parameters(), *graph_module.named_buffers()]
+    readers = {name: graph_module.graph.find_nodes(op="get_attr", target=name) for name, _ in own}
+    for name, tensor in own:
         owner, _, last = name.rpartition(".")
         target = free_name(root, owner, last) if has_attribute(root, name) else name
         register_attribute(root, target, tensor)
-        for node in graph_module.graph.find_nodes(op="get_attr", target=name):
+        for node in readers[name]:
             node.target = target
     return SharingGraphModule(root, graph_module.graph)
 
