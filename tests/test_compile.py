@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from torch._dynamo.testing import CompileCounter
-
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 import lobcq_fx

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import lobcq_fx
 from lobcq_fx.config import LobcqConfig
@@ -120,15 +120,15 @@ def with_layer(cache, layer):
 
 ROW = torch.ones(1, 6, dtype=torch.long)
 REFUSED = {
-    "a prompt that is too long": (lambda q: {"past_key_values": q.static_cache(5)}, r"room for 5 tokens, the call has 6"),
+    "a long prompt": (lambda q: {"past_key_values": q.static_cache(5)}, "room for 5 tokens, the call has 6"),
     "no room left": (
         lambda q: {"past_key_values": shifted(q.static_cache(8, batch_size=1), 3)},
         r"room for 8 tokens and holds 3, the call has 6 more: .*static_cache\(max_cache_len\), longer",
     ),
     "layers": (lambda q: {"past_key_values": one_layer_less(q.static_cache(8))}, "has 1 layers, the model 2"),
     "a layer of another kind": (
-        lambda q: {"past_key_values": with_layer(q.static_cache(8), transformers.DynamicCache(config=q.config).layers[0])},
-        "holds a Dynamic",
+        lambda q: {"past_key_values": with_layer(q.static_cache(8), DynamicLayer())},
+        "holds a DynamicLayer",
     ),
     "another batch": (
         lambda q: {"past_key_values": q.static_cache(8, batch_size=2)},

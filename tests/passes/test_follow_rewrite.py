@@ -66,7 +66,9 @@ def pair(config=None, second=written_differently, first=plain):
     other = normalized(model)
     drop_shared(other, root)
     specs = {config.format, *(config.for_layer(layer).format for layer in "abw")}
-    Rewrite(config, CodebookSets.universal(specs))(root)
+    weights = CodebookSets.universal(specs).weights
+    activations = {spec: -codebooks.flip(1) for spec, codebooks in weights.items()}
+    Rewrite(config, CodebookSets(weights, activations))(root)
     return root, share(other, root), config
 
 

@@ -73,3 +73,6 @@ def test_copies_share_with_each_other_alone():
     torch.testing.assert_close(run(twins["other"], x), second(x))
     nn.init.zeros_(twins["root"].layer.weight)
     torch.testing.assert_close(run(other, x), second(x))
+    twins["root"].to("meta")
+    assert {tensor.device.type for tensor in twins["other"].buffers()} == {"meta"}
+    assert {tensor.device.type for tensor in other.buffers()} == {"cpu"}
