@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llama_linears import LINEARS
 from markdown import keep_page, table
 
 from lobcq_fx.format import FormatSpec
@@ -18,6 +19,8 @@ from lobcq_fx.format import FormatSpec
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "gpu_kernels.md"
 RESULTS = HERE / "results" / "triton_compile.json"
+MEASURED = HERE / "results" / "gpu.json"
+"""What benchmarks/gpu.py wrote on a GPU; not there until one has run it."""
 
 NOT_MEASURED = "not measured"
 
@@ -30,18 +33,6 @@ INSTRUCTIONS_PER_SECOND = 67e12 / 2
 SHOWN, SHOWN_SM, FEW_KERNEL = "8x64", 90, "few rows, int8 entries"
 STEP_WEIGHTS, WARP = 16 * 512, 32
 """Weights that a program of the kernel for few rows takes in one turn of its loop."""
-
-LINEARS = {
-    "8B q, k, v": (6144, 4096),
-    "8B output": (4096, 4096),
-    "8B gate, up": (28672, 4096),
-    "8B down": (4096, 14336),
-    "70B q, k, v": (10240, 8192),
-    "70B output": (8192, 8192),
-    "70B gate, up": (57344, 8192),
-    "70B down": (8192, 28672),
-}
-"""N x K of Llama-3's linears, siblings merged."""
 
 FEW, MANY = (1, 16), 4096
 
@@ -73,9 +64,18 @@ def few_rows_floors(per_weight: float) -> str:
             ours, bf16 = (linear_bytes(m, n, k, size) for size in (bits, 16))
             times = (ours / BYTES_PER_SECOND, n * k * per_weight / INSTRUCTIONS_PER_SECOND, bf16 / BYTES_PER_SECOND)
             cells = [f"{seconds * 1e6:.1f}" for seconds in times]
-            rows.append([name, f"{n} x {k}", str(m), f"{ours / 1e6:.1f}", *cells, NOT_MEASURED])
+            rows.append([name, f"{n} x {k}", str(m), f"{ours / 1e6:.1f}", *cells, measured("few rows", name, m)])
     header = ["linear", "N x K", "M", "MB", "bytes, us", "instructions, us", "bf16's bytes, us", "measured, us"]
     return f"{per_weight:.1f} instructions a weight on sm_{SHOWN_SM}.\n\n{table(header, rows)}"
+
+
+def measured(section: str, linear: str, rows: int) -> str:
+    """Microseconds of the W4A4 linear of the format shown, where a GPU has run it."""
+    if not MEASURED.is_file():
+        return NOT_MEASURED
+    found = json.loads(MEASURED.read_text(encoding="utf-8")).get(section, [])
+    times = [r["times"][f"W4A4 {SHOWN}"]["us"] for r in found if (r["linear"], r["rows"]) == (linear, rows)]
+    return f"{times[0]:.1f}" if times else NOT_MEASURED
 
 
 def linear_bytes(m: int, n: int, k: int, weight_bits: float) -> float:
@@ -89,7 +89,7 @@ def many_rows_floors() -> str:
     for name, (n, k) in LINEARS.items():
         operations = 2 * MANY * n * k
         cells = [f"{operations / rate * 1e6:.0f}" for rate in (INT8_PER_SECOND, FP16_PER_SECOND)]
-        rows.append([name, f"{n} x {k}", f"{operations / 1e12:.2f}", *cells, NOT_MEASURED])
+        rows.append([name, f"{n} x {k}", f"{operations / 1e12:.2f}", *cells, measured("many rows", name, MANY)])
     return table(["linear", "N x K", "1e12 operations", "int8 floor, us", "fp16 floor, us", "measured, us"], rows)
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/triton_compile.py -o benchmarks/results/triton_compile.json
 
-Exits with 1 where registers spill, where subnormals are flushed or a division is approximate in a kernel that encodes,
-or where a GEMM lacks the MMA instruction of its plan.
+Exits with 1 where registers spill, where a kernel that encodes flushes subnormals, divides or takes roots approximately
+or, with a prologue, fuses a multiplication with an addition, or where a GEMM lacks the MMA instruction of its plan.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from lobcq_fx.kernels.triton.encode_operand import encode_operand
 from lobcq_fx.kernels.triton.lookup import Lookup
 from lobcq_fx.kernels.triton.operands import LEAST_INTEGER_ARRAY, Activation, Epilogue
 from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
+from lobcq_fx.kernels.triton.prologues import AddRmsNorm, LayerNorm, Prologue, RmsNorm, SiluMul
 from lobcq_fx.kernels.triton.weight_layout import PANEL_ROWS, WeightLines
 
 CAPABILITIES = (80, 90, 100)
@@ -84,18 +85,34 @@ def parse_arguments() -> argparse.Namespace:
 def calls(spec: FormatSpec) -> Iterator[tuple[str, Call]]:
     """What each launcher is asked for in a format, with calls that do it."""
     lookup, x = meta_lookup(spec), torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16)
-    yield "encode", partial(encode_rows, x, lookup, spec)
+    for name, prologue in prologues().items():
+        yield f"{name}encode", partial(encode_rows, x, lookup, spec, None, prologue)
+        for form in ENCODED:
+            integers = form == ENCODED[0]
+            if not integers or spec.array_size >= LEAST_INTEGER_ARRAY:
+                call = partial(encode_operand, x, lookup, spec, None, integers, prologue)
+                yield f"{name}encode to {form}", call
     yield "decode to bf16", partial(dequantize, *parts(spec), lookup.codebooks, spec, COLUMNS, torch.bfloat16)
-    for form in ENCODED:
-        integers = form == ENCODED[0]
-        if not integers or spec.array_size >= LEAST_INTEGER_ARRAY:
-            yield f"encode to {form}", partial(encode_operand, x, lookup, spec, None, integers)
     for form, a in activations(spec, FEW_ROWS):
         yield f"few rows, {form}", gemm_call(decode_gemm, a, spec, OUTPUTS)
         if form == ENCODED[1]:
             yield f"few rows and outputs, {form}", gemm_call(decode_gemm, a, spec, FEW_OUTPUTS)
     for form, a in activations(spec, ROWS):
         yield f"many rows, {form}", gemm_call(prefill_gemm, a, spec, OUTPUTS)
+
+
+def prologues() -> dict[str, Prologue | None]:
+    """Every prologue, in bf16, with all that it may be given, by what its encoders' names begin with."""
+    weight, bias = (torch.empty(COLUMNS, dtype=torch.bfloat16) for _ in range(2))
+    second, sums = (torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16) for _ in range(2))
+    norm = RmsNorm(weight, 1e-5)
+    return {
+        "": None,
+        "RMSNorm, ": norm,
+        "add, RMSNorm, ": AddRmsNorm(second, sums, norm),
+        "LayerNorm, ": LayerNorm(weight, bias, 1e-5),
+        "SiLU, multiply, ": SiluMul(second),
+    }
 
 
 def gemm_call(gemm: Callable[..., Any], a: Activation, spec: FormatSpec, outputs: int) -> Call:
@@ -143,7 +160,9 @@ def complaints(result: dict[str, Any]) -> Iterator[str]:
     if result["spilled_bytes"]:
         yield f"spills {result['spilled_bytes']} bytes a thread"
     if result["flushes_subnormals"] or result["approximate_division"]:
-        yield "flushes subnormals or divides approximately"
+        yield "flushes subnormals, or divides or takes roots approximately"
+    if result["fused_multiply_adds"] and ", encode" in result["what"]:
+        yield f"fuses {result['fused_multiply_adds']} multiplications with additions"
     if not result["kernel"].endswith("gemm_kernel"):
         return
     form = result["what"].rsplit(", ", 1)[1]

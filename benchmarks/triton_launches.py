@@ -17,12 +17,14 @@ from triton._utils import canonicalize_dtype
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.language import constexpr
 
 WARP = 32
 ALIGNMENT = 16
 """Bytes, or units of an integer: what Triton specialises a kernel for."""
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
+APPROXIMATIONS = ("div.full", "div.approx", "rcp.approx", "sqrt.approx", "rsqrt.approx")
 MMA_IN_PTX = r"(?:wgmma\.mma_async|mma)\.sync\.aligned[\w.]*|tcgen05\.mma[\w.]*"
 MMA_IN_SASS = r"\b(?:HGMMA|IGMMA|HMMA|IMMA|QGMMA|UTC\w*MMA)[\w.]*"
 
@@ -39,18 +41,28 @@ class Launch:
     def source(self) -> ASTSource:
         """The kernel specialised for these arguments, as a launch would."""
         signature, constants, attributes = {}, {}, {}
-        for place, parameter in enumerate(self.kernel.params):
-            name, value = parameter.name, self.arguments[parameter.name]
-            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-                signature[name], constants[name] = "constexpr", value
-                continue
+
+        def specialized(value: Any, place: tuple[int, ...], constant: bool = False) -> Any:
+            """The type of an argument at a place: its index, or its index and that inside a tuple."""
+            if isinstance(value, tuple):
+                return value._make(specialized(part, (*place, i)) for i, part in enumerate(value))
+            constant |= value is None or isinstance(value, constexpr) or (isinstance(value, int) and value == 1)
+            if constant:
+                constants[place] = value.value if isinstance(value, constexpr) else value
+                return "constexpr"
+            if isinstance(value, float):
+                return "fp32"
             if isinstance(value, torch.Tensor):
-                signature[name] = f"*{canonicalize_dtype(value.dtype)}"
-                alignment = value.storage_offset() * value.element_size()
+                kind, alignment = f"*{canonicalize_dtype(value.dtype)}", value.storage_offset() * value.element_size()
             else:
-                signature[name], alignment = "i32" if abs(value) < 2**31 else "i64", value
+                kind, alignment = "i32" if abs(value) < 2**31 else "i64", value
             if alignment % ALIGNMENT == 0:
-                attributes[(place,)] = [["tt.divisibility", ALIGNMENT]]
+                attributes[place] = [["tt.divisibility", ALIGNMENT]]
+            return kind
+
+        for i, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            signature[parameter.name] = specialized(value, (i,), parameter.is_constexpr)
         return ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
@@ -105,7 +117,8 @@ def compiled(launch: Launch, capability: int) -> dict[str, Any]:
         "mma_sass": sorted(set(re.findall(MMA_IN_SASS, code))),
         "loop_instructions": longest_loop(code),
         "flushes_subnormals": ".ftz" in kernel.asm["ptx"],
-        "approximate_division": "div.full" in kernel.asm["ptx"] or "rcp.approx" in kernel.asm["ptx"],
+        "approximate_division": any(name in kernel.asm["ptx"] for name in APPROXIMATIONS),
+        "fused_multiply_adds": kernel.asm["ptx"].count("fma.rn.f32"),
         "options": {**launch.options, "grid": list(launch.grid)},
     }
 

@@ -17,6 +17,7 @@ from lobcq_fx.passes.calling import CallingConvention
 from lobcq_fx.passes.group_query_heads import GroupQueryHeads
 from lobcq_fx.passes.infra import Sequential
 from lobcq_fx.passes.inventory import Inventory
+from lobcq_fx.passes.merge_siblings import MergeSiblings
 from lobcq_fx.passes.prepack import Prepack, restore_weights, weights_as_stored
 from lobcq_fx.passes.retarget_device import RetargetDevice
 from lobcq_fx.passes.trace import TracedModel
@@ -108,7 +109,7 @@ class QuantizedModel(nn.Module):
             graph = fx.Graph()
             graph.output(graph.graph_copy(stored_graph, {}))
             graph_module.graph = graph
-            Sequential((Prepack(layout, stored), GroupQueryHeads()))(graph_module)
+            Sequential((Prepack(layout, stored), MergeSiblings(), GroupQueryHeads()))(graph_module)
 
     def _restore(self) -> None:
         """Run the stored graphs on stored weights again."""

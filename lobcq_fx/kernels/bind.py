@@ -29,14 +29,7 @@ from lobcq_fx.kernels.cpu.operands import PackedOperand
 from lobcq_fx.kernels.cpu.weight_layout import CpuWeightLayout
 from lobcq_fx.kernels.stored_linears import StoredLinears
 from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
-from lobcq_fx.ops.schemas import (
-    LINEAR,
-    LINEAR_FLOAT_ACTIVATION,
-    LINEAR_PREPACKED,
-    LINEAR_PREPACKED_FLOAT_ACTIVATION,
-    QUANTIZE_ACTIVATION,
-    QUANTIZE_WEIGHT,
-)
+from lobcq_fx.ops import schemas
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +56,11 @@ def bind_cpu_core() -> bool:
     if core is None:
         return False
     core.register_torch_ops()
-    torch.library.impl(QUANTIZE_ACTIVATION, "CPU", _quantize_activation)
-    torch.library.impl(QUANTIZE_WEIGHT, "CPU", _quantize_weight)
+    torch.library.impl(schemas.QUANTIZE_ACTIVATION, "CPU", _quantize_activation)
+    torch.library.impl(schemas.QUANTIZE_WEIGHT, "CPU", _quantize_weight)
     stored = StoredLinears(_scaled_entries)
-    torch.library.impl(LINEAR, "CPU", stored.linear)
-    torch.library.impl(LINEAR_FLOAT_ACTIVATION, "CPU", stored.linear_float_activation)
+    torch.library.impl(schemas.LINEAR, "CPU", stored.linear)
+    torch.library.impl(schemas.LINEAR_FLOAT_ACTIVATION, "CPU", stored.linear_float_activation)
     return True
 
 
@@ -81,11 +74,17 @@ def bind_triton_kernels() -> bool:
     from lobcq_fx.kernels.triton import torch_ops  # imports triton
 
     implementations: dict[str, Callable[..., Any]] = {
-        QUANTIZE_ACTIVATION: torch_ops.quantize_activation,
-        LINEAR: torch_ops.linear,
-        LINEAR_FLOAT_ACTIVATION: torch_ops.linear_float_activation,
-        LINEAR_PREPACKED: torch_ops.linear_prepacked,
-        LINEAR_PREPACKED_FLOAT_ACTIVATION: torch_ops.linear_prepacked_float_activation,
+        schemas.QUANTIZE_ACTIVATION: torch_ops.quantize_activation,
+        schemas.LINEAR: torch_ops.linear,
+        schemas.LINEAR_FLOAT_ACTIVATION: torch_ops.linear_float_activation,
+        schemas.LINEAR_PREPACKED: torch_ops.linear_prepacked,
+        schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION: torch_ops.linear_prepacked_float_activation,
+        schemas.LINEAR_PREPACKED_RESIDUAL: torch_ops.linear_prepacked_residual,
+        schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION_RESIDUAL: torch_ops.linear_prepacked_float_activation_residual,
+        schemas.LINEAR_PREPACKED_SILU_MUL: torch_ops.linear_prepacked_silu_mul,
+        schemas.LINEAR_PREPACKED_RMS_NORM: torch_ops.linear_prepacked_rms_norm,
+        schemas.LINEAR_PREPACKED_ADD_RMS_NORM: torch_ops.linear_prepacked_add_rms_norm,
+        schemas.LINEAR_PREPACKED_LAYER_NORM: torch_ops.linear_prepacked_layer_norm,
     }
     for name, implementation in implementations.items():
         torch.library.impl(name, "CUDA", _on_its_device(implementation))

@@ -42,7 +42,7 @@ def _fake_linear_prepacked(
     Returns:
         For each weight [..., N_i], contiguous; NaN in the rows that hold NaN or infinity.
     """
-    return _results(x, out_features, dtype)
+    return results_like(x, out_features, dtype)
 
 
 @torch.library.register_fake(LINEAR_PREPACKED_FLOAT_ACTIVATION)
@@ -56,8 +56,9 @@ def _fake_linear_prepacked_float_activation(
     array_size: int,
 ) -> list[Tensor]:
     """The same with the float values of x (W4A16); the results are in x's dtype."""
-    return _results(x, out_features, x.dtype)
+    return results_like(x, out_features, x.dtype)
 
 
-def _results(x: Tensor, out_features: list[int], dtype: torch.dtype) -> list[Tensor]:
+def results_like(x: Tensor, out_features: list[int], dtype: torch.dtype) -> list[Tensor]:
+    """Unwritten results of linears of x [..., K]: [..., N_i] each."""
     return [torch.empty((*x.shape[:-1], n), dtype=dtype, device=x.device) for n in out_features]

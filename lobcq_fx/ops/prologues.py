@@ -28,7 +28,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0, 
     """
     wide = x.float()
     mean_square = x.double().square().mean(-1, keepdim=True).float()
-    normalized = wide * (1 / (mean_square + eps).sqrt())
+    normalized = wide * _inverse_root(mean_square + eps)
     if weight is None:
         return normalized.to(x.dtype)
     if round_first:
@@ -50,7 +50,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     exact = x.double()
     mean = exact.mean(-1, keepdim=True)
     variance = (exact - mean).square().mean(-1, keepdim=True).float()
-    normalized = (x.float() - mean.float()) * (1 / (variance + eps).sqrt())
+    normalized = (x.float() - mean.float()) * _inverse_root(variance + eps)
     if weight is not None:
         normalized = normalized * weight.float()
     if bias is not None:
@@ -62,3 +62,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up` of two tensors of one shape and dtype, rounded to it after each of the two."""
     wide = gate.float()
     return ((wide / (1 + torch.exp(-wide))).to(gate.dtype).float() * up.float()).to(gate.dtype)
+
+
+def _inverse_root(x: Tensor) -> Tensor:
+    """fp32 -> `1 / sqrt(x)`, both to nearest. The root by way of fp64: torch's fp32 one, MKL's, is not."""
+    return 1 / x.double().sqrt().float()

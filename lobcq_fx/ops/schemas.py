@@ -24,6 +24,12 @@ LINEAR = "lobcq::linear"
 LINEAR_FLOAT_ACTIVATION = "lobcq::linear.float_activation"
 LINEAR_PREPACKED = "lobcq::linear_prepacked"
 LINEAR_PREPACKED_FLOAT_ACTIVATION = "lobcq::linear_prepacked.float_activation"
+LINEAR_PREPACKED_RESIDUAL = "lobcq::linear_prepacked.residual"
+LINEAR_PREPACKED_FLOAT_ACTIVATION_RESIDUAL = "lobcq::linear_prepacked.float_activation_residual"
+LINEAR_PREPACKED_SILU_MUL = "lobcq::linear_prepacked.silu_mul"
+LINEAR_PREPACKED_RMS_NORM = "lobcq::linear_prepacked.rms_norm"
+LINEAR_PREPACKED_ADD_RMS_NORM = "lobcq::linear_prepacked.add_rms_norm"
+LINEAR_PREPACKED_LAYER_NORM = "lobcq::linear_prepacked.layer_norm"
 
 _WEIGHT = "Tensor w_codes, Tensor w_selectors, Tensor w_scales, Tensor w_tensor_scale, Tensor w_codebooks"
 
@@ -56,6 +62,25 @@ torch.library.define(
 )
 torch.library.define(LINEAR_PREPACKED_FLOAT_ACTIVATION, f"(Tensor x, {_PREPACKED}) -> Tensor[]")
 
+_TABLES = "Tensor activation_tables, Tensor? static_scale"
+_RMS_NORM = "Tensor? norm_weight, float eps, float offset, bool round_first"
+_FUSED = {
+    LINEAR_PREPACKED_RESIDUAL: f"Tensor x, {_TABLES}, {_PREPACKED}, Tensor[] residuals, ScalarType dtype",
+    LINEAR_PREPACKED_FLOAT_ACTIVATION_RESIDUAL: f"Tensor x, {_PREPACKED}, Tensor[] residuals",
+    LINEAR_PREPACKED_SILU_MUL: (
+        f"Tensor gate, Tensor up, {_TABLES}, {_PREPACKED}, Tensor[] residuals, ScalarType dtype"
+    ),
+    LINEAR_PREPACKED_RMS_NORM: f"Tensor x, {_RMS_NORM}, {_TABLES}, {_PREPACKED}, ScalarType dtype",
+    LINEAR_PREPACKED_ADD_RMS_NORM: (
+        f"Tensor x, Tensor residual, {_RMS_NORM}, {_TABLES}, {_PREPACKED}, ScalarType dtype"
+    ),
+    LINEAR_PREPACKED_LAYER_NORM: (
+        f"Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, {_TABLES}, {_PREPACKED}, ScalarType dtype"
+    ),
+}
+for _name, _arguments in _FUSED.items():
+    torch.library.define(_name, f"({_arguments}) -> Tensor[]")
+
 
 NO_GRADIENT = (
     "the lobcq:: ops are inference only and have no gradient: call the model under torch.inference_mode(), and"
@@ -72,5 +97,5 @@ for _name in (QUANTIZE_ACTIVATION, QUANTIZE_WEIGHT, LINEAR, LINEAR_FLOAT_ACTIVAT
 
 # A registered formula is Python that runs on every call, with gradients off too. The kernels of these refuse by
 # themselves an activation that requires a gradient.
-for _name in (LINEAR_PREPACKED, LINEAR_PREPACKED_FLOAT_ACTIVATION):
+for _name in (LINEAR_PREPACKED, LINEAR_PREPACKED_FLOAT_ACTIVATION, *_FUSED):
     torch.library.impl(_name, "Autograd", torch.library.fallthrough_kernel)

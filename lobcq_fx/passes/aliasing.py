@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 from torch import fx
@@ -27,6 +28,17 @@ class Writes:
     def before(self, node: fx.Node) -> int:
         """Writes so far to the memory that `node` looks at."""
         return self._counts[_owner(node)]
+
+
+def written_between(first: fx.Node, last: fx.Node, values: Iterable[fx.Node]) -> bool:
+    """Whether a node after `first` and before `last` writes to memory that one of `values` looks at."""
+    owners = {_owner(value) for value in values}
+    node = first.next
+    while node is not last:
+        if any(_owner(argument) in owners for argument in _written(node)):
+            return True
+        node = node.next
+    return False
 
 
 def _written(node: fx.Node) -> list[fx.Node]:

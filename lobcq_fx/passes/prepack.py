@@ -1,13 +1,12 @@
-"""Pass: put weights into a device's kernel layout, and linears of one activation into one call.
+"""Pass: put weights into a device's kernel layout, and let linears read those and encode their activation themselves.
 
-quantize_activation(x); linear(codes, ..., w_q); linear(codes, ..., w_k)  ->  linear_prepacked(x, [w_q, w_k])     W4A4
-linear.float_activation(x, w_q); linear.float_activation(x, w_k)          ->  the same with `.float_activation`   W4A16
+quantize_activation(x); linear(codes, ..., w)  ->  linear_prepacked(x, [w])                     W4A4
+linear.float_activation(x, w)                  ->  linear_prepacked.float_activation(x, [w])    W4A16
 """
 
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, fx, nn
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops that this pass matches and emits)
-from lobcq_fx.passes.aliasing import Writes
 from lobcq_fx.passes.attributes import (
     add_call,
     add_get_attr,
@@ -30,19 +28,21 @@ from lobcq_fx.passes.packed_weight import PARTS, PREPACKED, PackedWeight, Weight
 
 ops = torch.ops.lobcq
 
-NO_BIAS = f"{MODULE}.no_bias"
+ABSENT = f"{MODULE}.absent"
+"""The empty tensor that stands for a bias, or anything else, that a linear does not have."""
+
 TABLES = "_tables"
 """What the name of a codebook set's look-up tables ends in."""
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """One linear of the graph. `shared` is equal for linears that one call can compute."""
+    """One linear of the graph, and the node that encodes its activation, None in W4A16."""
 
     node: fx.Node
     weight: str
     bias: fx.Node | None
-    shared: tuple[Any, ...]
+    encoder: fx.Node | None
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Prepack(GraphPass):
     """Repack weights and replace their linears. What was stored is no longer in the graph; `restore_weights` undoes it.
 
     A linear whose bias is computed in the graph keeps the ops of the format, and so does every other that reads its
-    weight: a call for several linears stands where the activation is known, and the bias may not be known there yet.
-    So does one whose encoded activation is not the result of `quantize_activation`.
+    weight: the call stands where the activation was encoded, and the bias may not be known there yet. So does one whose
+    encoded activation is not the result of `quantize_activation`.
 
     Args:
         layout: of the device's kernels.
@@ -64,50 +64,42 @@ class Prepack(GraphPass):
     stored: frozenset[str] = frozenset()
 
     def transform(self, graph_module: fx.GraphModule) -> bool:
-        """Replace linears group by group, at the place where their activation was encoded or first read."""
-        groups: dict[tuple[Any, ...], list[_Linear]] = defaultdict(list)
-        for linear in _linears(graph_module.graph):
-            if linear.weight not in self.stored:
-                groups[linear.shared].append(linear)
-        weights = {linear.weight for group in groups.values() for linear in group}
-        for name in sorted(weights):
+        """Replace linears one by one, at the place where their activation was encoded or read."""
+        linears = [linear for linear in _linears(graph_module.graph) if linear.weight not in self.stored]
+        for name in sorted({linear.weight for linear in linears}):
             weight = get_attribute(graph_module, name)
             if weight.layout is None:  # another graph's run may have repacked it
                 weight.repack(self.layout)
-        for group in groups.values():
-            self._replace(graph_module, group)
-        if groups:
+        for linear in linears:
+            self._replace(graph_module, linear)
+        if linears:
             _erase_unread(graph_module.graph)
-        return bool(groups)
+        return bool(linears)
 
-    def _replace(self, graph_module: fx.GraphModule, group: list[_Linear]) -> None:
-        graph, first = graph_module.graph, group[0].node
+    def _replace(self, graph_module: fx.GraphModule, linear: _Linear) -> None:
+        graph, node = graph_module.graph, linear.node
         args: tuple[Any, ...]
-        arguments = named_arguments(first)
-        weights = [get_attribute(graph_module, linear.weight) for linear in group]
+        arguments = named_arguments(node)
         rest = (
-            [add_get_attr(graph_module, f"{linear.weight}.{PREPACKED}") for linear in group],
-            [get_attr_node(graph_module, f"{linear.weight}.tensor_scale") for linear in group],
+            [add_get_attr(graph_module, f"{linear.weight}.{PREPACKED}")],
+            [get_attr_node(graph_module, f"{linear.weight}.tensor_scale")],
             self._tables(graph_module, arguments["w_codebooks"]),
-            [self._bias(graph_module, linear.bias) for linear in group],
-            [weight.rows for weight in weights],
+            [absent(graph_module) if linear.bias is None else get_attr_node(graph_module, str(linear.bias.target))],
+            [get_attribute(graph_module, linear.weight).rows],
             arguments["array_size"],
         )
-        if first.target is ops.linear.default:
-            place = _encoder(arguments)
-            assert place is not None
-            encoded = named_arguments(place)
+        if linear.encoder is None:
+            target, args = ops.linear_prepacked.float_activation, (arguments["x"], *rest)
+        else:
+            encoded = named_arguments(linear.encoder)
             tables = self._tables(graph_module, encoded["codebooks"])
             target = ops.linear_prepacked.default
             args = (encoded["x"], tables, encoded.get("static_scale"), *rest, arguments["dtype"])
-        else:
-            place, target, args = first, ops.linear_prepacked.float_activation, (arguments["x"], *rest)
-        with graph.inserting_before(place):
-            call = add_call(graph, target, args, like=first)
-            results = [add_call(graph, operator.getitem, (call, i), like=one.node) for i, one in enumerate(group)]
-        for linear, result in zip(group, results, strict=True):
-            linear.node.replace_all_uses_with(result)
-            graph.erase_node(linear.node)
+        with graph.inserting_before(linear.encoder or node):
+            call = add_call(graph, target, args, like=node)
+            result = add_call(graph, operator.getitem, (call, 0), like=node)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
 
     def _tables(self, graph_module: fx.GraphModule, codebooks: fx.Node) -> fx.Node:
         name = f"{codebooks.target}{TABLES}"
@@ -116,13 +108,13 @@ class Prepack(GraphPass):
             _register_transient(graph_module, name, tables)
         return get_attr_node(graph_module, name)
 
-    def _bias(self, graph_module: fx.GraphModule, bias: fx.Node | None) -> fx.Node:
-        if bias is not None:
-            return get_attr_node(graph_module, str(bias.target))
-        if not has_attribute(graph_module, NO_BIAS):
-            device = get_attribute(graph_module, MODULE).get_buffer("codebooks").device
-            _register_transient(graph_module, NO_BIAS, torch.empty(0, device=device))
-        return get_attr_node(graph_module, NO_BIAS)
+
+def absent(graph_module: fx.GraphModule) -> fx.Node:
+    """The node of `ABSENT`."""
+    if not has_attribute(graph_module, ABSENT):
+        device = next(get_attribute(graph_module, MODULE).buffers()).device
+        _register_transient(graph_module, ABSENT, torch.empty(0, device=device))
+    return get_attr_node(graph_module, ABSENT)
 
 
 def restore_weights(graph_module: fx.GraphModule) -> None:
@@ -133,7 +125,7 @@ def restore_weights(graph_module: fx.GraphModule) -> None:
     for module in graph_module.modules():
         if isinstance(module, PackedWeight) and module.layout is not None:
             module.restore()
-    for name in [name for name, _ in graph_module.named_buffers() if name == NO_BIAS or name.endswith(TABLES)]:
+    for name in [name for name, _ in graph_module.named_buffers() if name == ABSENT or name.endswith(TABLES)]:
         owner, _, last = name.rpartition(".")
         delattr(get_attribute(graph_module, owner), last)
 
@@ -151,10 +143,8 @@ def _linears(graph: fx.Graph) -> list[_Linear]:
 
 def _candidates(graph: fx.Graph) -> tuple[list[_Linear], frozenset[str]]:
     """The linears that could be replaced by themselves, and the weights of those that cannot."""
-    writes = Writes()
     candidates, refused = [], set()
     for node in graph.nodes:
-        writes.visit(node)
         if node.op != "call_function" or node.target not in (ops.linear.default, ops.linear.float_activation):
             continue
         arguments = named_arguments(node)
@@ -164,9 +154,7 @@ def _candidates(graph: fx.Graph) -> tuple[list[_Linear], frozenset[str]]:
         if (bias is not None and bias.op != "get_attr") or not (is_float or encoder):
             refused.add(weight)
             continue
-        read = (arguments["x"], writes.before(arguments["x"])) if is_float else (encoder, arguments["dtype"])
-        shared = (*read, arguments["w_codebooks"], arguments["array_size"])
-        candidates.append(_Linear(node, weight, bias, shared))
+        candidates.append(_Linear(node, weight, bias, encoder))
     return candidates, frozenset(refused)
 
 

@@ -14,6 +14,7 @@ from torch import fx
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops that a saved graph calls)
 from lobcq_fx.errors import CheckpointError
+from lobcq_fx.passes.annotate_values import EXAMPLE, InputExample
 
 NAMESPACES = ("aten", "lobcq", "transformers", "torch_attn", "prims")
 """Operator libraries a saved graph may call."""
@@ -52,6 +53,7 @@ def graph_to_json(graph: fx.Graph) -> list[dict[str, Any]]:
             "target": _target_name(node) if node.op == "call_function" else str(node.target),
             "args": _encode(node.args),
             "kwargs": _encode(dict(node.kwargs)),
+            **_example(node),
         }
         for node in graph.nodes
     ]
@@ -73,7 +75,10 @@ def graph_from_json(nodes: list[dict[str, Any]]) -> fx.Graph:
                 raise CheckpointError(f"graph.json: node {entry['name']!r} has the kind {op!r}, which is not allowed")
             _check_identifiers(entry["name"], op, target, kwargs)
             resolved = _resolve(target) if op == "call_function" else target
-            by_name[entry["name"]] = graph.create_node(op, resolved, tuple(args), kwargs, name=entry["name"])
+            node = graph.create_node(op, resolved, tuple(args), kwargs, name=entry["name"])
+            if op == "placeholder" and "example" in entry:
+                node.meta[EXAMPLE] = InputExample.from_dict(entry["example"])
+            by_name[entry["name"]] = node
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, AssertionError) as error:
             raise CheckpointError(f"graph.json: node {entry!r} is malformed: {error}") from None
     try:
@@ -81,6 +86,12 @@ def graph_from_json(nodes: list[dict[str, Any]]) -> fx.Graph:
     except RuntimeError as error:
         raise CheckpointError(f"graph.json: {error}") from None
     return graph
+
+
+def _example(node: fx.Node) -> dict[str, Any]:
+    """What an input was in the traced example, from which the values of all nodes follow."""
+    example = InputExample.of(node) if node.op == "placeholder" else None
+    return {} if example is None else {"example": example.to_dict()}
 
 
 def _check_identifiers(name: str, op: str, target: str, kwargs: dict[str, Any]) -> None:

@@ -17,15 +17,15 @@ RESULTS = SCRIPT.parent / "results" / "triton_compile.json"
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
-def run(tmp_path: Path, only: str) -> list[dict]:
-    """One kernel in one format, compiled afresh for three architectures."""
+def run(tmp_path: Path, only: str, kernels: int = 1) -> list[dict]:
+    """The kernels of a name in one format, compiled afresh for three architectures."""
     output = tmp_path / "found.json"
     command = [sys.executable, SCRIPT, "--formats", "8x64", "--only", only, "-o", output]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())["results"]
-    assert [result["sm"] for result in results] == [80, 90, 100]
+    assert [result["sm"] for result in results] == [80, 90, 100] * kernels
     assert all(result["spilled_bytes"] == 0 for result in results)
     return results
 
@@ -47,9 +47,11 @@ def test_mma_instructions(tmp_path: Path, only: str, instructions: list[str]) ->
 
 
 def test_encoding_divides_and_keeps_subnormals_as_ieee_asks(tmp_path: Path) -> None:
-    for result in run(tmp_path, "encode to int8"):
+    """By itself, and after each of four prologues, whose operations are rounded one by one."""
+    for result in run(tmp_path, "encode to int8", kernels=5):
         assert not result["flushes_subnormals"]
         assert not result["approximate_division"]
+        assert not (result["fused_multiply_adds"] and ", encode" in result["what"])
 
 
 def test_the_committed_results_are_of_these_kernels_and_have_no_spills() -> None:

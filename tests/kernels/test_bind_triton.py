@@ -10,7 +10,16 @@ from importlib.util import find_spec
 import pytest
 
 HAS_KERNEL = "torch._C._dispatch_has_kernel_for_dispatch_key"
-OPS = ("quantize_activation", "linear", "linear.float_activation", "linear_prepacked")
+PREPACKED = (
+    "residual", "float_activation", "float_activation_residual", "silu_mul", "rms_norm", "add_rms_norm", "layer_norm",
+)  # fmt: skip
+OPS = (
+    "quantize_activation",
+    "linear",
+    "linear.float_activation",
+    "linear_prepacked",
+    *(f"linear_prepacked.{overload}" for overload in PREPACKED),
+)
 
 PRETENDED = """
 import logging, sys
@@ -40,7 +49,7 @@ def test_gpus_with_the_instructions_get_the_kernels() -> None:
     if find_spec("triton") is None:
         pytest.skip("triton is not installed")
     out, _ = run()
-    assert out == "['CudaWeightLayout', 'CudaWeightLayout'] [True, True, True, True]"
+    assert out == f"['CudaWeightLayout', 'CudaWeightLayout'] {[True] * len(OPS)}"
 
 
 @pytest.mark.parametrize(
@@ -55,5 +64,5 @@ def test_gpus_with_the_instructions_get_the_kernels() -> None:
 )  # fmt: skip
 def test_otherwise_the_defaults_stay_and_one_line_says_why(options: dict, reason: str) -> None:
     out, log = run(**options)
-    assert out == "['NoneType', 'NoneType'] [False, False, False, False]"
+    assert out == f"['NoneType', 'NoneType'] {[False] * len(OPS)}"
     assert log.count(f"{reason}, the ops on CUDA tensors run through plain torch") == 1

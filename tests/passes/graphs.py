@@ -11,12 +11,18 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
+from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.passes.codebook_sets import CodebookSets
-from lobcq_fx.passes.infra import GraphPass, PassResult
+from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
+from lobcq_fx.passes.infra import GraphPass, PassResult, Sequential
+from lobcq_fx.passes.insert_observers import InsertObservers
 from lobcq_fx.passes.inventory import MatmulRecord
 from lobcq_fx.passes.matmuls import find_matmuls
+from lobcq_fx.passes.merge_siblings import MergeSiblings
 from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
+from lobcq_fx.passes.prepack import Prepack
 from lobcq_fx.passes.rewrite import Rewrite
+from lobcq_fx.passes.share_activations import ShareActivations
 from lobcq_fx.passes.trace import trace_module
 
 aten = torch.ops.aten
@@ -64,6 +70,31 @@ def rewritten(
     formats = {matmul.config.format for matmul in find_matmuls(graph_module, config)}
     one = Rewrite(config, CodebookSets.universal(formats or {FormatSpec()}), release_from)
     return one(graph_module), one.records
+
+
+def quantized(
+    function: Callable[..., Any],
+    config: LobcqConfig | None = None,
+    data: Any = None,
+    dtype: torch.dtype = torch.float32,
+    **members: Any,
+) -> fx.GraphModule:
+    """A function's graph after everything that `quantize` does; `data` is what observers see."""
+    graph_module = normalized(Function(function, **members).to(dtype), values(2, 3, 64).to(dtype))
+    if data is not None:
+        InsertObservers(config)(graph_module)
+        run(graph_module, data)
+    rewritten(graph_module, config)
+    ShareActivations()(graph_module)
+    EliminateDeadCode()(graph_module)
+    return graph_module
+
+
+def prepacked_graph(function: Callable[..., Any], **options: Any) -> fx.GraphModule:
+    """The same, with weights in the layout of the CPU's kernels, and siblings in one call."""
+    layout = weight_layout(torch.device("cpu"))
+    assert layout is not None
+    return Sequential((Prepack(layout), MergeSiblings()))(quantized(function, **options)).graph_module
 
 
 def targets(graph_module: fx.GraphModule) -> list[Any]:

@@ -16,9 +16,9 @@ from lobcq_fx.kernels.triton.encode_tile import (
     row_scale,
     to_grid,
 )
-from lobcq_fx.kernels.triton.floats import widen
-from lobcq_fx.kernels.triton.launching import OPTIONS, next_power_of_two
+from lobcq_fx.kernels.triton.launching import OPTIONS, ROUNDED_APART, next_power_of_two
 from lobcq_fx.kernels.triton.lookup import Lookup
+from lobcq_fx.kernels.triton.prologues import Prologue, operands, row_statistics, tile_to_encode
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -42,6 +42,7 @@ def encode_kernel(
     selectors,  # uint8 [M, selector_bytes]
     scales,  # uint8 [M, Kp / L_A]
     tensor_scales,  # fp32 [M]
+    prologue,  # `Operands`
     columns,
     row_stride,
     selector_bytes,
@@ -50,23 +51,25 @@ def encode_kernel(
     SELECTOR_BITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Program (m, i) reads row m for its absmax, mostly from cache, and encodes every tile i, i + I, ... of it."""
+    """Program (m, i) reads row m for its scale, mostly from cache, and encodes every tile i, i + I, ... of it."""
     BLOCKS: tl.constexpr = TILE // 8
     ARRAY_BLOCKS: tl.constexpr = ARRAY // 8
     row = tl.program_id(0).to(tl.int64)
     x += row * row_stride
     arrays = tl.cdiv(columns, ARRAY)
-    tensor_scale = row_scale(row_absmax_bits(x, columns, TILE), static_scale)
+    statistics = row_statistics(x, row, columns, prologue, TILE)
+    tensor_scale = row_scale(row_absmax_bits(x, row, columns, statistics, prologue, TILE), static_scale)
     tl.store(tensor_scales + row, tensor_scale, mask=tl.program_id(1) == 0)
 
     column = tl.arange(0, BLOCKS)[:, None] * 8 + tl.arange(0, 8)[None, :]  # [B, 8]
     for start in range(tl.program_id(1) * TILE, arrays * ARRAY, tl.num_programs(1) * TILE):
-        values = widen(tl.load(x + start + column, mask=start + column < columns, other=0.0))
-        scale_bytes = array_scales(values, tensor_scale, ARRAY_BLOCKS)  # [A]
+        inside = start + column < columns
+        numbers = tile_to_encode(x, row, columns, start + column, inside, statistics, prologue)
+        scale_bytes = array_scales(numbers, tensor_scale, ARRAY_BLOCKS)  # [A]
         array = start // ARRAY + tl.arange(0, TILE // ARRAY)
         tl.store(scales + row * arrays + array, scale_bytes.to(tl.uint8), mask=array < arrays)
 
-        grid = to_grid(values, scale_bytes, tensor_scale, ARRAY_BLOCKS)
+        grid = to_grid(numbers, scale_bytes, tensor_scale, ARRAY_BLOCKS)
         bucket = buckets(grid)
         chosen = choose_codebooks(grid, bucket, entries, NUM_CODEBOOKS)  # [B]
         code = tl.load(nearest + bucket * NUM_CODEBOOKS + chosen[:, None]).to(tl.int32)  # [B, 8]
@@ -85,7 +88,9 @@ def encode_kernel(
                 tl.store(selectors + row * selector_bytes + byte, value, mask=byte < selector_bytes)
 
 
-def encode_rows(x: Tensor, lookup: Lookup, spec: FormatSpec, static_scale: Tensor | None = None) -> Packed:
+def encode_rows(
+    x: Tensor, lookup: Lookup, spec: FormatSpec, static_scale: Tensor | None = None, prologue: Prologue | None = None
+) -> Packed:
     """Encode an activation, bit for bit as `lobcq::quantize_activation` does.
 
     Args:
@@ -93,6 +98,7 @@ def encode_rows(x: Tensor, lookup: Lookup, spec: FormatSpec, static_scale: Tenso
         lookup: of the codebooks.
         spec: the configuration.
         static_scale: fp32 [], a calibrated tensor scale; None computes one for each row.
+        prologue: what to encode in place of x: a function of it.
 
     Returns:
         codes uint8 [M, Kp/2], selectors uint8 [M, ...], scales float8_e4m3fn [M, Kp/L_A], tensor_scale fp32 [M, 1].
@@ -108,8 +114,9 @@ def encode_rows(x: Tensor, lookup: Lookup, spec: FormatSpec, static_scale: Tenso
     tile, grid = tiles(rows, columns)
     encode_kernel[grid](
         x, static_scale, lookup.entries, lookup.codes, words, selectors, scales.view(torch.uint8),
-        tensor_scale, columns, x.stride(0), selectors.shape[1], ARRAY=spec.array_size,
-        NUM_CODEBOOKS=spec.num_codebooks, SELECTOR_BITS=spec.selector_bits, TILE=tile, num_warps=4, **OPTIONS,
+        tensor_scale, operands(prologue), columns, x.stride(0), selectors.shape[1], ARRAY=spec.array_size,
+        NUM_CODEBOOKS=spec.num_codebooks, SELECTOR_BITS=spec.selector_bits, TILE=tile, num_warps=4,
+        **(OPTIONS if prologue is None else ROUNDED_APART),
     )  # fmt: skip
     return codes, selectors, scales, tensor_scale
 

@@ -19,10 +19,10 @@ from lobcq_fx.kernels.triton.encode_tile import (
     spread,
     to_grid,
 )
-from lobcq_fx.kernels.triton.floats import widen
-from lobcq_fx.kernels.triton.launching import OPTIONS
+from lobcq_fx.kernels.triton.launching import OPTIONS, ROUNDED_APART
 from lobcq_fx.kernels.triton.lookup import Lookup
 from lobcq_fx.kernels.triton.operands import LEAST_INTEGER_ARRAY, Activation
+from lobcq_fx.kernels.triton.prologues import Prologue, operands, row_statistics, tile_to_encode
 
 
 @triton.jit
@@ -34,6 +34,7 @@ def encode_operand_kernel(
     values,  # int8 [M, Kp], entries; or fp16 [M, Kp], scaled entries
     scales,  # uint8 [M, Kp / L_A], or None with scaled entries
     tensor_scales,  # fp32 [M]
+    prologue,  # `Operands`
     columns,
     row_stride,
     ARRAY: tl.constexpr,
@@ -47,13 +48,14 @@ def encode_operand_kernel(
     row = tl.program_id(0).to(tl.int64)
     x += row * row_stride
     arrays = tl.cdiv(columns, ARRAY)
-    tensor_scale = row_scale(row_absmax_bits(x, columns, TILE), static_scale)
+    statistics = row_statistics(x, row, columns, prologue, TILE)
+    tensor_scale = row_scale(row_absmax_bits(x, row, columns, statistics, prologue, TILE), static_scale)
     tl.store(tensor_scales + row, tensor_scale, mask=tl.program_id(1) == 0)
 
     column = tl.arange(0, BLOCKS)[:, None] * 8 + tl.arange(0, 8)[None, :]  # [B, 8]
     for start in range(tl.program_id(1) * TILE, arrays * ARRAY, tl.num_programs(1) * TILE):
         inside = start + column < columns
-        numbers = widen(tl.load(x + start + column, mask=inside, other=0.0))
+        numbers = tile_to_encode(x, row, columns, start + column, inside, statistics, prologue)
         scale_bytes = array_scales(numbers, tensor_scale, ARRAY_BLOCKS)  # [A]
         grid = to_grid(numbers, scale_bytes, tensor_scale, ARRAY_BLOCKS)
         bucket = buckets(grid)
@@ -74,8 +76,9 @@ def encode_operand_kernel(
 
 
 def encode_operand(
-    x: Tensor, lookup: Lookup, spec: FormatSpec, static_scale: Tensor | None = None, integers: bool = True
-) -> Activation:
+    x: Tensor, lookup: Lookup, spec: FormatSpec, static_scale: Tensor | None = None, integers: bool = True,
+    prologue: Prologue | None = None,
+) -> Activation:  # fmt: skip
     """Encode an activation as operand of a GEMM: the numbers that `lobcq::quantize_activation` stores, looked up.
 
     Args:
@@ -84,9 +87,10 @@ def encode_operand(
         spec: the configuration.
         static_scale: fp32 [], a calibrated tensor scale; None computes one for each row.
         integers: to int8 entries and their scales where the format allows it; otherwise to scaled entries.
+        prologue: what to encode in place of x: a function of it.
 
     Returns:
-        The operand. A row that holds NaN or infinity has NaN scales.
+        The operand. A row that holds NaN or infinity, or is to be encoded as such, has NaN scales.
     """
     rows, columns = x.shape
     integers = integers and spec.array_size >= LEAST_INTEGER_ARRAY
@@ -96,7 +100,8 @@ def encode_operand(
     if rows > 0:
         tile, grid = tiles(rows, columns)
         encode_operand_kernel[grid](
-            x, static_scale, lookup.entries, lookup.entries.view(torch.int8), values, scales, tensor_scale, columns,
-            x.stride(0), ARRAY=spec.array_size, NUM_CODEBOOKS=spec.num_codebooks, TILE=tile, num_warps=4, **OPTIONS,
+            x, static_scale, lookup.entries, lookup.entries.view(torch.int8), values, scales, tensor_scale,
+            operands(prologue), columns, x.stride(0), ARRAY=spec.array_size, NUM_CODEBOOKS=spec.num_codebooks,
+            TILE=tile, num_warps=4, **(OPTIONS if prologue is None else ROUNDED_APART),
         )  # fmt: skip
     return Activation(values, scales, tensor_scale)

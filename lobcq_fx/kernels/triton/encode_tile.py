@@ -7,8 +7,8 @@ import triton.language as tl
 
 from lobcq_fx.format.spec import ENTRY_MAX, GRID, GRID_MAX, TENSOR_SCALE_DIVISOR
 from lobcq_fx.kernels.triton.e4m3 import NAN_BYTE, e4m3_byte, e4m3_value, round_half_even
-from lobcq_fx.kernels.triton.floats import widen
 from lobcq_fx.kernels.triton.lookup import FIRST_BUCKET, LAST_BUCKET
+from lobcq_fx.kernels.triton.prologues import prologue_result, source_numbers
 
 INFINITY_BITS = tl.constexpr(0x7F800000)
 DIVISOR = tl.constexpr(TENSOR_SCALE_DIVISOR)
@@ -37,13 +37,16 @@ def row_scale(absmax_bits, static_scale):
 
 
 @triton.jit
-def row_absmax_bits(x, columns, TILE: tl.constexpr):
-    """x: pointer to a row of `columns` numbers -> the bits of its absmax."""
-    column = tl.arange(0, TILE)
+def row_absmax_bits(x, row, columns, statistics, prologue, TILE: tl.constexpr):
+    """x: pointer to row `row`, of `columns` numbers -> the bits of the absmax of what the prologue makes of it."""
+    offset = tl.arange(0, TILE)
     absmax = tl.zeros((TILE,), tl.int32)
     for start in range(0, columns, TILE):
-        values = tl.load(x + start + column, mask=start + column < columns, other=0.0)
-        absmax = tl.maximum(absmax, magnitude_bits(widen(values)))
+        column = start + offset
+        inside = column < columns
+        numbers = source_numbers(x, row, column, inside, prologue)
+        numbers = prologue_result(numbers, x, row, column, inside, statistics, prologue)
+        absmax = tl.maximum(absmax, magnitude_bits(numbers))
     return tl.max(absmax, axis=0)
 
 

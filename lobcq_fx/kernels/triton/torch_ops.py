@@ -7,6 +7,7 @@ look up tables by the codebooks' values, which they wait for.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from lobcq_fx.kernels.triton.encode_operand import encode_operand
 from lobcq_fx.kernels.triton.lookup import Lookup
 from lobcq_fx.kernels.triton.operands import Activation, Epilogue
 from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
+from lobcq_fx.kernels.triton.prologues import AddRmsNorm, LayerNorm, Prologue, RmsNorm, SiluMul
 from lobcq_fx.kernels.triton.weight_layout import WeightLines
 from lobcq_fx.ops.schemas import NO_GRADIENT
 
@@ -28,43 +30,105 @@ INTEGER_ARRAY = 128
 """Prefill multiplies integers from this L_A on: scaling each array costs about half of what it saves. Not measured."""
 
 
+class Linears(NamedTuple):
+    """Linears of one activation, as the prepacked ops take them; their results may each be added to a residual."""
+
+    weights: list[Tensor]
+    tensor_scales: list[Tensor]
+    weight_tables: Tensor
+    biases: list[Tensor]
+    out_features: list[int]
+    array_size: int
+
+
 def linear_prepacked(
-    x: Tensor,
-    activation_tables: Tensor,
-    static_scale: Tensor | None,
-    weights: list[Tensor],
-    tensor_scales: list[Tensor],
-    weight_tables: Tensor,
-    biases: list[Tensor],
-    out_features: list[int],
-    array_size: int,
+    x: Tensor, activation_tables: Tensor, static_scale: Tensor | None, weights: list[Tensor],
+    tensor_scales: list[Tensor], weight_tables: Tensor, biases: list[Tensor], out_features: list[int], array_size: int,
     dtype: torch.dtype,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """`lobcq::linear_prepacked` (W4A4)."""
-    _refuse_gradient(x)
-    lookup, rows = Lookup.from_bytes(activation_tables), _rows(x)
-    spec = FormatSpec(lookup.codebooks.shape[0], array_size)
-    static = None if static_scale is None else static_scale.float()
-    integers = rows.shape[0] <= MAX_ROWS or array_size >= INTEGER_ARRAY
-    a = encode_operand(rows, lookup, spec, static, integers)
-    results = _products(a, x.shape[-1], weights, tensor_scales, weight_tables, biases, out_features, array_size, dtype)
-    return [out.view(*x.shape[:-1], out.shape[1]) for out in results]
+    _refuse_gradients(x)
+    linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
+    return _encode_and_multiply(x, None, activation_tables, static_scale, linears, None, dtype)
+
+
+def linear_prepacked_residual(
+    x: Tensor, activation_tables: Tensor, static_scale: Tensor | None, weights: list[Tensor],
+    tensor_scales: list[Tensor], weight_tables: Tensor, biases: list[Tensor], out_features: list[int], array_size: int,
+    residuals: list[Tensor], dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """`linear_prepacked`, and each rounded result plus its residual [..., N], [0] for none."""
+    _refuse_gradients(x, *residuals)
+    linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
+    return _encode_and_multiply(x, None, activation_tables, static_scale, linears, residuals, dtype)
+
+
+def linear_prepacked_rms_norm(
+    x: Tensor, norm_weight: Tensor | None, eps: float, offset: float, round_first: bool, activation_tables: Tensor,
+    static_scale: Tensor | None, weights: list[Tensor], tensor_scales: list[Tensor], weight_tables: Tensor,
+    biases: list[Tensor], out_features: list[int], array_size: int, dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """`linear_prepacked` of `rms_norm(x, ...)`."""
+    _refuse_gradients(x, norm_weight)
+    norm = RmsNorm(norm_weight, eps, offset, round_first)
+    linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
+    return _encode_and_multiply(x, norm, activation_tables, static_scale, linears, None, dtype)
+
+
+def linear_prepacked_add_rms_norm(
+    x: Tensor, residual: Tensor, norm_weight: Tensor | None, eps: float, offset: float, round_first: bool,
+    activation_tables: Tensor, static_scale: Tensor | None, weights: list[Tensor], tensor_scales: list[Tensor],
+    weight_tables: Tensor, biases: list[Tensor], out_features: list[int], array_size: int, dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """`x + residual`, and `linear_prepacked` of its `rms_norm`: first the sum [..., K], then the results."""
+    _refuse_gradients(x, residual, norm_weight)
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    norm = AddRmsNorm(_rows(residual), _rows(total), RmsNorm(norm_weight, eps, offset, round_first))
+    linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
+    return [total, *_encode_and_multiply(x, norm, activation_tables, static_scale, linears, None, dtype)]
+
+
+def linear_prepacked_layer_norm(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, activation_tables: Tensor,
+    static_scale: Tensor | None, weights: list[Tensor], tensor_scales: list[Tensor], weight_tables: Tensor,
+    biases: list[Tensor], out_features: list[int], array_size: int, dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """`linear_prepacked` of `layer_norm(x, ...)`."""
+    _refuse_gradients(x, norm_weight, norm_bias)
+    norm = LayerNorm(norm_weight, norm_bias, eps)
+    linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
+    return _encode_and_multiply(x, norm, activation_tables, static_scale, linears, None, dtype)
+
+
+def linear_prepacked_silu_mul(
+    gate: Tensor, up: Tensor, activation_tables: Tensor, static_scale: Tensor | None, weights: list[Tensor],
+    tensor_scales: list[Tensor], weight_tables: Tensor, biases: list[Tensor], out_features: list[int], array_size: int,
+    residuals: list[Tensor], dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """`linear_prepacked_residual` of `silu_mul(gate, up)`."""
+    _refuse_gradients(gate, up, *residuals)
+    linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
+    return _encode_and_multiply(gate, SiluMul(_rows(up)), activation_tables, static_scale, linears, residuals, dtype)
 
 
 def linear_prepacked_float_activation(
-    x: Tensor,
-    weights: list[Tensor],
-    tensor_scales: list[Tensor],
-    weight_tables: Tensor,
-    biases: list[Tensor],
-    out_features: list[int],
-    array_size: int,
-) -> list[Tensor]:
+    x: Tensor, weights: list[Tensor], tensor_scales: list[Tensor], weight_tables: Tensor, biases: list[Tensor],
+    out_features: list[int], array_size: int,
+) -> list[Tensor]:  # fmt: skip
     """`lobcq::linear_prepacked.float_activation` (W4A16)."""
-    _refuse_gradient(x)
-    a, columns = Activation(_rows(x)), x.shape[-1]
-    results = _products(a, columns, weights, tensor_scales, weight_tables, biases, out_features, array_size, x.dtype)
-    return [out.view(*x.shape[:-1], out.shape[1]) for out in results]
+    _refuse_gradients(x)
+    linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
+    return _multiply(x, Activation(_rows(x)), linears, None, x.dtype)
+
+
+def linear_prepacked_float_activation_residual(
+    x: Tensor, weights: list[Tensor], tensor_scales: list[Tensor], weight_tables: Tensor, biases: list[Tensor],
+    out_features: list[int], array_size: int, residuals: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """`linear_prepacked_float_activation`, and each rounded result plus its residual [..., N], [0] for none."""
+    _refuse_gradients(x, *residuals)
+    linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
+    return _multiply(x, Activation(_rows(x)), linears, residuals, x.dtype)
 
 
 def quantize_activation(x: Tensor, codebooks: Tensor, array_size: int, static_scale: Tensor | None = None) -> Packed:
@@ -76,6 +140,27 @@ def quantize_activation(x: Tensor, codebooks: Tensor, array_size: int, static_sc
     return codes, selectors, scales, tensor_scale
 
 
+def _encode_and_multiply(
+    x: Tensor, prologue: Prologue | None, activation_tables: Tensor, static_scale: Tensor | None, linears: Linears,
+    residuals: list[Tensor] | None, dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """The linears of what the prologue makes of x [..., K], encoded once."""
+    lookup, rows = Lookup.from_bytes(activation_tables), _rows(x)
+    spec = FormatSpec(lookup.codebooks.shape[0], linears.array_size)
+    static = None if static_scale is None else static_scale.float()
+    integers = rows.shape[0] <= MAX_ROWS or linears.array_size >= INTEGER_ARRAY
+    a = encode_operand(rows, lookup, spec, static, integers, prologue)
+    return _multiply(x, a, linears, residuals, dtype)
+
+
+def _multiply(
+    x: Tensor, a: Activation, linears: Linears, residuals: list[Tensor] | None, dtype: torch.dtype
+) -> list[Tensor]:
+    """The linears of x [..., K], of which `a` is what they multiply."""
+    results = _products(a, x.shape[-1], *linears, residuals, dtype)
+    return [out.view(*x.shape[:-1], out.shape[1]) for out in results]
+
+
 def _products(
     a: Activation,
     columns: int,
@@ -85,17 +170,24 @@ def _products(
     biases: list[Tensor],
     out_features: list[int],
     array_size: int,
+    residuals: list[Tensor] | None,
     dtype: torch.dtype,
 ) -> list[Tensor]:
     codebooks = Lookup.from_bytes(weight_tables).codebooks
     spec = FormatSpec(codebooks.shape[0], array_size)
     gemm = decode_gemm if a.values.shape[0] <= MAX_ROWS else prefill_gemm
     results = []
-    for weight, scale, bias, outputs in zip(weights, tensor_scales, biases, out_features, strict=True):
+    each = [None] * len(weights) if residuals is None else [_residual(residual) for residual in residuals]
+    for weight, scale, bias, outputs, residual in zip(weights, tensor_scales, biases, out_features, each, strict=True):
         lines = WeightLines.of(weight, spec, outputs, columns)
-        epilogue = Epilogue(scale, bias if bias.numel() else None)
+        epilogue = Epilogue(scale, bias if bias.numel() else None, residual)
         results.append(gemm(a, lines, codebooks, spec, outputs, epilogue, dtype))
     return results
+
+
+def _residual(residual: Tensor) -> Tensor | None:
+    """A residual [..., N] as an epilogue takes it, or None for one [0]."""
+    return _rows(residual).contiguous() if residual.numel() else None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -126,7 +218,7 @@ def _cached_lookup(entries: tuple[int, ...], shape: tuple[int, ...], device: tor
     return Lookup.of(torch.tensor(entries, dtype=torch.int8, device=device).view(shape))
 
 
-def _refuse_gradient(x: Tensor) -> None:
+def _refuse_gradients(*tensors: Tensor | None) -> None:
     """No autograd formula stands between the dispatcher and the prepacked ops: one would run on every call."""
-    if x.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise LobcqError(NO_GRADIENT)

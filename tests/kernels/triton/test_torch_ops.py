@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -14,6 +15,7 @@ from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
 from lobcq_fx.kernels.triton import torch_ops
 from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
+from lobcq_fx.ops.prologues import layer_norm, rms_norm, silu_mul
 from lobcq_fx.passes.packed_weight import PackedWeight
 from tests.kernels.triton.operands import DEVICE, assert_product, assert_same_bits, parts
 
@@ -131,9 +133,88 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.cpu(), expected, **tolerance)
 
 
+FUSED_SHAPES = [(64,), (3, 2, 70), (4, 5, 70), (0, 64)]
+"""One row, few, more than the kernel for few rows takes, and none."""
+
+
+def assert_all_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        assert one.is_contiguous()
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize("shape", FUSED_SHAPES, ids=str)
+@pytest.mark.parametrize("static", [None, STATIC.to(DEVICE)], ids=["", "static"])
+def test_norms_on_the_way_in(shape: tuple[int, ...], static: Tensor | None) -> None:
+    linears, x = Linears(shape[-1]), values(*shape).bfloat16().to(DEVICE)
+    tables = (linears.tables, static)
+    weight, bias = values(shape[-1]).to(DEVICE), values(1, shape[-1])[0].bfloat16().to(DEVICE)
+    residual = x.flip(-1) * 0.7
+
+    def unfused(normed: Tensor) -> list[Tensor]:
+        return torch_ops.linear_prepacked(normed, *tables, *linears.rest, torch.bfloat16)
+
+    tail = (*tables, *linears.rest, torch.bfloat16)
+    norm = (weight, 1e-5, 1.0, False)
+    assert_all_equal(torch_ops.linear_prepacked_rms_norm(x, *norm, *tail), unfused(rms_norm(x, *norm)))
+    norm, total = (None, 1e-5, 0.0, True), x + residual
+    added = torch_ops.linear_prepacked_add_rms_norm(x, residual, *norm, *tail)
+    assert_all_equal(added, [total, *unfused(rms_norm(total, *norm))])
+    layer = (weight, bias, 1e-5)
+    assert_all_equal(torch_ops.linear_prepacked_layer_norm(x, *layer, *tail), unfused(layer_norm(x, *layer)))
+
+
+@pytest.mark.parametrize("shape", FUSED_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_residuals_on_the_way_out(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The second linear has none, the third's is not contiguous."""
+    linears, x = Linears(shape[-1]), values(*shape).to(DEVICE)
+    given = [values(*shape[:-1], n).to(DEVICE, dtype) for n in OUTPUTS]
+    residuals = [given[0], torch.empty(0, device=DEVICE), given[2].repeat_interleave(2, -1)[..., ::2]]
+
+    def added(results: list[Tensor]) -> list[Tensor]:
+        return [results[0] + given[0], results[1], results[2] + given[2]]
+
+    tables = (linears.tables, None)
+    expected = torch_ops.linear_prepacked(x, *tables, *linears.rest, dtype)
+    out = torch_ops.linear_prepacked_residual(x, *tables, *linears.rest, residuals, dtype)
+    assert_all_equal(out, added(expected))
+
+    x = x.to(dtype)
+    expected = torch_ops.linear_prepacked_float_activation(x, *linears.rest)
+    out = torch_ops.linear_prepacked_float_activation_residual(x, *linears.rest, residuals)
+    assert_all_equal(out, added(expected))
+
+    gate = x * 2**-30  # so small that exp gives 1, whoever computes it
+    expected = torch_ops.linear_prepacked(silu_mul(gate, x), *tables, *linears.rest, dtype)
+    out = torch_ops.linear_prepacked_silu_mul(gate, x, *tables, *linears.rest, residuals, dtype)
+    assert_all_equal(out, added(expected))
+
+
+def test_activations_of_two_strides_on_the_way_in() -> None:
+    linears, wide = Linears(200), values(4, 3, 400).bfloat16().to(DEVICE)
+    x, second = wide[..., 100:300], wide.flip(1)[..., ::2]
+    tail = (linears.tables, None, *linears.rest)
+    norm = (None, 1e-5, 0.0, True)
+    assert_all_equal(
+        torch_ops.linear_prepacked_add_rms_norm(x, second, *norm, *tail, torch.float32),
+        torch_ops.linear_prepacked_add_rms_norm(x.contiguous(), second.contiguous(), *norm, *tail, torch.float32),
+    )
+    none = [torch.empty(0, device=DEVICE)] * len(OUTPUTS)
+    assert_all_equal(
+        torch_ops.linear_prepacked_silu_mul(x, second, *tail, none, torch.float32),
+        torch_ops.linear_prepacked_silu_mul(x.contiguous(), second.contiguous(), *tail, none, torch.float32),
+    )
+
+
 def test_a_gradient_is_refused() -> None:
     linears, x = Linears(64), values(3, 64).requires_grad_()
-    for call in (linears.w4a4, linears.w4a16):
+
+    def normed(weight: Tensor) -> list[Tensor]:
+        norm, tail = (weight[0].to(DEVICE), 1e-5, 0.0, True), (linears.tables, None, *linears.rest, torch.float32)
+        return torch_ops.linear_prepacked_rms_norm(values(3, 64).to(DEVICE), *norm, *tail)
+
+    for call in (linears.w4a4, linears.w4a16, normed):
         with pytest.raises(LobcqError, match="inference only"):
             call(x)
         with torch.no_grad():
@@ -153,3 +234,12 @@ def test_a_weight_module_holds_this_layout_and_saves_what_is_stored() -> None:
         assert state.keys() == stored.keys()
         for name, tensor in stored.items():
             assert_same_bits(state[name], tensor)
+
+
+def test_implementations_take_what_the_schemas_say() -> None:
+    """In the schema's order: the dispatcher passes arguments by position."""
+    packet = torch.ops.lobcq.linear_prepacked
+    for overload in packet.overloads():
+        name = "linear_prepacked" if overload == "default" else f"linear_prepacked_{overload}"
+        arguments = [argument.name for argument in getattr(packet, overload)._schema.arguments]
+        assert list(inspect.signature(getattr(torch_ops, name)).parameters) == arguments, name

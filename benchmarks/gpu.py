@@ -1,0 +1,130 @@
+"""Everything that is measured on one GPU: `LOBCQ_TRITON=1 python -m benchmarks.gpu`.
+
+The kernels' tests run first, on the GPU; then copy bandwidth, linears of Llama-3-8B and 70B, encoders, and a
+Llama-3-8B-shaped model of random weights. Each product is checked before it is timed, and contenders take turns.
+Results are written after every section, so that a run that is cut short leaves what it has.
+
+    python -m benchmarks.gpu --device cpu --smoke --output /tmp/smoke.json    # tries the script out, no GPU needed
+
+No GPU has run it yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_encoders import measure_encoders
+from benchmarks.gpu_linears import measure_linear
+from benchmarks.gpu_model import LLAMA_3_8B, TINY, Load, measure_model
+from benchmarks.gpu_timing import race, summary
+from benchmarks.llama_linears import LINEARS
+
+RESULT = Path(__file__).parent / "results" / "gpu.json"
+FEW_ROWS, MANY_ROWS = (1, 4, 16), (2048, 4096, 8192)
+ENCODED = (4096, 8192)
+COPIED_BYTES = 1 << 30
+PACKAGES = ("torch", "triton", "transformers", "torchao", "bitsandbytes")
+
+
+def main() -> None:
+    """Command line."""
+    arguments = parse()
+    device = torch.device(arguments.device)
+    found: dict[str, Any] = {"machine": machine(device), "smoke": arguments.smoke}
+    for name, section in sections(arguments, device):
+        if name in arguments.sections:
+            print(f"{name} ...", flush=True)
+            found[name] = section()
+            arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            print(json.dumps(found[name], indent=1), flush=True)
+
+
+def sections(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What can be measured, in order."""
+    smoke, rounds = arguments.smoke, 2 if arguments.smoke else arguments.rounds
+    linears = {"tiny": (64, 128)} if smoke else LINEARS
+    few, many = ((1,), (20,)) if smoke else (FEW_ROWS, MANY_ROWS)
+
+    def over(rows: tuple[int, ...]) -> list[dict[str, Any]]:
+        return [measure_linear(name, shape, m, rounds, device) for name, shape in linears.items() for m in rows]
+
+    yield "tests", lambda: run_tests(device)
+    yield "copy", lambda: measure_copy(1 << 16 if smoke else COPIED_BYTES, rounds, device)
+    yield "few rows", lambda: over(few)
+    yield "many rows", lambda: over(many)
+    yield "encoders", lambda: measure_encoders((32, 128) if smoke else ENCODED, rounds, device)
+    loads = [Load(1, 8, 6)] if smoke else [Load(1, 512, 32), Load(1, 2048, 32), Load(16, 512, 32), Load(64, 512, 32)]
+    yield "model", lambda: measure_model(TINY if smoke else LLAMA_3_8B, loads, min(rounds, 3), device)
+
+
+def run_tests(device: torch.device) -> str:
+    """The kernels' tests on this GPU; whatever fails ends the run: no speed for wrong results."""
+    if device.type == "cpu":
+        return "not run: no GPU"
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/kernels/triton"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"the kernels' tests fail on this GPU:\n{done.stdout[-4000:]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def measure_copy(size: int, rounds: int, device: torch.device) -> dict[str, float]:
+    """Bytes read and written a second."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = summary(race({"copy": [lambda: target.copy_(source)]}, rounds, device), "copy")["copy"]["us"] / 1e6
+    return {"bytes": size, "bytes_per_second": 2 * size / seconds}
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What it was measured on and with."""
+    gpu = {}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+        gpu = {
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory": properties.total_memory,
+            "driver, clock, power": subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip(),
+        }
+    versions = {package: _version(package) for package in PACKAGES}
+    return {**gpu, "cuda": torch.version.cuda, "python": platform.python_version(), "versions": versions}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def parse() -> argparse.Namespace:
+    """Command line arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ["tests", "copy", "few rows", "many rows", "encoders", "model"]
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--sections", nargs="+", default=names, choices=names)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    if arguments.smoke and arguments.output == RESULT:
+        parser.error("--smoke needs an --output of its own: its numbers are no results")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
