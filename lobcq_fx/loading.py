@@ -12,9 +12,11 @@ from transformers import AutoConfig, GenerationConfig
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.integrations.causal_lm import QuantizedCausalLM
 from lobcq_fx.integrations.causal_lm_call import CausalLMCall
+from lobcq_fx.integrations.static_cache_call import StaticCacheCall
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.passes.calling import ModuleCall
-from lobcq_fx.storage.checkpoint import load_checkpoint
+from lobcq_fx.passes.trace import TracedModel
+from lobcq_fx.storage.checkpoint import Checkpoint, load_checkpoint
 
 
 def load(directory: str | Path) -> QuantizedModel:
@@ -40,7 +42,14 @@ def load(directory: str | Path) -> QuantizedModel:
             case CausalLMCall.kind:
                 generation_config = GenerationConfig.from_pretrained(directory)
                 calling = CausalLMCall.from_dict(saved.calling)
-                return QuantizedCausalLM(saved.graph_module, calling, *parts, generation_config)
+                return QuantizedCausalLM(
+                    saved.graph_module,
+                    calling,
+                    *parts,
+                    generation_config,
+                    variants=_variants(saved, calling),
+                    refused_variants=saved.refused_variants,
+                )
             case ModuleCall.kind:
                 _import_output_types(saved.calling)
                 return QuantizedModel(saved.graph_module, ModuleCall.from_dict(saved.calling), *parts)
@@ -48,6 +57,15 @@ def load(directory: str | Path) -> QuantizedModel:
                 raise CheckpointError(f"{directory}/graph.json has the unknown calling convention {kind!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory}/graph.json: the calling convention is damaged: {error}") from None
+
+
+def _variants(saved: Checkpoint, calling: CausalLMCall) -> dict[str, TracedModel]:
+    """The other graphs of a causal language model. One of a later release, of a kind unknown here, is left out."""
+    return {
+        name: TracedModel(graph_module, StaticCacheCall(calling))
+        for name, (graph_module, other) in saved.variants.items()
+        if name == other["kind"] == StaticCacheCall.kind
+    }
 
 
 def _import_output_types(calling: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,8 +18,9 @@ from lobcq_fx.passes.group_query_heads import GroupQueryHeads
 from lobcq_fx.passes.infra import Sequential
 from lobcq_fx.passes.inventory import Inventory
 from lobcq_fx.passes.merge_siblings import MergeSiblings
-from lobcq_fx.passes.prepack import Prepack, restore_weights
+from lobcq_fx.passes.prepack import Prepack, restore_weights, weights_as_stored
 from lobcq_fx.passes.retarget_device import RetargetDevice
+from lobcq_fx.passes.trace import TracedModel
 from lobcq_fx.storage.checkpoint import save_checkpoint
 
 GRAPH = "graph_module."
@@ -32,6 +33,8 @@ class QuantizedModel(nn.Module):
         kernels want weights in a layout of their own, it holds them in that layout.
     stored_graph: the same graph on weights as they are stored, whatever the device: what `save_pretrained` writes.
     calling: how a call of the model becomes a call of the graph.
+    variants: other graphs of the model on the same tensors, for calls of another kind, by name.
+    refused_variants: why there is no such graph, by name.
     lobcq_config: the settings it was quantized with.
     inventory: every matmul, what became of it, and why.
     config: the Hugging Face configuration, None for other modules.
@@ -50,11 +53,20 @@ class QuantizedModel(nn.Module):
         self._assemble(graph_module, calling, lobcq_config, inventory)
 
     def _assemble(
-        self, graph_module: fx.GraphModule, calling: CallingConvention, lobcq_config: LobcqConfig, inventory: Inventory
+        self,
+        graph_module: fx.GraphModule,
+        calling: CallingConvention,
+        lobcq_config: LobcqConfig,
+        inventory: Inventory,
+        variants: Mapping[str, TracedModel] | None = None,
+        refused_variants: Mapping[str, str] | None = None,
     ) -> None:
         self.graph_module = graph_module
         self.stored_graph = graph_module.graph
         self.calling = calling
+        self.variants = dict(variants or {})
+        self.stored_variants = {name: variant.graph_module.graph for name, variant in self.variants.items()}
+        self.refused_variants = dict(refused_variants or {})
         self.lobcq_config = lobcq_config
         self.inventory = inventory
         # State dicts carry the float model's names: `model.norm.weight`, `...q_proj.weight.codes`.
@@ -71,26 +83,39 @@ class QuantizedModel(nn.Module):
             CallError: the traced graph cannot serve the call.
             LobcqError: an input requires a gradient.
         """
-        inputs = self.calling.flatten(args, kwargs)
+        graph_module, calling = self._serving(args, kwargs)
+        inputs = calling.flatten(args, kwargs)
         if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
             raise LobcqError(NO_GRADIENT)
-        outputs = self.graph_module(*inputs)
-        return self.calling.unflatten(outputs, args, kwargs)
+        outputs = graph_module(*inputs)
+        return calling.unflatten(outputs, args, kwargs)
+
+    def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, CallingConvention]:
+        """The graph that serves a call."""
+        return self.graph_module, self.calling
+
+    def _graphs(self) -> list[tuple[fx.GraphModule, fx.Graph]]:
+        """Every graph module, each with its graph on stored weights."""
+        others = [(variant.graph_module, self.stored_variants[name]) for name, variant in self.variants.items()]
+        return [(self.graph_module, self.stored_graph), *others]
 
     def _prepack(self) -> None:
-        """Where the device has kernels of its own, run a graph with their weight layout and its attention."""
+        """Where the device has kernels of its own, run graphs with their weight layout and its attention."""
         layout = weight_layout(self.device)
         if layout is None:
             return
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(self.stored_graph, {}))
-        self.graph_module.graph = graph
-        Sequential((Prepack(layout), MergeSiblings(), GroupQueryHeads()))(self.graph_module)
+        stored = frozenset[str]().union(*(weights_as_stored(graph) for _, graph in self._graphs()))
+        for graph_module, stored_graph in self._graphs():
+            graph = fx.Graph()
+            graph.output(graph.graph_copy(stored_graph, {}))
+            graph_module.graph = graph
+            Sequential((Prepack(layout, stored), MergeSiblings(), GroupQueryHeads()))(graph_module)
 
     def _restore(self) -> None:
-        """Run the stored graph on stored weights again."""
+        """Run the stored graphs on stored weights again."""
         restore_weights(self.graph_module)
-        self.graph_module.graph = self.stored_graph
+        for graph_module, stored_graph in self._graphs():
+            graph_module.graph = stored_graph
 
     def save_pretrained(self, directory: str | Path, tokenizer: Any = None) -> None:
         """Write a folder that `lobcq_fx.load` opens without the float weights.
@@ -139,7 +164,8 @@ class QuantizedModel(nn.Module):
             self._restore()  # the layout belongs to the device that is left
         super()._apply(lambda tensor: _keeping_dtype(fn, tensor), recurse)
         if leaves:
-            RetargetDevice(self.device)(self.graph_module)
+            for graph_module, _ in self._graphs():
+                RetargetDevice(self.device)(graph_module)
             self._prepack()
         return self
 

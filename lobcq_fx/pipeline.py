@@ -19,6 +19,7 @@ from lobcq_fx.errors import CalibrationError, ConfigError, TraceError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.integrations.causal_lm import QuantizedCausalLM
 from lobcq_fx.integrations.causal_lm_call import CausalLMCall
+from lobcq_fx.integrations.static_cache_graph import StaticCacheGraph
 from lobcq_fx.integrations.transformers_trace import is_causal_lm, trace_causal_lm, trace_pretrained
 from lobcq_fx.kernels.bind import bind_cpu_core
 from lobcq_fx.model import QuantizedModel
@@ -48,6 +49,7 @@ def quantize(
     example_inputs: Any = None,
     *,
     inplace: bool = False,
+    static_cache: bool = True,
     progress: Progress | None = None,
 ) -> QuantizedModel:
     """Quantize a model's matmuls to LO-BCQ.
@@ -63,6 +65,7 @@ def quantize(
             the first item of `calibration_data` serves if this is None.
         inplace: free each float weight as soon as it is encoded, so that the peak stays below the float model plus one
             layer. `model` is unusable afterwards.
+        static_cache: trace a language model once more, so that it takes static caches too; False saves that time.
         progress: called as the work goes on.
 
     Returns:
@@ -81,11 +84,14 @@ def quantize(
     bind_cpu_core()
     count, float_bytes = _size(model.parameters())
     traced = _trace_and_observe(model, calibration_data, config, example_inputs, report)
+    static = _static_cache_graph(model, traced, static_cache)
     records = quantize_graph(traced.graph_module, config, report, release_from=model if inplace else None)
+    if static is not None:
+        static.quantize(config)
     saved = sum(record.float_bytes - record.packed_bytes for record in records)
     inventory = Inventory(records, count, float_bytes, float_bytes - saved)
     _warn_of_leftovers(inventory, config)
-    return _build(model, traced, config, inventory)
+    return _build(model, traced, static, config, inventory)
 
 
 def quantize_graph(
@@ -218,11 +224,29 @@ def _calibrate(traced: TracedModel, data: Iterable[Any], report: Progress) -> No
         raise CalibrationError("calibration_data is empty: pass at least one model input")
 
 
-def _build(model: nn.Module, traced: TracedModel, config: LobcqConfig, inventory: Inventory) -> QuantizedModel:
+def _static_cache_graph(model: nn.Module, traced: TracedModel, wanted: bool) -> StaticCacheGraph | None:
+    """A language model's other graph; None for other models."""
+    if not isinstance(traced.calling, CausalLMCall):
+        return None
+    assert isinstance(model, PreTrainedModel)
+    return StaticCacheGraph(model, traced, wanted)
+
+
+def _build(
+    model: nn.Module, traced: TracedModel, static: StaticCacheGraph | None, config: LobcqConfig, inventory: Inventory
+) -> QuantizedModel:
     if isinstance(traced.calling, CausalLMCall):
         assert isinstance(model, PreTrainedModel)
+        assert static is not None
         return QuantizedCausalLM(
-            traced.graph_module, traced.calling, config, inventory, model.config, model.generation_config
+            traced.graph_module,
+            traced.calling,
+            config,
+            inventory,
+            model.config,
+            model.generation_config,
+            variants=static.variants,
+            refused_variants=static.refused_variants,
         )
     hf_config = model.config if isinstance(model, PreTrainedModel) else None
     return QuantizedModel(traced.graph_module, traced.calling, config, inventory, hf_config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 import transformers
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+import lobcq_fx
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, matmul, universal_codebooks
 
 VOCABULARY = 96
@@ -66,6 +68,13 @@ def causal_lm(family: str, **changes: int) -> PreTrainedModel:
             if parameter.dim() > 1:
                 parameter.mul_(4)
     return model
+
+
+@cache
+def quantized_causal_lm(family: str) -> tuple[PreTrainedModel, lobcq_fx.QuantizedModel]:
+    """A family's float and quantized model, for tests that leave both as they are."""
+    model = causal_lm(family)
+    return model, lobcq_fx.quantize(model)
 
 
 @contextmanager

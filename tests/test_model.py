@@ -12,7 +12,7 @@ import lobcq_fx
 from lobcq_fx import LobcqConfig
 from lobcq_fx.errors import CallError, LobcqError
 from lobcq_fx.passes.packed_weight import PARTS
-from tests.families import VOCABULARY, causal_lm
+from tests.families import VOCABULARY, causal_lm, quantized_causal_lm
 from tests.passes.graphs import values
 
 
@@ -221,3 +221,36 @@ def test_a_causal_lm_behaves_the_same():
     assert "model.layers.0.self_attn.q_proj.weight.codes" in lm.state_dict()
     lm.to("meta")
     assert lm(ids.to("meta")).logits.device.type == "meta"
+
+
+@torch.no_grad()
+def test_the_graph_for_static_caches_is_copied_and_moved_with_the_other():
+    lm = quantized_causal_lm("llama")[1]
+    ids = torch.arange(3, 9).view(1, 6) % VOCABULARY
+    expected = lm(ids, past_key_values=lm.static_cache(9)).logits
+    names = {str(node.target) for node in lm.stored_graph.find_nodes(op="get_attr")}
+    assert set(lm.state_dict()) == names  # nothing that the other graph has to itself, or under a second name
+
+    twin = copy.deepcopy(lm)
+    assert torch.equal(twin(ids, past_key_values=twin.static_cache(9)).logits, expected)
+    ours, theirs = (list(one.variants["static_cache"].graph_module.buffers()) for one in (lm, twin))
+    assert not {id(tensor) for tensor in ours} & {id(tensor) for tensor in theirs}
+    for name, tensor in twin.state_dict().items():
+        if name == "model.norm.weight":
+            tensor.add_(1)
+    changed = twin(ids, past_key_values=twin.static_cache(9)).logits
+    torch.testing.assert_close(changed, twin(ids).logits)
+    assert not torch.equal(changed, expected)
+
+    twin.to("meta")
+    assert twin(ids.to("meta"), past_key_values=twin.static_cache(9)).logits.device.type == "meta"
+    for graph_module in (twin.graph_module, twin.variants["static_cache"].graph_module):
+        assert "device(type='cpu')" not in graph_module.code
+        assert devices(graph_module) == {"meta"}
+        assert all(tensor.device.type == "meta" for tensor in graph_module.buffers())
+
+    back = copy.deepcopy(lm)
+    back._restore()  # as a move does, of which there is no other kind on a machine without a second device
+    back._prepack()
+    assert torch.equal(back(ids, past_key_values=back.static_cache(9)).logits, expected)
+    assert torch.equal(back(ids).logits, lm(ids).logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import pytest
@@ -157,6 +158,26 @@ def test_the_float_model_survives_unless_asked_otherwise(inplace):
     else:
         assert torch.equal(model(x), before)
         assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_language_model_s_float_weights_are_freed_one_by_one():
+    size = 180  # of no other model's weights in this process
+    model = causal_lm("llama", intermediate_size=size)
+    left = []
+
+    def count(step, done, total):
+        if step == "encode":
+            gc.collect()
+            tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, nn.Parameter)]
+            storages = {t.untyped_storage().data_ptr() for t in tensors if size in t.shape and t.dtype == torch.float32}
+            left.append(len(storages - {0}))
+
+    q = lobcq_fx.quantize(model, inplace=True, progress=count)
+    assert left[-1] == 0
+    assert left[:7] == [6, 6, 6, 6, 5, 4, 3]  # of six in two layers: q, k, v and o, then gate, up and down go
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(q(ids, past_key_values=q.static_cache(9)).logits, q(ids).logits)
 
 
 def test_progress_is_reported_for_every_step():

@@ -28,7 +28,7 @@ def stored_module(q: QuantizedModel, *, last_logits_only: bool = False) -> fx.Gr
         ExportError: the graph cannot be told which positions' logits to return.
     """
     root = nn.Module()
-    for name, tensor in stored_tensors(q.graph_module, q.stored_graph).items():
+    for name, tensor in stored_tensors(q.graph_module, [q.stored_graph]).items():
         register_attribute(root, name, tensor)
     graph = fx.Graph()
     graph.output(graph.graph_copy(q.stored_graph, {}))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache, StaticLayer
 
 from lobcq_fx.config import LobcqConfig
+from lobcq_fx.errors import CallError
 from lobcq_fx.integrations.causal_lm_call import CausalLMCall
+from lobcq_fx.integrations.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static
 from lobcq_fx.model import QuantizedModel
+from lobcq_fx.passes.calling import CallingConvention
 from lobcq_fx.passes.inventory import Inventory
+from lobcq_fx.passes.trace import TracedModel
 
 
 class CausalLMForward:
@@ -35,7 +41,8 @@ class CausalLMForward:
             input_ids: [B, T] token ids.
             attention_mask: [B, P + T], 0 at padding, with P cached tokens; None means no padding.
             position_ids: [B, T]; None counts as the float model does.
-            past_key_values: a DynamicCache, which grows in place; None starts a new one.
+            past_key_values: a DynamicCache, which grows in place; None starts a new one. Or a static cache, which has a
+                fixed length C: see `QuantizedCausalLM.static_cache`; the mask may then be [B, C], 0 or 1 past P + T.
             labels: [B, T]; adds the shifted cross-entropy as `loss`.
             use_cache: False leaves the cache out of the output.
             logits_to_keep: how many last positions get logits, 0 for all; or an index tensor.
@@ -85,8 +92,63 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         inventory: Inventory,
         config: Any,
         generation_config: GenerationConfig | None = None,
+        *,
+        variants: Mapping[str, TracedModel] | None = None,
+        refused_variants: Mapping[str, str] | None = None,
     ) -> None:
         PreTrainedModel.__init__(self, graph_config(config))
-        self._assemble(graph_module, calling, lobcq_config, inventory)
+        self._assemble(graph_module, calling, lobcq_config, inventory, variants, refused_variants)
         if generation_config is not None:
             self.generation_config = generation_config
+
+    def static_cache(self, max_cache_len: int, batch_size: int | None = None) -> StaticCache:
+        """A cache of a fixed length, for `past_key_values`; the calls write their keys and values into it.
+
+        Its tensors stay where they are, so that a compiled step can be one CUDA graph. It is whole in every layer, also
+        where the model slides a window, which the mask applies.
+
+        Args:
+            max_cache_len: how many tokens it has room for.
+            batch_size: of the calls; None leaves the memory to the first call, which should then not be compiled.
+        """
+        calling = self.calling
+        assert isinstance(calling, CausalLMCall)
+        cache = StaticCache(config=self.config, max_cache_len=max_cache_len)
+        cache.layers = [StaticLayer(max_cache_len=max_cache_len) for _ in calling.cache_heads]
+        if batch_size is not None:
+            initialize(cache, calling, batch_size, self.device)
+        return cache
+
+    def create_masks_for_generate(
+        self, attention_mask: Tensor | None, past_key_values: Cache, **_: Any
+    ) -> Tensor | None:
+        """What `generate()` passes on with a static cache: the 2-D mask over all of it; the graph makes 4-D ones."""
+        layer = past_key_values.layers[0]
+        if attention_mask is None or attention_mask.shape[1] > layer.max_cache_len:
+            return attention_mask  # `forward` refuses the latter
+        return cache_mask(attention_mask, attention_mask.shape[0], layer.max_cache_len, attention_mask.device)
+
+    def _prepare_static_cache(
+        self, cache_implementation: str, batch_size: int, max_cache_len: int, prefill_chunk_size: Any, model_kwargs: Any
+    ) -> Cache:
+        """As `generate()` makes it, but whole in every layer. A compiled prefill needs its memory beforehand."""
+        if "offloaded" in cache_implementation:
+            raise CallError(
+                f"cache_implementation is {cache_implementation!r}; of the static ones only 'static' is served"
+            )
+        # As transformers does: a shorter call takes the length of the longest so far, for which a step is compiled.
+        length = max(max_cache_len, getattr(self, "_previous_max_cache_length", 0))
+        self._previous_max_cache_length = length
+        return self.static_cache(length, None if prefill_chunk_size is None else batch_size)
+
+    def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, CallingConvention]:
+        if not is_static(kwargs.get("past_key_values")):
+            return super()._serving(args, kwargs)
+        variant = self.variants.get(STATIC_CACHE)
+        if variant is None:
+            reason = self.refused_variants.get(STATIC_CACHE, "it was saved by a release that knew none")
+            raise CallError(
+                f"the model has no graph for static caches: {reason}. Remedy: pass a DynamicCache, or quantize the"
+                " float model again"
+            )
+        return variant.graph_module, variant.calling

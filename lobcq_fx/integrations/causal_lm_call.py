@@ -53,10 +53,8 @@ class CausalLMCall(CallingConvention):
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """input_ids, attention_mask, position_ids and logits_to_keep as the graph has them, then keys and values."""
-        call = _arguments(args, kwargs)
-        ids = call.get("input_ids")
-        if ids is None:
-            raise CallError("input_ids is missing: the traced graph starts at token ids, not at inputs_embeds")
+        call = call_arguments(args, kwargs)
+        ids = input_ids_of(call)
         past = self._past(call.get("past_key_values"), ids)
         length = past[0].shape[2]
         batch, query = ids.shape
@@ -70,19 +68,24 @@ class CausalLMCall(CallingConvention):
             "input_ids": ids,
             "attention_mask": mask,
             "position_ids": self._positions(call.get("position_ids"), mask, batch, query),
-            "logits_to_keep": _kept(call.get("logits_to_keep"), query, ids.device),
+            "logits_to_keep": kept_positions(call.get("logits_to_keep"), query, ids.device),
         }
         return [values[name] for name in self.inputs] + past
 
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output class with logits, the loss if labels were given, and the cache unless use_cache=False."""
-        call = _arguments(args, kwargs)
+        call = call_arguments(args, kwargs)
         logits, *states = outputs
+        cache = None if call.get("use_cache") is False else _grown(call.get("past_key_values"), states)
+        return self.output(logits, cache, call)
+
+    def output(self, logits: Tensor, cache: Any, call: Mapping[str, Any]) -> Any:
+        """What the model returns for a call, from the graph's logits and the cache."""
         if "logits_to_keep" not in self.inputs and call.get("logits_to_keep"):
-            logits = logits[:, _kept(call["logits_to_keep"], logits.shape[1], logits.device)]
+            logits = logits[:, kept_positions(call["logits_to_keep"], logits.shape[1], logits.device)]
         labels = call.get("labels")
         loss = None if labels is None else ForCausalLMLoss(logits, labels, self.vocab_size)
-        cache = None if call.get("use_cache") is False else _grown(call.get("past_key_values"), states)
+        cache = None if call.get("use_cache") is False else cache
         if call.get("return_dict") is False:
             return tuple(value for value in (loss, logits, cache) if value is not None)
         return getattr(modeling_outputs, self.output_type)(loss=loss, logits=logits, past_key_values=cache)
@@ -131,7 +134,8 @@ class CausalLMCall(CallingConvention):
         return torch.arange(past, past + query, device=mask.device).expand(batch, query)
 
 
-def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def call_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The call as {name: value}, refusing what no quantized causal LM takes."""
     call = dict(kwargs)
     for name, value in zip(PARAMETERS, args, strict=False):
         call[name] = value
@@ -142,7 +146,16 @@ def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return call
 
 
-def _kept(kept: int | Tensor | None, query: int, device: torch.device) -> Tensor:
+def input_ids_of(call: Mapping[str, Any]) -> Tensor:
+    """The token ids [B, T] of a call."""
+    ids = call.get("input_ids")
+    if ids is None:
+        raise CallError("input_ids is missing: the traced graph starts at token ids, not at inputs_embeds")
+    assert isinstance(ids, Tensor)
+    return ids
+
+
+def kept_positions(kept: int | Tensor | None, query: int, device: torch.device) -> Tensor:
     """Positions whose logits are wanted: the last `kept` ones, all for 0 or None, or an index tensor as given."""
     if isinstance(kept, Tensor):
         return kept

@@ -9,20 +9,26 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.utils import logging
 
 from lobcq_fx.errors import TraceError
 from lobcq_fx.integrations.causal_lm_call import CausalLMCall
+from lobcq_fx.integrations.in_place_cache import InPlaceCache
+from lobcq_fx.integrations.static_cache_call import StaticCacheCall
 from lobcq_fx.passes.calling import Structure, bind_arguments
+from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.trace import (
     TracedModel,
     drop_constant_inputs,
+    fixed_size,
     flatten_program,
     plain_graph_module,
     tracing,
@@ -30,7 +36,7 @@ from lobcq_fx.passes.trace import (
 )
 
 # Every size is different and at least 2: export bakes dimensions of 0 or 1 in and may identify equal ones.
-BATCH, PAST, QUERY, KEPT = 2, 5, 3, 2
+BATCH, PAST, QUERY, KEPT, CACHE = 2, 5, 3, 2, 11
 
 TOKEN_DEFAULTS = {"attention_mask": 1, "token_type_ids": 0}
 """What encoders take for arguments of the shape of input_ids that a call leaves out."""
@@ -67,6 +73,34 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
         output_type=output_type.__name__,
     )
     return TracedModel(graph_module, calling)
+
+
+def trace_static_cache(model: PreTrainedModel, causal: CausalLMCall) -> TracedModel:
+    """One graph for prefill, continuation and decode on a cache of a fixed size, which it writes in place.
+
+    Inputs: those of `trace_causal_lm` before its cache, the mask over the whole cache, [B, C]; then key and value
+    [B, H, C, D] of each layer, and the positions [T] of the call's tokens in the cache. Output: logits alone.
+
+    Args:
+        model: as `trace_causal_lm` has traced it.
+        causal: how the graph of that trace is called.
+
+    Raises:
+        TraceError: the model cannot be captured with such a cache.
+    """
+    with tracing(model), torch.no_grad():
+        inputs, _ = _causal_lm_inputs(model)
+        inputs["attention_mask"] = functional.pad(inputs["attention_mask"], (0, CACHE - PAST - QUERY))
+        inputs["past_key_values"] = _in_place(inputs["past_key_values"], model.device)
+        shapes = _causal_lm_dynamic_shapes(inputs)
+        shapes["past_key_values"].append({0: Dim.AUTO})
+        graph_module = plain_graph_module(_export(model, inputs, shapes))
+        drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
+        output = graph_module.graph.output_node()
+        output.args = ((output.args[0][0],),)  # type: ignore[index]  # the cache it returns is the one that came in
+        EliminateDeadCode()(graph_module)
+        _check_sizes(graph_module)
+    return TracedModel(graph_module, StaticCacheCall(causal))
 
 
 def trace_pretrained(
@@ -145,6 +179,28 @@ def _causal_lm_dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
     layers = len(inputs["past_key_values"].layers)
     shapes["past_key_values"] = [{0: Dim.AUTO, 2: Dim.AUTO} for _ in range(2 * layers)]
     return shapes
+
+
+def _in_place(cache: DynamicCache, device: torch.device) -> InPlaceCache:
+    """A cache of CACHE tokens like a grown one, at the call that follows its PAST ones."""
+    layers = []
+    for grown in cache.layers:
+        layer = DynamicLayer()
+        layer.lazy_initialization(grown.keys, grown.values)
+        layer.keys, layer.values = (
+            functional.pad(state, (0, 0, 0, CACHE - state.shape[2])) for state in (grown.keys, grown.values)
+        )
+        layers.append(layer)
+    return InPlaceCache(layers, torch.arange(PAST, PAST + QUERY, device=device))
+
+
+def _check_sizes(graph_module: fx.GraphModule) -> None:
+    """A graph gives wrong results, not errors, for sizes that tracing fixed: only heads and widths may be."""
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        shape = [fixed_size(size) for size in node.meta["val"].shape]
+        free = shape[::2] if len(shape) == 4 else shape
+        if any(size is not None for size in free):
+            raise TraceError(f"tracing fixed a size of {node.name}, which has the shape {shape}")
 
 
 def _check_cache(model: PreTrainedModel, output: Any) -> None:

@@ -54,12 +54,12 @@ def delete_attribute(module: nn.Module, name: str) -> None:
 
 
 def free_name(module: nn.Module, layer: str, last: str) -> str:
-    """A dotted name for a new attribute `last` of `layer`, numbered where it is taken.
+    """A dotted name for a new attribute `last` of `layer` ("" for the module itself), numbered where it is taken.
 
     A layer that is a bare parameter (`self.w`, not `self.linear.weight`) can hold none: the name then stands beside it.
     """
     owner = get_attribute(module, layer) if has_attribute(module, layer) else None
-    name = f"{layer}_{last}" if isinstance(owner, (Tensor, PackedWeight)) else f"{layer}.{last}"
+    name = f"{layer}_{last}" if isinstance(owner, (Tensor, PackedWeight)) else f"{layer}.{last}".removeprefix(".")
     candidates = chain([name], (f"{name}_{number}" for number in count(1)))
     return next(candidate for candidate in candidates if not has_attribute(module, candidate))
 

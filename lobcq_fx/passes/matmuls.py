@@ -95,10 +95,10 @@ def find_matmuls(graph_module: fx.GraphModule, config: LobcqConfig) -> list[Matm
         if node.target is aten.linear.default:
             found.append(_linear(node, config))
         elif node.target in _PRODUCTS:
-            found.append(Matmul(node, _module_path(node), None, False, _product_refusal(node), config))
+            found.append(Matmul(node, module_path(node), None, False, _product_refusal(node), config))
         elif node.target in _UNSUPPORTED or "grouped_mm" in str(node.target):
             reason = _UNSUPPORTED.get(node.target, _UNSUPPORTED[aten._grouped_mm.default])
-            found.append(Matmul(node, _module_path(node), _attribute_among(node.args[1:]), False, reason, config))
+            found.append(Matmul(node, module_path(node), _attribute_among(node.args[1:]), False, reason, config))
     return found
 
 
@@ -123,9 +123,7 @@ def _product_refusal(node: fx.Node) -> str:
 def _linear(node: fx.Node, config: LobcqConfig) -> Matmul:
     found = constant_weight(node.args[1])
     if found is None:
-        return Matmul(
-            node, _module_path(node), None, False, "its weight is computed in the graph, not constant", config
-        )
+        return Matmul(node, module_path(node), None, False, "its weight is computed in the graph, not constant", config)
     weight, flipped = found
     layer = _layer_name(node, str(weight.target))
     settings = config.for_layer(layer)
@@ -149,13 +147,13 @@ def _refusal(matmul: Matmul) -> str | None:
 
 def _layer_name(node: fx.Node, weight: str) -> str:
     """The weight's module. A tied weight carries one owner's name: then the module that runs the matmul."""
-    path = _module_path(node)
+    path = module_path(node)
     if path and not weight.startswith(path + "."):
         return path
     return weight.removesuffix(".weight")
 
 
-def _module_path(node: fx.Node) -> str:
+def module_path(node: fx.Node) -> str:
     """Dotted path of the innermost module that was running when the node was traced; "" if unknown."""
     stack = node.meta.get("nn_module_stack")
     return str(list(stack.values())[-1][0]) if stack else ""

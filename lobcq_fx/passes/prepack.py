@@ -55,17 +55,21 @@ class Prepack(GraphPass):
 
     Args:
         layout: of the device's kernels.
+        stored: weights that another graph on the same tensors reads as they are stored; none is repacked.
     """
 
     name: ClassVar[str] = "prepack"
 
     layout: WeightLayout
+    stored: frozenset[str] = frozenset()
 
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Replace linears one by one, at the place where their activation was encoded or read."""
-        linears = _linears(graph_module)
+        linears = [linear for linear in _linears(graph_module.graph) if linear.weight not in self.stored]
         for name in sorted({linear.weight for linear in linears}):
-            get_attribute(graph_module, name).repack(self.layout)
+            weight = get_attribute(graph_module, name)
+            if weight.layout is None:  # another graph's run may have repacked it
+                weight.repack(self.layout)
         for linear in linears:
             self._replace(graph_module, linear)
         if linears:
@@ -126,10 +130,21 @@ def restore_weights(graph_module: fx.GraphModule) -> None:
         delattr(get_attribute(graph_module, owner), last)
 
 
-def _linears(graph_module: fx.GraphModule) -> list[_Linear]:
+def weights_as_stored(graph: fx.Graph) -> frozenset[str]:
+    """The weights that the graph goes on reading as they are stored after `Prepack`."""
+    return _candidates(graph)[1]
+
+
+def _linears(graph: fx.Graph) -> list[_Linear]:
     """The linears that can be replaced, in order."""
+    candidates, refused = _candidates(graph)
+    return [linear for linear in candidates if linear.weight not in refused]
+
+
+def _candidates(graph: fx.Graph) -> tuple[list[_Linear], frozenset[str]]:
+    """The linears that could be replaced by themselves, and the weights of those that cannot."""
     candidates, refused = [], set()
-    for node in graph_module.graph.nodes:
+    for node in graph.nodes:
         if node.op != "call_function" or node.target not in (ops.linear.default, ops.linear.float_activation):
             continue
         arguments = named_arguments(node)
@@ -140,7 +155,7 @@ def _linears(graph_module: fx.GraphModule) -> list[_Linear]:
             refused.add(weight)
             continue
         candidates.append(_Linear(node, weight, bias, encoder))
-    return [linear for linear in candidates if linear.weight not in refused]
+    return candidates, frozenset(refused)
 
 
 def _encoder(arguments: dict[str, Any]) -> fx.Node | None:

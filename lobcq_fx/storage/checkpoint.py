@@ -2,7 +2,7 @@
 
 config.json         the Hugging Face configuration (if any) with `quantization_config`: format version, settings
 model.safetensors   packed weights under the format's names, codebooks, and what stayed in float
-graph.json          the FX graph and the calling convention
+graph.json          the FX graph and the calling convention, the same of other graphs on these tensors
 inventory.json      every matmul and what became of it
 tokenizer files, generation_config.json where the model has them
 """
@@ -10,7 +10,7 @@ tokenizer files, generation_config.json where the model has them
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,10 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CheckpointError
-from lobcq_fx.passes.attributes import register_attribute
+from lobcq_fx.passes.attributes import has_attribute, register_attribute
 from lobcq_fx.passes.inventory import Inventory
 from lobcq_fx.passes.packed_weight import PARTS
+from lobcq_fx.passes.shared_tensors import SharingGraphModule
 from lobcq_fx.storage.atomic_folder import replace_folder
 from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
 from lobcq_fx.storage.validate import restore_packed_weights
@@ -42,10 +43,16 @@ MAPPED = tuple(f".{part}" for part in PARTS if part != "tensor_scale")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a saved folder holds."""
+    """What a saved folder holds.
+
+    variants, refused_variants: as in `QuantizedModel`, with the calling conventions as they are written; empty for a
+        folder of a release that knew none.
+    """
 
     graph_module: fx.GraphModule
     calling: dict[str, Any]
+    variants: dict[str, tuple[fx.GraphModule, dict[str, Any]]]
+    refused_variants: dict[str, str]
     lobcq_config: LobcqConfig
     inventory: Inventory
     config: dict[str, Any] | None
@@ -53,7 +60,7 @@ class Checkpoint:
 
 def save_checkpoint(model: QuantizedModel, directory: Path, tokenizer: Any) -> None:
     """Write `model` to `directory`: written beside it, read back and compared, then put in place."""
-    tensors = stored_tensors(model.graph_module, model.stored_graph)
+    tensors = stored_tensors(model.graph_module, [model.stored_graph, *model.stored_variants.values()])
     with replace_folder(directory, is_checkpoint) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         _write_json(folder / "config.json", _config(model))
@@ -78,18 +85,33 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     saved = _read_json(directory / "graph.json")
     try:
         graph = graph_from_json(saved["nodes"])
+        others = {name: graph_from_json(entry["nodes"]) for name, entry in saved.get("variants", {}).items()}
+        callings = {name: saved["variants"][name]["calling"] for name in others}
+        refused = {str(name): str(reason) for name, reason in saved.get("refused_variants", {}).items()}
         inventory = Inventory.from_dict(_read_json(directory / "inventory.json"))
         lobcq_config = LobcqConfig.from_dict(settings["lobcq_config"])
         calling, parameters = saved["calling"], set(saved["parameters"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory} is damaged: {type(error).__name__}: {error}") from None
+    graph_module = _graph_module(directory, graph, list(others.values()), parameters)
+    variants: dict[str, tuple[fx.GraphModule, dict[str, Any]]] = {
+        name: (SharingGraphModule(graph_module, other), callings[name]) for name, other in others.items()
+    }
+    return Checkpoint(graph_module, calling, variants, refused, lobcq_config, inventory, config or None)
+
+
+def _graph_module(directory: Path, graph: fx.Graph, others: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
+    """A module that runs `graph`, with the tensors of the other graphs too."""
     module = nn.Module()
-    for name, tensor in _read_tensors(directory, graph).items():
+    for name, tensor in _read_tensors(directory, [graph, *others]).items():
         is_parameter = name in parameters and tensor.is_floating_point()
         register_attribute(module, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
     graph_module = fx.GraphModule(module, graph, class_name="LobcqGraph")
-    restore_packed_weights(graph_module, graph)  # after the line above, which copies tensors but no modules
-    return Checkpoint(graph_module, calling, lobcq_config, inventory, config or None)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if not has_attribute(graph_module, name):  # the line above copies what its own graph reads
+            register_attribute(graph_module, name, tensor)
+    restore_packed_weights(graph_module, [graph, *others])  # packed weights are modules, which it would not copy
+    return graph_module
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -101,20 +123,22 @@ def is_checkpoint(directory: Path) -> bool:
         return False
 
 
-def stored_tensors(module: nn.Module, graph: fx.Graph) -> dict[str, Tensor]:
-    """Every tensor that a graph of stored weights refers to, by name; names that share memory get a copy each."""
+def stored_tensors(module: nn.Module, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
+    """Every tensor that graphs on stored weights refer to, by name; names that share memory get a copy each."""
     state = module.state_dict()
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for node in graph.find_nodes(op="get_attr"):
-        name = str(node.target)
-        if name in tensors:
-            continue
+    for name in _names(graphs):
         tensor = state[name].cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if storage in seen else tensor
         seen.add(storage)
     return tensors
+
+
+def _names(graphs: Sequence[fx.Graph]) -> list[str]:
+    """What the graphs refer to, each once, in the order of the nodes."""
+    return list(dict.fromkeys(str(node.target) for graph in graphs for node in graph.find_nodes(op="get_attr")))
 
 
 def _config(model: QuantizedModel) -> dict[str, Any]:
@@ -129,11 +153,17 @@ def _config(model: QuantizedModel) -> dict[str, Any]:
 
 def _graph(model: QuantizedModel) -> dict[str, Any]:
     graph_module = model.graph_module
-    return {
+    graph = {
         "calling": model.calling.to_dict(),
         "parameters": sorted(name for name, _ in graph_module.named_parameters(remove_duplicate=False)),
         "nodes": graph_to_json(model.stored_graph),
     }
+    variants = {
+        name: {"calling": variant.calling.to_dict(), "nodes": graph_to_json(model.stored_variants[name])}
+        for name, variant in model.variants.items()
+    }
+    rest = {"variants": variants, "refused_variants": model.refused_variants}
+    return graph | {name: value for name, value in rest.items() if value}
 
 
 def _check_version(directory: Path, settings: Any) -> None:
@@ -147,8 +177,8 @@ def _check_version(directory: Path, settings: Any) -> None:
         )
 
 
-def _read_tensors(directory: Path, graph: fx.Graph) -> dict[str, Tensor]:
-    wanted = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+def _read_tensors(directory: Path, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
+    wanted = set(_names(graphs))
     path = directory / WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:
@@ -165,8 +195,9 @@ def _read_tensors(directory: Path, graph: fx.Graph) -> dict[str, Tensor]:
 
 def _self_check(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Read the folder back as a user would, and compare every byte."""
-    graph_module = load_checkpoint(folder).graph_module
-    restored = stored_tensors(graph_module, graph_module.graph)
+    saved = load_checkpoint(folder)
+    graphs = [saved.graph_module.graph, *(other.graph for other, _ in saved.variants.values())]
+    restored = stored_tensors(saved.graph_module, graphs)
     for name, tensor in tensors.items():
         if not torch.equal(_bytes(restored[name]), _bytes(tensor)):
             raise CheckpointError(

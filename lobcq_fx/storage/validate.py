@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -14,23 +16,25 @@ from lobcq_fx.passes.packed_weight import PARTS, PackedWeight
 ops = torch.ops.lobcq
 
 
-def restore_packed_weights(module: nn.Module, graph: fx.Graph) -> None:
-    """Validate what the `lobcq::` ops read, and gather each weight's parts into a `PackedWeight` module.
+def restore_packed_weights(module: nn.Module, graphs: Sequence[fx.Graph]) -> None:
+    """Validate what the `lobcq::` ops of graphs read, and gather each weight's parts into a `PackedWeight` module.
 
     Raises:
-        CheckpointError: a wrong shape or dtype, a scale that is not finite, codebooks out of range; names the tensor.
+        CheckpointError: a wrong shape or dtype, a scale that is not finite, codebooks out of range, two ops that read
+            one weight differently; names the tensor.
     """
+    nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
     try:
-        _check_activations(module, graph)
-        _restore_weights(module, graph)
+        _check_activations(module, nodes)
+        _restore_weights(module, nodes)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise CheckpointError(f"graph.json: an op does not read what it should: {error}") from None
 
 
-def _check_activations(module: nn.Module, graph: fx.Graph) -> None:
+def _check_activations(module: nn.Module, nodes: Sequence[fx.Node]) -> None:
     """The codebooks and static scales that activations are encoded with."""
-    for node in graph.nodes:
-        if node.op != "call_function" or node.target is not ops.quantize_activation.default:
+    for node in nodes:
+        if node.target is not ops.quantize_activation.default:
             continue
         arguments = named_arguments(node)
         name = str(arguments["codebooks"].target)
@@ -43,20 +47,22 @@ def _check_activations(module: nn.Module, graph: fx.Graph) -> None:
             raise CheckpointError(f"{scale.target} is {value}: a static scale is one positive, finite fp32 number")
 
 
-def _restore_weights(module: nn.Module, graph: fx.Graph) -> None:
-    done: set[str] = set()
-    for node in graph.nodes:
-        if node.op != "call_function" or node.target not in (ops.linear.default, ops.linear.float_activation):
+def _restore_weights(module: nn.Module, nodes: Sequence[fx.Node]) -> None:
+    done: dict[str, tuple[str, int, int]] = {}
+    for node in nodes:
+        if node.target not in (ops.linear.default, ops.linear.float_activation):
             continue
         arguments = named_arguments(node)
         name = str(arguments["w_codes"].target).removesuffix(".codes")
-        if name in done:
-            continue
-        done.add(name)
         tensors = {part: get_attribute(module, f"{name}.{part}") for part in PARTS}
         codebooks = get_attribute(module, str(arguments["w_codebooks"].target))
         spec = _spec(codebooks, arguments["array_size"], str(arguments["w_codebooks"].target))
         columns = arguments.get("in_features", tensors["scales"].shape[-1] * spec.array_size)
+        read = (str(arguments["w_codebooks"].target), spec.array_size, columns)
+        if done.setdefault(name, read) != read:
+            raise CheckpointError(f"{name} is read as {read} and as {done[name]} (codebooks, array size, columns)")
+        if isinstance(get_attribute(module, name), PackedWeight):
+            continue
         encoded = Encoded(**tensors, codebooks=codebooks, spec=spec, columns=columns)
         _check(name, encoded)
         delete_attribute(module, name)

@@ -8,15 +8,14 @@ import transformers
 
 import lobcq_fx
 from lobcq_fx.integrations.causal_lm_call import CausalLMCall
-from tests.families import CAUSAL_LMS, LLAMA, VOCABULARY, causal_lm, fake_quantized, quantized_layers
+from tests.families import CAUSAL_LMS, LLAMA, VOCABULARY, fake_quantized, quantized_causal_lm, quantized_layers
 
 LENGTH = 11
 
 
 @pytest.fixture(scope="module", params=list(CAUSAL_LMS))
 def pair(request):
-    model = causal_lm(request.param)
-    return model, lobcq_fx.quantize(model)
+    return quantized_causal_lm(request.param)
 
 
 def batch(size, seed=0):

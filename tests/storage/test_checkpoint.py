@@ -18,10 +18,11 @@ from torch import nn
 
 import lobcq_fx
 from lobcq_fx.config import LobcqConfig
-from lobcq_fx.errors import CheckpointError
+from lobcq_fx.errors import CallError, CheckpointError
 from lobcq_fx.format import FormatSpec, encode, universal_codebooks
 from lobcq_fx.passes.packed_weight import PARTS, PackedWeight
 from lobcq_fx.storage.checkpoint import is_checkpoint
+from tests.families import quantized_causal_lm
 from tests.passes.graphs import Function, linear, parameter, values
 
 
@@ -308,3 +309,80 @@ def test_a_fresh_process_loads_the_same_and_its_death_while_saving_harms_nothing
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     outputs = torch.load(folder.parent / "out.pt")
     assert torch.equal(outputs, lobcq_fx.load(folder)(torch.ones(2, 172)))
+
+
+@pytest.fixture(scope="module")
+def saved_lm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "lm"
+    quantized_causal_lm("llama")[1].save_pretrained(folder)
+    return folder
+
+
+def change_graph(folder, change):
+    saved = json.loads((folder / "graph.json").read_text())
+    change(saved)
+    (folder / "graph.json").write_text(json.dumps(saved))
+
+
+@torch.no_grad()
+def test_both_graphs_of_a_language_model_are_loaded(saved_lm, tmp_path):
+    q, loaded = quantized_causal_lm("llama")[1], lobcq_fx.load(saved_lm)
+    ids = torch.arange(3, 9).view(1, 6)
+    for step in (ids, ids[:, :2], ids[:, :1]):
+        caches = [one.static_cache(12, batch_size=1) for one in (q, loaded)]
+        assert torch.equal(q(step, past_key_values=caches[0]).logits, loaded(step, past_key_values=caches[1]).logits)
+        assert torch.equal(caches[0].layers[1].values, caches[1].layers[1].values)
+    ours, theirs = (one.variants["static_cache"] for one in (q, loaded))
+    assert theirs.graph_module.code == ours.graph_module.code
+    assert theirs.calling == ours.calling
+    assert set(load_file(saved_lm / "model.safetensors")) == set(q.state_dict())
+    loaded.save_pretrained(tmp_path / "again")
+    for name in ("model.safetensors", "graph.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (saved_lm / name).read_bytes()
+
+
+@torch.no_grad()
+def test_a_folder_without_the_second_graph_refuses_static_caches(saved_lm, tmp_path):
+    shutil.copytree(saved_lm, tmp_path / "old")
+    change_graph(tmp_path / "old", lambda saved: saved.pop("variants"))
+    old, ids = lobcq_fx.load(tmp_path / "old"), torch.arange(3, 9).view(1, 6)
+    assert torch.equal(old(ids).logits, quantized_causal_lm("llama")[1](ids).logits)
+    with pytest.raises(CallError, match=r"saved by a release that knew none.* quantize the float model again"):
+        old(ids, past_key_values=old.static_cache(9))
+
+
+def test_a_graph_of_an_unknown_kind_is_left_out(saved_lm, tmp_path):
+    shutil.copytree(saved_lm, tmp_path / "newer")
+
+    def rename(saved):
+        saved["variants"]["another"] = saved["variants"].pop("static_cache")
+        saved["variants"]["another"]["calling"]["kind"] = "another"
+
+    change_graph(tmp_path / "newer", rename)
+    assert not lobcq_fx.load(tmp_path / "newer").variants
+
+
+def no_nodes(saved):
+    del saved["variants"]["static_cache"]["nodes"]
+
+
+def other_columns(saved):
+    nodes = saved["variants"]["static_cache"]["nodes"]
+    linear = next(node for node in nodes if node["target"] == "ops.lobcq.linear.default")
+    linear["args"]["tuple"][-3] -= 8
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_nodes, "is damaged: KeyError"),
+        (lambda saved: saved.update(variants=[]), "is damaged: AttributeError"),
+        (lambda saved: saved["variants"]["static_cache"].update(calling={}), "the calling convention is damaged"),
+        (other_columns, r"q_proj\.weight is read as .* 64\) and as .* 72\)"),
+    ],
+)
+def test_damage_to_the_second_graph_is_named(saved_lm, tmp_path, damage, message):
+    shutil.copytree(saved_lm, tmp_path / "q")
+    change_graph(tmp_path / "q", damage)
+    with pytest.raises(CheckpointError, match=message):
+        lobcq_fx.load(tmp_path / "q")
