@@ -14,10 +14,8 @@ from lobcq_fx.errors import LobcqError
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.ops.schemas import NO_GRADIENT
 from lobcq_fx.passes.calling import CallingConvention
-from lobcq_fx.passes.group_query_heads import GroupQueryHeads
-from lobcq_fx.passes.infra import Sequential
 from lobcq_fx.passes.inventory import Inventory
-from lobcq_fx.passes.merge_siblings import MergeSiblings
+from lobcq_fx.passes.lowering import lower
 from lobcq_fx.passes.prepack import Prepack, restore_weights, weights_as_stored
 from lobcq_fx.passes.retarget_device import RetargetDevice
 from lobcq_fx.passes.trace import TracedModel
@@ -100,7 +98,7 @@ class QuantizedModel(nn.Module):
         return [(self.graph_module, self.stored_graph), *others]
 
     def _prepack(self) -> None:
-        """Where the device has kernels of its own, run graphs with their weight layout and its attention."""
+        """Where the device has kernels of its own, run graphs that are lowered to them."""
         layout = weight_layout(self.device)
         if layout is None:
             return
@@ -109,7 +107,7 @@ class QuantizedModel(nn.Module):
             graph = fx.Graph()
             graph.output(graph.graph_copy(stored_graph, {}))
             graph_module.graph = graph
-            Sequential((Prepack(layout, stored), MergeSiblings(), GroupQueryHeads()))(graph_module)
+            lower(graph_module, Prepack(layout, stored), self.device)
 
     def _restore(self) -> None:
         """Run the stored graphs on stored weights again."""
