@@ -1,8 +1,9 @@
 """Everything that is measured on one GPU: `LOBCQ_TRITON=1 python -m benchmarks.gpu`.
 
-The kernels' tests run first, on the GPU; then copy bandwidth, linears of Llama-3-8B and 70B, encoders, and a
-Llama-3-8B-shaped model of random weights. Each product is checked before it is timed, and contenders take turns.
-Results are written after every section, so that a run that is cut short leaves what it has.
+The kernels' tests run first, on the GPU, and launch configurations are tuned; then come copy bandwidth, linears of
+Llama-3-8B and 70B, encoders, and a Llama-3-8B-shaped model of random weights. Each product is checked before it is
+timed, and contenders take turns. Results are written after every section, so that a run that is cut short leaves what
+it has. The configurations go into the package, and into the results.
 
     python -m benchmarks.gpu --device cpu --smoke --output /tmp/smoke.json    # tries the script out, no GPU needed
 
@@ -60,6 +61,7 @@ def sections(arguments: argparse.Namespace, device: torch.device) -> Iterator[tu
         return [measure_linear(name, shape, m, rounds, device) for name, shape in linears.items() for m in rows]
 
     yield "tests", lambda: run_tests(device)
+    yield "tuning", lambda: tuned(linears, arguments.tuning_minutes * 60, device)
     yield "copy", lambda: measure_copy(1 << 16 if smoke else COPIED_BYTES, rounds, device)
     yield "few rows", lambda: over(few)
     yield "many rows", lambda: over(many)
@@ -78,6 +80,15 @@ def run_tests(device: torch.device) -> str:
     if done.returncode:
         sys.exit(f"the kernels' tests fail on this GPU:\n{done.stdout[-4000:]}")
     return done.stdout.strip().splitlines()[-1]
+
+
+def tuned(linears: dict[str, tuple[int, int]], seconds: float, device: torch.device) -> dict[str, Any] | str:
+    """Launch configurations for this GPU, which the sections after this use."""
+    if device.type == "cpu":
+        return "not run: no GPU"
+    from benchmarks.gpu_tuning import tune  # imports triton
+
+    return tune(linears, ["8x64", "8x128"], seconds, device)
 
 
 def measure_copy(size: int, rounds: int, device: torch.device) -> dict[str, float]:
@@ -114,10 +125,11 @@ def _version(package: str) -> str | None:
 def parse() -> argparse.Namespace:
     """Command line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["tests", "copy", "few rows", "many rows", "encoders", "model"]
+    names = ["tests", "tuning", "copy", "few rows", "many rows", "encoders", "model"]
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--sections", nargs="+", default=names, choices=names)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tuning-minutes", type=float, default=4)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()

@@ -11,13 +11,14 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import LobcqError
-from lobcq_fx.kernels.bind import weight_layout
+from lobcq_fx.kernels.bind import rows_to_warm, weight_layout
 from lobcq_fx.ops.schemas import NO_GRADIENT
 from lobcq_fx.passes.calling import CallingConvention
 from lobcq_fx.passes.inventory import Inventory
 from lobcq_fx.passes.lowering import lower
 from lobcq_fx.passes.prepack import Prepack, restore_weights, weights_as_stored
 from lobcq_fx.passes.retarget_device import RetargetDevice
+from lobcq_fx.passes.run_on_zeros import run_on_zeros
 from lobcq_fx.passes.trace import TracedModel
 from lobcq_fx.storage.checkpoint import save_checkpoint
 
@@ -108,6 +109,18 @@ class QuantizedModel(nn.Module):
             graph.output(graph.graph_copy(stored_graph, {}))
             graph_module.graph = graph
             lower(graph_module, Prepack(layout, stored), self.device)
+
+    def warmup(self, max_rows: int = 2048) -> None:
+        """Compile the kernels of every linear, so that no request pays for it. CPUs' kernels are compiled already.
+
+        Each distinct linear runs once, on zeros, for each number of rows that has kernels of its own. What
+        torch.compile makes of the rest of the graph is compiled by a call.
+
+        Args:
+            max_rows: tokens of the largest call, batch times length.
+        """
+        for rows in rows_to_warm(self.device, max_rows):
+            run_on_zeros([graph_module for graph_module, _ in self._graphs()], rows)
 
     def _restore(self) -> None:
         """Run the stored graphs on stored weights again."""

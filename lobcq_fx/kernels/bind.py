@@ -91,6 +91,15 @@ def bind_triton_kernels() -> bool:
     return True
 
 
+def rows_to_warm(device: torch.device, most: int) -> list[int]:
+    """For how many rows of an activation, up to `most`, a device's kernels have to run once until all are compiled."""
+    if device.type != "cuda" or not bind_triton_kernels():
+        return []
+    from lobcq_fx.kernels.triton.configs import rows_to_warm as triton_rows  # imports triton
+
+    return triton_rows(most)
+
+
 def _why_no_triton() -> str | None:
     if os.environ.get(TRITON_SWITCH) != "1":
         return f"{TRITON_SWITCH} is not 1"

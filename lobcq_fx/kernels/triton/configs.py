@@ -103,6 +103,16 @@ def row_bucket(rows: int) -> int:
     return next((bucket for bucket in ROW_BUCKETS if rows <= bucket), ROW_BUCKETS[-1])
 
 
+def rows_to_warm(most: int) -> list[int]:
+    """Numbers of rows, up to a largest, that between them launch every variant of every kernel.
+
+    Variants differ by bucket, by the kernels for few and for many rows and the halves of the former, and in what Triton
+    tells apart: one row, multiples of 16, others.
+    """
+    wanted = {1, 2, 9, 16, 17} | {rows for bucket in ROW_BUCKETS for rows in (bucket, bucket - 1)}
+    return sorted(rows for rows in wanted if 0 < rows <= most)
+
+
 @cache
 def decode_config(shape: Shape, device: torch.device) -> DecodeConfig:
     """For a shape on a device."""
@@ -139,6 +149,12 @@ def prefill_candidates(shape: Shape) -> Iterator[PrefillConfig]:
         )
         if config != default_prefill(shape):
             yield config
+
+
+def forget() -> None:
+    """Read files anew from here on, and choose again."""
+    for cached in (decode_config, prefill_config, _tables):
+        cached.cache_clear()
 
 
 @cache

@@ -14,16 +14,20 @@ from triton.runtime.errors import OutOfResources
 from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.kernels.triton import configs
-from lobcq_fx.kernels.triton.configs import DecodeConfig, PrefillConfig, Shape, read_tables, row_bucket, write_tables
+from lobcq_fx.kernels.triton.configs import (
+    DecodeConfig,
+    PrefillConfig,
+    Shape,
+    forget,
+    read_tables,
+    row_bucket,
+    rows_to_warm,
+    write_tables,
+)
 from lobcq_fx.kernels.triton.tune import fastest
 
 SHAPE = Shape(4, 4096, 4096, FormatSpec(8, 64), torch.int8)
 CPU = torch.device("cpu")
-
-
-def forget() -> None:
-    for cached in (configs.decode_config, configs.prefill_config, configs._tables):
-        cached.cache_clear()
 
 
 @pytest.fixture
@@ -117,3 +121,9 @@ def test_the_fastest_that_can_run_is_chosen() -> None:
 def test_a_wrong_result_is_an_error(wrong: float) -> None:
     with pytest.raises(LobcqError, match=r"DecodeConfig\(.*unroll=2.*\) is off by"):
         fastest(results({2: wrong}), [DecodeConfig()], [torch.ones(2)], lambda call: 0.0)
+
+
+def test_rows_to_warm() -> None:
+    """One row, up to eight, more, sixteen; then multiples of 16 and others, in every bucket."""
+    assert rows_to_warm(40) == [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32]
+    assert rows_to_warm(1) == [1]

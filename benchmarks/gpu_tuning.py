@@ -1,0 +1,101 @@
+"""Find launch configurations for a GPU, and write the file that the package ships for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lobcq_fx.format import Encoded, FormatSpec, decode, universal_codebooks
+from lobcq_fx.kernels.triton.configs import (
+    FOLDER,
+    DecodeConfig,
+    PrefillConfig,
+    forget,
+    gpu_name,
+    read_tables,
+    write_tables,
+)
+from lobcq_fx.kernels.triton.encode_operand import encode_operand
+from lobcq_fx.kernels.triton.lookup import Lookup
+from lobcq_fx.kernels.triton.operands import Activation, Epilogue, Linear
+from lobcq_fx.kernels.triton.torch_ops import INTEGER_ARRAY
+from lobcq_fx.kernels.triton.tune import tune_decode, tune_prefill
+from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout, WeightTiles
+
+FEW, MANY = (1, 4, 16), (2048,)
+
+
+def tune(
+    linears: dict[str, tuple[int, int]], formats: list[str], seconds: float, device: torch.device
+) -> dict[str, Any]:
+    """Time candidates, shape by shape, until the time is up; what is found joins what the GPU's file has.
+
+    Returns:
+        The file, and for each key its milliseconds.
+    """
+    path = FOLDER / f"{gpu_name(device)}.json"
+    decoding, prefilling = read_tables(path) if path.exists() else ({}, {})
+    found, start = {}, time.monotonic()
+    for run, table in runs(linears, formats, device):
+        if time.monotonic() - start > seconds:
+            break
+        key, config, milliseconds = run()
+        (decoding if table == "decode" else prefilling)[key] = config
+        found[key] = milliseconds
+        path.parent.mkdir(exist_ok=True)
+        write_tables(path, decoding, prefilling)
+    forget()
+    return {"file": path.name, "milliseconds": found, "configurations": read_text(path)}
+
+
+def read_text(path: Path) -> str | None:
+    """The file as it is now, so that the results hold it too."""
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def runs(
+    linears: dict[str, tuple[int, int]], formats: list[str], device: torch.device
+) -> Iterator[tuple[partial[tuple[str, DecodeConfig | PrefillConfig, float]], str]]:
+    """What can be tuned, few rows first, each with the name of its table."""
+    for rows in (*FEW, *MANY):
+        for name in formats:
+            for shape in linears.values():
+                few = rows in FEW
+                yield (
+                    partial(_tune_one, shape, FormatSpec.from_name(name), rows, few, device),
+                    ("decode" if few else "prefill"),
+                )
+
+
+def _tune_one(
+    shape: tuple[int, int], spec: FormatSpec, rows: int, few: bool, device: torch.device
+) -> tuple[str, DecodeConfig | PrefillConfig, float]:
+    generator = torch.Generator(device).manual_seed(sum(shape))
+    books = universal_codebooks(spec.num_codebooks).to(device)
+    weight = torch.randn(shape, generator=generator, device=device) * 0.02
+    codes, selectors, scales, scale = torch.ops.lobcq.quantize_weight(weight, books, spec.array_size)
+    packed = CudaWeightLayout().pack((codes, selectors, scales), spec, shape[1])
+    linear = Linear(WeightTiles.of(packed, spec, *shape), shape[0], Epilogue(scale))
+    x = torch.randn((rows, shape[1]), generator=generator, device=device).bfloat16()
+    a = encode_operand(x, Lookup.of(books), spec, None, few or spec.array_size >= INTEGER_ARRAY)
+    encoded = Encoded(codes, selectors, scales, scale, books, spec, shape[1])
+    expected = _product(a, decode(encoded), spec)
+    if few:
+        return tune_decode(a, [linear], books, spec, [expected])
+    return tune_prefill(a, linear, books, spec, expected)
+
+
+def _product(a: Activation, weight: Tensor, spec: FormatSpec) -> Tensor:
+    """What the kernels have to give, in fp64 and rounded."""
+    values = a.values.double()
+    if a.array_scales is not None:
+        arrays = spec.num_arrays(weight.shape[1])
+        values = values * a.array_scales[:, :arrays].double().repeat_interleave(spec.array_size, dim=1)
+    assert a.row_scales is not None
+    return ((values[:, : weight.shape[1]] * a.row_scales.double()) @ weight.double().t()).float()
