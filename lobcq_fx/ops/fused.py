@@ -11,12 +11,13 @@ that fuses them encodes the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lobcq_fx.errors import LobcqError
 from lobcq_fx.ops import schemas
 from lobcq_fx.ops.linear_prepacked import results_like
 from lobcq_fx.ops.prologues import layer_norm, rms_norm, silu_mul
@@ -63,6 +64,7 @@ def linear_float_activation_residual(
 
 def silu_mul_linear(gate: Tensor, up: Tensor, *rest: object) -> list[Tensor]:
     """Linears, with residuals, of `prologues.silu_mul(gate, up)`, both [..., K]."""
+    check_operand("up", up, gate.shape, gate.dtype)
     return linear_residual(silu_mul(gate, up), *rest)  # type: ignore[arg-type]
 
 
@@ -76,6 +78,7 @@ def rms_norm_linear(
 
 def add_rms_norm_linear(x: Tensor, residual: Tensor, *rest: object) -> list[Tensor]:
     """`x + residual`, and linears of its norm: first the sum [..., K], then their results."""
+    check_operand("residual", residual, x.shape, x.dtype)
     total = (x + residual).contiguous()
     return [total, *rms_norm_linear(total, *rest)]  # type: ignore[arg-type]
 
@@ -88,7 +91,20 @@ def layer_norm_linear(
     return results
 
 
+def check_operand(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Refuse what a sum or product would broadcast or promote: kernels take an operand for what it should be.
+
+    Raises:
+        LobcqError: another shape or dtype (says both).
+    """
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+        raise LobcqError(f"{name} is {tensor.dtype} {list(tensor.shape)}: pass {dtype} {list(shape)}")
+
+
 def _added(results: list[Tensor], residuals: list[Tensor]) -> list[Tensor]:
+    for out, more in zip(results, residuals, strict=True):
+        if more.numel():
+            check_operand("a residual", more, out.shape, out.dtype)
     return [out + more if more.numel() else out for out, more in zip(results, residuals, strict=True)]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lobcq_fx.errors import LobcqError
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.ops.prologues import layer_norm, rms_norm, silu_mul
 from tests.kernels.test_linear_prepacked import OPCHECKS, Linears
@@ -84,6 +85,18 @@ def test_layer_norm(linears: Linears, x: Tensor) -> None:
     weight, bias = values(COLUMNS), values(COLUMNS) + 1
     actual = op.layer_norm(x, weight, bias, 1e-5, linears.tables, None, *linears.rest, torch.float32)
     assert_all_equal(actual, linears.w4a4(layer_norm(x, weight, bias, 1e-5)))
+
+
+def test_operands_of_other_shapes_or_dtypes_are_refused(linears: Linears, x: Tensor) -> None:
+    """Kernels would read beyond them."""
+    tail = (linears.tables, None, *linears.rest)
+    none = [torch.empty(0)] * 3
+    with pytest.raises(LobcqError, match=r"up is torch.float32 \[200\]: pass torch.float32 \[2, 3, 200\]"):
+        op.silu_mul(x, x[0, 0], *tail, none, torch.float32)
+    with pytest.raises(LobcqError, match=r"residual is torch.bfloat16"):
+        op.add_rms_norm(x, x.bfloat16(), None, 1e-5, 0.0, True, *tail, torch.float32)
+    with pytest.raises(LobcqError, match=r"a residual is torch.float32 \[33\]: pass torch.float32 \[2, 3, 33\]"):
+        op.residual(x, *tail, [torch.ones(33), *none[1:]], torch.float32)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -24,6 +24,7 @@ from lobcq_fx.kernels.triton.operands import Activation, Epilogue, Linear
 from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
 from lobcq_fx.kernels.triton.prologues import AddRmsNorm, LayerNorm, Prologue, RmsNorm, SiluMul
 from lobcq_fx.kernels.triton.weight_layout import WeightTiles
+from lobcq_fx.ops.fused import check_operand
 from lobcq_fx.ops.schemas import NO_GRADIENT
 
 INTEGER_ARRAY = 128
@@ -82,6 +83,7 @@ def linear_prepacked_add_rms_norm(
 ) -> list[Tensor]:  # fmt: skip
     """`x + residual`, and `linear_prepacked` of its `rms_norm`: first the sum [..., K], then the results."""
     _refuse_gradients(x, residual, norm_weight)
+    check_operand("residual", residual, x.shape, x.dtype)
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     norm = AddRmsNorm(_rows(residual), _rows(total), RmsNorm(norm_weight, eps, offset, round_first))
     linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
@@ -107,6 +109,7 @@ def linear_prepacked_silu_mul(
 ) -> list[Tensor]:  # fmt: skip
     """`linear_prepacked_residual` of `silu_mul(gate, up)`."""
     _refuse_gradients(gate, up, *residuals)
+    check_operand("up", up, gate.shape, gate.dtype)
     linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
     return _encode_and_multiply(gate, SiluMul(_rows(up)), activation_tables, static_scale, linears, residuals, dtype)
 
@@ -157,6 +160,9 @@ def _multiply(
     x: Tensor, a: Activation, linears: Linears, residuals: list[Tensor] | None, dtype: torch.dtype
 ) -> list[Tensor]:
     """The linears of x [..., K], of which `a` is what they multiply."""
+    for residual, outputs in zip(residuals or [], linears.out_features, strict=bool(residuals)):
+        if residual.numel():
+            check_operand("a residual", residual, (*x.shape[:-1], outputs), dtype)
     results = _products(a, x.shape[-1], *linears, residuals, dtype)
     return [out.view(*x.shape[:-1], out.shape[1]) for out in results]
 
