@@ -248,11 +248,10 @@ def test_implementations_take_what_the_schemas_say() -> None:
 def test_operands_of_other_shapes_are_refused() -> None:
     linears, x = Linears(64), values(3, 64).to(DEVICE)
     none = [torch.empty(0, device=DEVICE)] * 3
+    norm, residuals = (None, 1e-5, 0.0, True), [torch.ones(33, device=DEVICE), *none[1:]]
     with pytest.raises(LobcqError, match=r"up is torch.float32 \[64\]: pass"):
         torch_ops.linear_prepacked_silu_mul(x, x[0], linears.tables, None, *linears.rest, none, torch.float32)
     with pytest.raises(LobcqError, match=r"residual is torch.float32 \[1, 64\]: pass"):
-        norm = (None, 1e-5, 0.0, True)
         torch_ops.linear_prepacked_add_rms_norm(x, x[:1], *norm, linears.tables, None, *linears.rest, torch.float32)
     with pytest.raises(LobcqError, match=r"a residual is torch.float32 \[33\]: pass"):
-        residuals = [torch.ones(33, device=DEVICE), *none[1:]]
         torch_ops.linear_prepacked_float_activation_residual(x, *linears.rest, residuals)
