@@ -110,23 +110,24 @@ def many_rows_floors() -> str:
 
 
 def compiled(found: dict[str, Any]) -> str:
-    """Registers, shared memory and MMA instruction of each kernel: the range over formats, by architecture."""
+    """Registers, shared memory and MMA instructions of each kernel: by architecture, the range over formats."""
     results = found["results"]
-    kinds = dict.fromkeys((result["what"], result["kernel"]) for result in results)
+    architectures = sorted({result["sm"] for result in results})
     rows = []
-    for what, kernel in kinds:
-        for sm in sorted({result["sm"] for result in results}):
-            of_kind = [r for r in results if (r["what"], r["kernel"], r["sm"]) == (what, kernel, sm)]
-            shared = span(round(r["shared_bytes"] / 1024) for r in of_kind)
-            spilled = str(max(r["spilled_bytes"] for r in of_kind))
-            mma = sorted({name for r in of_kind for name in r["mma_sass"]})
-            registers = span(r["registers"] for r in of_kind)
-            warps = str(of_kind[0]["options"]["num_warps"])
-            row = [what, f"`{kernel}`", f"sm_{sm}", warps, registers, shared, spilled, ", ".join(mma) or "none"]
-            rows.append(row)
+    for what, kernel in dict.fromkeys((result["what"], result["kernel"]) for result in results):
+        of_kind = [r for r in results if (r["what"], r["kernel"]) == (what, kernel)]
+        each = [[r for r in of_kind if r["sm"] == sm] for sm in architectures]
+        registers = " / ".join(span(r["registers"] for r in some) for some in each)
+        shared = " / ".join(span(round(r["shared_bytes"] / 1024) for r in some) for some in each)
+        mma = [", ".join(sorted({name for r in some for name in r["mma_sass"]})) for some in each]
+        instructions = " / ".join(dict.fromkeys(mma)) or "none"
+        spilled = str(max(r["spilled_bytes"] for r in of_kind))
+        warps = span(r["options"]["num_warps"] for r in of_kind)
+        rows.append([what, f"`{kernel.removesuffix('_kernel')}`", warps, registers, shared, spilled, instructions])
     formats = ", ".join(dict.fromkeys(result["format"] for result in results))
-    header = ["what", "kernel", "for", "warps", "registers", "shared, KB", "spilled", "MMA instruction"]
-    return f"Triton {found['triton']}, formats {formats}.\n\n{table(header, rows)}"
+    names = " / ".join(f"sm_{sm}" for sm in architectures)
+    header = ["what", "kernel", "warps", "registers", "shared, KB", "spilled", "MMA instruction"]
+    return f"{names}, Triton {found['triton']}, formats {formats}.\n\n{table(header, rows)}"
 
 
 def span(values: Iterable[int]) -> str:
