@@ -41,7 +41,7 @@ class _Group:
 
 @dataclass(frozen=True)
 class MergeSiblings(GraphPass):
-    """Merge calls of `lobcq::linear_prepacked`, or of its `.float_activation`, that differ in their weights alone.
+    """Merge calls of `lobcq::linear_prepacked`, or of its `.float_activation`, that differ in their one weight alone.
 
     `refusals` is filled with calls that read the activation of others and stay apart.
     """
@@ -61,6 +61,8 @@ class MergeSiblings(GraphPass):
                 linear_prepacked.float_activation,
             ):
                 call = PrepackedCall(node)
+                if len(call.weights) > 1:  # merged already
+                    continue
                 x = call.arguments["x"]
                 self._add(call, groups.setdefault((node.target, x), []), writes.before(x))
         merged = [group.calls for candidates in groups.values() for group in candidates if len(group.calls) > 1]
@@ -95,7 +97,7 @@ def _merge(graph: fx.Graph, calls: list[PrepackedCall]) -> None:
     for name in _PER_LINEAR:
         arguments[name] = [element for call in calls for element in call.arguments[name]]
     args = tuple(arguments[argument.name] for argument in first.target._schema.arguments)  # type: ignore[union-attr]
-    results = [result for call in calls for result in (call.result(index) for index in range(len(call.weights)))]
+    results = [call.result(0) for call in calls]
     with graph.inserting_before(first):
         merged = add_call(graph, first.target, args, like=first)
         for index, result in enumerate(results):

@@ -136,9 +136,10 @@ def test_near_misses_stay_and_say_why(block, reason):
         lambda m, x: m.down(x) * x,
         lambda m, x: torch.add(m.down(x), x, alpha=2),
         lambda m, x: m.down(x) + 1,
+        lambda m, x: nn.functional.dropout(m.down(x), 0.5, True) + x,
         lambda m, x: (lambda out: out * (out + out.pow(3)))(m.down(x)),
     ],
-    ids=["a product", "a weighted sum", "a number", "within an activation"],
+    ids=["a product", "a weighted sum", "a number", "after a dropout", "within an activation"],
 )
 def test_what_is_no_residual_is_not_worth_a_word(block):
     graph_module = prepacked_graph(block, **members())
