@@ -60,7 +60,7 @@ def load(directory: str | Path) -> QuantizedModel:
 
 
 def _variants(saved: Checkpoint, calling: CausalLMCall) -> dict[str, TracedModel]:
-    """The other graphs of a causal language model. One of a later release, of a kind unknown here, is left out."""
+    """The other graphs of a causal language model. One of a kind unknown here is left out."""
     return {
         name: TracedModel(graph_module, StaticCacheCall(calling))
         for name, (graph_module, other) in saved.variants.items()

@@ -72,6 +72,8 @@ class QuantizedModel(nn.Module):
         self.register_state_dict_post_hook(_strip_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
         graph_module.eval()
+        for variant in self.variants.values():
+            variant.graph_module.training = False
         self.training = False
         self._prepack()
 
@@ -103,12 +105,14 @@ class QuantizedModel(nn.Module):
         layout = weight_layout(self.device)
         if layout is None:
             return
-        stored = frozenset[str]().union(*(weights_as_stored(graph) for _, graph in self._graphs()))
+        graph_modules = []
         for graph_module, stored_graph in self._graphs():
             graph = fx.Graph()
             graph.output(graph.graph_copy(stored_graph, {}))
             graph_module.graph = graph
-            lower(graph_module, Prepack(layout, stored), self.device)
+            graph_modules.append(graph_module)
+        stored = frozenset[str]().union(*(weights_as_stored(graph_module.graph) for graph_module in graph_modules))
+        lower(graph_modules, Prepack(layout, stored), self.device)
 
     def warmup(self, max_rows: int = 2048) -> None:
         """Compile the kernels of every linear, so that no request pays for it. CPUs' kernels are compiled already.

@@ -63,8 +63,9 @@ class StaticCacheCall(CallingConvention):
         """As `CausalLMCall.unflatten`; the cache, which the graph has written to, counts the call's tokens."""
         call = call_arguments(args, kwargs)
         cache = call["past_key_values"]
+        result = self.causal.output(outputs[0], cache, call)  # may refuse the labels: then nothing was counted
         torch._foreach_add_([layer.cumulative_length for layer in cache.layers], input_ids_of(call).shape[1])
-        return self.causal.output(outputs[0], cache, call)
+        return result
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -72,7 +73,7 @@ class StaticCacheCall(CallingConvention):
 
     def _layers(self, cache: Any, ids: Tensor) -> list[StaticLayer]:
         """The cache's layers, with memory of the right sizes."""
-        sizes, batch = self.causal.cache_heads, ids.shape[0]
+        sizes, batch, dtype = self.causal.cache_heads, ids.shape[0], getattr(torch, self.causal.cache_dtype)
         if len(cache.layers) != len(sizes):
             raise CallError(f"past_key_values has {len(cache.layers)} layers, the model {len(sizes)}: {REMEDY}")
         for layer in cache.layers:
@@ -87,11 +88,11 @@ class StaticCacheCall(CallingConvention):
         for layer, (heads, *widths) in zip(cache.layers, sizes, strict=True):
             for state, width in zip((layer.keys, layer.values), widths, strict=True):
                 wanted = (batch, heads, cache.layers[0].keys.shape[2], width)
-                if tuple(state.shape) != wanted:
-                    found = (
-                        f"past_key_values holds a tensor of {list(state.shape)} for a call that needs {list(wanted)}"
+                if (tuple(state.shape), state.dtype) != (wanted, dtype):
+                    raise CallError(
+                        f"past_key_values holds a {state.dtype} of {list(state.shape)} for a call that needs a {dtype}"
+                        f" of {list(wanted)} [batch, heads, length, width]: {REMEDY}"
                     )
-                    raise CallError(f"{found} [batch, heads, length, width]: {REMEDY}")
         return list(cache.layers)
 
     def _check_room(self, layer: StaticLayer, query: int, mask: Tensor | None) -> None:

@@ -9,7 +9,20 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from lobcq_fx.passes.attributes import named_arguments
+
 aten = torch.ops.aten
+
+_UNDECLARED = (
+    aten.dropout.default,
+    aten.type_as.default,
+    aten.atleast_1d.default,
+    aten.atleast_2d.default,
+    aten.atleast_3d.default,
+    aten.broadcast_tensors.default,
+)
+"""Operators that may return their input itself, or views of it, and do not declare it. Of several tensors the first
+one stands for all: `broadcast_tensors`."""
 
 
 class Writes:
@@ -45,19 +58,25 @@ def _written(node: fx.Node) -> list[fx.Node]:
     """The arguments that the node changes in place."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return []
-    declared = zip(node.target._schema.arguments, node.args, strict=False)
-    return [value for argument, value in declared if argument.is_write and isinstance(value, fx.Node)]
+    given = named_arguments(node)
+    written: list[fx.Node] = []
+    for argument in node.target._schema.arguments:
+        if argument.is_write:
+            fx.node.map_arg(given.get(argument.name), written.append)
+    return written
 
 
 def _owner(node: fx.Node) -> fx.Node:
     """The node whose memory this one may look at: itself, unless it is a view or the result of an in-place op."""
-    while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node) and _may_alias(node.target):
-        node = node.args[0]
+    while node.op == "call_function" and node.args and _may_alias(node.target):
+        first = node.args[0][0] if isinstance(node.args[0], (list, tuple)) and node.args[0] else node.args[0]
+        if not isinstance(first, fx.Node):
+            break
+        node = first
     return node
 
 
 def _may_alias(target: object) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return target is operator.getitem
-    # Dropout returns its input itself in eval mode and does not declare it.
-    return target is aten.dropout.default or any(result.alias_info for result in target._schema.returns)
+    return target in _UNDECLARED or any(result.alias_info for result in target._schema.returns)

@@ -5,6 +5,7 @@ Files hold what a graph's inputs were in the traced example; the rest follows fr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -19,8 +20,14 @@ from lobcq_fx.passes.attributes import fake_mode
 from lobcq_fx.passes.infra import GraphPass
 from lobcq_fx.passes.trace import fixed_size
 
+logger = logging.getLogger(__name__)
+
 EXAMPLE = "lobcq_example"
 """Where the metadata of a loaded placeholder has its `InputExample`."""
+
+
+LARGEST_SIZE = 1 << 20
+"""Of an example's dimensions: those that tracing makes up are tiny."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class InputExample:
         """
         example = cls(str(values["dtype"]), tuple(values["shape"]), tuple(values["dynamic"]))
         rank = len(example.shape)
-        numbers = all(isinstance(n, int) and n >= 0 for n in (*example.shape, *example.dynamic))
+        numbers = all(type(n) is int and 0 <= n < LARGEST_SIZE for n in (*example.shape, *example.dynamic))
         if not isinstance(getattr(torch, example.dtype, None), torch.dtype) or not numbers:
             raise ValueError(f"{dict(values)} describes no tensor")
         if any(d >= rank for d in example.dynamic):
@@ -78,6 +85,8 @@ class InputExample:
 class AnnotateValues(GraphPass):
     """Fill `meta["val"]` of every node. Graphs that have it, and those whose inputs are unknown, stay as they are.
 
+    So does one that does not run on its examples, with a line in the log: passes then leave more alone.
+
     Args:
         device: where the inputs are.
     """
@@ -93,8 +102,14 @@ class AnnotateValues(GraphPass):
         if fake_mode(graph_module.graph) is not None or len(known) < len(examples):
             return False
         mode = FakeTensorMode(shape_env=ShapeEnv())
-        inputs = [example.fake(mode, self.device) for example in known]
-        _Annotator(graph_module, mode).run(*inputs)
+        try:
+            inputs = [example.fake(mode, self.device) for example in known]
+            _Annotator(graph_module, mode).run(*inputs)
+        except Exception as error:  # a damaged file; whatever an operator raises for inputs that are none of its own
+            for node in graph_module.graph.nodes:
+                node.meta.pop("val", None)
+            logger.warning("the inputs in the saved graph do not fit it: %s", str(error).splitlines()[0])
+            return False
         return True
 
 

@@ -15,12 +15,14 @@ from lobcq_fx.passes.aliasing import written_between
 from lobcq_fx.passes.infra import GraphPass
 from lobcq_fx.passes.prepack import absent
 from lobcq_fx.passes.prepacked_calls import (
+    NO_METADATA,
     PrepackedCall,
     Refusal,
     other_readers,
     prepacked_calls,
     same_kind,
     through_views,
+    value_of,
     viewed_alike,
 )
 
@@ -82,6 +84,8 @@ def _gated(call: PrepackedCall, product: fx.Node) -> tuple[fx.Node, fx.Node] | s
             continue
         gate = silu.args[0]
         assert isinstance(gate, fx.Node)
+        if value_of(gate) is None:
+            return NO_METADATA
         if not isinstance(up, fx.Node) or not same_kind(gate, up, product):
             return "gate and up are not of one shape and dtype"
         readers = [*other_readers(product, {call.node}), *other_readers(silu, {product})]

@@ -70,8 +70,10 @@ def _fusible(call: PrepackedCall, result: fx.Node) -> Norm | str | None:
     for reader in other_readers(result, {call.node}):
         if reader.target is not linear_prepacked.default:
             return f"{reader.name} reads the norm's result too"
-    if written_between(norm.nodes[-1], call.node, (norm.x,)):
-        return "something writes to the norm's input before the linear runs"
+    bias = norm.bias if isinstance(norm, LayerNorm) else None
+    operands = [operand for operand in (norm.x, norm.weight, bias) if operand is not None]
+    if written_between(min(norm.nodes), call.node, operands):
+        return "something writes to the norm's input or parameters before the linear runs"
     return norm
 
 

@@ -14,8 +14,9 @@ from torch import fx
 from lobcq_fx.passes.aliasing import written_between
 from lobcq_fx.passes.attributes import add_call
 from lobcq_fx.passes.infra import GraphPass
-from lobcq_fx.passes.prepack import absent
+from lobcq_fx.passes.prepack import ABSENT, absent
 from lobcq_fx.passes.prepacked_calls import (
+    NO_METADATA,
     PrepackedCall,
     Refusal,
     prepacked_calls,
@@ -88,7 +89,10 @@ class FuseResidual(GraphPass):
 
 
 def _sum(call: PrepackedCall, index: int) -> _Sum | str | None:
-    """What the result is added to; a text where that cannot be fused; None if it is added to nothing."""
+    """What the result is added to; a text where that cannot be fused; None if to nothing, or if it has a residual."""
+    residuals = call.arguments.get("residuals")
+    if residuals is not None and residuals[index].target != ABSENT:
+        return None
     result = end = call.result(index)
     while end is not None:
         additions = [user for user in end.users if _is_sum(user)]
@@ -104,6 +108,8 @@ def _sum(call: PrepackedCall, index: int) -> _Sum | str | None:
     if len(end.users) > 1:
         reader = next(user for user in end.users if user is not addition)
         return f"{reader.name} reads the result without the residual" if residual < call.node else None
+    if value_of(end) is None:
+        return NO_METADATA
     if not same_kind(residual, end, addition):
         return f"{residual.name} is not of the result's shape and dtype"
     if not residual < call.node:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import fx
@@ -21,32 +21,38 @@ from lobcq_fx.passes.prepacked_calls import Refusal
 logger = logging.getLogger(__name__)
 
 
-def lower(graph_module: fx.GraphModule, prepack: Prepack, device: torch.device) -> tuple[Refusal, ...]:
-    """Rewrite the graph in place for the kernels of a device.
+def lower(graph_modules: Sequence[fx.GraphModule], prepack: Prepack, device: torch.device) -> tuple[Refusal, ...]:
+    """Rewrite the graphs of a model in place for the kernels of a device.
 
     On the CPU nothing is fused into linears, and attention reads grouped heads unrepeated. The fused attention of GPUs
     takes those only without a mask; there the encoders take over what comes before them.
 
     Args:
-        graph_module: the graph on stored weights.
+        graph_modules: graphs on the same stored weights.
         prepack: with the device's weight layout.
-        device: where the graph's tensors are.
+        device: where the tensors are.
 
     Returns:
         What a pass left as it was, and why; the log has it too, at level INFO.
     """
-    merge = MergeSiblings()
-    if device.type == "cpu":
-        Sequential((prepack, merge, GroupQueryHeads()))(graph_module)
-        return _said(merge.refusals)
-    activation, residual, norm = FuseActivationEncode(), FuseResidual(), FuseNormEncode()
-    # Residuals before norms: a sum that a linear makes is not made again by the norm that follows.
-    Sequential((AnnotateValues(device), prepack, merge, activation, residual, norm))(graph_module)
-    return _said(merge.refusals, activation.refusals, residual.refusals, norm.refusals)
-
-
-def _said(*refusals: Iterable[Refusal]) -> tuple[Refusal, ...]:
-    found = tuple(refusal for several in refusals for refusal in several)
-    for refusal in found:
+    if device.type != "cpu":
+        for graph_module in graph_modules:  # all of them while weights are as stored, which this reads
+            AnnotateValues(device)(graph_module)
+    lower_one = _for_cpu if device.type == "cpu" else _for_gpu
+    refusals = tuple(refusal for graph_module in graph_modules for refusal in lower_one(graph_module, prepack))
+    for refusal in dict.fromkeys(refusals):
         logger.info("%s", refusal)
-    return found
+    return refusals
+
+
+def _for_cpu(graph_module: fx.GraphModule, prepack: Prepack) -> list[Refusal]:
+    merge = MergeSiblings()
+    Sequential((prepack, merge, GroupQueryHeads()))(graph_module)
+    return merge.refusals
+
+
+def _for_gpu(graph_module: fx.GraphModule, prepack: Prepack) -> list[Refusal]:
+    merge, activation, residual, norm = MergeSiblings(), FuseActivationEncode(), FuseResidual(), FuseNormEncode()
+    # Residuals before norms: a sum that a linear makes is not made again by the norm that follows.
+    Sequential((prepack, merge, activation, residual, norm))(graph_module)
+    return [*merge.refusals, *activation.refusals, *residual.refusals, *norm.refusals]

@@ -9,13 +9,12 @@ import torch
 from torch import fx
 
 from lobcq_fx.passes.attributes import named_arguments
-from lobcq_fx.passes.prepacked_calls import value_of
+from lobcq_fx.passes.prepacked_calls import NO_METADATA, value_of
 
 aten = torch.ops.aten
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SEVERAL_DIMENSIONS = "it does not norm over the last dimension alone"
-NO_METADATA = "the graph says nothing of its dtypes"
 
 
 @dataclass(frozen=True)
@@ -154,14 +153,15 @@ def _inverse(rsqrt: fx.Node, wide: fx.Node) -> tuple[float, tuple[fx.Node, ...]]
     }
     if not squares.get(square.target, False):  # type: ignore[call-overload]
         return None
-    if tuple(mean.args[1:]) != ([-1], True):
-        return SEVERAL_DIMENSIONS
-    if not isinstance(eps, (int, float)) or total.kwargs:
-        return "its eps is computed"
     value = value_of(wide)
     if value is None:
         return NO_METADATA
-    if value.dtype != torch.float32:
+    dimensions, *keepdim = mean.args[1:]
+    if [d % value.dim() for d in dimensions] != [value.dim() - 1] or keepdim != [True]:  # type: ignore[union-attr, operator]
+        return SEVERAL_DIMENSIONS
+    if not isinstance(eps, (int, float)) or total.kwargs:
+        return "its eps is computed"
+    if value.dtype != torch.float32 or mean.kwargs:
         return "its mean is not in fp32"
     return float(eps), (rsqrt, total, mean, square)
 

@@ -16,6 +16,8 @@ from lobcq_fx.passes.packed_weight import PREPACKED
 
 aten = torch.ops.aten
 
+NO_METADATA = "the graph says nothing of its dtypes"
+
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
@@ -87,7 +89,7 @@ def prepacked_calls(graph: fx.Graph, *targets: Any) -> Iterator[PrepackedCall]:
 def through_views(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """What `node` is a view of that leaves every row whole, and the views, the last first."""
     views = []
-    while node.target in _VIEWS and _columns(node) == _columns(node.args[0]):
+    while node.target in _VIEWS and _columns(node) is not None and _columns(node) == _columns(node.args[0]):
         views.append(node)
         node = node.args[0]  # type: ignore[assignment]
     return node, views

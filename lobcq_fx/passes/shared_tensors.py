@@ -10,6 +10,9 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.passes.attributes import delete_attribute, free_name, get_attribute, has_attribute, register_attribute
 
+_ROOT = "_lobcq_root"
+"""A name that hides no parameter or submodule of a model."""
+
 
 class SharingGraphModule(fx.GraphModule):
     """Runs a graph on the parameters, buffers and submodules of another graph module, the root.
@@ -20,7 +23,7 @@ class SharingGraphModule(fx.GraphModule):
 
     def __init__(self, root: fx.GraphModule, graph: fx.Graph) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name="LobcqGraph")
-        self.__dict__["root"] = root  # not by setattr, which would make it a submodule
+        self.__dict__[_ROOT] = root  # not by setattr, which would make it a submodule
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[name] = getattr(root, name)
         self.graph = graph
@@ -28,7 +31,7 @@ class SharingGraphModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharingGraphModule:
         # The root's copy, which memo has if the root is being copied too: fx would copy the tensors once more.
-        return SharingGraphModule(copy.deepcopy(self.__dict__["root"], memo), copy.deepcopy(self.graph, memo))
+        return SharingGraphModule(copy.deepcopy(self.__dict__[_ROOT], memo), copy.deepcopy(self.graph, memo))
 
 
 def drop_shared(graph_module: fx.GraphModule, root: fx.GraphModule) -> None:

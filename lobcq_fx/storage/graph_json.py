@@ -37,6 +37,9 @@ _ATTRIBUTE = re.compile(r"[\w-]+(\.[\w-]+)*")
 _FILE_OPERATORS = ("from_file", "save")
 """The operators of aten that touch files."""
 
+_UNSAVED_OPERATORS = ("linear_prepacked",)
+"""Operators on weights in a device's layout, whose bytes no file holds."""
+
 _TORCH_VALUES: dict[type, str] = {torch.dtype: "dtype", torch.layout: "layout", torch.memory_format: "memory_format"}
 
 
@@ -123,7 +126,7 @@ def _resolve(name: str) -> Callable[..., Any]:
     if name in _SYMBOLIC:
         return _SYMBOLIC[name]
     prefix, namespace, packet, overload = name.split(".") if name.count(".") == 3 else ("", "", "", "")
-    if prefix != "ops" or namespace not in NAMESPACES or packet in _FILE_OPERATORS:
+    if prefix != "ops" or namespace not in NAMESPACES or packet in (*_FILE_OPERATORS, *_UNSAVED_OPERATORS):
         raise CheckpointError(f"graph.json calls {name!r}, which is not among the operators a saved graph may call")
     target = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     assert isinstance(target, torch._ops.OpOverload)

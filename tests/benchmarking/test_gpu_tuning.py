@@ -27,7 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(gpu_tuning, "FOLDER", tmp_path / "configs")
     monkeypatch.setattr(configs, "FOLDER", tmp_path / "configs")
     monkeypatch.setattr(gpu_tuning, "MANY", (20,))
-    monkeypatch.setattr(tune, "decode_candidates", lambda: [configs.DecodeConfig(), configs.DecodeConfig(panels=2)])
+    monkeypatch.setattr(tune, "decode_candidates", lambda _: [configs.DecodeConfig(), configs.DecodeConfig(panels=2)])
     monkeypatch.setattr(
         tune, "prefill_candidates", lambda _: [configs.PrefillConfig(), configs.PrefillConfig(tile_m=64)]
     )

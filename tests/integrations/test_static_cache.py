@@ -113,6 +113,12 @@ def one_layer_less(cache):
     return cache
 
 
+def in_half(cache):
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.bfloat16(), layer.values.bfloat16()
+    return cache
+
+
 def with_layer(cache, layer):
     cache.layers = [cache.layers[0], layer, *cache.layers[2:]]
     return cache
@@ -132,11 +138,15 @@ REFUSED = {
     ),
     "another batch": (
         lambda q: {"past_key_values": q.static_cache(8, batch_size=2)},
-        r"a tensor of \[2, 2, 8, 18\] for a call that needs \[1, 2, 8, 18\]",
+        r"a torch.float32 of \[2, 2, 8, 18\] for a call that needs a torch.float32 of \[1, 2, 8, 18\]",
     ),
     "another length in a layer": (
         lambda q: {"past_key_values": with_layer(q.static_cache(8), StaticLayer(9))},
-        r"a tensor of \[1, 2, 9, 18\] for a call that needs \[1, 2, 8, 18\]",
+        r"a torch.float32 of \[1, 2, 9, 18\] for a call that needs a torch.float32 of \[1, 2, 8, 18\]",
+    ),
+    "another dtype": (
+        lambda q: {"past_key_values": in_half(q.static_cache(8, batch_size=1))},
+        r"a torch.bfloat16 of \[1, 2, 8, 18\] for a call that needs a torch.float32",
     ),
     "a mask of four dimensions": (
         lambda q: {"past_key_values": q.static_cache(8), "attention_mask": ROW[:, None, None].bool()},
@@ -256,3 +266,12 @@ def test_it_can_be_left_out():
     assert not q.variants
     with pytest.raises(CallError, match=r"quantize\(\) was called with static_cache=False\. Remedy"):
         q(torch.arange(3, 9)[None], past_key_values=q.static_cache(9))
+
+
+@torch.no_grad()
+def test_a_call_that_fails_on_its_labels_counts_nothing():
+    _, q = quantized_causal_lm("llama")
+    cache = q.static_cache(8)
+    with pytest.raises((ValueError, RuntimeError, IndexError)):
+        q(ROW, past_key_values=cache, labels=ROW[:, :3])
+    assert int(cache.get_seq_length()) == 0

@@ -23,6 +23,13 @@ def sizes(value: Tensor) -> list[int]:
     return [size if isinstance(size, int) else size.node.hint for size in value.shape]
 
 
+def stored(family: str, dtype: torch.dtype = torch.float32) -> lobcq_fx.QuantizedModel:
+    """On the graph that files hold."""
+    q = lobcq_fx.quantize(causal_lm(family).to(dtype), static_cache=False)
+    q._restore()
+    return q
+
+
 def from_file(graph_module: fx.GraphModule) -> fx.GraphModule:
     """The same tensors, the graph as a file keeps it."""
     other = copy.deepcopy(graph_module)
@@ -33,7 +40,7 @@ def from_file(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "bloom"])
 def test_values_are_those_of_the_trace(family):
-    q = lobcq_fx.quantize(causal_lm(family).bfloat16())
+    q = stored(family, torch.bfloat16)
     loaded = from_file(q.graph_module)
     assert AnnotateValues(CPU)(loaded).modified
     for actual, expected in zip(loaded.graph.nodes, q.graph_module.graph.nodes, strict=True):
@@ -47,7 +54,7 @@ def test_values_are_those_of_the_trace(family):
 
 
 def test_symbols_stand_for_the_sizes_of_a_call():
-    q = lobcq_fx.quantize(causal_lm("llama"))
+    q = stored("llama")
     loaded = from_file(q.graph_module)
     AnnotateValues(CPU)(loaded)
     ids = torch.randint(3, VOCABULARY, (3, 7))
@@ -77,6 +84,8 @@ def test_inputs_survive_a_second_file():
         ({"dtype": "load"}, "describes no tensor"),
         ({"shape": [2, -1]}, "describes no tensor"),
         ({"shape": [2, "x"]}, "describes no tensor"),
+        ({"shape": [True, 2]}, "describes no tensor"),
+        ({"shape": [2**62, 2**62]}, "describes no tensor"),
         ({"dynamic": [2]}, "has no dimension 2"),
     ],
     ids=str,
@@ -86,3 +95,13 @@ def test_a_damaged_example_is_refused(change, message):
     assert InputExample.from_dict(example).to_dict() == {"dtype": "int64", "shape": (2, 8), "dynamic": (0, 1)}
     with pytest.raises(ValueError, match=message):
         InputExample.from_dict({**example, **change})
+
+
+@pytest.mark.parametrize("example", [InputExample("int64", (2, 3, 64), ()), InputExample("float32", (2, 3, 40), ())])
+def test_a_graph_that_its_examples_do_not_fit_stays(example, caplog):
+    loaded = from_file(quantized(lambda m, x: m.a(x) + x[..., :48].sqrt_(), a=linear(48, 64)))
+    (placeholder,) = loaded.graph.find_nodes(op="placeholder")
+    placeholder.meta[EXAMPLE] = example
+    assert_unchanged(AnnotateValues(CPU), loaded)
+    assert not any("val" in node.meta for node in loaded.graph.nodes)
+    assert "do not fit it" in caplog.text

@@ -10,6 +10,7 @@ import lobcq_fx
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.ops.prologues import silu_mul
 from lobcq_fx.passes.fuse_activation_encode import FuseActivationEncode
+from lobcq_fx.passes.prepacked_calls import NO_METADATA
 from tests.families import VOCABULARY, causal_lm
 from tests.passes.graphs import (
     assert_metadata,
@@ -121,6 +122,15 @@ def test_what_is_no_activation_is_not_worth_a_word():
     one = FuseActivationEncode()
     assert_unchanged(one, graph_module)
     assert one.refusals == []
+
+
+def test_a_graph_without_metadata_stays():
+    graph_module = prepacked_graph(lambda m, x: m.down(silu(x) * x.cos()), **members())
+    for node in graph_module.graph.nodes:
+        node.meta.clear()
+    one = FuseActivationEncode()
+    assert_unchanged(one, graph_module)
+    assert [refusal.reason for refusal in one.refusals] == [NO_METADATA]
 
 
 def test_float_activations_are_not_encoded():

@@ -11,7 +11,8 @@ from lobcq_fx.config import LobcqConfig
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.ops.prologues import layer_norm, rms_norm
 from lobcq_fx.passes.fuse_norm_encode import FuseNormEncode
-from lobcq_fx.passes.norms import NO_METADATA, SEVERAL_DIMENSIONS
+from lobcq_fx.passes.norms import SEVERAL_DIMENSIONS
+from lobcq_fx.passes.prepacked_calls import NO_METADATA
 from tests.families import VOCABULARY, causal_lm
 from tests.passes.graphs import (
     assert_metadata,
@@ -30,6 +31,7 @@ from tests.passes.graphs import (
 pytestmark = pytest.mark.skipif(weight_layout(torch.device("cpu")) is None, reason="the CPU core was not built")
 
 EPS = 1e-5
+WRITTEN = "something writes to the norm's input or parameters before the linear runs"
 CALLS = [(2, 3, 64), (1, 1, 64), (5, 9, 64)]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -48,7 +50,9 @@ def gemma(weight, x):
 
 
 def olmo2(weight, x):
-    return (weight * normalized(x)).to(x.dtype)
+    """With the last dimension counted from the first."""
+    wide = x.float()
+    return (weight * (wide * torch.rsqrt(wide.pow(2).mean(x.dim() - 1, keepdim=True) + EPS))).to(x.dtype)
 
 
 def unweighted(_, x):
@@ -201,6 +205,10 @@ def in_half(m, x):
         (lambda m, x: nn.functional.rms_norm(x, (3, 64)), SEVERAL_DIMENSIONS),
         (lambda m, x: nn.functional.rms_norm(x, (64,)), "its eps depends on the dtype"),
         (with_computed_eps, "its eps is computed"),
+        (
+            lambda m, x: m.scale * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True, dtype=torch.bfloat16) + EPS)),
+            "its mean is not in fp32",
+        ),
         (narrowed_early, "it rounds torch.float32 to torch.float16"),
         (in_half, "its mean is not in fp32"),
         (lambda m, x: normalized(x) * x, "its weight is not one float for each column"),
@@ -257,7 +265,54 @@ def test_an_input_that_is_written_to_is_read_where_it_was():
     assert aten.mul_.Tensor in targets(graph_module)
     one = FuseNormEncode()
     assert not one(graph_module).modified
-    assert one.refusals[0].reason == "something writes to the norm's input before the linear runs"
+    assert one.refusals[0].reason == WRITTEN
+
+
+def write_to_the_weight(m, x):
+    weight = m.scale * 2
+    norm = llama(weight, x)
+    weight.mul_(3)
+    return m.q(norm) + weight.sum()
+
+
+def write_to_the_bias(m, x):
+    bias = m.scale * 2
+    norm = nn.functional.layer_norm(x, (64,), m.scale, bias, EPS)
+    bias.mul_(3)
+    return m.q(norm) + bias.sum()
+
+
+def write_by_a_list(m, x):
+    state = x + 1
+    norm = llama(m.scale, state)
+    torch._foreach_mul_([state], 2.0)
+    return m.q(norm) + state.sum()
+
+
+def write_to_out(m, x):
+    state = x + 1
+    norm = llama(m.scale, state)
+    torch.add(x, x, out=state)
+    return m.q(norm) + state.sum()
+
+
+def write_through_an_undeclared_alias(m, x):
+    state = x + 1
+    norm = llama(m.scale, state)
+    state.type_as(x).mul_(2)
+    return m.q(norm) + state.sum()
+
+
+@pytest.mark.parametrize(
+    "block",
+    [write_to_the_weight, write_to_the_bias, write_by_a_list, write_to_out, write_through_an_undeclared_alias],
+    ids=lambda block: block.__name__,
+)
+def test_whatever_writes_to_an_operand_is_seen(block):
+    graph_module = prepacked_graph(block, **members())
+    one = FuseNormEncode()
+    assert not one(graph_module).modified
+    assert one.refusals[0].reason == WRITTEN
 
 
 def test_linears_in_two_formats_share_a_norm():

@@ -10,6 +10,7 @@ import lobcq_fx
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.passes.fuse_activation_encode import FuseActivationEncode
 from lobcq_fx.passes.fuse_residual import FuseResidual
+from lobcq_fx.passes.prepacked_calls import NO_METADATA
 from tests.families import CAUSAL_LMS, VOCABULARY, causal_lm
 from tests.passes.graphs import (
     assert_metadata,
@@ -86,6 +87,28 @@ def test_after_a_gated_activation():
     x = values(2, 3, 64)
     assert torch.equal(graph_module(x)[0], before(x)[0])
     assert_unchanged(FuseResidual(), graph_module)
+
+
+def test_a_second_residual_does_not_take_the_place_of_the_first():
+    def block(m, x):
+        return m.down(nn.functional.silu(x) * x.cos()) + x + x.sin()
+
+    before, graph_module = (prepacked_graph(block, **members()) for _ in range(2))
+    for one in (before, graph_module):
+        FuseActivationEncode()(one)
+    assert FuseResidual()(graph_module).modified
+    assert_unchanged(FuseResidual(), graph_module)
+    x = values(2, 3, 64)
+    assert torch.equal(graph_module(x)[0], before(x)[0])
+
+
+def test_a_graph_without_metadata_stays():
+    graph_module = prepacked_graph(lambda m, x: m.down(x) + x, **members())
+    for node in graph_module.graph.nodes:
+        node.meta.clear()
+    one = FuseResidual()
+    assert_unchanged(one, graph_module)
+    assert [refusal.reason for refusal in one.refusals] == [NO_METADATA]
 
 
 def known_later(m, x):

@@ -13,6 +13,7 @@ from torch import fx
 
 import lobcq_fx
 from lobcq_fx.kernels.bind import weight_layout
+from lobcq_fx.passes.annotate_values import AnnotateValues
 from lobcq_fx.passes.lowering import lower
 from lobcq_fx.passes.prepack import Prepack
 from tests.families import CAUSAL_LMS, VOCABULARY, causal_lm
@@ -37,12 +38,13 @@ FUSED = {
 
 
 def lowered(q, device=GPU) -> tuple:
-    """q on a graph for GPUs; what was refused."""
+    """q on graphs for GPUs; what was refused."""
     q._restore()
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(q.stored_graph, {}))
-    q.graph_module.graph = graph
-    return lower(q.graph_module, Prepack(LAYOUT), device)
+    for graph_module, stored in q._graphs():
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(stored, {}))
+        graph_module.graph = graph
+    return lower([graph_module for graph_module, _ in q._graphs()], Prepack(LAYOUT), device)
 
 
 @torch.no_grad()
@@ -102,3 +104,23 @@ def test_it_compiles_whole(family):
     compiled = torch.compile(q, fullgraph=True, dynamic=True, backend="aot_eager")
     ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(compiled(ids).logits, q(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_loaded_model_is_lowered_as_the_one_that_was_traced(family, tmp_path, monkeypatch):
+    """Both graphs of it. Files hold no metadata: it is made while the weights are as they were stored."""
+    traced = lobcq_fx.quantize(causal_lm(family).bfloat16())
+    traced.save_pretrained(tmp_path)
+    loaded = lobcq_fx.load(tmp_path)
+    on_the_cpu = AnnotateValues(torch.device("cpu"))
+    monkeypatch.setattr("lobcq_fx.passes.lowering.AnnotateValues", lambda _: on_the_cpu)
+    lowered(traced)
+    lowered(loaded)
+    for (one, _), (other, _) in zip(loaded._graphs(), traced._graphs(), strict=True):
+        assert targets(one) == targets(other)
+        assert any(overload in targets(one) for overload in (op.rms_norm, op.layer_norm))
+    ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded(ids).logits, traced(ids).logits)
+    caches = [q.static_cache(16) for q in (loaded, traced)]
+    assert torch.equal(loaded(ids, past_key_values=caches[0]).logits, traced(ids, past_key_values=caches[1]).logits)

@@ -116,7 +116,7 @@ def rows_to_warm(most: int) -> list[int]:
 @cache
 def decode_config(shape: Shape, device: torch.device) -> DecodeConfig:
     """For a shape on a device."""
-    return _tables(gpu_name(device))[0].get(shape.key, DecodeConfig())
+    return _tables(gpu_name(device))[0].get(shape.key, default_decode(shape))
 
 
 @cache
@@ -125,17 +125,22 @@ def prefill_config(shape: Shape, device: torch.device) -> PrefillConfig:
     return _tables(gpu_name(device))[1].get(shape.key, default_prefill(shape))
 
 
+def default_decode(shape: Shape) -> DecodeConfig:
+    """Not measured. With three terms more would spill."""
+    return DecodeConfig() if num_terms(shape.dtype) == 1 else DecodeConfig(unroll=1)
+
+
 def default_prefill(shape: Shape) -> PrefillConfig:
-    """Not measured. Three terms take more registers than one."""
-    return PrefillConfig(tile_m=128 if num_terms(shape.dtype) == 1 else 64)
+    """Not measured. With three terms more would spill."""
+    return PrefillConfig() if num_terms(shape.dtype) == 1 else PrefillConfig(tile_m=64, stages=2)
 
 
-def decode_candidates() -> Iterator[DecodeConfig]:
+def decode_candidates(shape: Shape) -> Iterator[DecodeConfig]:
     """What is worth timing, the default first."""
-    yield DecodeConfig()
+    yield default_decode(shape)
     for panels, unroll, stages, programs in product((1, 2, 4, 8), (1, 2), (2, 3, 4, 6), (132, 264, 528, 1056)):
         config = DecodeConfig(panels, unroll, stages, programs)
-        if config != DecodeConfig():
+        if config != default_decode(shape):
             yield config
 
 

@@ -73,7 +73,7 @@ def tune_decode(
     def run(config: DecodeConfig) -> list[Tensor]:
         return decode_gemm(a, linears, codebooks, spec, torch.float32, config)
 
-    return (shape.key, *fastest(run, decode_candidates(), expected))
+    return (shape.key, *fastest(run, decode_candidates(shape), expected))
 
 
 def tune_prefill(

@@ -47,7 +47,8 @@ def test_a_tuned_shape_gets_its_own_and_others_the_default(folder: Path) -> None
     other = Shape(8, 4096, 4096, FormatSpec(8, 64), torch.int8)
     assert configs.decode_config(other, CPU) == DecodeConfig()
     three_terms = Shape(32, 64, 64, FormatSpec(8, 64), torch.float32)
-    assert configs.prefill_config(three_terms, CPU) == PrefillConfig(tile_m=64)
+    assert configs.prefill_config(three_terms, CPU) == PrefillConfig(tile_m=64, stages=2)
+    assert configs.decode_config(three_terms, CPU) == DecodeConfig(unroll=1)
 
 
 def test_a_gpu_without_a_file_gets_the_default(folder: Path) -> None:
@@ -94,7 +95,7 @@ def test_a_tile_of_prefill_is_made_of_tiles_of_weights() -> None:
 
 
 def test_candidates_are_distinct_and_begin_with_the_default() -> None:
-    decode, prefill = list(configs.decode_candidates()), list(configs.prefill_candidates(SHAPE))
+    decode, prefill = list(configs.decode_candidates(SHAPE)), list(configs.prefill_candidates(SHAPE))
     assert (decode[0], prefill[0]) == (DecodeConfig(), PrefillConfig())
     assert len(set(decode)) == len(decode)
     assert len(set(prefill)) == len(prefill)
