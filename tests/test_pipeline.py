@@ -160,6 +160,16 @@ def test_the_float_model_survives_unless_asked_otherwise(inplace):
         assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.fixture
+def objects_of_this_test_alone():
+    """For the garbage collector: in a process that has run many tests there are millions."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("objects_of_this_test_alone")
 def test_a_language_model_s_float_weights_are_freed_one_by_one():
     size = 180  # of no other model's weights in this process
     model = causal_lm("llama", intermediate_size=size)
