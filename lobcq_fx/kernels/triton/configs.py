@@ -127,7 +127,7 @@ def prefill_config(shape: Shape, device: torch.device) -> PrefillConfig:
 
 def default_decode(shape: Shape) -> DecodeConfig:
     """Not measured. With three terms more would spill."""
-    return DecodeConfig() if num_terms(shape.dtype) == 1 else DecodeConfig(unroll=1)
+    return DecodeConfig() if num_terms(shape.dtype) == 1 else DecodeConfig(panels=2, unroll=1)
 
 
 def default_prefill(shape: Shape) -> PrefillConfig:

@@ -48,7 +48,7 @@ def test_a_tuned_shape_gets_its_own_and_others_the_default(folder: Path) -> None
     assert configs.decode_config(other, CPU) == DecodeConfig()
     three_terms = Shape(32, 64, 64, FormatSpec(8, 64), torch.float32)
     assert configs.prefill_config(three_terms, CPU) == PrefillConfig(tile_m=64, stages=2)
-    assert configs.decode_config(three_terms, CPU) == DecodeConfig(unroll=1)
+    assert configs.decode_config(three_terms, CPU) == DecodeConfig(panels=2, unroll=1)
 
 
 def test_a_gpu_without_a_file_gets_the_default(folder: Path) -> None:
