@@ -3,7 +3,8 @@
 The kernels' tests run first, on the GPU, and launch configurations are tuned; then come copy bandwidth, linears of
 Llama-3-8B and 70B, encoders, and a Llama-3-8B-shaped model of random weights. Each product is checked before it is
 timed, and contenders take turns. Results are written after every section, so that a run that is cut short leaves what
-it has. The configurations go into the package, and into the results.
+it has; a later run adds to what is there. The configurations go into the package, and into the results. Where a command
+may take ten minutes: `--sections tests`, then `tuning copy "few rows"`, `"many rows" encoders`, and `model`.
 
     python -m benchmarks.gpu --device cpu --smoke --output /tmp/smoke.json    # tries the script out, no GPU needed
 
@@ -20,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,32 +44,42 @@ def main() -> None:
     """Command line."""
     arguments = parse()
     device = torch.device(arguments.device)
-    found: dict[str, Any] = {"machine": machine(device), "smoke": arguments.smoke}
+    found = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
+    found |= {"machine": machine(device), "smoke": arguments.smoke}
     for name, section in sections(arguments, device):
         if name in arguments.sections:
             print(f"{name} ...", flush=True)
-            found[name] = section()
-            arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            for found[name] in section():
+                arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             print(json.dumps(found[name], indent=1), flush=True)
 
 
-def sections(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What can be measured, in order."""
+def sections(arguments: argparse.Namespace, device: torch.device) -> Iterator[tuple[str, Callable[[], Iterator[Any]]]]:
+    """What can be measured, in order, each as an iterator over what is known of it so far."""
     smoke, rounds = arguments.smoke, 2 if arguments.smoke else arguments.rounds
     linears = {"tiny": (64, 128)} if smoke else LINEARS
     few, many = ((1,), (20,)) if smoke else (FEW_ROWS, MANY_ROWS)
 
-    def over(rows: tuple[int, ...]) -> list[dict[str, Any]]:
-        return [measure_linear(name, shape, m, rounds, device) for name, shape in linears.items() for m in rows]
+    def over(rows: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+        for name, shape in linears.items():
+            yield from measure_linear(name, shape, rows, rounds, device)
 
-    yield "tests", lambda: run_tests(device)
+    yield "tests", lambda: iter([run_tests(device)])
     yield "tuning", lambda: tuned(linears, arguments.tuning_minutes * 60, device)
-    yield "copy", lambda: measure_copy(1 << 16 if smoke else COPIED_BYTES, rounds, device)
-    yield "few rows", lambda: over(few)
-    yield "many rows", lambda: over(many)
-    yield "encoders", lambda: measure_encoders((32, 128) if smoke else ENCODED, rounds, device)
+    yield "copy", lambda: iter([measure_copy(1 << 16 if smoke else COPIED_BYTES, rounds, device)])
+    yield "few rows", lambda: lists(over(few))
+    yield "many rows", lambda: lists(over(many))
+    yield "encoders", lambda: iter([measure_encoders((32, 128) if smoke else ENCODED, rounds, device)])
     loads = [Load(1, 8, 6)] if smoke else [Load(1, 512, 32), Load(1, 2048, 32), Load(16, 512, 32), Load(64, 512, 32)]
     yield "model", lambda: measure_model(TINY if smoke else LLAMA_3_8B, loads, min(rounds, 3), device)
+
+
+def lists(results: Iterator[Any]) -> Iterator[list[Any]]:
+    """The results so far, after each."""
+    found: list[Any] = []
+    for result in results:
+        found = [*found, result]
+        yield found
 
 
 def run_tests(device: torch.device) -> str:
@@ -75,20 +87,22 @@ def run_tests(device: torch.device) -> str:
     if device.type == "cpu":
         return "not run: no GPU"
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/kernels/triton"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    several = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") else []  # most of it is compiling
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *several, "tests/kernels/triton"]
+    done = subprocess.run(command, env=environment, check=False)
     if done.returncode:
-        sys.exit(f"the kernels' tests fail on this GPU:\n{done.stdout[-4000:]}")
-    return done.stdout.strip().splitlines()[-1]
+        sys.exit(f"the kernels' tests fail on this GPU, with status {done.returncode}")
+    return "passed"
 
 
-def tuned(linears: dict[str, tuple[int, int]], seconds: float, device: torch.device) -> dict[str, Any] | str:
+def tuned(linears: dict[str, tuple[int, int]], seconds: float, device: torch.device) -> Iterator[Any]:
     """Launch configurations for this GPU, which the sections after this use."""
     if device.type == "cpu":
-        return "not run: no GPU"
+        yield "not run: no GPU"
+        return
     from benchmarks.gpu_tuning import tune  # imports triton
 
-    return tune(linears, ["8x64", "8x128"], seconds, device)
+    yield from tune(linears, ["8x64", "8x128"], seconds, device)
 
 
 def measure_copy(size: int, rounds: int, device: torch.device) -> dict[str, float]:

@@ -6,6 +6,7 @@ them; the linear without its encoder is timed by itself and can be subtracted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,7 @@ def measure_encoders(shape: tuple[int, int], rounds: int, device: torch.device) 
     generator = torch.Generator(device).manual_seed(0)
     x, other = (torch.randn(shape, generator=generator, device=device).bfloat16() for _ in range(2))
     weight = torch.rand(shape[1], generator=generator, device=device).bfloat16()
-    copied, encode = torch.empty_like(x), partial(torch.ops.lobcq.quantize_activation, x, books, spec.array_size)
+    copied, encode = torch.empty_like(x), _encoder(x, books, spec)
     op, rest = torch.ops.lobcq.linear_prepacked, _linear(spec, books, shape[1], device)
     none = torch.empty(0, device=device)
     plain = partial(op.default, x, *rest, x.dtype)
@@ -50,6 +51,16 @@ def measure_encoders(shape: tuple[int, int], rounds: int, device: torch.device) 
         }
         for base, calls in races
     ]
+
+
+def _encoder(x: Tensor, books: Tensor, spec: FormatSpec) -> Callable[[], Any]:
+    """The encoder by itself: on a GPU without the op around it, which looks tables up by the codebooks' values."""
+    if x.device.type == "cpu":
+        return partial(torch.ops.lobcq.quantize_activation, x, books, spec.array_size)
+    from lobcq_fx.kernels.triton.encode import encode_rows  # imports triton
+    from lobcq_fx.kernels.triton.lookup import Lookup
+
+    return partial(encode_rows, x, Lookup.of(books), spec)
 
 
 def _norm(x: Tensor, weight: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_timing import Burst, race, summary
+from benchmarks.gpu_timing import Burst, captured, race, summary
 from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
 from lobcq_fx.kernels.bind import weight_layout
 
@@ -30,6 +30,8 @@ OURS_TOLERANCE = 0.005
 PEER_TOLERANCE = 0.25
 """Of others' against the float product: that of coarse 4-bit weights. What errs more is no linear."""
 
+CHECKED_ROWS = 16
+
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -37,35 +39,38 @@ class WrongProduct(Exception):  # noqa: N818  (what it says, not what it is)
     """A contender that computes something else gets no time."""
 
 
-def measure_linear(name: str, shape: tuple[int, int], rows: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    """One linear [N, K] at M rows, bf16 activations: times of all contenders, and what they move and compute."""
+def measure_linear(
+    name: str, shape: tuple[int, int], rows: tuple[int, ...], rounds: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """One linear [N, K], bf16 activations: for each number of rows the times of all contenders, and what they move."""
     outputs, columns = shape
     generator = torch.Generator(device).manual_seed(outputs + columns)
     weight = (torch.randn(shape, generator=generator, device=device) * 0.02).bfloat16()
-    x = torch.randn((rows, columns), generator=generator, device=device).bfloat16()
+    samples = {m: torch.randn((m, columns), generator=generator, device=device).bfloat16() for m in rows}
+    linears: dict[str, tuple[Linear, int]] = {CUBLAS: (cublas(weight), weight.nbytes)}
     not_run: dict[str, str] = {}
-    bursts: dict[str, Burst] = {CUBLAS: copies(cublas(weight), weight.nbytes, x)}
     for ours, (spec, mode) in OURS.items():
-        linear, size = lobcq_linear(weight, FormatSpec.from_name(spec), mode, x)
-        bursts[ours] = copies(linear, size, x)
+        linears[ours] = lobcq_linear(weight, FormatSpec.from_name(spec), mode, list(samples.values()))
     for peer, make in PEERS.items():
         try:
-            linear, size = make(weight)
-            check(peer, linear(x), x.float() @ weight.float().t(), PEER_TOLERANCE)
-            bursts[peer] = copies(linear, size, x)
+            linears[peer] = make(weight)
+            for x in samples.values():
+                check(peer, linears[peer][0](x), x.float() @ weight.float().t(), PEER_TOLERANCE)
+                captured([partial(linears[peer][0], x)], device)
         except Exception as error:  # whatever a rival's package may raise is a reason, not our failure
+            linears.pop(peer, None)
             not_run[peer] = f"{type(error).__name__}: {error}".splitlines()[0]
-    times = race(bursts, rounds, device)
-    size = (weight.numel() * FormatSpec().bits_per_scalar / 8) + x.nbytes + 2 * rows * outputs
-    return {
-        "linear": name,
-        "shape": list(shape),
-        "rows": rows,
-        "bytes": size,
-        "operations": 2 * rows * outputs * columns,
-        "times": summary(times, CUBLAS),
-        "not_run": not_run,
-    }
+    for m, x in samples.items():
+        bursts = {contender: copies(linear, size, x) for contender, (linear, size) in linears.items()}
+        yield {
+            "linear": name,
+            "shape": list(shape),
+            "rows": m,
+            "bytes": weight.numel() * FormatSpec().bits_per_scalar / 8 + x.nbytes + 2 * m * outputs,
+            "operations": 2 * m * outputs * columns,
+            "times": summary(race(bursts, rounds, device), CUBLAS),
+            "not_run": not_run,
+        }
 
 
 def cublas(weight: Tensor) -> Linear:
@@ -77,8 +82,8 @@ def _float_linear(weight: Tensor, x: Tensor) -> Tensor:
     return nn.functional.linear(x, weight)
 
 
-def lobcq_linear(weight: Tensor, spec: FormatSpec, mode: str, x: Tensor) -> tuple[Linear, int]:
-    """Ours, checked on x, and the bytes of its weight.
+def lobcq_linear(weight: Tensor, spec: FormatSpec, mode: str, samples: list[Tensor]) -> tuple[Linear, int]:
+    """Ours, checked on the first rows of each sample, and the bytes of its weight.
 
     Raises:
         WrongProduct: it differs from the format's product by more than its rounding.
@@ -91,10 +96,11 @@ def lobcq_linear(weight: Tensor, spec: FormatSpec, mode: str, x: Tensor) -> tupl
     codes, selectors, scales, scale = torch.ops.lobcq.quantize_weight(weight, books, spec.array_size)
     packed, tables = layout.pack((codes, selectors, scales), spec, weight.shape[1]), layout.tables(books)
     linear = _Prepacked(packed, scale, tables, weight.shape[0], spec.array_size, mode == "w4a4")
-    encoded = Encoded(*(part.cpu() for part in (codes, selectors, scales, scale, books)), spec, weight.shape[1])
-    rows = x[:16].cpu().float()
-    seen = decode(encode(rows, spec, books.cpu(), absmax_row_scale(rows))) if mode == "w4a4" else rows
-    check(f"{mode} {spec.name}", linear(x)[:16].cpu(), seen @ decode(encoded).t(), OURS_TOLERANCE)
+    decoded = decode(Encoded(codes, selectors, scales, scale, books, spec, weight.shape[1]))
+    for x in samples:
+        rows = x[:CHECKED_ROWS].float()
+        seen = decode(encode(rows, spec, books, absmax_row_scale(rows))) if mode == "w4a4" else rows
+        check(f"{mode} {spec.name}", linear(x)[:CHECKED_ROWS], seen @ decoded.t(), OURS_TOLERANCE)
     return linear, packed.nbytes
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,30 +32,30 @@ FEW, MANY = (1, 4, 16), (2048,)
 
 def tune(
     linears: dict[str, tuple[int, int]], formats: list[str], seconds: float, device: torch.device
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """Time candidates, shape by shape, until the time is up; what is found joins what the GPU's file has.
 
-    Returns:
-        The file, and for each key its milliseconds.
+    Yields:
+        After each shape the file, its contents, for each key found its milliseconds, and what failed.
     """
     path = FOLDER / f"{gpu_name(device)}.json"
+    path.parent.mkdir(exist_ok=True)
     decoding, prefilling = read_tables(path) if path.exists() else ({}, {})
-    found, start = {}, time.monotonic()
+    found: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    start = time.monotonic()
     for run, table in runs(linears, formats, device):
         if time.monotonic() - start > seconds:
             break
-        key, config, milliseconds = run()
-        (decoding if table == "decode" else prefilling)[key] = config
-        found[key] = milliseconds
-        path.parent.mkdir(exist_ok=True)
+        try:
+            key, config, milliseconds = run()
+            (decoding if table == "decode" else prefilling)[key] = config
+            found[key] = milliseconds
+        except Exception as error:  # one shape that cannot be tuned keeps its default
+            failed[f"{table} {run.args[:3]}"] = f"{type(error).__name__}: {error}"
         write_tables(path, decoding, prefilling)
-    forget()
-    return {"file": path.name, "milliseconds": found, "configurations": read_text(path)}
-
-
-def read_text(path: Path) -> str | None:
-    """The file as it is now, so that the results hold it too."""
-    return path.read_text(encoding="utf-8") if path.exists() else None
+        forget()
+        yield {"file": path.name, "milliseconds": found, "failed": failed, "configurations": path.read_text("utf-8")}
 
 
 def runs(

@@ -61,7 +61,7 @@ def test_what_computes_something_else_gets_no_time(monkeypatch: pytest.MonkeyPat
     """Here the reference is what is wrong, by a hundredth of each operand."""
     monkeypatch.setattr("benchmarks.gpu_linears.decode", lambda encoded: 1.01 * decode(encoded))
     with pytest.raises(WrongProduct, match="w4a4 8x64: relative error"):
-        measure_linear("tiny", (64, 128), 1, 1, CPU)
+        next(measure_linear("tiny", (64, 128), (1,), 1, CPU))
 
 
 def test_a_nan_is_no_product() -> None:

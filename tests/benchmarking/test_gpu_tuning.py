@@ -41,7 +41,7 @@ def test_the_fastest_goes_into_the_file_and_into_launches(folder: Path) -> None:
     from lobcq_fx.format import FormatSpec
     from lobcq_fx.kernels.triton.configs import Shape, decode_config, prefill_config
 
-    found = tune({"a": (40, 200)}, ["8x64", "8x128"], 1000, CPU)
+    *_, found = tune({"a": (40, 200)}, ["8x64", "8x128"], 1000, CPU)
     assert json.loads((folder / found["file"]).read_text()) == json.loads(found["configurations"])
     assert set(found["milliseconds"].values()) == {1.0}
     assert {key.split()[0] for key in found["milliseconds"]} == {"1", "4", "16", "32"}
@@ -49,10 +49,14 @@ def test_the_fastest_goes_into_the_file_and_into_launches(folder: Path) -> None:
     assert prefill_config(Shape(32, 40, 256, FormatSpec(8, 128), torch.int8), CPU).tile_m == 64
 
 
-def test_what_was_found_before_stays_when_time_is_up(folder: Path) -> None:
+def test_what_was_found_before_stays_and_what_fails_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.gpu_tuning import tune
 
-    before = tune({"a": (40, 200)}, ["8x128"], 1000, CPU)["configurations"]
-    after = tune({"a": (40, 200)}, ["8x64"], -1, CPU)
+    *_, before = tune({"a": (40, 200)}, ["8x128"], 1000, CPU)
+    assert list(tune({"a": (40, 200)}, ["8x64"], -1, CPU)) == []
+    monkeypatch.setattr("benchmarks.gpu_tuning._product", lambda *_: torch.zeros(()))
+    *_, after = tune({"a": (40, 200)}, ["8x64"], 1000, CPU)
     assert after["milliseconds"] == {}
-    assert after["configurations"] == before
+    assert len(after["failed"]) == 4
+    assert all("is off by" in reason for reason in after["failed"].values())
+    assert after["configurations"] == before["configurations"]

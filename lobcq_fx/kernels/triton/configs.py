@@ -132,13 +132,13 @@ def default_decode(shape: Shape) -> DecodeConfig:
 
 def default_prefill(shape: Shape) -> PrefillConfig:
     """Not measured. With three terms more would spill."""
-    return PrefillConfig() if num_terms(shape.dtype) == 1 else PrefillConfig(tile_m=64, stages=2)
+    return PrefillConfig() if num_terms(shape.dtype) == 1 else PrefillConfig(tile_m=64, tile_n=32, warps=4)
 
 
 def decode_candidates(shape: Shape) -> Iterator[DecodeConfig]:
     """What is worth timing, the default first."""
     yield default_decode(shape)
-    for panels, unroll, stages, programs in product((1, 2, 4, 8), (1, 2), (2, 3, 4, 6), (132, 264, 528, 1056)):
+    for panels, unroll, stages, programs in product((2, 4, 8), (1, 2), (2, 3, 4), (264, 528, 1056)):
         config = DecodeConfig(panels, unroll, stages, programs)
         if config != default_decode(shape):
             yield config
@@ -148,7 +148,7 @@ def prefill_candidates(shape: Shape) -> Iterator[PrefillConfig]:
     """What is worth timing, the default first."""
     yield default_prefill(shape)
     steps = (64, 128) if shape.dtype == torch.float16 else (64,)
-    for tile_m, tile_n, step, warps, stages in product((64, 128, 256), (64, 128), steps, (4, 8), (2, 3, 4)):
+    for tile_m, tile_n, step, warps, stages in product((64, 128), (64, 128), steps, (4, 8), (3, 4)):
         config = replace(
             default_prefill(shape), tile_m=tile_m, tile_n=tile_n, step_columns=step, warps=warps, stages=stages
         )

@@ -102,10 +102,11 @@ def multiply_panels(
         operand = tile_operand(entries, ARRAY, PANELS)  # [BATCH, 16, L_A]
         inside = (m < rows) & (tile * COLUMNS + k < columns)
         values = tl.load(x + m * row_stride + tile * COLUMNS + k, mask=inside, other=0)
-        product = tl.zeros((BATCH, PANEL, ROWS), tl.int32 if OPERAND.is_int8() else tl.float32)
+        SUM: tl.constexpr = tl.int32 if OPERAND.is_int8() else tl.float32
+        product = tl.zeros((BATCH, PANEL, ROWS), SUM)
         for i in tl.static_range(TERMS):  # the smallest first: least is rounded away
             term = activation_operand(operand_term(values, TERMS - 1 - i, OPERAND), ARRAY, PANELS, ROWS)
-            product = tl.dot(operand, term, acc=product)
+            product = tl.dot(operand, term, acc=product, out_dtype=SUM)  # not every Triton takes it from acc
         sums += product.to(tl.float32) * scaled
 
     total = tl.sum(tl.reshape(sums, (ARRAYS, PANELS, PANEL, ROWS)), axis=0)
@@ -133,12 +134,13 @@ def decode_gemm_kernel(
     OPERAND: tl.constexpr,
     SPLITS: tl.constexpr,
     UNROLL: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
     """Program (p, s) multiplies the p-th PANELS panels of all weights with every SPLITS-th tile, from the s-th on."""
     m = tl.arange(0, ROWS)[None, :]
     tiles = tl.cdiv(columns, COLUMNS)
     begin = 0
-    for i in tl.static_range(len(weights)):
+    for i in tl.static_range(COUNT):
         codes, selectors, scales, weight_scale, bias, residual, out, outputs = weights[i]
         end = begin + tl.cdiv(outputs, PANELS * PANEL)
         if (tl.program_id(0) >= begin) & (tl.program_id(0) < end):
@@ -163,11 +165,12 @@ def sum_splits_kernel(
     rows,
     SPLITS: tl.constexpr,
     TILE: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
     """Program (m, i) adds the splits of the i-th tile of row m, in order: the same bits on every run."""
     m = tl.zeros((TILE,), tl.int32) + tl.program_id(0)
     begin = 0
-    for i in tl.static_range(len(weights)):
+    for i in tl.static_range(COUNT):
         sums, weight_scale, bias, residual, out, outputs = weights[i]
         end = begin + tl.cdiv(outputs, TILE)
         if (tl.program_id(1) >= begin) & (tl.program_id(1) < end):
@@ -237,7 +240,7 @@ def _launch(
         tuple((*w, *tail, out, n) for w, tail, out, n in zip(operands, tails, sums, sizes, strict=True)),
         rows, columns, a.values.stride(0), ARRAY=spec.array_size, SELECTOR_BITS=spec.selector_bits,
         PANELS=config.panels, ROWS=8 if rows <= 8 else 16, TERMS=num_terms(a.values.dtype),
-        OPERAND=operand_type(a.values.dtype), SPLITS=splits, UNROLL=config.unroll,
+        OPERAND=operand_type(a.values.dtype), SPLITS=splits, UNROLL=config.unroll, COUNT=len(wanted),
         num_warps=config.panels, num_stages=config.stages,
         maxnreg=MAX_REGISTERS if rows > 8 and a.array_scales is not None else None, **OPTIONS,
     )  # fmt: skip
@@ -245,7 +248,7 @@ def _launch(
         outs = (out for _, out in wanted)
         sum_splits_kernel[(rows, sum(-(-n // SUM_TILE) for n in sizes))](
             a.row_scales, tuple((s, *tail, out, n) for s, tail, out, n in zip(sums, tails, outs, sizes, strict=True)),
-            rows, SPLITS=splits, TILE=SUM_TILE, num_warps=4, **OPTIONS,
+            rows, SPLITS=splits, TILE=SUM_TILE, COUNT=len(wanted), num_warps=4, **OPTIONS,
         )  # fmt: skip
 
 

@@ -9,6 +9,11 @@ import triton.language as tl
 from lobcq_fx.kernels.triton.floats import narrow, widen
 from lobcq_fx.kernels.triton.launching import INTERPRETED
 
+ADDED_PLAINLY = tl.constexpr(INTERPRETED)
+"""The interpreter runs no PTX, and fuses nothing."""
+
+ADD_ASM = tl.constexpr("add.rn.f32 $0, $1, $2;")
+
 
 def operand_type(dtype: torch.dtype) -> tl.dtype:
     """The type in which the MMA multiplies activations of a dtype with entries: one that holds both exactly.
@@ -46,6 +51,16 @@ def operand_term(x, TERM: tl.constexpr, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def add_apart(x, y):
+    """`x + y`, fp32, of an x that stays rounded: PTX's `add.f32` may be fused with the product before it."""
+    if ADDED_PLAINLY:
+        result = x + y
+    else:
+        result = tl.inline_asm_elementwise(ADD_ASM, "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1)
+    return result
+
+
+@triton.jit
 def store_result(product, m, n, rows, outputs, row_scales, weight_scale, bias, residual, out):
     """`(product * t_m) * t_w + bias`, rounded to out's dtype, and `+ residual`, rounded again: as the graph adds it.
 
@@ -61,6 +76,6 @@ def store_result(product, m, n, rows, outputs, row_scales, weight_scale, bias, r
         product += widen(tl.load(bias + n, mask=n < outputs, other=0.0))
     result = narrow(product, out.dtype.element_ty)
     if residual is not None:
-        sum_ = widen(result) + widen(tl.load(residual + offset, mask=inside, other=0.0))
-        result = narrow(sum_, out.dtype.element_ty)
+        more = widen(tl.load(residual + offset, mask=inside, other=0.0))
+        result = narrow(add_apart(widen(result), more), out.dtype.element_ty)
     tl.store(out + offset, result, mask=inside)

@@ -47,7 +47,7 @@ def test_a_tuned_shape_gets_its_own_and_others_the_default(folder: Path) -> None
     other = Shape(8, 4096, 4096, FormatSpec(8, 64), torch.int8)
     assert configs.decode_config(other, CPU) == DecodeConfig()
     three_terms = Shape(32, 64, 64, FormatSpec(8, 64), torch.float32)
-    assert configs.prefill_config(three_terms, CPU) == PrefillConfig(tile_m=64, stages=2)
+    assert configs.prefill_config(three_terms, CPU) == PrefillConfig(tile_m=64, tile_n=32, warps=4)
     assert configs.decode_config(three_terms, CPU) == DecodeConfig(panels=2, unroll=1)
 
 

@@ -97,6 +97,7 @@ def test_epilogue(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, splits: i
     assert a.row_scales is not None
     assert_product(scaled, x.double() * a.row_scales.cpu(), w.encoded, bias)
     assert torch.equal(multiply(a, w, dtype, bias=bias, residual=residual), scaled + residual)
+    assert torch.equal(multiply(a, w, dtype, residual=residual), multiply(a, w, dtype) + residual)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -179,7 +180,8 @@ def test_a_program_multiplies_one_weight(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(module, "num_splits", lambda *_: 1)
     monkeypatch.setattr(module, "decode_gemm_kernel", FirstTwo(module.decode_gemm_kernel))
     spec, a = FormatSpec(8, 64), Activation(activation(3, 128).to(DEVICE))
-    first, second = decode_gemm(a, linears([100, 190], 128, torch.float32, 3), codebooks(spec), spec, torch.float32)
+    two, config = linears([100, 190], 128, torch.float32, 3), DecodeConfig(panels=4)
+    first, second = decode_gemm(a, two, codebooks(spec), spec, torch.float32, config)
     assert not bool(first.isnan().any())
     assert bool(second.isnan().all())
 
@@ -205,10 +207,9 @@ def test_a_launch_takes_four_linears(monkeypatch: pytest.MonkeyPatch, count: int
     Counted.grids.clear()
     monkeypatch.setattr(module, "decode_gemm_kernel", Counted())
     monkeypatch.setattr(module, "num_splits", lambda *_: 1)
-    a = Activation(activation(3, 128).to(DEVICE))
-    decode_gemm(
-        a, linears([65] * count, 128, torch.float32, 3), codebooks(FormatSpec(8, 64)), FormatSpec(8, 64), torch.float32
-    )
+    a, spec = Activation(activation(3, 128).to(DEVICE)), FormatSpec(8, 64)
+    several = linears([65] * count, 128, torch.float32, 3)
+    decode_gemm(a, several, codebooks(spec), spec, torch.float32, DecodeConfig(panels=4))
     assert len(Counted.grids) == launches
     assert sum(programs for programs, _ in Counted.grids) == 2 * count
 

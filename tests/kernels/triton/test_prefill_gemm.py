@@ -64,6 +64,7 @@ def test_epilogue(dtype: torch.dtype) -> None:
     assert a.row_scales is not None
     assert_product(scaled, x.double() * a.row_scales.cpu(), w.encoded, bias)
     assert torch.equal(product(a, w, dtype, bias=bias, residual=residual), scaled + residual)
+    assert torch.equal(product(a, w, dtype, residual=residual), product(a, w, dtype) + residual)
 
 
 @pytest.mark.parametrize("array_size", [32, 128])
