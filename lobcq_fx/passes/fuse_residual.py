@@ -38,10 +38,10 @@ _WITH_RESIDUALS = {
 
 @dataclass(frozen=True)
 class _Sum:
-    """`addition` of a residual and of `end`, which views and dropouts lead to from a result."""
+    """`addition` of a residual and of a result, to which `views` lead, the last first."""
 
     addition: fx.Node
-    end: fx.Node
+    views: list[fx.Node]
     residual: fx.Node
 
 
@@ -58,8 +58,8 @@ class FuseResidual(GraphPass):
 
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Rewrite calls one by one, each with the residuals of all its results."""
-        modified = False
-        for call in prepacked_calls(graph_module.graph, *_WITH_RESIDUALS):
+        graph, modified = graph_module.graph, False
+        for call in prepacked_calls(graph, *_WITH_RESIDUALS):
             sums = {index: _sum(call, index) for index in range(len(call.weights))}
             for index, found in sums.items():
                 if isinstance(found, str):
@@ -68,6 +68,8 @@ class FuseResidual(GraphPass):
             if wanted:
                 self._replace(graph_module, call, wanted)
                 modified = True
+        if modified:
+            graph.eliminate_dead_code()
         return modified
 
     def _replace(self, graph_module: fx.GraphModule, call: PrepackedCall, sums: dict[int, _Sum]) -> None:
@@ -77,15 +79,14 @@ class FuseResidual(GraphPass):
             result = call.result(index)
             assert result is not None
             with graph.inserting_before(call.node):
-                residuals = [*residuals[:index], _like(graph, one.residual, result, one.end), *residuals[index + 1 :]]
+                residuals = [*residuals[:index], _like(graph, one, result), *residuals[index + 1 :]]
         node = call.replace(_WITH_RESIDUALS[call.node.target], {"residuals": residuals})  # type: ignore[index]
         for index, one in sums.items():
             result = PrepackedCall(node).result(index)
             assert result is not None
             with graph.inserting_before(one.addition):
-                final = viewed_alike(graph, result, _views(one.end))
-            one.addition.replace_all_uses_with(final)
-            _erase(graph, one.addition)
+                one.addition.replace_all_uses_with(viewed_alike(graph, result, one.views))
+            graph.erase_node(one.addition)
 
 
 def _sum(call: PrepackedCall, index: int) -> _Sum | str | None:
@@ -94,12 +95,17 @@ def _sum(call: PrepackedCall, index: int) -> _Sum | str | None:
     if residuals is not None and residuals[index].target != ABSENT:
         return None
     result = end = call.result(index)
+    views: list[fx.Node] = []
     while end is not None:
         additions = [user for user in end.users if _is_sum(user)]
         if additions:
             break
-        onward = [user for user in end.users if _passes_on(user)]
-        end = onward[0] if len(end.users) == 1 and onward else None
+        onward = next(iter(end.users)) if len(end.users) == 1 else None
+        if onward is not None and through_views(onward)[1]:
+            views.insert(0, onward)
+        elif onward is None or not _is_idle_dropout(onward):
+            return None
+        end = onward
     if end is None:
         return None
     addition = additions[0]
@@ -116,49 +122,26 @@ def _sum(call: PrepackedCall, index: int) -> _Sum | str | None:
         return f"{residual.name} is known only after the linear has run"
     value = value_of(result)
     assert value is not None  # the sum's is known
-    if _views(end) and value.dim() != 2:
+    if views and value.dim() != 2:
         return "the result is reshaped before the residual is added"
     if written_between(call.node, addition, (residual,)):
         return f"something writes to {residual.name} before it is added"
-    return _Sum(addition, end, residual)
+    return _Sum(addition, views, residual)
 
 
 def _is_sum(node: fx.Node) -> bool:
     return node.target is aten.add.Tensor and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
 
 
-def _passes_on(node: fx.Node) -> bool:
-    """Whether a node hands its input on: a view of whole rows, or a dropout that drops nothing."""
-    return bool(through_views(node)[1]) or _is_idle_dropout(node)
-
-
 def _is_idle_dropout(node: fx.Node) -> bool:
+    """Whether a node is a dropout that drops nothing."""
     return node.target is aten.dropout.default and (node.args[2] is False or bool(node.args[1] == 0))
 
 
-def _views(end: fx.Node) -> list[fx.Node]:
-    """The views between a result and `end`, the last first."""
-    views = []
-    while _passes_on(end):
-        if not _is_idle_dropout(end):
-            views.append(end)
-        end = end.args[0]  # type: ignore[assignment]
-    return views
-
-
-def _like(graph: fx.Graph, residual: fx.Node, result: fx.Node, end: fx.Node) -> fx.Node:
+def _like(graph: fx.Graph, found: _Sum, result: fx.Node) -> fx.Node:
     """The residual in the result's shape [M, N], which views may have changed on the way to the sum."""
-    if not _views(end):
-        return residual
+    if not found.views:
+        return found.residual
     value = value_of(result)
     assert value is not None
-    return add_call(graph, aten.reshape.default, (residual, [-1, value.shape[1]]), like=residual)
-
-
-def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node that nothing reads, and what only it read."""
-    inputs = node.all_input_nodes
-    graph.erase_node(node)
-    for one in inputs:
-        if not one.users and one.op == "call_function" and _passes_on(one):
-            _erase(graph, one)
+    return add_call(graph, aten.reshape.default, (found.residual, [-1, value.shape[1]]), like=found.residual)

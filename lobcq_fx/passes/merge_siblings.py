@@ -92,16 +92,12 @@ def _difference(group: _Group, writes: int, arguments: dict[str, Any]) -> str:
 
 
 def _merge(graph: fx.Graph, calls: list[PrepackedCall]) -> None:
-    first = calls[0].node
-    arguments = calls[0].arguments
-    for name in _PER_LINEAR:
-        arguments[name] = [element for call in calls for element in call.arguments[name]]
-    args = tuple(arguments[argument.name] for argument in first.target._schema.arguments)  # type: ignore[union-attr]
-    results = [call.result(0) for call in calls]
-    with graph.inserting_before(first):
-        merged = add_call(graph, first.target, args, like=first)
-        for index, result in enumerate(results):
-            if result is not None:
+    lists = {name: [element for call in calls for element in call.arguments[name]] for name in _PER_LINEAR}
+    merged = calls[0].replace(calls[0].node.target, lists)
+    for index, call in enumerate(calls[1:], start=1):
+        result = call.result(0)
+        if result is not None:
+            with graph.inserting_before(call.node):
                 result.replace_all_uses_with(add_call(graph, operator.getitem, (merged, index), like=result))
-    for node in [*(result for result in results if result is not None), *(call.node for call in calls)]:
-        graph.erase_node(node)
+            graph.erase_node(result)
+        graph.erase_node(call.node)

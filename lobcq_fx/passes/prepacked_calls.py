@@ -63,7 +63,7 @@ class PrepackedCall:
         return next((user for user in self.node.users if user.args[1] == index), None)
 
     def replace(self, target: Any, changes: Mapping[str, Any], more_results: int = 0) -> fx.Node:
-        """Call another overload instead, with this call's arguments but for `changes`.
+        """Call an overload, this one or another, with this call's arguments but for `changes`; the results move there.
 
         more_results: how many results the other overload has before those of the linears.
         """

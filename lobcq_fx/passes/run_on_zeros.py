@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from lobcq_fx.passes.attributes import get_attribute
-from lobcq_fx.passes.prepacked_calls import PrepackedCall, value_of
+from lobcq_fx.passes.prepacked_calls import PrepackedCall, prepacked_calls, value_of
 
 ACTIVATIONS = ("x", "gate", "up", "residual")
 """Arguments [..., K] of the overloads of `lobcq::linear_prepacked`."""
@@ -28,14 +28,12 @@ def run_on_zeros(graph_modules: Iterable[fx.GraphModule], rows: int) -> int:
     overloads = [getattr(packet, name) for name in packet.overloads()]
     seen = set()
     for graph_module in graph_modules:
-        for node in graph_module.graph.nodes:
-            if node.op != "call_function" or node.target not in overloads:
-                continue
-            arguments = _arguments(graph_module, PrepackedCall(node), rows)
-            key = (node.target, repr([_kind(argument) for argument in arguments]))
+        for call in prepacked_calls(graph_module.graph, *overloads):
+            arguments, target = _arguments(graph_module, call, rows), call.node.target
+            key = (target, repr([_kind(argument) for argument in arguments]))
             if key not in seen:
                 seen.add(key)
-                node.target(*arguments)
+                target(*arguments)  # type: ignore[operator]
     return len(seen)
 
 
