@@ -16,7 +16,9 @@ from lobcq_fx.ops.schemas import NO_GRADIENT
 from lobcq_fx.passes.calling import CallingConvention
 from lobcq_fx.passes.inventory import Inventory
 from lobcq_fx.passes.lowering import lower
+from lobcq_fx.passes.packed_weight import WeightLayout
 from lobcq_fx.passes.prepack import Prepack, restore_weights, weights_as_stored
+from lobcq_fx.passes.prepacked_calls import Refusal
 from lobcq_fx.passes.retarget_device import RetargetDevice
 from lobcq_fx.passes.run_on_zeros import run_on_zeros
 from lobcq_fx.passes.trace import TracedModel
@@ -103,8 +105,11 @@ class QuantizedModel(nn.Module):
     def _prepack(self) -> None:
         """Where the device has kernels of its own, run graphs that are lowered to them."""
         layout = weight_layout(self.device)
-        if layout is None:
-            return
+        if layout is not None:
+            self._lower(layout, self.device)
+
+    def _lower(self, layout: WeightLayout, device: torch.device) -> tuple[Refusal, ...]:
+        """Run copies of the stored graphs that are lowered to a device's kernels; what its passes left alone."""
         graph_modules = []
         for graph_module, stored_graph in self._graphs():
             graph = fx.Graph()
@@ -112,7 +117,7 @@ class QuantizedModel(nn.Module):
             graph_module.graph = graph
             graph_modules.append(graph_module)
         stored = frozenset[str]().union(*(weights_as_stored(graph_module.graph) for graph_module in graph_modules))
-        lower(graph_modules, Prepack(layout, stored), self.device)
+        return lower(graph_modules, Prepack(layout, stored), device)
 
     def warmup(self, max_rows: int = 2048) -> None:
         """Compile the kernels of every linear, so that no request pays for it. CPUs' kernels are compiled already.

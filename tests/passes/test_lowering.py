@@ -9,13 +9,10 @@ import logging
 
 import pytest
 import torch
-from torch import fx
 
 import lobcq_fx
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.passes.annotate_values import AnnotateValues
-from lobcq_fx.passes.lowering import lower
-from lobcq_fx.passes.prepack import Prepack
 from tests.families import CAUSAL_LMS, VOCABULARY, causal_lm
 from tests.passes.graphs import aten, lobcq, nodes, targets
 
@@ -40,11 +37,7 @@ FUSED = {
 def lowered(q, device=GPU) -> tuple:
     """q on graphs for GPUs; what was refused."""
     q._restore()
-    for graph_module, stored in q._graphs():
-        graph = fx.Graph()
-        graph.output(graph.graph_copy(stored, {}))
-        graph_module.graph = graph
-    return lower([graph_module for graph_module, _ in q._graphs()], Prepack(LAYOUT), device)
+    return q._lower(LAYOUT, device)
 
 
 @torch.no_grad()
