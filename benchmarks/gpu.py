@@ -20,7 +20,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from benchmarks.gpu_linears import measure_linear
 from benchmarks.gpu_model import LLAMA_3_8B, TINY, Load, measure_model
 from benchmarks.gpu_timing import race, summary
 from benchmarks.llama_linears import LINEARS
+from lobcq_fx.benchmarking.machine import installed_version
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
 FEW_ROWS, MANY_ROWS = (1, 4, 16), (2048, 4096, 8192)
@@ -125,15 +125,8 @@ def machine(device: torch.device) -> dict[str, Any]:
             "memory": properties.total_memory,
             "driver, clock, power": subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip(),
         }
-    versions = {package: _version(package) for package in PACKAGES}
+    versions = {package: installed_version(package) for package in PACKAGES}
     return {**gpu, "cuda": torch.version.cuda, "python": platform.python_version(), "versions": versions}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def parse() -> argparse.Namespace:

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_timing import Burst, captured, race, summary
+from benchmarks.gpu_timing import captured, race, summary
+from lobcq_fx.benchmarking.contender import CHECKED_ROWS, WrongProductError
+from lobcq_fx.benchmarking.peers import RESEMBLES
+from lobcq_fx.benchmarking.race import Burst
 from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
 from lobcq_fx.kernels.bind import weight_layout
 
@@ -27,16 +30,7 @@ COLD_BYTES = 256 << 20
 OURS_TOLERANCE = 0.005
 """Relative error in norm of our product against the format's in fp32: bf16 rounds the result once, by 2**-9."""
 
-PEER_TOLERANCE = 0.25
-"""Of others' against the float product: that of coarse 4-bit weights. What errs more is no linear."""
-
-CHECKED_ROWS = 16
-
 Linear = Callable[[Tensor], Tensor]
-
-
-class WrongProduct(Exception):  # noqa: N818  (what it says, not what it is)
-    """A contender that computes something else gets no time."""
 
 
 def measure_linear(
@@ -55,7 +49,7 @@ def measure_linear(
         try:
             linears[peer] = make(weight)
             for x in samples.values():
-                check(peer, linears[peer][0](x), x.float() @ weight.float().t(), PEER_TOLERANCE)
+                check(peer, linears[peer][0](x), x.float() @ weight.float().t(), RESEMBLES)
                 captured([partial(linears[peer][0], x)], device)
         except Exception as error:  # whatever a rival's package may raise is a reason, not our failure
             linears.pop(peer, None)
@@ -86,7 +80,7 @@ def lobcq_linear(weight: Tensor, spec: FormatSpec, mode: str, samples: list[Tens
     """Ours, checked on the first rows of each sample, and the bytes of its weight.
 
     Raises:
-        WrongProduct: it differs from the format's product by more than its rounding.
+        WrongProductError: it differs from the format's product by more than its rounding.
         RuntimeError: the device has no kernels.
     """
     layout = weight_layout(weight.device)
@@ -186,8 +180,8 @@ def check(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None
     """Compare by the relative error in norm.
 
     Raises:
-        WrongProduct: it is larger than the tolerance, or not a number.
+        WrongProductError: it is larger than the tolerance, or not a number.
     """
     error = float((actual.float() - expected.float()).norm() / expected.float().norm())
     if not error <= tolerance:
-        raise WrongProduct(f"{name}: relative error {error:.3g}, at most {tolerance:g} expected")
+        raise WrongProductError(f"{name}: relative error {error:.3g}, at most {tolerance:g} expected")

@@ -6,28 +6,21 @@ CPU, where the scripts are only tried out, bursts are called as they are.
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-Burst = Sequence[Callable[[], object]]
-"""Calls that are timed together, one for each copy of a weight."""
+from lobcq_fx.benchmarking.race import Burst, median_ratio, take_turns
 
 WARM_UP = 3
 
 
 def race(bursts: Mapping[str, Burst], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds per call of every contender in every round, the order shuffled anew for each."""
-    runs = {name: captured(burst, device) for name, burst in bursts.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(runs), len(runs)):
-            times[name].append(timed(runs[name], device) / len(bursts[name]))
-    return times
+    runs = {name: (captured(burst, device), len(burst)) for name, burst in bursts.items()}
+    return take_turns(runs, rounds, lambda run: timed(run[0], device) / run[1])
 
 
 def captured(burst: Burst, device: torch.device) -> Callable[[], object]:
@@ -73,7 +66,7 @@ def summary(times: Mapping[str, Sequence[float]], baseline: str) -> dict[str, di
     return {
         name: {
             "us": 1e6 * statistics.median(seconds),
-            f"times {baseline}": statistics.median(b / s for b, s in zip(base, seconds, strict=True)),
+            f"times {baseline}": median_ratio(base, seconds),
         }
         for name, seconds in times.items()
     }

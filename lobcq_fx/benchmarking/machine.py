@@ -18,7 +18,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "isa": require_core().isa,
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": {package: installed_version(package) for package in PACKAGES},
     }
 
 
@@ -31,7 +31,8 @@ def cpu_name() -> str:
     return platform.machine()
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Of a package, None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

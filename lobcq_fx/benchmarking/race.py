@@ -13,9 +13,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 SETTLE_SECONDS = 0.02
 """Before each turn, so that the worker threads of the one before have stopped spinning."""
+
+T = TypeVar("T")
 
 Burst = Sequence[Callable[[], object]]
 """Calls that are timed together: one for each copy of a weight, say, so that none finds its weight in a cache."""
@@ -26,12 +29,17 @@ def race(contenders: Mapping[str, Burst], rounds: int) -> dict[str, list[float]]
 
     A turn begins with the burst's last call, untimed: it wakes the threads and warms the code.
     """
+    return take_turns(contenders, rounds, _turn)
+
+
+def take_turns(contenders: Mapping[str, T], rounds: int, turn: Callable[[T], float]) -> dict[str, list[float]]:
+    """What `turn` says of every contender in every round, seconds for example."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     order = random.Random(0)  # orders that differ from round to round, but not from run to run
     with _no_collection():
         for _ in range(rounds):
             for name in order.sample(list(contenders), len(contenders)):
-                times[name].append(_turn(contenders[name]))
+                times[name].append(turn(contenders[name]))
     return times
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_linears import WrongProduct, check, measure_linear
+from benchmarks.gpu_linears import check, measure_linear
 from benchmarks.gpu_timing import race, summary
+from lobcq_fx.benchmarking.contender import WrongProductError
 from lobcq_fx.format import decode
 from lobcq_fx.kernels.bind import weight_layout
 
@@ -60,12 +61,12 @@ def test_smoke_numbers_do_not_become_results() -> None:
 def test_what_computes_something_else_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the reference is what is wrong, by a hundredth of each operand."""
     monkeypatch.setattr("benchmarks.gpu_linears.decode", lambda encoded: 1.01 * decode(encoded))
-    with pytest.raises(WrongProduct, match="w4a4 8x64: relative error"):
+    with pytest.raises(WrongProductError, match="w4a4 8x64: relative error"):
         next(measure_linear("tiny", (64, 128), (1,), 1, CPU))
 
 
 def test_a_nan_is_no_product() -> None:
-    with pytest.raises(WrongProduct, match="nan"):
+    with pytest.raises(WrongProductError, match="nan"):
         check("nobody", torch.full((2, 2), float("nan")), torch.ones(2, 2), 0.1)
 
 
