@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_linears import check
+from benchmarks.gpu_linears import check, encoded_weight, in_kernel_layout
 from benchmarks.gpu_timing import race, summary
 from lobcq_fx.format import FormatSpec, universal_codebooks
-from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.ops.prologues import rms_norm, silu_mul
 
 COPY, NORM, SILU = "copy", "RMSNorm", "silu(gate) * up"
@@ -32,7 +31,7 @@ def measure_encoders(shape: tuple[int, int], rounds: int, device: torch.device) 
     x, other = (torch.randn(shape, generator=generator, device=device).bfloat16() for _ in range(2))
     weight = torch.rand(shape[1], generator=generator, device=device).bfloat16()
     copied, encode = torch.empty_like(x), _encoder(x, books, spec)
-    op, rest = torch.ops.lobcq.linear_prepacked, _linear(spec, books, shape[1], device)
+    op, rest = torch.ops.lobcq.linear_prepacked, _linear(spec, shape[1], device)
     none = torch.empty(0, device=device)
     plain = partial(op.default, x, *rest, x.dtype)
     normed = partial(op.rms_norm, x, weight, EPS, 0.0, True, *rest, x.dtype)
@@ -71,13 +70,10 @@ def _gate(gate: Tensor, up: Tensor) -> Tensor:
     return nn.functional.silu(gate) * up
 
 
-def _linear(spec: FormatSpec, books: Tensor, columns: int, device: torch.device) -> tuple[Any, ...]:
+def _linear(spec: FormatSpec, columns: int, device: torch.device) -> tuple[Any, ...]:
     """The arguments of a linear of few outputs, from its activation's tables on."""
-    layout = weight_layout(device)
-    if layout is None:
-        raise RuntimeError(f"no kernels for {device}: set LOBCQ_TRITON=1")
     weight = torch.randn((OUTPUTS, columns), generator=torch.Generator(device).manual_seed(1), device=device)
-    codes, selectors, scales, scale = torch.ops.lobcq.quantize_weight(weight, books, spec.array_size)
-    tables = layout.tables(books)
-    packed = layout.pack((codes, selectors, scales), spec, columns)
-    return tables, None, [packed], [scale], tables, [torch.empty(0, device=device)], [OUTPUTS], spec.array_size
+    encoded = encoded_weight(weight, spec)
+    packed, tables = in_kernel_layout(encoded)
+    none = torch.empty(0, device=device)
+    return tables, None, [packed], [encoded.tensor_scale], tables, [none], [OUTPUTS], spec.array_size

@@ -83,19 +83,35 @@ def lobcq_linear(weight: Tensor, spec: FormatSpec, mode: str, samples: list[Tens
         WrongProductError: it differs from the format's product by more than its rounding.
         RuntimeError: the device has no kernels.
     """
-    layout = weight_layout(weight.device)
-    if layout is None:
-        raise RuntimeError(f"no kernels for {weight.device}: set LOBCQ_TRITON=1")
-    books = universal_codebooks(spec.num_codebooks).to(weight.device)
-    codes, selectors, scales, scale = torch.ops.lobcq.quantize_weight(weight, books, spec.array_size)
-    packed, tables = layout.pack((codes, selectors, scales), spec, weight.shape[1]), layout.tables(books)
-    linear = _Prepacked(packed, scale, tables, weight.shape[0], spec.array_size, mode == "w4a4")
-    decoded = decode(Encoded(codes, selectors, scales, scale, books, spec, weight.shape[1]))
+    encoded = encoded_weight(weight, spec)
+    packed, tables = in_kernel_layout(encoded)
+    linear = _Prepacked(packed, encoded.tensor_scale, tables, weight.shape[0], spec.array_size, mode == "w4a4")
+    decoded = decode(encoded)
     for x in samples:
         rows = x[:CHECKED_ROWS].float()
-        seen = decode(encode(rows, spec, books, absmax_row_scale(rows))) if mode == "w4a4" else rows
+        seen = decode(encode(rows, spec, encoded.codebooks, absmax_row_scale(rows))) if mode == "w4a4" else rows
         check(f"{mode} {spec.name}", linear(x)[:CHECKED_ROWS], seen @ decoded.t(), OURS_TOLERANCE)
     return linear, packed.nbytes
+
+
+def encoded_weight(weight: Tensor, spec: FormatSpec) -> Encoded:
+    """A weight [N, K] in universal codebooks, where it is."""
+    books = universal_codebooks(spec.num_codebooks).to(weight.device)
+    parts = torch.ops.lobcq.quantize_weight(weight, books, spec.array_size)
+    return Encoded(*parts, books, spec, weight.shape[1])
+
+
+def in_kernel_layout(encoded: Encoded) -> tuple[Tensor, Tensor]:
+    """The weight as its device's kernels read it, and their look-up tables.
+
+    Raises:
+        RuntimeError: the device has no kernels.
+    """
+    layout = weight_layout(encoded.codes.device)
+    if layout is None:
+        raise RuntimeError(f"no kernels for {encoded.codes.device}: set LOBCQ_TRITON=1")
+    parts = (encoded.codes, encoded.selectors, encoded.scales)
+    return layout.pack(parts, encoded.spec, encoded.columns), layout.tables(encoded.codebooks)
 
 
 class _Prepacked:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import Encoded, FormatSpec, decode, universal_codebooks
+from benchmarks.gpu_linears import encoded_weight
+from lobcq_fx.format import FormatSpec, decode
 from lobcq_fx.kernels.triton.configs import (
     FOLDER,
     DecodeConfig,
@@ -76,14 +77,12 @@ def _tune_one(
     shape: tuple[int, int], spec: FormatSpec, rows: int, few: bool, device: torch.device
 ) -> tuple[str, DecodeConfig | PrefillConfig, float]:
     generator = torch.Generator(device).manual_seed(sum(shape))
-    books = universal_codebooks(spec.num_codebooks).to(device)
-    weight = torch.randn(shape, generator=generator, device=device) * 0.02
-    codes, selectors, scales, scale = torch.ops.lobcq.quantize_weight(weight, books, spec.array_size)
-    packed = CudaWeightLayout().pack((codes, selectors, scales), spec, shape[1])
-    linear = Linear(WeightTiles.of(packed, spec, *shape), shape[0], Epilogue(scale))
+    encoded = encoded_weight(torch.randn(shape, generator=generator, device=device) * 0.02, spec)
+    books, parts = encoded.codebooks, (encoded.codes, encoded.selectors, encoded.scales)
+    packed = CudaWeightLayout().pack(parts, spec, shape[1])
+    linear = Linear(WeightTiles.of(packed, spec, *shape), shape[0], Epilogue(encoded.tensor_scale))
     x = torch.randn((rows, shape[1]), generator=generator, device=device).bfloat16()
     a = encode_operand(x, Lookup.of(books), spec, None, few or spec.array_size >= INTEGER_ARRAY)
-    encoded = Encoded(codes, selectors, scales, scale, books, spec, shape[1])
     expected = _product(a, decode(encoded), spec)
     if few:
         return tune_decode(a, [linear], books, spec, [expected])
