@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
+from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.calibration.fit import CodebookFit, fit_codebooks
 from lobcq_fx.calibration.reservoir import Reservoir
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CalibrationError, ConfigError
 from lobcq_fx.format import FormatSpec, absmax_tensor_scale, block_arrays, check_codebooks
-from lobcq_fx.passes.attributes import get_attribute
-from lobcq_fx.passes.codebook_sets import CodebookSets
+from lobcq_fx.graph.attributes import get_attribute
+from lobcq_fx.graph.matmuls import Matmul, find_matmuls
 from lobcq_fx.passes.insert_observers import observer_of, scaled_sample
-from lobcq_fx.passes.matmuls import Matmul, find_matmuls
 
 logger = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from typing import Any
 from transformers import AutoConfig, GenerationConfig
 
 from lobcq_fx.errors import CheckpointError
-from lobcq_fx.integrations.causal_lm import QuantizedCausalLM
-from lobcq_fx.integrations.causal_lm_call import CausalLMCall
-from lobcq_fx.integrations.static_cache_call import StaticCacheCall
+from lobcq_fx.frontends.causal_lm import QuantizedCausalLM
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.static_cache_call import StaticCacheCall
 from lobcq_fx.model import QuantizedModel
-from lobcq_fx.passes.calling import ModuleCall
-from lobcq_fx.passes.trace import TracedModel
 from lobcq_fx.storage.checkpoint import Checkpoint, load_checkpoint
+from lobcq_fx.tracing.calling import ModuleCall
+from lobcq_fx.tracing.trace import TracedModel
 
 
 def load(directory: str | Path) -> QuantizedModel:

@@ -11,18 +11,18 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import LobcqError
+from lobcq_fx.graph.prepacked_calls import Refusal
+from lobcq_fx.graph.run_on_zeros import run_on_zeros
+from lobcq_fx.inventory import Inventory
 from lobcq_fx.kernels.bind import rows_to_warm, weight_layout
+from lobcq_fx.modules.packed_weight import WeightLayout
 from lobcq_fx.ops.schemas import NO_GRADIENT
-from lobcq_fx.passes.calling import CallingConvention
-from lobcq_fx.passes.inventory import Inventory
 from lobcq_fx.passes.lowering import lower
-from lobcq_fx.passes.packed_weight import WeightLayout
 from lobcq_fx.passes.prepack import Prepack, restore_weights, weights_as_stored
-from lobcq_fx.passes.prepacked_calls import Refusal
 from lobcq_fx.passes.retarget_device import RetargetDevice
-from lobcq_fx.passes.run_on_zeros import run_on_zeros
-from lobcq_fx.passes.trace import TracedModel
 from lobcq_fx.storage.checkpoint import save_checkpoint
+from lobcq_fx.tracing.calling import CallingConvention
+from lobcq_fx.tracing.trace import TracedModel
 
 GRAPH = "graph_module."
 

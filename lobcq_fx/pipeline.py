@@ -17,21 +17,21 @@ from lobcq_fx.codebook_choice import choose_codebooks, fit_to_model
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CalibrationError, ConfigError, TraceError
 from lobcq_fx.format import FormatSpec
-from lobcq_fx.integrations.causal_lm import QuantizedCausalLM
-from lobcq_fx.integrations.causal_lm_call import CausalLMCall
-from lobcq_fx.integrations.static_cache_graph import StaticCacheGraph
-from lobcq_fx.integrations.transformers_trace import is_causal_lm, trace_causal_lm, trace_pretrained
+from lobcq_fx.frontends.causal_lm import QuantizedCausalLM
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.static_cache_graph import StaticCacheGraph
+from lobcq_fx.frontends.transformers_trace import is_causal_lm, trace_causal_lm, trace_pretrained
+from lobcq_fx.graph.matmuls import find_matmuls
+from lobcq_fx.inventory import Inventory, MatmulRecord
 from lobcq_fx.kernels.bind import bind_cpu_core
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.infra import Sequential
 from lobcq_fx.passes.insert_observers import InsertObservers
-from lobcq_fx.passes.inventory import Inventory, MatmulRecord
-from lobcq_fx.passes.matmuls import find_matmuls
 from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
 from lobcq_fx.passes.rewrite import Rewrite
 from lobcq_fx.passes.share_activations import ShareActivations
-from lobcq_fx.passes.trace import TracedModel, trace_module
+from lobcq_fx.tracing.trace import TracedModel, trace_module
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch import nn
 import lobcq_fx
 from lobcq_fx import LobcqConfig
 from lobcq_fx.errors import CallError, LobcqError
-from lobcq_fx.passes.packed_weight import PARTS
+from lobcq_fx.modules.packed_weight import PARTS
 from tests.families import VOCABULARY, causal_lm, quantized_causal_lm
 from tests.passes.graphs import values
 

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lobcq_fx.config import LobcqConfig
-from lobcq_fx.passes.inventory import Inventory
+from lobcq_fx.inventory import Inventory
 from lobcq_fx.report.plots import readable_size
 from lobcq_fx.report.render import left_alone_by_reason, worst_layers
 

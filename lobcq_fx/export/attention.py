@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lobcq_fx.integrations.causal_lm_call import CausalLMCall
-from lobcq_fx.passes.attributes import named_arguments
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.graph.attributes import named_arguments
 from lobcq_fx.passes.group_query_heads import GroupQueryHeads, keeps_everything
 
 aten = torch.ops.aten

@@ -23,7 +23,7 @@ from lobcq_fx.export.schemas import DOMAIN
 from lobcq_fx.export.self_check import Differences, check_sessions
 from lobcq_fx.export.signature import signature_of
 from lobcq_fx.export.stored_module import FlatModule, stored_module
-from lobcq_fx.integrations.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.storage.atomic_folder import replace_folder
 

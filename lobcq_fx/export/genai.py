@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lobcq_fx.export.metadata import MODEL
-from lobcq_fx.integrations.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.model import QuantizedModel
 
 GENAI_CONFIG = "genai_config.json"

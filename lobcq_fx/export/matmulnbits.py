@@ -12,7 +12,7 @@ from lobcq_fx.format import FormatSpec
 from lobcq_fx.format.codes import entries_of
 from lobcq_fx.format.packing import unpack_codes, unpack_selectors
 from lobcq_fx.format.spec import BLOCK_SIZE
-from lobcq_fx.passes.attributes import get_attribute, named_arguments, register_attribute
+from lobcq_fx.graph.attributes import get_attribute, named_arguments, register_attribute
 
 ops = torch.ops.lobcq
 

@@ -14,8 +14,8 @@ from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrain
 from lobcq_fx.errors import CallError, ExportError
 from lobcq_fx.export.library import register
 from lobcq_fx.export.metadata import LAST_LOGITS_ONLY, MODEL, ONE_SEQUENCE, causal_lm_call, check_op_version
-from lobcq_fx.integrations.causal_lm import CausalLMForward, graph_config
-from lobcq_fx.integrations.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.causal_lm import CausalLMForward, graph_config
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 
 DTYPES = {"tensor(int64)": torch.int64, "tensor(float)": torch.float32}
 """Of the inputs that exported language models have."""

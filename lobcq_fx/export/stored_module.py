@@ -7,8 +7,8 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.errors import ExportError
 from lobcq_fx.export.float32 import compute_in_float32
+from lobcq_fx.graph.attributes import register_attribute
 from lobcq_fx.model import QuantizedModel
-from lobcq_fx.passes.attributes import register_attribute
 from lobcq_fx.storage.checkpoint import stored_tensors
 
 aten = torch.ops.aten

@@ -17,8 +17,8 @@ from lobcq_fx.export.translation import translation_table
 from lobcq_fx.integrations.transformers_onnx import extend_onnx_exporter
 from lobcq_fx.passes.insert_observers import InsertObservers
 from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
-from lobcq_fx.passes.trace import own_graph_module
 from lobcq_fx.pipeline import quantize_graph
+from lobcq_fx.tracing.trace import own_graph_module
 
 # Now: an exporter looks up what it applies before it asks its quantizer anything.
 extend_onnx_exporter(translation_table(), add_function_bodies)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
-from lobcq_fx.passes.attributes import delete_attribute
+from lobcq_fx.graph.attributes import delete_attribute
 from lobcq_fx.passes.infra import GraphPass
 
 

@@ -15,11 +15,11 @@ from torch import fx
 import lobcq_fx.ops  # noqa: F401  (registers the ops that this pass reads and emits)
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import TraceError
-from lobcq_fx.passes.attributes import add_call, get_attr_node, get_attribute, named_arguments
+from lobcq_fx.graph.attributes import add_call, get_attr_node, get_attribute, named_arguments
+from lobcq_fx.graph.matmuls import Matmul, find_matmuls, module_path
+from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
 from lobcq_fx.passes.infra import GraphPass
-from lobcq_fx.passes.matmuls import Matmul, find_matmuls, module_path
 from lobcq_fx.passes.pack import erase_unread
-from lobcq_fx.passes.packed_weight import PARTS, PackedWeight
 
 ops = torch.ops.lobcq
 

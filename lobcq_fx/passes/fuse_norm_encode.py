@@ -15,11 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from lobcq_fx.passes.aliasing import written_between
-from lobcq_fx.passes.attributes import add_call
-from lobcq_fx.passes.infra import GraphPass
-from lobcq_fx.passes.norms import LayerNorm, RmsNorm, match_norm
-from lobcq_fx.passes.prepacked_calls import (
+from lobcq_fx.graph.aliasing import written_between
+from lobcq_fx.graph.attributes import add_call
+from lobcq_fx.graph.norms import LayerNorm, RmsNorm, match_norm
+from lobcq_fx.graph.prepacked_calls import (
     PrepackedCall,
     Refusal,
     other_readers,
@@ -28,6 +27,7 @@ from lobcq_fx.passes.prepacked_calls import (
     through_views,
     viewed_alike,
 )
+from lobcq_fx.passes.infra import GraphPass
 
 aten = torch.ops.aten
 linear_prepacked = torch.ops.lobcq.linear_prepacked

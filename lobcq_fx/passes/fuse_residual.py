@@ -11,11 +11,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from lobcq_fx.passes.aliasing import written_between
-from lobcq_fx.passes.attributes import add_call
-from lobcq_fx.passes.infra import GraphPass
-from lobcq_fx.passes.prepack import ABSENT, absent
-from lobcq_fx.passes.prepacked_calls import (
+from lobcq_fx.graph.aliasing import written_between
+from lobcq_fx.graph.attributes import add_call
+from lobcq_fx.graph.prepacked_calls import (
     NO_METADATA,
     PrepackedCall,
     Refusal,
@@ -25,6 +23,8 @@ from lobcq_fx.passes.prepacked_calls import (
     value_of,
     viewed_alike,
 )
+from lobcq_fx.passes.infra import GraphPass
+from lobcq_fx.passes.prepack import ABSENT, absent
 
 aten = torch.ops.aten
 linear_prepacked = torch.ops.lobcq.linear_prepacked

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from lobcq_fx.passes.attributes import add_call
+from lobcq_fx.graph.attributes import add_call
 from lobcq_fx.passes.infra import GraphPass
 
 aten = torch.ops.aten

@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.config import LobcqConfig
-from lobcq_fx.passes.attributes import register_attribute
+from lobcq_fx.graph.attributes import register_attribute
+from lobcq_fx.graph.matmuls import Matmul, find_matmuls
 from lobcq_fx.passes.infra import GraphPass
-from lobcq_fx.passes.matmuls import Matmul, find_matmuls
 
 PREFIX = "lobcq_observers"
 

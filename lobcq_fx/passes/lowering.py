@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
+from lobcq_fx.graph.prepacked_calls import Refusal
 from lobcq_fx.passes.annotate_values import AnnotateValues
 from lobcq_fx.passes.fuse_activation_encode import FuseActivationEncode
 from lobcq_fx.passes.fuse_norm_encode import FuseNormEncode
@@ -16,7 +17,6 @@ from lobcq_fx.passes.group_query_heads import GroupQueryHeads
 from lobcq_fx.passes.infra import Sequential
 from lobcq_fx.passes.merge_siblings import MergeSiblings
 from lobcq_fx.passes.prepack import Prepack
-from lobcq_fx.passes.prepacked_calls import Refusal
 
 logger = logging.getLogger(__name__)
 

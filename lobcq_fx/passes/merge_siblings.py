@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from lobcq_fx.passes.aliasing import Writes
-from lobcq_fx.passes.attributes import add_call
+from lobcq_fx.graph.aliasing import Writes
+from lobcq_fx.graph.attributes import add_call
+from lobcq_fx.graph.prepacked_calls import PrepackedCall, Refusal
 from lobcq_fx.passes.infra import GraphPass
-from lobcq_fx.passes.prepacked_calls import PrepackedCall, Refusal
 
 linear_prepacked = torch.ops.lobcq.linear_prepacked
 

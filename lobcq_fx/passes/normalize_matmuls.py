@@ -15,12 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from lobcq_fx.graph.operands import OPERATION, constant_weight, operation_name
 from lobcq_fx.passes.infra import GraphPass
 
 aten = torch.ops.aten
-
-OPERATION = "lobcq_operation"
-"""`node.meta` key: what a normalized matmul was called in the traced graph."""
 
 
 @dataclass(frozen=True)
@@ -45,27 +43,6 @@ class NormalizeMatmuls(GraphPass):
             graph_module.graph.erase_node(node)
             modified = True
         return modified
-
-
-def constant_weight(node: object) -> tuple[fx.Node, bool] | None:
-    """The `get_attr` node behind `node`, and whether it is transposed an odd number of times; None if not constant."""
-    flipped = False
-    while isinstance(node, fx.Node):
-        if node.op == "get_attr":
-            return node, flipped
-        if not is_transpose(node):
-            return None
-        flipped, node = not flipped, node.args[0]
-    return None
-
-
-def operation_name(node: fx.Node) -> str:
-    """What the node was called in the traced graph: `linear`, `addmm`, `matmul`, ..."""
-    original = node.meta.get(OPERATION)
-    if isinstance(original, str):
-        return original
-    packet = getattr(node.target, "overloadpacket", node.target)
-    return str(getattr(packet, "__name__", packet))
 
 
 @dataclass(frozen=True)
@@ -100,19 +77,6 @@ def _linear_operands(node: fx.Node) -> _Operands | None:
         normal = w is weight or (flipped and w.args[0] is weight)
         return None if normal else _Operands(x, weight, flipped, bias)
     return _Operands(x, weight, not flipped, bias)
-
-
-def is_transpose(node: fx.Node) -> bool:
-    """Whether the node swaps the two dimensions of a matrix."""
-    value = node.meta.get("val")
-    if node.op != "call_function" or value is None or not hasattr(value, "dim") or value.dim() != 2:
-        return False
-    args: tuple[Any, ...] = node.args
-    if node.target in (aten.t.default, aten.numpy_T.default):
-        return True
-    if node.target is aten.transpose.int:
-        return {int(dim) % 2 for dim in args[1:3]} == {0, 1}
-    return node.target is aten.permute.default and [int(dim) % 2 for dim in args[1]] == [1, 0]
 
 
 def _transposed(graph: fx.Graph, weight: fx.Node) -> fx.Node:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 import lobcq_fx.ops  # noqa: F401  (registers the op that encodes)
 from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import Encoded, FormatSpec, sqnr_db
-from lobcq_fx.passes.attributes import (
+from lobcq_fx.graph.attributes import (
     add_get_attr,
     delete_attribute,
     free_name,
@@ -18,9 +18,9 @@ from lobcq_fx.passes.attributes import (
     has_attribute,
     register_attribute,
 )
-from lobcq_fx.passes.matmuls import Matmul
-from lobcq_fx.passes.normalize_matmuls import is_transpose
-from lobcq_fx.passes.packed_weight import PARTS, PackedWeight
+from lobcq_fx.graph.matmuls import Matmul
+from lobcq_fx.graph.operands import is_transpose
+from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops that this pass matches and emits)
-from lobcq_fx.passes.attributes import (
+from lobcq_fx.calibration.codebook_sets import MODULE
+from lobcq_fx.graph.attributes import (
     add_call,
     add_get_attr,
     get_attr_node,
@@ -22,9 +23,8 @@ from lobcq_fx.passes.attributes import (
     has_attribute,
     named_arguments,
 )
-from lobcq_fx.passes.codebook_sets import MODULE
+from lobcq_fx.modules.packed_weight import PARTS, PREPACKED, PackedWeight, WeightLayout
 from lobcq_fx.passes.infra import GraphPass
-from lobcq_fx.passes.packed_weight import PARTS, PREPACKED, PackedWeight, WeightLayout
 
 ops = torch.ops.lobcq
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops that this pass emits)
+from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.format import encode, sqnr_db
-from lobcq_fx.passes.attributes import (
+from lobcq_fx.graph.attributes import (
     add_call,
     add_get_attr,
     free_name,
@@ -26,12 +27,11 @@ from lobcq_fx.passes.attributes import (
     has_attribute,
     register_attribute,
 )
-from lobcq_fx.passes.codebook_sets import CodebookSets
+from lobcq_fx.graph.matmuls import Matmul, find_matmuls
+from lobcq_fx.graph.operands import operation_name
+from lobcq_fx.inventory import MatmulRecord
 from lobcq_fx.passes.infra import GraphPass
 from lobcq_fx.passes.insert_observers import Observer, observer_of, scaled_sample
-from lobcq_fx.passes.inventory import MatmulRecord
-from lobcq_fx.passes.matmuls import Matmul, find_matmuls
-from lobcq_fx.passes.normalize_matmuls import operation_name
 from lobcq_fx.passes.pack import Packed, erase_unread, pack_weight
 
 ops = torch.ops.lobcq

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx
 
 import lobcq_fx.ops  # noqa: F401  (registers the op that this pass matches)
-from lobcq_fx.passes.aliasing import Writes
-from lobcq_fx.passes.attributes import get_attribute
+from lobcq_fx.graph.aliasing import Writes
+from lobcq_fx.graph.attributes import get_attribute
 from lobcq_fx.passes.infra import GraphPass
 
 QUANTIZE_ACTIVATION = torch.ops.lobcq.quantize_activation.default

@@ -11,11 +11,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lobcq_fx.calibration.codebook_sets import MODULE
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CheckpointError
+from lobcq_fx.inventory import Inventory
 from lobcq_fx.model import QuantizedModel
-from lobcq_fx.passes.codebook_sets import MODULE
-from lobcq_fx.passes.inventory import Inventory
 from lobcq_fx.storage.checkpoint import WEIGHTS, is_checkpoint
 
 CODEBOOKS = f"{MODULE}.codebooks"

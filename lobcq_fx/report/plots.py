@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lobcq_fx.format.spec import ENTRY_MAX
-from lobcq_fx.passes.inventory import Inventory, MatmulRecord
+from lobcq_fx.inventory import Inventory, MatmulRecord
 
 # matplotlib wants numbers for colours and the page wants CSS variables: each stand-in below is drawn, then replaced.
 INK, MUTED, GRID, BAND = "#010201", "#010202", "#010203", "#010204"

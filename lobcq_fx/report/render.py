@@ -13,8 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lobcq_fx.format.spec import BLOCK_SIZE, CODE_BITS, SCALE_BITS
+from lobcq_fx.inventory import Inventory, MatmulRecord
 from lobcq_fx.model import QuantizedModel
-from lobcq_fx.passes.inventory import Inventory, MatmulRecord
 from lobcq_fx.report import plots
 from lobcq_fx.report.content import ReportContent
 

@@ -22,10 +22,10 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CheckpointError
-from lobcq_fx.passes.attributes import has_attribute, register_attribute
-from lobcq_fx.passes.inventory import Inventory
-from lobcq_fx.passes.packed_weight import PARTS
-from lobcq_fx.passes.shared_tensors import SharingGraphModule
+from lobcq_fx.graph.attributes import has_attribute, register_attribute
+from lobcq_fx.graph.shared_tensors import SharingGraphModule
+from lobcq_fx.inventory import Inventory
+from lobcq_fx.modules.packed_weight import PARTS
 from lobcq_fx.storage.atomic_folder import replace_folder
 from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
 from lobcq_fx.storage.validate import restore_packed_weights

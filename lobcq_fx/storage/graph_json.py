@@ -14,7 +14,7 @@ from torch import fx
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops that a saved graph calls)
 from lobcq_fx.errors import CheckpointError
-from lobcq_fx.passes.annotate_values import EXAMPLE, InputExample
+from lobcq_fx.tracing.example import EXAMPLE, InputExample
 
 NAMESPACES = ("aten", "lobcq", "transformers", "torch_attn", "prims")
 """Operator libraries a saved graph may call."""

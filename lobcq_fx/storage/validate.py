@@ -10,8 +10,8 @@ from torch import Tensor, fx, nn
 import lobcq_fx.ops  # noqa: F401  (registers the ops whose operands are checked)
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.format import Encoded, FormatSpec, check_codebooks
-from lobcq_fx.passes.attributes import delete_attribute, get_attribute, named_arguments, register_attribute
-from lobcq_fx.passes.packed_weight import PARTS, PackedWeight
+from lobcq_fx.graph.attributes import delete_attribute, get_attribute, named_arguments, register_attribute
+from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
 
 ops = torch.ops.lobcq
 

@@ -16,7 +16,7 @@ import lobcq_fx
 from lobcq_fx.errors import CheckpointError, ExportError
 from lobcq_fx.export import OnnxCausalLM, export_onnx, folder, self_check
 from lobcq_fx.format import decode
-from lobcq_fx.passes.packed_weight import PackedWeight
+from lobcq_fx.modules.packed_weight import PackedWeight
 from tests.export.sessions import Session
 from tests.families import VOCABULARY, causal_lm
 

@@ -9,21 +9,21 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
+from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
+from lobcq_fx.graph.matmuls import find_matmuls
+from lobcq_fx.inventory import MatmulRecord
 from lobcq_fx.kernels.bind import weight_layout
-from lobcq_fx.passes.codebook_sets import CodebookSets
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.infra import GraphPass, PassResult, Sequential
 from lobcq_fx.passes.insert_observers import InsertObservers
-from lobcq_fx.passes.inventory import MatmulRecord
-from lobcq_fx.passes.matmuls import find_matmuls
 from lobcq_fx.passes.merge_siblings import MergeSiblings
 from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
 from lobcq_fx.passes.prepack import Prepack
 from lobcq_fx.passes.rewrite import Rewrite
 from lobcq_fx.passes.share_activations import ShareActivations
-from lobcq_fx.passes.trace import trace_module
+from lobcq_fx.tracing.trace import trace_module
 
 aten = torch.ops.aten
 lobcq = torch.ops.lobcq

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, fx
 
 import lobcq_fx
-from lobcq_fx.passes.annotate_values import EXAMPLE, AnnotateValues, InputExample
-from lobcq_fx.passes.trace import fixed_size
+from lobcq_fx.passes.annotate_values import AnnotateValues
 from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
+from lobcq_fx.tracing.example import EXAMPLE, InputExample
+from lobcq_fx.tracing.sizes import fixed_size
 from tests.families import VOCABULARY, causal_lm
 from tests.passes.graphs import assert_metadata, assert_unchanged, linear, quantized, values
 

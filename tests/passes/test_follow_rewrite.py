@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import TraceError
-from lobcq_fx.passes.codebook_sets import CodebookSets
+from lobcq_fx.graph.shared_tensors import drop_shared, share
+from lobcq_fx.modules.packed_weight import PackedWeight
 from lobcq_fx.passes.follow_rewrite import FollowRewrite
-from lobcq_fx.passes.packed_weight import PackedWeight
 from lobcq_fx.passes.prepack import Prepack, weights_as_stored
 from lobcq_fx.passes.rewrite import Rewrite
-from lobcq_fx.passes.shared_tensors import drop_shared, share
 from tests.passes.graphs import (
     Function,
     assert_metadata,

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import lobcq_fx
+from lobcq_fx.graph.prepacked_calls import NO_METADATA
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.ops.prologues import silu_mul
 from lobcq_fx.passes.fuse_activation_encode import FuseActivationEncode
-from lobcq_fx.passes.prepacked_calls import NO_METADATA
 from tests.families import VOCABULARY, causal_lm
 from tests.passes.graphs import (
     assert_metadata,

@@ -8,11 +8,11 @@ from torch import fx, nn
 
 import lobcq_fx
 from lobcq_fx.config import LobcqConfig
+from lobcq_fx.graph.norms import SEVERAL_DIMENSIONS
+from lobcq_fx.graph.prepacked_calls import NO_METADATA
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.ops.prologues import layer_norm, rms_norm
 from lobcq_fx.passes.fuse_norm_encode import FuseNormEncode
-from lobcq_fx.passes.norms import SEVERAL_DIMENSIONS
-from lobcq_fx.passes.prepacked_calls import NO_METADATA
 from tests.families import VOCABULARY, causal_lm
 from tests.passes.graphs import (
     assert_metadata,

@@ -9,7 +9,7 @@ from torch import nn
 
 import lobcq_fx
 from lobcq_fx.passes.group_query_heads import GroupQueryHeads
-from lobcq_fx.passes.trace import trace_module
+from lobcq_fx.tracing.trace import trace_module
 from tests.families import causal_lm
 from tests.passes.graphs import assert_metadata, assert_unchanged, aten, nodes, run, targets, values
 

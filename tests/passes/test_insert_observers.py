@@ -7,8 +7,8 @@ import torch
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CalibrationError
+from lobcq_fx.graph.matmuls import find_matmuls
 from lobcq_fx.passes.insert_observers import InsertObservers, observer_of, scaled_sample
-from lobcq_fx.passes.matmuls import find_matmuls
 from tests.passes.graphs import (
     Function,
     assert_metadata,

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from lobcq_fx.graph.operands import constant_weight, operation_name
 from lobcq_fx.passes.infra import PassResult
-from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls, constant_weight, operation_name
+from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
 from tests.passes.graphs import (
     Function,
     assert_metadata,

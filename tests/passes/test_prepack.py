@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.kernels.bind import weight_layout
-from lobcq_fx.passes.packed_weight import PARTS, PackedWeight
+from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
 from lobcq_fx.passes.prepack import Prepack, restore_weights
 from lobcq_fx.passes.share_activations import ShareActivations
 from tests.passes.graphs import (

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 import lobcq_fx
+from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import FormatSpec, encode, sqnr_db, universal_codebooks
-from lobcq_fx.passes.codebook_sets import CodebookSets
+from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.insert_observers import InsertObservers
-from lobcq_fx.passes.packed_weight import PARTS, PackedWeight
 from lobcq_fx.passes.rewrite import Rewrite
 from tests.passes.graphs import (
     Function,

@@ -14,7 +14,7 @@ import lobcq_fx
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.format import universal_codebooks
-from lobcq_fx.passes.inventory import Inventory, MatmulRecord
+from lobcq_fx.inventory import Inventory, MatmulRecord
 from lobcq_fx.report import write_report
 from lobcq_fx.report.content import ReportContent
 from lobcq_fx.report.plots import block_of, codebook_strips, readable_size, size_bars, sqnr_by_layer

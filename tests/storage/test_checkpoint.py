@@ -20,7 +20,7 @@ import lobcq_fx
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CallError, CheckpointError
 from lobcq_fx.format import FormatSpec, encode, universal_codebooks
-from lobcq_fx.passes.packed_weight import PARTS, PackedWeight
+from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
 from lobcq_fx.storage.checkpoint import is_checkpoint
 from tests.families import quantized_causal_lm
 from tests.passes.graphs import Function, linear, parameter, values

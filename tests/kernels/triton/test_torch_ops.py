@@ -15,8 +15,8 @@ from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
 from lobcq_fx.kernels.triton import torch_ops
 from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
+from lobcq_fx.modules.packed_weight import PackedWeight
 from lobcq_fx.ops.prologues import layer_norm, rms_norm, silu_mul
-from lobcq_fx.passes.packed_weight import PackedWeight
 from tests.kernels.triton.operands import DEVICE, assert_product, assert_same_bits, parts
 
 OUTPUTS = (33, 16, 1)

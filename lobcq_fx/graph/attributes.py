@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from lobcq_fx.passes.packed_weight import PackedWeight
+from lobcq_fx.modules.packed_weight import PackedWeight
 
 
 def get_attribute(module: nn.Module, name: str) -> Any:

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import lobcq_fx
-from lobcq_fx.integrations.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from tests.families import CAUSAL_LMS, LLAMA, VOCABULARY, fake_quantized, quantized_causal_lm, quantized_layers
 
 LENGTH = 11

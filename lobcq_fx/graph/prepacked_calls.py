@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops)
-from lobcq_fx.passes.attributes import add_call, named_arguments
-from lobcq_fx.passes.packed_weight import PREPACKED
+from lobcq_fx.graph.attributes import add_call, named_arguments
+from lobcq_fx.modules.packed_weight import PREPACKED
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from lobcq_fx.passes.attributes import named_arguments
+from lobcq_fx.graph.attributes import named_arguments
 
 aten = torch.ops.aten
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lobcq_fx.errors import CallError, CheckpointError, TraceError
-from lobcq_fx.passes.calling import ModuleCall, Structure, bind_arguments
-from lobcq_fx.passes.trace import trace_module
+from lobcq_fx.tracing.calling import ModuleCall, Structure, bind_arguments
+from lobcq_fx.tracing.trace import trace_module
 from tests.passes.graphs import linear, values
 
 

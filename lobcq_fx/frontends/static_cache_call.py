@@ -16,8 +16,8 @@ from torch.nn import functional
 from transformers.cache_utils import Cache, StaticLayer
 
 from lobcq_fx.errors import CallError
-from lobcq_fx.integrations.causal_lm_call import CausalLMCall, call_arguments, input_ids_of, kept_positions
-from lobcq_fx.passes.calling import CallingConvention
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall, call_arguments, input_ids_of, kept_positions
+from lobcq_fx.tracing.calling import CallingConvention
 
 STATIC_CACHE = "static_cache"
 """Name of the graph that serves such calls."""

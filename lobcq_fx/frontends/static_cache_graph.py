@@ -8,16 +8,16 @@ from transformers import PreTrainedModel
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import TraceError
-from lobcq_fx.integrations.causal_lm_call import CausalLMCall
-from lobcq_fx.integrations.static_cache_call import STATIC_CACHE
-from lobcq_fx.integrations.transformers_trace import trace_static_cache
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.static_cache_call import STATIC_CACHE
+from lobcq_fx.frontends.transformers_trace import trace_static_cache
+from lobcq_fx.graph.shared_tensors import drop_shared, share
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.follow_rewrite import FollowRewrite
 from lobcq_fx.passes.infra import Sequential
 from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
 from lobcq_fx.passes.share_activations import ShareActivations
-from lobcq_fx.passes.shared_tensors import drop_shared, share
-from lobcq_fx.passes.trace import TracedModel
+from lobcq_fx.tracing.trace import TracedModel
 
 logger = logging.getLogger(__name__)
 

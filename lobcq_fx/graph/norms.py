@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lobcq_fx.passes.attributes import named_arguments
-from lobcq_fx.passes.prepacked_calls import NO_METADATA, value_of
+from lobcq_fx.graph.attributes import named_arguments
+from lobcq_fx.graph.prepacked_calls import NO_METADATA, value_of
 
 aten = torch.ops.aten
 

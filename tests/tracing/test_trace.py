@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from lobcq_fx.errors import TraceError
-from lobcq_fx.passes.trace import trace_module, widen_batch
+from lobcq_fx.tracing.trace import trace_module, widen_batch
 from tests.passes.graphs import Function, assert_metadata, aten, linear, run, targets, values
 
 Pair = namedtuple("Pair", "left right")

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lobcq_fx
+from lobcq_fx.graph.run_on_zeros import run_on_zeros
 from lobcq_fx.kernels.bind import rows_to_warm, weight_layout
-from lobcq_fx.passes.run_on_zeros import run_on_zeros
 from tests.families import causal_lm
 from tests.passes.graphs import linear, lobcq, parameter, prepacked_graph
 from tests.passes.test_lowering import lowered

@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 from lobcq_fx.format import FormatSpec, encode, universal_codebooks
-from lobcq_fx.passes.attributes import (
+from lobcq_fx.graph.attributes import (
     add_call,
     add_get_attr,
     delete_attribute,
@@ -17,7 +17,7 @@ from lobcq_fx.passes.attributes import (
     has_attribute,
     register_attribute,
 )  # fmt: skip
-from lobcq_fx.passes.packed_weight import PackedWeight
+from lobcq_fx.modules.packed_weight import PackedWeight
 from tests.passes.graphs import aten, graph_of, linear, nodes, values
 
 

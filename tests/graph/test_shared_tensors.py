@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import nn
 
-from lobcq_fx.passes.attributes import delete_attribute, register_attribute
-from lobcq_fx.passes.shared_tensors import drop_shared, share
+from lobcq_fx.graph.attributes import delete_attribute, register_attribute
+from lobcq_fx.graph.shared_tensors import drop_shared, share
 from tests.passes.graphs import Function, graph_of, linear, run, values
 
 

@@ -14,7 +14,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from lobcq_fx.errors import CallError
-from lobcq_fx.passes.calling import CallingConvention
+from lobcq_fx.tracing.calling import CallingConvention
 
 PARAMETERS = (
     "input_ids",

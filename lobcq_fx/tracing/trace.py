@@ -1,7 +1,7 @@
 """Trace: an nn.Module becomes one FX graph with a plain signature, tensors in and tensors out.
 
 `torch.export` captures the model; the graph it returns flattens its inputs with pytree code that Dynamo cannot trace,
-so that code moves out of the graph, into a calling convention (`lobcq_fx.passes.calling`).
+so that code moves out of the graph, into a calling convention (`lobcq_fx.tracing.calling`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lobcq_fx.errors import TraceError
-from lobcq_fx.passes.calling import CallingConvention, ModuleCall, Structure, bind_arguments
+from lobcq_fx.tracing.calling import CallingConvention, ModuleCall, Structure, bind_arguments
+from lobcq_fx.tracing.sizes import fixed_size
 
 aten = torch.ops.aten
 
@@ -108,14 +109,6 @@ def _traced_shapes(graph_module: fx.GraphModule) -> tuple[tuple[int | None, ...]
     """Shape of each placeholder, None where a dimension is dynamic."""
     values = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
     return tuple(tuple(fixed_size(size) for size in value.shape) for value in values)
-
-
-def fixed_size(size: int | torch.SymInt) -> int | None:
-    """A size that tracing fixed, also where it started out dynamic; None for one that is still free."""
-    if isinstance(size, int):
-        return size
-    value: int | None = size.node.maybe_as_int()
-    return value
 
 
 class tracing:  # noqa: N801  (a context manager, used like a function)

@@ -20,15 +20,15 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.utils import logging
 
 from lobcq_fx.errors import TraceError
-from lobcq_fx.integrations.causal_lm_call import CausalLMCall
-from lobcq_fx.integrations.in_place_cache import InPlaceCache
-from lobcq_fx.integrations.static_cache_call import StaticCacheCall
-from lobcq_fx.passes.calling import Structure, bind_arguments
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.in_place_cache import InPlaceCache
+from lobcq_fx.frontends.static_cache_call import StaticCacheCall
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
-from lobcq_fx.passes.trace import (
+from lobcq_fx.tracing.calling import Structure, bind_arguments
+from lobcq_fx.tracing.sizes import fixed_size
+from lobcq_fx.tracing.trace import (
     TracedModel,
     drop_constant_inputs,
-    fixed_size,
     flatten_program,
     plain_graph_module,
     tracing,

@@ -12,12 +12,12 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CallError
-from lobcq_fx.integrations.causal_lm_call import CausalLMCall
-from lobcq_fx.integrations.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static
+from lobcq_fx.inventory import Inventory
 from lobcq_fx.model import QuantizedModel
-from lobcq_fx.passes.calling import CallingConvention
-from lobcq_fx.passes.inventory import Inventory
-from lobcq_fx.passes.trace import TracedModel
+from lobcq_fx.tracing.calling import CallingConvention
+from lobcq_fx.tracing.trace import TracedModel
 
 
 class CausalLMForward:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lobcq_fx.passes.attributes import delete_attribute, free_name, get_attribute, has_attribute, register_attribute
+from lobcq_fx.graph.attributes import delete_attribute, free_name, get_attribute, has_attribute, register_attribute
 
 _ROOT = "_lobcq_root"
 """A name that hides no parameter or submodule of a model."""

@@ -10,8 +10,8 @@ from torch import fx
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.format.encoded import FLOAT_DTYPES
-from lobcq_fx.passes.inventory import MatmulRecord
-from lobcq_fx.passes.normalize_matmuls import constant_weight, operation_name
+from lobcq_fx.graph.operands import constant_weight, operation_name
+from lobcq_fx.inventory import MatmulRecord
 
 aten = torch.ops.aten
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lobcq_fx.passes.attributes import get_attribute
-from lobcq_fx.passes.prepacked_calls import PrepackedCall, prepacked_calls, value_of
+from lobcq_fx.graph.attributes import get_attribute
+from lobcq_fx.graph.prepacked_calls import PrepackedCall, prepacked_calls, value_of
 
 ACTIVATIONS = ("x", "gate", "up", "residual")
 """Arguments [..., K] of the overloads of `lobcq::linear_prepacked`."""

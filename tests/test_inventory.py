@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lobcq_fx.passes.inventory import Inventory, MatmulRecord
+from lobcq_fx.inventory import Inventory, MatmulRecord
 
 RECORDS = (
     MatmulRecord("q", "linear", (10, 20), format="8x64", mode="w4a4", float_bytes=800, packed_bytes=150),

@@ -10,11 +10,11 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 import lobcq_fx
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CallError, TraceError
-from lobcq_fx.integrations.in_place_cache import InPlaceCache
+from lobcq_fx.frontends.in_place_cache import InPlaceCache
+from lobcq_fx.modules.packed_weight import PackedWeight
 from lobcq_fx.passes.follow_rewrite import FollowRewrite
-from lobcq_fx.passes.packed_weight import PackedWeight
 from tests.families import CAUSAL_LMS, VOCABULARY, causal_lm, quantized_causal_lm
-from tests.integrations.test_causal_lm_families import LENGTH, assert_logits_close, batch
+from tests.frontends.test_causal_lm_families import LENGTH, assert_logits_close, batch
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 

@@ -1,0 +1,47 @@
+"""What a matmul's node reads: constant operands seen through transposes, and what it was called when it was traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+OPERATION = "lobcq_operation"
+"""`node.meta` key: what a normalized matmul was called in the traced graph."""
+
+
+def constant_weight(node: object) -> tuple[fx.Node, bool] | None:
+    """The `get_attr` node behind `node`, and whether it is transposed an odd number of times; None if not constant."""
+    flipped = False
+    while isinstance(node, fx.Node):
+        if node.op == "get_attr":
+            return node, flipped
+        if not is_transpose(node):
+            return None
+        flipped, node = not flipped, node.args[0]
+    return None
+
+
+def operation_name(node: fx.Node) -> str:
+    """What the node was called in the traced graph: `linear`, `addmm`, `matmul`, ..."""
+    original = node.meta.get(OPERATION)
+    if isinstance(original, str):
+        return original
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet))
+
+
+def is_transpose(node: fx.Node) -> bool:
+    """Whether the node swaps the two dimensions of a matrix."""
+    value = node.meta.get("val")
+    if node.op != "call_function" or value is None or not hasattr(value, "dim") or value.dim() != 2:
+        return False
+    args: tuple[Any, ...] = node.args
+    if node.target in (aten.t.default, aten.numpy_T.default):
+        return True
+    if node.target is aten.transpose.int:
+        return {int(dim) % 2 for dim in args[1:3]} == {0, 1}
+    return node.target is aten.permute.default and [int(dim) % 2 for dim in args[1]] == [1, 0]

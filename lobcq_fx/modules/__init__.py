@@ -1,0 +1,1 @@
+"""Modules that hold what is stored: packed weights."""
