@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, fx
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache, StaticLayer
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache
 
-from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CallError
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.causal_lm_trial import whole_static_cache
 from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static
-from lobcq_fx.inventory import Inventory
-from lobcq_fx.model import QuantizedModel
-from lobcq_fx.tracing.calling import CallingConvention
-from lobcq_fx.tracing.trace import TracedModel
+from lobcq_fx.model import ModelGraph, QuantizedModel
 
 
 class CausalLMForward:
@@ -84,22 +80,8 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
     parameters, `forward`, casts and saving are `QuantizedModel`'s.
     """
 
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        calling: CausalLMCall,
-        lobcq_config: LobcqConfig,
-        inventory: Inventory,
-        config: Any,
-        generation_config: GenerationConfig | None = None,
-        *,
-        variants: Mapping[str, TracedModel] | None = None,
-        refused_variants: Mapping[str, str] | None = None,
-    ) -> None:
-        PreTrainedModel.__init__(self, graph_config(config))
-        self._assemble(graph_module, calling, lobcq_config, inventory, variants, refused_variants)
-        if generation_config is not None:
-            self.generation_config = generation_config
+    def _base_arguments(self, config: Any) -> tuple[Any, ...]:
+        return (config,)
 
     def static_cache(self, max_cache_len: int, batch_size: int | None = None) -> StaticCache:
         """A cache of a fixed length, for `past_key_values`; the calls write their keys and values into it.
@@ -113,8 +95,7 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         """
         calling = self.calling
         assert isinstance(calling, CausalLMCall)
-        cache = StaticCache(config=self.config, max_cache_len=max_cache_len)
-        cache.layers = [StaticLayer(max_cache_len=max_cache_len) for _ in calling.cache_heads]
+        cache = whole_static_cache(self.config, calling, max_cache_len)
         if batch_size is not None:
             initialize(cache, calling, batch_size, self.device)
         return cache
@@ -141,14 +122,14 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         self._previous_max_cache_length = length
         return self.static_cache(length, None if prefill_chunk_size is None else batch_size)
 
-    def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, CallingConvention]:
+    def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelGraph:
         if not is_static(kwargs.get("past_key_values")):
             return super()._serving(args, kwargs)
-        variant = self.variants.get(STATIC_CACHE)
-        if variant is None:
-            reason = self.refused_variants.get(STATIC_CACHE, "it was saved by a release that knew none")
+        graph = self.graphs.get(STATIC_CACHE)
+        if graph is None:
+            reason = self.refused_graphs.get(STATIC_CACHE, "it was saved by a release that knew none")
             raise CallError(
                 f"the model has no graph for static caches: {reason}. Remedy: pass a DynamicCache, or quantize the"
                 " float model again"
             )
-        return variant.graph_module, variant.calling
+        return graph

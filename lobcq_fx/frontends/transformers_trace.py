@@ -119,20 +119,26 @@ def trace_pretrained(
     if getattr(model.config, "is_encoder_decoder", False):
         name = type(model).__name__
         raise TraceError(f"{name} is an encoder-decoder, which is not supported yet; quantize {name}'s get_encoder()")
-    given = kwargs if kwargs is not None else _made_up_inputs(model)
+    given = kwargs if kwargs is not None else made_up_inputs(model)
     names, bound = bind_arguments(model, args, given)
     bound = widen_batch(bound)
     mask = bound.get("attention_mask")
     if isinstance(mask, Tensor) and bool(mask.all()):
         bound["attention_mask"] = mask.clone()
         bound["attention_mask"][0, -1] = 0
-    # A decoder without a head would return its cache; nothing here could take it back in.
-    flags = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     with tracing(model), torch.no_grad():
-        program = _export(model, {**bound, **flags, "return_dict": True}, pytree.tree_map(_batch_and_length, bound))
+        program = _export(model, {**bound, **traced_flags(model)}, pytree.tree_map(_batch_and_length, bound))
     graph_module, calling = flatten_program(program, bound, names, Structure(program.call_spec.out_spec))
     fills = {name: fill for name, fill in TOKEN_DEFAULTS.items() if name in bound} if "input_ids" in bound else {}
     return TracedModel(graph_module, replace(calling, fills=fills))
+
+
+def traced_flags(model: PreTrainedModel) -> dict[str, bool]:
+    """What a model without a cache of its own is traced with.
+
+    A decoder without a head would return its cache; nothing here could take it back in.
+    """
+    return {"return_dict": True} | ({"use_cache": False} if hasattr(model.config, "use_cache") else {})
 
 
 def _export(model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]) -> ExportedProgram:
@@ -229,7 +235,12 @@ def _positions_from_mask(model: PreTrainedModel) -> bool:
     return bool((default[last] - by_mask[last]).abs().max() < (default[last] - by_index[last]).abs().max())
 
 
-def _made_up_inputs(model: PreTrainedModel) -> dict[str, Any]:
+def made_up_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    """One call of a model, from its configuration.
+
+    Raises:
+        TraceError: its inputs are none that can be made up.
+    """
     config, device = model.config, model.device
     if model.main_input_name == "pixel_values":
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2

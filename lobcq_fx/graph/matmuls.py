@@ -1,4 +1,4 @@
-"""Find every matmul of a normalized graph, and say of each whether the settings allow quantizing it."""
+"""Find every matmul of a normalized graph, and say of each whether its form allows quantizing it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from lobcq_fx.config import LobcqConfig
-from lobcq_fx.format.encoded import FLOAT_DTYPES
-from lobcq_fx.graph.operands import constant_weight, operation_name
-from lobcq_fx.inventory import MatmulRecord
+from lobcq_fx.graph.operands import constant_weight
 
 aten = torch.ops.aten
 
@@ -42,18 +39,17 @@ _SCALED_ADDMM = "addmm with a bias that is not one value per output, or with bet
 class Matmul:
     """A matmul node and what the passes need to know of it.
 
+    layer: module path of its weight's owner, or of the module that runs it.
     weight: the `get_attr` node of its constant operand, None if it has none.
     flipped: the attribute is [K, N] and the operand its transpose.
-    refusal: why it stays in float; None if it is to be quantized.
-    config: the settings for this layer, overrides applied.
+    obstacle: why its form forbids quantizing it; None where it is a `linear` with a constant weight.
     """
 
     node: fx.Node
     layer: str
     weight: fx.Node | None
     flipped: bool
-    refusal: str | None
-    config: LobcqConfig
+    obstacle: str | None
 
     @property
     def activation(self) -> fx.Node:
@@ -70,35 +66,27 @@ class Matmul:
         return bias
 
     @property
-    def shape(self) -> tuple[int, int] | None:
-        """(N, K) of a 2-D weight."""
-        if self.weight is None or self.weight.meta["val"].dim() != 2:
+    def shape(self) -> tuple[int, ...] | None:
+        """(N, K) of a 2-D weight; the shape of any other as it is; None without one."""
+        if self.weight is None:
             return None
-        rows, columns = self.weight.meta["val"].shape
-        return (columns, rows) if self.flipped else (rows, columns)
-
-    def left_alone(self) -> MatmulRecord:
-        """The inventory's record of a matmul that stays in float."""
-        value = None if self.weight is None else self.weight.meta["val"]
-        size = 0 if value is None else value.numel() * value.element_size()
-        return MatmulRecord(
-            self.layer, operation_name(self.node), self.shape, self.refusal, float_bytes=size, packed_bytes=size
-        )
+        shape = tuple(self.weight.meta["val"].shape)
+        return shape[::-1] if self.flipped else shape
 
 
-def find_matmuls(graph_module: fx.GraphModule, config: LobcqConfig) -> list[Matmul]:
-    """Every matmul of the graph in execution order, those that cannot or must not be quantized with a refusal."""
+def find_matmuls(graph_module: fx.GraphModule) -> list[Matmul]:
+    """Every matmul of the graph in execution order."""
     found = []
     for node in graph_module.graph.nodes:
         if node.op != "call_function":
             continue
         if node.target is aten.linear.default:
-            found.append(_linear(node, config))
+            found.append(_linear(node))
         elif node.target in _PRODUCTS:
-            found.append(Matmul(node, module_path(node), None, False, _product_refusal(node), config))
+            found.append(Matmul(node, module_path(node), None, False, _product_obstacle(node)))
         elif node.target in _UNSUPPORTED or "grouped_mm" in str(node.target):
             reason = _UNSUPPORTED.get(node.target, _UNSUPPORTED[aten._grouped_mm.default])
-            found.append(Matmul(node, module_path(node), _attribute_among(node.args[1:]), False, reason, config))
+            found.append(Matmul(node, module_path(node), _attribute_among(node.args[1:]), False, reason))
     return found
 
 
@@ -112,7 +100,7 @@ def _attribute_among(arguments: Iterable[object]) -> fx.Node | None:
     return None
 
 
-def _product_refusal(node: fx.Node) -> str:
+def _product_obstacle(node: fx.Node) -> str:
     assert isinstance(node.target, torch._ops.OpOverload)
     operands = node.args[_PRODUCTS[node.target]]
     if node.target is aten.addmm.default and constant_weight(operands[-1]):
@@ -120,29 +108,12 @@ def _product_refusal(node: fx.Node) -> str:
     return _OTHER_FORM if any(constant_weight(operand) for operand in operands) else _ATTENTION
 
 
-def _linear(node: fx.Node, config: LobcqConfig) -> Matmul:
+def _linear(node: fx.Node) -> Matmul:
     found = constant_weight(node.args[1])
     if found is None:
-        return Matmul(node, module_path(node), None, False, "its weight is computed in the graph, not constant", config)
+        return Matmul(node, module_path(node), None, False, "its weight is computed in the graph, not constant")
     weight, flipped = found
-    layer = _layer_name(node, str(weight.target))
-    settings = config.for_layer(layer)
-    matmul = Matmul(node, layer, weight, flipped, None, settings)
-    return Matmul(node, layer, weight, flipped, _refusal(matmul), settings)
-
-
-def _refusal(matmul: Matmul) -> str | None:
-    config, shape = matmul.config, matmul.shape
-    assert matmul.weight is not None
-    if shape is None:
-        return "its weight is not 2-D"
-    by_pattern = config.refusal(matmul.layer)
-    if by_pattern is not None:
-        return by_pattern
-    if shape[1] < config.min_in_features:
-        return f"too small: K = {shape[1]} is below min_in_features = {config.min_in_features}"
-    dtype = matmul.weight.meta["val"].dtype
-    return None if dtype in FLOAT_DTYPES else f"its weight is {dtype}; fp32, bf16 and fp16 are supported"
+    return Matmul(node, _layer_name(node, str(weight.target)), weight, flipped, None)
 
 
 def _layer_name(node: fx.Node, weight: str) -> str:

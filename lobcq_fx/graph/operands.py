@@ -45,3 +45,20 @@ def is_transpose(node: fx.Node) -> bool:
     if node.target is aten.transpose.int:
         return {int(dim) % 2 for dim in args[1:3]} == {0, 1}
     return node.target is aten.permute.default and [int(dim) % 2 for dim in args[1]] == [1, 0]
+
+
+def readers(weight: fx.Node) -> set[fx.Node]:
+    """The nodes that read a constant, looking through its transposes."""
+    found: set[fx.Node] = set()
+    for user in weight.users:
+        found |= readers(user) if is_transpose(user) else {user}
+    return found
+
+
+def erase_unread(weight: fx.Node) -> None:
+    """Erase a constant's node and its transposes where nothing reads them: the tensor behind them may be gone."""
+    for user in list(weight.users):
+        if is_transpose(user):
+            erase_unread(user)
+    if not weight.users:
+        weight.graph.erase_node(weight)

@@ -13,14 +13,21 @@ from lobcq_fx.passes.infra import GraphPass
 
 @dataclass(frozen=True)
 class EliminateDeadCode(GraphPass):
-    """Dead nodes go, then what only they referred to. Placeholders stay: they are the graph's signature."""
+    """Dead nodes go, then what only they referred to. Placeholders stay: they are the graph's signature.
+
+    Args:
+        others: graphs on the same tensors, which keep what they refer to.
+    """
 
     name: ClassVar[str] = "eliminate_dead_code"
+
+    others: tuple[fx.Graph, ...] = ()
 
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Erase from the last node to the first, so that chains go in one run."""
         modified = bool(graph_module.graph.eliminate_dead_code())
-        used = {str(node.target) for node in graph_module.graph.nodes if node.op in ("get_attr", "call_module")}
+        graphs = (graph_module.graph, *self.others)
+        used = {str(n.target) for graph in graphs for n in graph.nodes if n.op in ("get_attr", "call_module")}
         tensors = [name for name, _ in graph_module.named_parameters(remove_duplicate=False)]
         tensors += [name for name, _ in graph_module.named_buffers(remove_duplicate=False)]
         for name in tensors:

@@ -45,6 +45,14 @@ class NormalizeMatmuls(GraphPass):
         return modified
 
 
+def normal_form(graph_module: fx.GraphModule) -> str | None:
+    """What passes after this one require: no product is left that it would rewrite."""
+    for node in graph_module.graph.nodes:
+        if _linear_operands(node) is not None:
+            return f"{node.format_node()} is not in normal form: run normalize_matmuls first"
+    return None
+
+
 @dataclass(frozen=True)
 class _Operands:
     """Operands of `linear`: its weight [N, K] is the attribute, or the attribute's transpose if `flipped`."""

@@ -203,6 +203,15 @@ class ModuleCall(CallingConvention):
         )
 
 
+def call_of(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of one item of calibration data, or of an example: a mapping, a tuple, or one argument."""
+    if isinstance(item, Mapping):
+        return (), dict(item)
+    if isinstance(item, (tuple, list)):
+        return tuple(item), {}
+    return (item,), {}
+
+
 def bind_arguments(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[str, ...], dict[str, Any]]:

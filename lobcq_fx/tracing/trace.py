@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,26 @@ class TracedModel:
 
     graph_module: fx.GraphModule
     calling: CallingConvention
+
+
+MAIN = "main"
+"""Name of the graph that every model has."""
+
+
+@dataclass(frozen=True)
+class TracedGraphs:
+    """The graphs of one model by name, `MAIN` first; each runs the same matmuls in the same order.
+
+    refusals: graphs that could not be made, and why, by name.
+    """
+
+    graphs: dict[str, TracedModel]
+    refusals: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def graph_modules(self) -> dict[str, fx.GraphModule]:
+        """Without their calling conventions."""
+        return {name: one.graph_module for name, one in self.graphs.items()}
 
 
 def trace_module(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> TracedModel:

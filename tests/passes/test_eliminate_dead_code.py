@@ -6,7 +6,6 @@ import torch
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
-from lobcq_fx.passes.insert_observers import InsertObservers
 from tests.passes.graphs import (
     Function,
     assert_unchanged,
@@ -16,6 +15,7 @@ from tests.passes.graphs import (
     names,
     nodes,
     normalized,
+    observe,
     parameter,
     rewritten,
     run,
@@ -56,7 +56,7 @@ def test_unread_inputs_stay_in_the_signature():
 
 def test_observers_go_once_the_rewrite_no_longer_reads_them():
     graph_module = normalized(linear(32, 64))
-    InsertObservers(LobcqConfig())(graph_module)
+    observe(graph_module, LobcqConfig())
     assert_unchanged(EliminateDeadCode(), graph_module)  # still read
     assert "lobcq_observers.0" in dict(graph_module.named_modules())
     rewritten(graph_module)

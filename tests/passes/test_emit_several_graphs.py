@@ -1,4 +1,4 @@
-"""follow_rewrite: a second trace's matmuls become what the first one's became, on the same packed weights."""
+"""emit: one plan for several traces of a model, whose matmuls become the same ops on the same packed weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from torch import nn
 
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.config import LobcqConfig
+from lobcq_fx.encoding import encode_weights
 from lobcq_fx.errors import TraceError
 from lobcq_fx.graph.shared_tensors import drop_shared, share
 from lobcq_fx.modules.packed_weight import PackedWeight
-from lobcq_fx.passes.follow_rewrite import FollowRewrite
+from lobcq_fx.passes.emit import Emit
 from lobcq_fx.passes.prepack import Prepack, weights_as_stored
-from lobcq_fx.passes.rewrite import Rewrite
+from lobcq_fx.plan import QuantizationPlan
 from tests.passes.graphs import (
     Function,
     assert_metadata,
@@ -59,17 +60,19 @@ def written_differently(m, x):
 
 
 def pair(config=None, second=written_differently, first=plain):
-    """The first graph rewritten, and the second, not yet, on its tensors."""
+    """The first graph with its weights encoded and emitted, the second, not yet, on its tensors; and the pass."""
     config, model = config or LobcqConfig(), Two(first)
     root = normalized(model)
     model.function = second
     other = normalized(model)
     drop_shared(other, root)
-    specs = {config.format, *(config.for_layer(layer).format for layer in "abw")}
-    weights = CodebookSets.universal(specs).weights
+    plan = QuantizationPlan.of(root, config)
+    weights = CodebookSets.universal(set(plan.formats)).weights
     activations = {spec: -codebooks.flip(1) for spec, codebooks in weights.items()}
-    Rewrite(config, CodebookSets(weights, activations))(root)
-    return root, share(other, root), config
+    emit = Emit(plan, CodebookSets(weights, activations))
+    encode_weights(plan, root, emit.codebooks)
+    emit(root)
+    return root, share(other, root), emit
 
 
 CONFIGS = {
@@ -82,10 +85,10 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_it_computes_the_same_from_the_same_tensors(config):
-    root, other, settings = pair(CONFIGS[config])
+    root, other, emit = pair(CONFIGS[config])
     before = {name: id(tensor) for name, tensor in root.named_buffers()}
     assert len(nodes(other, aten.linear.default)) == 4
-    assert FollowRewrite(root, settings)(other).modified
+    assert emit(other).modified
     assert len(nodes(other, aten.linear.default)) == (1 if config == "some" else 0)
     assert {name: id(tensor) for name, tensor in root.named_buffers()} == before
     for x in (values(2, 3, 64), values(1, 1, 64), values(4, 7, 64)):
@@ -94,7 +97,7 @@ def test_it_computes_the_same_from_the_same_tensors(config):
     assert {str(n.target) for n in other.graph.find_nodes(op="get_attr")} == {
         str(n.target) for n in root.graph.find_nodes(op="get_attr")
     }
-    assert_unchanged(FollowRewrite(root, settings), other)
+    assert_unchanged(emit, other)
 
 
 def test_a_bias_that_only_the_second_graph_computes_keeps_its_weight_as_it_is_stored():
@@ -102,8 +105,8 @@ def test_a_bias_that_only_the_second_graph_computes_keeps_its_weight_as_it_is_st
         m.b.shift = 0.0
         return plain(m, x)
 
-    root, other, settings = pair(second=computed)
-    FollowRewrite(root, settings)(other)
+    root, other, emit = pair(second=computed)
+    emit(other)
     stored = weights_as_stored(root.graph) | weights_as_stored(other.graph)
     assert stored == {"b.weight"}
     x = values(2, 3, 64)
@@ -150,10 +153,10 @@ OTHERS = {
 @pytest.mark.parametrize("case", OTHERS)
 def test_graphs_that_differ_are_refused_and_left_as_they_are(case):
     second, message = OTHERS[case]
-    root, other, settings = pair(second=second)
+    _, other, emit = pair(second=second)
     before = targets(other)
     with pytest.raises(TraceError, match=message):
-        FollowRewrite(root, settings)(other)
+        emit(other)
     assert targets(other) == before
 
 
@@ -161,9 +164,19 @@ def test_a_tied_weight_that_stays_in_float_is_found_under_its_packed_name():
     model = Function(lambda m, x: m.a(x) + m.a.weight.sum(), a=linear(64, 64))
     root, other = normalized(model), normalized(model)
     drop_shared(other, root)
-    config = LobcqConfig()
-    Rewrite(config, CodebookSets.universal({config.format}))(root)
+    plan = QuantizationPlan.of(root, LobcqConfig())
+    emit = Emit(plan, CodebookSets.universal(set(plan.formats)))
+    encode_weights(plan, root, emit.codebooks)
     other = share(other, root)
-    assert FollowRewrite(root, config)(other).modified
+    assert emit(root).modified
+    assert emit(other).modified
     x = values(2, 3, 64)
     assert torch.equal(run(other, x), run(root, x))
+
+
+def test_a_graph_that_reads_a_weight_in_float_that_is_let_go_is_refused():
+    model = Function(lambda m, x: m.a(x), a=linear(64, 64))
+    plan = QuantizationPlan.of(normalized(model), LobcqConfig())
+    model.function = lambda m, x: m.a(x) + m.a.weight.sum()
+    with pytest.raises(TraceError, match=r"it reads a\.weight in float too, in .*sum"):
+        plan.pair(normalized(model))

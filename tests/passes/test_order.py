@@ -73,7 +73,7 @@ def test_what_is_fused(family):
 
 def test_refusals_are_returned_and_logged(caplog):
     q = lobcq_fx.quantize(causal_lm("gpt-neox"), static_cache=False)
-    with caplog.at_level(logging.INFO, logger="lobcq_fx.passes.lowering"):
+    with caplog.at_level(logging.INFO, logger="lobcq_fx.passes.order"):
         refusals = lowered(q)
     wanted = "fuse_activation_encode: gpt_neox.layers.0.mlp.dense_4h_to_h: gelu is not fused, silu(gate) * up is"
     assert wanted in [str(refusal) for refusal in refusals]
@@ -107,7 +107,7 @@ def test_a_loaded_model_is_lowered_as_the_one_that_was_traced(family, tmp_path, 
     traced.save_pretrained(tmp_path)
     loaded = lobcq_fx.load(tmp_path)
     on_the_cpu = AnnotateValues(torch.device("cpu"))
-    monkeypatch.setattr("lobcq_fx.passes.lowering.AnnotateValues", lambda _: on_the_cpu)
+    monkeypatch.setattr("lobcq_fx.passes.order.AnnotateValues", lambda _: on_the_cpu)
     lowered(traced)
     lowered(loaded)
     for (one, _), (other, _) in zip(loaded._graphs(), traced._graphs(), strict=True):

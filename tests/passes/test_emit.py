@@ -13,12 +13,13 @@ from torch import nn
 import lobcq_fx
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.config import LobcqConfig
+from lobcq_fx.encoding import encode_weights
 from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import FormatSpec, encode, sqnr_db, universal_codebooks
 from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
-from lobcq_fx.passes.insert_observers import InsertObservers
-from lobcq_fx.passes.rewrite import Rewrite
+from lobcq_fx.passes.emit import Emit
+from lobcq_fx.plan import QuantizationPlan
 from tests.passes.graphs import (
     Function,
     assert_metadata,
@@ -31,6 +32,7 @@ from tests.passes.graphs import (
     names,
     nodes,
     normalized,
+    observe,
     parameter,
     reference,
     rewritten,
@@ -87,7 +89,8 @@ def test_every_form_is_replaced_and_equals_the_format_in_plain_torch(form, mode)
     assert not torch.allclose(run(graph_module, x), model(x), rtol=1e-3, atol=1e-3)  # it does quantize
     assert_metadata(graph_module, values(5, 2, 172))
     assert_metadata(graph_module, values(1, 1, 172))
-    assert_unchanged(Rewrite(LobcqConfig(mode=mode), CodebookSets.universal({FormatSpec()})), graph_module)
+    plan = QuantizationPlan.of(normalized(model, x), LobcqConfig(mode=mode))
+    assert_unchanged(Emit(plan, CodebookSets.universal({FormatSpec()})), graph_module)
 
 
 @pytest.mark.parametrize("name", ["1x16", "2x128", "16x32"])
@@ -130,7 +133,7 @@ def test_a_layer_called_twice_has_two_static_scales():
     layer = linear(64, 64)
     model = Function(lambda m, x: m.layer(100 * m.layer(x)), layer=layer)
     graph_module = normalized(model)
-    InsertObservers(STATIC)(graph_module)
+    observe(graph_module, STATIC)
     x = values(2, 5, 64)
     inner = 100 * run(graph_module, x).new_tensor(0) + 100 * nn.functional.linear(x, layer.weight, layer.bias).detach()
     rewritten(graph_module, STATIC)
@@ -200,7 +203,7 @@ def test_two_formats_for_one_weight():
 def test_a_bare_parameter_read_both_ways(config):
     model = Function(lambda m, x: (x @ m.w) @ m.w.t(), w=parameter(64, 48))
     graph_module = normalized(model)
-    InsertObservers(config)(graph_module)
+    observe(graph_module, config)
     x = values(2, 3, 64)
     run(graph_module, x)
     rewritten(graph_module, config)
@@ -258,7 +261,8 @@ def test_a_weight_that_is_not_finite_is_named_with_its_index_and_the_remedy(bad)
 def test_progress_counts_weights():
     graph_module = normalized(nn.Sequential(linear(64, 64), linear(64, 64), linear(32, 64)))
     calls = []
-    Rewrite(LobcqConfig(), CodebookSets.universal({FormatSpec()}), progress=lambda *c: calls.append(c))(graph_module)
+    plan = QuantizationPlan.of(graph_module, LobcqConfig())
+    encode_weights(plan, graph_module, CodebookSets.universal({FormatSpec()}), progress=lambda *c: calls.append(c))
     assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -278,7 +282,7 @@ def test_weights_and_activations_use_each_their_own_set():
     own = torch.arange(-15, 17, 2, dtype=torch.int8).mul(2).expand(8, 16).contiguous().clamp(-31, 31)
     layer = linear(32, 64)
     graph_module = normalized(layer)
-    Rewrite(LobcqConfig(), CodebookSets({spec: universal_codebooks(8)}, {spec: own}))(graph_module)
+    rewritten(graph_module, codebooks=CodebookSets({spec: universal_codebooks(8)}, {spec: own}))
     (quantize,) = nodes(graph_module, lobcq.quantize_activation.default)
     (op,) = nodes(graph_module, lobcq.linear.default)
     assert quantize.args[1].target == "lobcq.codebooks_1"
