@@ -180,9 +180,13 @@ class QuantizedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        first: Tensor = next(iter(self.graph_module.state_dict().values()))
-        return first.device
+        """Where the weights are: where the first tensor is. A state dict would unpack every weight for it."""
+        tensors = (
+            tensor
+            for module in self.graph_module.modules()
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        )
+        return next(tensors).device
 
     @property
     def dtype(self) -> torch.dtype:

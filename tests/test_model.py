@@ -180,6 +180,33 @@ def test_repr_says_what_runs_how(q):
     assert repr(q).startswith("QuantizedModel(\n  8x64, w4a4, 2 of 2 matmuls\n")
 
 
+def state_dicts_taken(module):
+    """A list that gets the name of every module whose state is asked for, which unpacks the weights in it."""
+    taken = []
+    for name, part in module.named_modules():
+        part.register_state_dict_pre_hook(lambda *_, name=name: taken.append(name))
+    return taken
+
+
+def test_asking_for_device_and_dtype_takes_no_state_dict():
+    for q in (quantized(), lobcq_fx.quantize(nn.Sequential(nn.Linear(64, 8, bias=False)), [X])):
+        taken = state_dicts_taken(q)
+        assert (q.device, q.dtype) == (torch.device("cpu"), torch.float32)
+        q.to("cpu")
+        q(X)
+        assert taken == []
+    q.state_dict()
+    assert any("weight" in name for name in taken)  # it would have been noticed
+
+
+def test_generation_takes_no_state_dict():
+    lm = lobcq_fx.quantize(causal_lm("llama"))
+    taken = state_dicts_taken(lm)
+    for settings in ({}, {"num_beams": 2}, {"cache_implementation": "static", "disable_compile": True}):
+        lm.generate(torch.arange(3, 9).view(1, 6), max_new_tokens=3, eos_token_id=None, **settings)
+    assert taken == []
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda q: copy.deepcopy(Outer(q)).inner])
 def test_deep_copies_are_independent(duplicate):
     q = quantized()
