@@ -1,7 +1,7 @@
-"""Draw what benchmarks/gpu.py measured: each linear's speed against bf16, under the bound that memory sets.
+"""Draw what benchmarks/gpu/measure.py measured: each linear's speed against bf16, under the bound that memory sets.
 
-python benchmarks/gpu_plot.py                                            # docs/images/gpu_linears.svg
-python benchmarks/gpu_plot.py --results /tmp/smoke.json -o /tmp/plot.svg    # of a smoke run
+python -m benchmarks.gpu.plot                                         # docs/images/gpu_linears.svg
+python -m benchmarks.gpu.plot --results /tmp/smoke.json -o /tmp/plot.svg    # of a smoke run
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "gpu.json"
-IMAGE = HERE.parent / "docs" / "images" / "gpu_linears.svg"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
+IMAGE = ROOT / "docs" / "images" / "gpu_linears.svg"
 BASELINE = "bf16"
 
 

@@ -1,4 +1,4 @@
-"""Checks and races of benchmarks/cpu_model.py, for one number of threads in a process of its own."""
+"""Checks and races of benchmarks/model/generation.py, for one number of threads in a process of its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cpu_model_folders import (
+from benchmarks.model.folders import (
     CHECKED_TOKENS,
     ORT_INT4,
     TORCH_BF16,
@@ -22,8 +22,8 @@ from benchmarks.cpu_model_folders import (
     Folders,
     prompt,
 )
-from benchmarks.cpu_model_onnx import OnnxModel
-from benchmarks.cpu_model_torch import TorchModel, load_torch_model
+from benchmarks.model.onnx_model import OnnxModel
+from benchmarks.model.torch_model import TorchModel, load_torch_model
 from lobcq_fx.benchmarking.race import median_ratio, race
 
 CODES_FLIP = 0.4

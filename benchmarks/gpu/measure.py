@@ -1,4 +1,4 @@
-"""Everything that is measured on one GPU: `LOBCQ_TRITON=1 python -m benchmarks.gpu`.
+"""Everything that is measured on one GPU: `LOBCQ_TRITON=1 python -m benchmarks.gpu.measure`.
 
 The kernels' tests run first, on the GPU, and launch configurations are tuned; then come copy bandwidth, linears of
 Llama-3-8B and 70B, encoders, and a Llama-3-8B-shaped model of random weights. Each product is checked before it is
@@ -6,7 +6,7 @@ timed, and contenders take turns. Results are written after every section, so th
 it has; a later run adds to what is there. The configurations go into the package, and into the results. Where a command
 may take ten minutes: `--sections tests`, then `tuning copy "few rows"`, `"many rows" encoders`, and `model`.
 
-    python -m benchmarks.gpu --device cpu --smoke --output /tmp/smoke.json    # tries the script out, no GPU needed
+    python -m benchmarks.gpu.measure --device cpu --smoke --output /tmp/smoke.json    # tries it out, needs no GPU
 
 No GPU has run it yet.
 """
@@ -26,14 +26,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_encoders import measure_encoders
-from benchmarks.gpu_linears import measure_linear
-from benchmarks.gpu_model import LLAMA_3_8B, TINY, Load, measure_model
-from benchmarks.gpu_timing import race, summary
-from benchmarks.llama_linears import LINEARS
+from benchmarks.gpu.encoders import measure_encoders
+from benchmarks.gpu.linears import measure_linear
+from benchmarks.gpu.llama_linears import LINEARS
+from benchmarks.gpu.model import LLAMA_3_8B, TINY, Load, measure_model
+from benchmarks.gpu.timing import race, summary
 from lobcq_fx.benchmarking.machine import installed_version
 
-RESULT = Path(__file__).parent / "results" / "gpu.json"
+RESULT = Path(__file__).parents[1] / "results" / "gpu.json"
 FEW_ROWS, MANY_ROWS = (1, 4, 16), (2048, 4096, 8192)
 ENCODED = (4096, 8192)
 COPIED_BYTES = 1 << 30
@@ -100,7 +100,7 @@ def tuned(linears: dict[str, tuple[int, int]], seconds: float, device: torch.dev
     if device.type == "cpu":
         yield "not run: no GPU"
         return
-    from benchmarks.gpu_tuning import tune  # imports triton
+    from benchmarks.gpu.tuning import tune  # imports triton
 
     yield from tune(linears, ["8x64", "8x128"], seconds, device)
 

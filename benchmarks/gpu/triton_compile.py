@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that need not be here, and write down what the compiler made of it.
 
-    python benchmarks/triton_compile.py -o benchmarks/results/triton_compile.json
+    python -m benchmarks.gpu.triton_compile -o benchmarks/results/triton_compile.json
 
 Exits with 1 where registers spill, where a kernel that encodes flushes subnormals, divides or takes roots approximately
 or, with a prologue, fuses a multiplication with an addition, or where a GEMM lacks the MMA instruction of its plan.
@@ -21,8 +21,8 @@ os.environ["TRITON_INTERPRET"] = "0"  # before triton is imported: kernels are t
 
 import torch
 import triton
-from triton_launches import compiled, launches_of
 
+from benchmarks.gpu.triton_launches import compiled, launches_of
 from lobcq_fx.format import FormatSpec, universal_codebooks
 from lobcq_fx.kernels.triton.decode_gemm import decode_gemm
 from lobcq_fx.kernels.triton.dequantize import dequantize

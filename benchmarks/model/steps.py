@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.cpu_model_folders import Folders, prompt
-from benchmarks.cpu_model_speed import GRAPHS, Generation
-from benchmarks.cpu_model_torch import TorchModel, load_torch_model
+from benchmarks.model.folders import Folders, prompt
+from benchmarks.model.speed import GRAPHS, Generation
+from benchmarks.model.torch_model import TorchModel, load_torch_model
 
 GROUPS = {
     "our kernels": ("lobcq::",),

@@ -1,6 +1,6 @@
 """The table-driven encoder against the broadcast it replaces: time and peak memory, results compared first.
 
-    python benchmarks/encoder_speed.py
+    python -m benchmarks.cpu.encoder_speed
 
 Both encode the same [512, 2048] fp32 weight (2**20 scalars, 4 MiB) on the CPU. The broadcast compares every scalar with
 all N_c x 16 entries. Each runs in a process of its own, so that peak memory is its own (Linux only). Writes
@@ -27,7 +27,7 @@ from lobcq_fx.format.packing import pack_codes, pack_selectors
 from lobcq_fx.format.scales import absmax_tensor_scale, array_scales
 from lobcq_fx.format.spec import BLOCK_SIZE, GRID
 
-RESULT = Path(__file__).parent / "results" / "encoder_speed.json"
+RESULT = Path(__file__).parents[1] / "results" / "encoder_speed.json"
 SHAPE = (512, 2048)
 REPEATS = 7
 
@@ -56,7 +56,7 @@ def main() -> None:
         rows.append(row)
         print(f"| {' | '.join(str(value) for value in row.values())} |")
     result = {
-        "command": "python benchmarks/encoder_speed.py",
+        "command": "python -m benchmarks.cpu.encoder_speed",
         "shape": SHAPE,
         "threads": arguments.threads,
         "torch": torch.__version__,

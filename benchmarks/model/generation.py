@@ -1,4 +1,4 @@
-"""A Llama-shaped model of 1.1 billion random weights, generating on a CPU: `python -m benchmarks.cpu_model`.
+"""A Llama-shaped model of 1.1 billion random weights, generating on a CPU: `python -m benchmarks.model.generation`.
 
 Contenders, batch 1: the fp32 and bf16 model and ours under torch.compile(fullgraph=True, dynamic=True); the fp32 and
 the int4 model (MatMulNBits, head included) in ONNX Runtime. Each is checked first, by the logits of its reference; then
@@ -6,7 +6,7 @@ all take turns, and ratios are medians over the rounds. A decode burst starts fr
 measured with each contender in a process of its own. Writes benchmarks/results/cpu_model.json; the saved models go to a
 temporary folder (15 GB).
 
-    python -m benchmarks.cpu_model --layers 2 --rounds 2 --output /tmp/smoke.json    # a quick look
+    python -m benchmarks.model.generation --layers 2 --rounds 2 --output /tmp/smoke.json    # a quick look
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu_model_folders import (
+from benchmarks.model.folders import (
     CONFIGS,
     NAMES,
     TORCH_FP32,
@@ -33,11 +33,11 @@ from benchmarks.cpu_model_folders import (
     save_onnx_models,
     save_torch_models,
 )
-from benchmarks.cpu_model_memory import measure_memory
-from benchmarks.cpu_model_speed import Settings, measure_speed, summary
-from benchmarks.cpu_model_steps import measure_steps
+from benchmarks.model.memory import measure_memory
+from benchmarks.model.speed import Settings, measure_speed, summary
+from benchmarks.model.steps import measure_steps
 
-RESULT = Path(__file__).parent / "results" / "cpu_model.json"
+RESULT = Path(__file__).parents[1] / "results" / "cpu_model.json"
 PROFILED = (W4A4, W4A4_HEAD)
 
 
@@ -76,7 +76,7 @@ def measure(folders: Folders, settings: Settings, arguments: argparse.Namespace)
             steps.append(alone(measure_steps, folders, name, threads, settings.prompts[0], settings.steps))
             print(json.dumps(steps[-1], indent=1), flush=True)
     return {
-        "command": "python -m benchmarks.cpu_model",
+        "command": "python -m benchmarks.model.generation",
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "versions": {name: version(name) for name in ("torch", "transformers", "onnxruntime")},

@@ -1,4 +1,4 @@
-"""torch's side of benchmarks/cpu_model.py: float models and ours, each compiled."""
+"""torch's side of benchmarks/model/generation.py: float models and ours, each compiled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM
 
 import lobcq_fx
-from benchmarks.cpu_model_folders import CONFIGS, TORCH_BF16, Folders
+from benchmarks.model.folders import CONFIGS, TORCH_BF16, Folders
 
 
 class TorchModel:

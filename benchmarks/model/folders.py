@@ -1,4 +1,4 @@
-"""A Llama-shaped model with random weights, saved once for every contender of benchmarks/cpu_model.py.
+"""A Llama-shaped model with random weights, saved once for every contender of benchmarks/model/generation.py.
 
 Beside the folders lie the logits that each contender is checked against: those of the float model, and those of the
 float model with decoded weights and fake-quantized activations, for which `lobcq_fx.format` alone is called.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lobcq_fx
-from benchmarks.cpu_model_onnx import export_onnx, quantize_onnx
+from benchmarks.model.onnx_model import export_onnx, quantize_onnx
 from lobcq_fx.config import DEFAULT_EXCLUDE
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_timing import captured, race, summary
+from benchmarks.gpu.timing import captured, race, summary
 from lobcq_fx.benchmarking.contender import CHECKED_ROWS, WrongProductError
 from lobcq_fx.benchmarking.peers import RESEMBLES
 from lobcq_fx.benchmarking.race import Burst

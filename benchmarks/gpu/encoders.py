@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_linears import check, encoded_weight, in_kernel_layout
-from benchmarks.gpu_timing import race, summary
+from benchmarks.gpu.linears import check, encoded_weight, in_kernel_layout
+from benchmarks.gpu.timing import race, summary
 from lobcq_fx.format import FormatSpec, universal_codebooks
 from lobcq_fx.ops.prologues import rms_norm, silu_mul
 

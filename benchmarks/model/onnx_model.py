@@ -1,4 +1,4 @@
-"""ONNX Runtime's side of benchmarks/cpu_model.py: the model exported once with its key/value cache, then quantized.
+"""ONNX Runtime's side of benchmarks/model/generation.py: a model exported once with its key/value cache, quantized.
 
 The export is transformers' own, with its fusions for ONNX Runtime's CPU provider (GroupQueryAttention among them), and
 its head computes the wanted positions alone, as the torch models do.

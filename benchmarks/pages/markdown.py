@@ -33,4 +33,4 @@ def keep_page(page: Path, sections: Mapping[str, str], script: str, description:
     if not check:
         page.write_text(after, encoding="utf-8")
     elif before != after:
-        sys.exit(f"{page.name} does not show the results in benchmarks/results: run python benchmarks/{script}")
+        sys.exit(f"{page.name} does not show what benchmarks/results has: run python -m benchmarks.pages.{script}")

@@ -1,7 +1,7 @@
 """Put what was compiled, and the floors that can be computed, into docs/gpu_kernels.md, between its markers.
 
-python benchmarks/gpu_kernels_page.py           # rewrite the page
-python benchmarks/gpu_kernels_page.py --check   # exit with 1 if it differs
+python -m benchmarks.pages.gpu_kernels           # rewrite the page
+python -m benchmarks.pages.gpu_kernels --check   # exit with 1 if it differs
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llama_linears import LINEARS
-from markdown import keep_page, table
-
+from benchmarks.gpu.llama_linears import LINEARS
+from benchmarks.pages.markdown import keep_page, table
 from lobcq_fx.format import FormatSpec
 
-HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "gpu_kernels.md"
-RESULTS = HERE / "results" / "triton_compile.json"
-MEASURED = HERE / "results" / "gpu.json"
-"""What benchmarks/gpu.py wrote on a GPU; not there until one has run it."""
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "gpu_kernels.md"
+RESULTS = ROOT / "benchmarks" / "results" / "triton_compile.json"
+MEASURED = RESULTS.with_name("gpu.json")
+"""What benchmarks/gpu/measure.py wrote on a GPU; not there until one has run it."""
 
 NOT_MEASURED = "not measured"
 
@@ -47,7 +46,7 @@ def main() -> None:
         "many": many_rows_floors(),
         "compiled": compiled(found),
     }
-    keep_page(PAGE, sections, "gpu_kernels_page.py", __doc__)
+    keep_page(PAGE, sections, "gpu_kernels", __doc__)
 
 
 def instructions_per_weight(found: dict[str, Any], kernel: str, name: str = SHOWN, sm: int = SHOWN_SM) -> float:

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import lobcq_fx
-from benchmarks.gpu_linears import check
-from benchmarks.gpu_timing import timed
+from benchmarks.gpu.linears import check
+from benchmarks.gpu.timing import timed
 
 LLAMA_3_8B = {
     "hidden_size": 4096,

@@ -1,6 +1,6 @@
 """The CPU core's W4A4 linear against other linears: what the README's speed tables show.
 
-    python benchmarks/cpu.py
+    python -m benchmarks.cpu.linears
 
 Every combination of shape, format, number of rows and threads, as `lobcq bench` measures it, and how fast the core
 encodes. Each number of threads has a process of its own. Needs `pip install "lobcq-fx[bench]"` for all peers and about
@@ -24,7 +24,7 @@ from lobcq_fx.benchmarking.measure import measure, torch_threads
 from lobcq_fx.benchmarking.peers import PEERS
 from lobcq_fx.format import FormatSpec
 
-RESULT = Path(__file__).parent / "results" / "cpu.json"
+RESULT = Path(__file__).parents[1] / "results" / "cpu.json"
 FORMATS = ("8x64", "16x64", "8x128", "16x128")
 
 

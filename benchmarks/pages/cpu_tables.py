@@ -1,11 +1,11 @@
-"""The README's section on the speed of a linear, from what benchmarks/cpu.py wrote."""
+"""The README's section on the speed of a linear, from what benchmarks/cpu/linears.py wrote."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from markdown import table
+from benchmarks.pages.markdown import table
 
 SHOWN = "8x64"
 """The format that is compared with others' linears; the table of rates has every one."""

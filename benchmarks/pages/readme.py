@@ -1,7 +1,7 @@
 """Put the measured results into README.md, between its markers.
 
-    python benchmarks/readme_tables.py           # rewrite README.md
-    python benchmarks/readme_tables.py --check   # exit with 1 if it differs
+    python -m benchmarks.pages.readme           # rewrite README.md
+    python -m benchmarks.pages.readme --check   # exit with 1 if it differs
 
 Reads benchmarks/results/*.json, which the other benchmarks write; so no figure in the README is typed by hand.
 """
@@ -12,20 +12,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cpu_tables import cpu_section
-from markdown import keep_page, table
+from benchmarks.pages.cpu_tables import cpu_section
+from benchmarks.pages.markdown import keep_page, table
 
 NOT_MEASURED = "Not measured yet."
 
-HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+RESULTS = Path(__file__).parents[1] / "results"
+README = RESULTS.parents[1] / "README.md"
 
 
 def main() -> None:
     """Rewrite or check."""
     sections = {"perplexity": perplexity(), "minilm": minilm(), "sqnr": sqnr(), "cpu": cpu()}
     sections |= {"cpu-model": cpu_model(), "cpu-model-step": cpu_model_step(), "onnx": onnx()}
-    keep_page(README, sections, "readme_tables.py", __doc__)
+    keep_page(README, sections, "readme", __doc__)
 
 
 def perplexity() -> str:
@@ -134,12 +134,12 @@ def onnx() -> str:
 
 def measured(name: str) -> bool:
     """Whether a benchmark has written anything."""
-    return (HERE / "results" / f"{name}.json").is_file()
+    return (RESULTS / f"{name}.json").is_file()
 
 
 def results(name: str) -> dict[str, Any]:
     """What a benchmark wrote."""
-    loaded: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    loaded: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return loaded
 
 

@@ -1,13 +1,14 @@
-"""Our ONNX export in ONNX Runtime against its own int4 and fp32, one model: `python -m benchmarks.onnx_export`.
+"""Our ONNX export in ONNX Runtime against its own int4 and fp32, one model: `python -m benchmarks.onnx.export`.
 
-The model is that of benchmarks/cpu_model.py: Llama-shaped, 1.1 billion random weights, batch 1. Contenders, all of the
-same weights: transformers' fp32 export; that quantized to MatMulNBits int4, head included, at accuracy levels 0 and 4;
-ours with the op library, head in fp32 or in W4A16. Every graph has ONNX Runtime's GroupQueryAttention, and a head that
-computes the last position alone. Each export of ours was compared with its torch model; each contender's logits are
-compared with their reference here, before anything is timed. Then all take turns, and ratios are medians over the
-rounds. Session creation and memory are measured in a process for each. Writes benchmarks/results/onnx_export.json.
+The model is that of benchmarks/model/generation.py: Llama-shaped, 1.1 billion random weights, batch 1. Contenders, all
+of the same weights: transformers' fp32 export; that quantized to MatMulNBits int4, head included, at accuracy levels 0
+and 4; ours with the op library, head in fp32 or in W4A16. Every graph has ONNX Runtime's GroupQueryAttention, and a
+head that computes the last position alone. Each export of ours was compared with its torch model; each contender's
+logits are compared with their reference here, before anything is timed. Then all take turns, and ratios are medians
+over the rounds. Session creation and memory are measured in a process for each. Writes
+benchmarks/results/onnx_export.json.
 
-A quick look: `python -m benchmarks.onnx_export --layers 2 --rounds 2 --models /tmp/small --output /tmp/smoke.json`
+A quick look: `python -m benchmarks.onnx.export --layers 2 --rounds 2 --models /tmp/small --output /tmp/smoke.json`
 """
 
 from __future__ import annotations
@@ -26,8 +27,7 @@ from typing import Any
 import torch
 
 import lobcq_fx
-from benchmarks.cpu_model import alone, cpu_name, describe
-from benchmarks.cpu_model_folders import (
+from benchmarks.model.folders import (
     CHECKED_TOKENS,
     ORT_FP32,
     ORT_INT4,
@@ -38,20 +38,21 @@ from benchmarks.cpu_model_folders import (
     save_onnx_models,
     save_torch_models,
 )
-from benchmarks.cpu_model_memory import MIB, status_mib
-from benchmarks.cpu_model_onnx import OnnxModel, quantize_onnx
-from benchmarks.cpu_model_speed import CODES_FLIP, Generation, relative
+from benchmarks.model.generation import alone, cpu_name, describe
+from benchmarks.model.memory import MIB, status_mib
+from benchmarks.model.onnx_model import OnnxModel, quantize_onnx
+from benchmarks.model.speed import CODES_FLIP, Generation, relative
 from lobcq_fx.benchmarking.race import median_ratio, race
 from lobcq_fx.export.library import is_available
 
-RESULT = Path(__file__).parent / "results" / "onnx_export.json"
+RESULT = Path(__file__).parents[1] / "results" / "onnx_export.json"
 
 LEVEL_0, LEVEL_4 = "ORT int4, level 0", ORT_INT4
 OURS, OURS_HEAD = "ONNX lobcq W4A4", "ONNX lobcq W4A4, head W4A16"
 NAMES = (ORT_FP32, LEVEL_0, LEVEL_4, OURS, OURS_HEAD)
 SOURCES = {OURS: W4A4, OURS_HEAD: W4A4_HEAD}
 TOLERANCES = {ORT_FP32: 0.02, LEVEL_0: 0.8, LEVEL_4: 0.8, OURS: CODES_FLIP, OURS_HEAD: CODES_FLIP}
-"""Relative errors in norm, for the reasons that benchmarks/cpu_model_speed.py gives."""
+"""Relative errors in norm, for the reasons that benchmarks/model/speed.py gives."""
 
 
 def main() -> None:
@@ -76,7 +77,7 @@ def measure(folders: Folders, arguments: argparse.Namespace) -> dict[str, Any]:
         for row in summary(speeds[-1]):
             print(describe(row), flush=True)
     return {
-        "command": "python -m benchmarks.onnx_export",
+        "command": "python -m benchmarks.onnx.export",
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "versions": {name: version(name) for name in ("torch", "transformers", "onnx", "onnxruntime")},

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_linears import encoded_weight
+from benchmarks.gpu.linears import encoded_weight
 from lobcq_fx.format import FormatSpec, decode
 from lobcq_fx.kernels.triton.configs import (
     FOLDER,

@@ -1,11 +1,11 @@
 """Error against bits: LO-BCQ with the universal codebooks beside other 4-bit formats, on synthetic data.
 
-    python benchmarks/format_quality.py
+    python -m benchmarks.quality.format_quality
 
 Round to nearest, 2**19 scalars of each source as a [128, 4096] weight, SQNR in dB; seeds differ from those the
 universal codebooks were fitted with. Peers are computed by torchao where it is installed (a development dependency:
-`pip install --no-deps torchao`), else by benchmarks/peer_formats.py, and the table says which. Also measured: universal
-codebooks against a set fitted to each source, k-means++ against random starts, and the cost of INT6 entries.
+`pip install --no-deps torchao`), else by benchmarks/quality/peer_formats.py, and the table says which. Also measured:
+universal codebooks against a set fitted to each source, k-means++ against random starts, and the cost of INT6 entries.
 Writes benchmarks/results/format_quality.json and docs/images/format_quality.png, and prints the tables.
 """
 
@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from format_quality_plot import draw
-from peer_formats import PEERS, torchao_version
 from torch import Tensor
 
+from benchmarks.quality.format_quality_plot import draw
+from benchmarks.quality.peer_formats import PEERS, torchao_version
 from lobcq_fx.calibration import CodebookFit, fit_codebooks, refine_codebooks
 from lobcq_fx.calibration.synthetic import SOURCES, Source, synthetic
 from lobcq_fx.calibration.universal import sqnr_db
 from lobcq_fx.format import PAPER_CONFIGURATIONS, FormatSpec, universal_codebooks
 
-ROOT = Path(__file__).parent
-RESULT = ROOT / "results" / "format_quality.json"
-PLOT = ROOT.parent / "docs" / "images" / "format_quality.png"
+ROOT = Path(__file__).parents[2]
+RESULT = ROOT / "benchmarks" / "results" / "format_quality.json"
+PLOT = ROOT / "docs" / "images" / "format_quality.png"
 
 ROWS, COLUMNS = 128, 4096
 TEST_SEED = 1_000
@@ -49,12 +49,10 @@ def main() -> None:
     arguments = parser.parse_args()
     version = torchao_version()
     if version is None:
-        print(
-            "torchao is not installed: peers are computed by benchmarks/peer_formats.py and checked against nothing\n"
-        )
+        print("torchao is not installed: peers are computed by peer_formats.py and checked against nothing\n")
     data = {source: synthetic(source, (ROWS, COLUMNS), TEST_SEED + i) for i, source in enumerate(SOURCES)}
     result: dict[str, Any] = {
-        "command": "python benchmarks/format_quality.py",
+        "command": "python -m benchmarks.quality.format_quality",
         "measure": f"SQNR in dB, round to nearest, a [{ROWS}, {COLUMNS}] weight of each source",
         "torch": torch.__version__,
         "torchao": version,
@@ -97,7 +95,7 @@ def peer_rows(data: dict[Source, Tensor], version: str | None) -> list[dict[str,
             apart = max(abs(sqnr[source] - theirs[source]) for source in data)
             assert apart < TORCHAO_TOLERANCE_DB, f"{peer.name} is {apart:.3f} dB from torchao's"
             sqnr = theirs
-        computed_by = "benchmarks/peer_formats.py" if version is None else f"torchao {version}"
+        computed_by = "benchmarks/quality/peer_formats.py" if version is None else f"torchao {version}"
         rounded = {source: round(value, 2) for source, value in sqnr.items()}
         rows.append(_row(peer.name, peer.bits, computed_by, rounded))
     return rows

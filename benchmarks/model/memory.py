@@ -1,4 +1,4 @@
-"""Resident memory of one contender of benchmarks/cpu_model.py, loaded in a process of its own (Linux only)."""
+"""Resident memory of one contender of benchmarks/model/generation.py, loaded in a process of its own (Linux only)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.cpu_model_folders import CHECKED_TOKENS, Folders, prompt
-from benchmarks.cpu_model_onnx import OnnxModel
-from benchmarks.cpu_model_torch import TorchModel, load_torch_model
+from benchmarks.model.folders import CHECKED_TOKENS, Folders, prompt
+from benchmarks.model.onnx_model import OnnxModel
+from benchmarks.model.torch_model import TorchModel, load_torch_model
 
 MIB = 1 << 20
 

