@@ -57,7 +57,7 @@ def read_codebooks(path: Path, spec: FormatSpec) -> Tensor:
     """
     try:
         sets = json.loads(path.read_text(encoding="utf-8"))["codebooks"]
-        codebooks = torch.tensor(sets[str(spec.num_codebooks)], dtype=torch.int8)
+        codebooks = torch.tensor(sets[str(spec.num_codebooks)], dtype=torch.int8, device="cpu")
         check_codebooks(codebooks, spec)
     except OSError as error:
         raise ConfigError(f"cannot read codebooks from {path}: {error.strerror}") from None
@@ -99,7 +99,7 @@ def fit_to_model(
     return fit_codebooks(
         samples,
         spec,
-        tensor_scale=torch.tensor(1.0),
+        tensor_scale=torch.ones((), dtype=torch.float32, device="cpu"),
         on_iteration=lambda iteration, mse: progress("fit codebooks", iteration, None),
     )
 
@@ -108,7 +108,7 @@ def _sampled(arrays: Iterator[Tensor]) -> Tensor:
     sample = Reservoir(SAMPLED_ARRAYS, seed=0)
     for chunk in arrays:
         sample.add(chunk)
-    return sample.rows() if sample.num_seen else torch.empty(0)
+    return sample.rows() if sample.num_seen else torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def _weight_arrays(graph_module: fx.GraphModule, matmuls: list[Matmul], spec: FormatSpec) -> Iterator[Tensor]:

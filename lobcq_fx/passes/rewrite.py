@@ -152,7 +152,8 @@ class Rewrite(GraphPass):
             return None
         sample = scaled_sample(observer.statistics, matmul.config)
         codebooks = self.codebooks.activations[matmul.config.format]
-        return sqnr_db(sample, encode(sample, matmul.config.format, codebooks, torch.tensor(1.0)))
+        unscaled = torch.ones((), dtype=torch.float32, device=sample.device)
+        return sqnr_db(sample, encode(sample, matmul.config.format, codebooks, unscaled))
 
 
 def _device(graph_module: fx.GraphModule) -> torch.device:
