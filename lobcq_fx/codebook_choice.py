@@ -73,7 +73,7 @@ def read_codebooks(path: Path, spec: FormatSpec) -> Tensor:
     """
     try:
         sets = json.loads(path.read_text(encoding="utf-8"))["codebooks"]
-        codebooks = torch.tensor(sets[str(spec.num_codebooks)], dtype=torch.int8)
+        codebooks = torch.tensor(sets[str(spec.num_codebooks)], dtype=torch.int8, device="cpu")
         check_codebooks(codebooks, spec)
     except OSError as error:
         raise ConfigError(f"cannot read codebooks from {path}: {error.strerror}") from None
@@ -116,7 +116,7 @@ def fit_to_model(
     return fit_codebooks(
         samples,
         spec,
-        tensor_scale=torch.tensor(1.0),
+        tensor_scale=torch.ones((), dtype=torch.float32, device="cpu"),
         on_iteration=lambda iteration, mse: progress("fit codebooks", iteration, None),
     )
 
@@ -125,7 +125,7 @@ def _sampled(arrays: Iterator[Tensor]) -> Tensor:
     sample = Reservoir(SAMPLED_ARRAYS, seed=0)
     for chunk in arrays:
         sample.add(chunk)
-    return sample.rows() if sample.num_seen else torch.empty(0)
+    return sample.rows() if sample.num_seen else torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def _weight_arrays(weights: Iterable[PlannedWeight], read_weight: Callable[[str], Tensor]) -> Iterator[Tensor]:

@@ -37,8 +37,8 @@ class ActivationStatistics:
         self.num_updates = 0
         self.num_rows = 0
         self.num_scalars = 0
-        self.histogram = torch.zeros(NUM_BINS, dtype=torch.long)
-        self._absmax = torch.zeros(())
+        self.histogram = torch.zeros(NUM_BINS, dtype=torch.long, device="cpu")
+        self._absmax = torch.zeros((), dtype=torch.float32, device="cpu")
         self._sample = Reservoir(sampled_arrays, seed)
 
     @property

@@ -147,7 +147,7 @@ def _tensor(value: Any) -> Tensor:
     """A copy; numpy has no E4M3, which comes as its bytes."""
     if value.data_type() != "tensor(float8e4m3fn)":
         return torch.from_numpy(np.array(value.numpy()))
-    tensor = torch.empty(value.shape(), dtype=torch.uint8)
+    tensor = torch.empty(value.shape(), dtype=torch.uint8, device="cpu")
     ctypes.memmove(tensor.data_ptr(), value.data_ptr(), tensor.numel())
     return tensor
 

@@ -131,7 +131,7 @@ class CausalLMCall(CallingConvention):
         if self.positions_from_mask:
             return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -query:]
         past = mask.shape[1] - query
-        return torch.arange(past, past + query, device=mask.device).expand(batch, query)
+        return torch.arange(past, past + query, dtype=torch.long, device=mask.device).expand(batch, query)
 
 
 def call_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def kept_positions(kept: int | Tensor | None, query: int, device: torch.device) 
     """Positions whose logits are wanted: the last `kept` ones, all for 0 or None, or an index tensor as given."""
     if isinstance(kept, Tensor):
         return kept
-    return torch.arange(max(0, query - kept) if kept else 0, query, device=device)
+    return torch.arange(max(0, query - kept) if kept else 0, query, dtype=torch.long, device=device)
 
 
 def _grown(cache: Any, states: Sequence[Tensor]) -> Any:

@@ -48,7 +48,7 @@ class StaticCacheCall(CallingConvention):
         layers = self._layers(call["past_key_values"], ids)
         length = layers[0].keys.shape[2]
         self._check_room(layers[0], query, call.get("attention_mask"))
-        positions = layers[0].cumulative_length + torch.arange(query, device=ids.device)
+        positions = layers[0].cumulative_length + torch.arange(query, dtype=torch.long, device=ids.device)
         mask = cache_mask(call.get("attention_mask"), batch, length, ids.device)
         values = {
             "input_ids": ids,

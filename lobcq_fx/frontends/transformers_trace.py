@@ -161,10 +161,9 @@ def _causal_lm_inputs(model: PreTrainedModel) -> tuple[dict[str, Any], type]:
     """
     accepted = inspect.signature(model.forward).parameters
     cache = DynamicCache()
-    ids = torch.arange(BATCH * PAST).view(BATCH, PAST) % 7
-    mask = torch.ones(BATCH, PAST + QUERY, dtype=torch.long)
+    ids = _positions(0, BATCH * PAST, model.device).view(BATCH, PAST) % 7
+    mask = torch.ones(BATCH, PAST + QUERY, dtype=torch.long, device=model.device)
     mask[0, :2] = 0
-    ids, mask = ids.to(model.device), mask.to(model.device)
     output = model(
         input_ids=ids, attention_mask=mask[:, :PAST], past_key_values=cache, use_cache=True, return_dict=True
     )
@@ -173,7 +172,7 @@ def _causal_lm_inputs(model: PreTrainedModel) -> tuple[dict[str, Any], type]:
     if "position_ids" in accepted:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -QUERY:]
     if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = torch.arange(QUERY - KEPT, QUERY, device=model.device)
+        inputs["logits_to_keep"] = _positions(QUERY - KEPT, QUERY, model.device)
     inputs["past_key_values"] = cache
     return inputs, type(output)
 
@@ -197,7 +196,7 @@ def _in_place(cache: DynamicCache, device: torch.device) -> InPlaceCache:
             functional.pad(state, (0, 0, 0, CACHE - state.shape[2])) for state in (grown.keys, grown.values)
         )
         layers.append(layer)
-    return InPlaceCache(layers, torch.arange(PAST, PAST + QUERY, device=device))
+    return InPlaceCache(layers, _positions(PAST, PAST + QUERY, device))
 
 
 def _check_sizes(graph_module: fx.GraphModule) -> None:
@@ -222,15 +221,13 @@ def _positions_from_mask(model: PreTrainedModel) -> bool:
     """Whether the model, called without position_ids, counts positions along the mask (OPT does) or from 0 on."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return False
-    ids = torch.arange(PAST, device=model.device).view(1, PAST) % 7
+    ids = _positions(0, PAST, model.device).view(1, PAST) % 7
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
     counted = (mask.cumsum(-1) - 1).clamp(min=0)
     default = model(input_ids=ids, attention_mask=mask).logits
     by_mask = model(input_ids=ids, attention_mask=mask, position_ids=counted).logits
-    by_index = model(
-        input_ids=ids, attention_mask=mask, position_ids=torch.arange(PAST, device=ids.device)[None]
-    ).logits
+    by_index = model(input_ids=ids, attention_mask=mask, position_ids=_positions(0, PAST, ids.device)[None]).logits
     last = (0, -1)
     return bool((default[last] - by_mask[last]).abs().max() < (default[last] - by_index[last]).abs().max())
 
@@ -248,11 +245,15 @@ def made_up_inputs(model: PreTrainedModel) -> dict[str, Any]:
     if model.main_input_name != "input_ids":
         name, wanted = type(model).__name__, model.main_input_name
         raise TraceError(f"cannot make up an example for {name}, whose input is {wanted!r}: pass example_inputs")
-    ids = torch.arange(BATCH * PAST, device=device).view(BATCH, PAST) % 7
+    ids = _positions(0, BATCH * PAST, device).view(BATCH, PAST) % 7
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(config, "type_vocab_size", 0) and "token_type_ids" in inspect.signature(model.forward).parameters:
         inputs["token_type_ids"] = torch.zeros_like(ids)
     return inputs
+
+
+def _positions(start: int, stop: int, device: torch.device) -> Tensor:
+    return torch.arange(start, stop, dtype=torch.long, device=device)
 
 
 def _batch_and_length(leaf: Any) -> Any:

@@ -104,7 +104,7 @@ def absent(graph_module: fx.GraphModule) -> fx.Node:
     """The node of `ABSENT`."""
     if not has_attribute(graph_module, ABSENT):
         device = next(get_attribute(graph_module, MODULE).buffers()).device
-        _register_transient(graph_module, ABSENT, torch.empty(0, device=device))
+        _register_transient(graph_module, ABSENT, torch.empty(0, dtype=torch.float32, device=device))
     return get_attr_node(graph_module, ABSENT)
 
 
