@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, fx
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CallError
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
-from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static
+from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static, static_cache
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.tracing.calling import CallingConvention
@@ -113,8 +113,7 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         """
         calling = self.calling
         assert isinstance(calling, CausalLMCall)
-        cache = StaticCache(config=self.config, max_cache_len=max_cache_len)
-        cache.layers = [StaticLayer(max_cache_len=max_cache_len) for _ in calling.cache_heads]
+        cache = static_cache(self.config, calling, max_cache_len)
         if batch_size is not None:
             initialize(cache, calling, batch_size, self.device)
         return cache
