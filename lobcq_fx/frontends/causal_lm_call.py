@@ -69,6 +69,7 @@ class CausalLMCall(CallingConvention):
         batch, query = ids.shape
         mask = call.get("attention_mask")
         if mask is None:
+            refuse_packed(call)
             mask = torch.ones((batch, length + query), dtype=torch.long, device=ids.device)
         if mask.dim() != 2 or mask.shape[1] != length + query:
             wanted = f"[{batch}, {length + query}], cached tokens included"
@@ -176,6 +177,27 @@ def input_ids_of(call: Mapping[str, Any]) -> Tensor:
         raise CallError("input_ids is missing: the traced graph starts at token ids, not at inputs_embeds")
     assert isinstance(ids, Tensor)
     return ids
+
+
+def refuse_packed(call: Mapping[str, Any]) -> None:
+    """Refuse sequences packed into one row: without a mask and a cache the float model keeps them apart.
+
+    Raises:
+        CallError: position_ids start anew within a row.
+    """
+    positions = call.get("position_ids")
+    cached = call.get("past_key_values") is not None or call.get("use_cache") is not False
+    if positions is None or cached or positions.shape[-1] < 2:
+        return
+    message = (
+        "position_ids do not count on within a row: without attention_mask and cache the float model takes it for"
+        " several sequences, which the graph cannot keep apart: pass each as a row, padded, with attention_mask"
+    )
+    goes_on = (positions.diff(dim=-1) == 1).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(goes_on, message)
+    elif not goes_on:
+        raise CallError(message)
 
 
 def kept_positions(kept: int | Tensor | None, query: int, device: torch.device) -> Tensor:

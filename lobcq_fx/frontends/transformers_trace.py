@@ -31,6 +31,7 @@ from lobcq_fx.frontends.float_causal_lm import (
     has_shifted_loss,
     positions_from_mask,
 )
+from lobcq_fx.frontends.generation_overrides import check_overrides
 from lobcq_fx.frontends.graph_check import check_static_cache, default_positions_hold
 from lobcq_fx.frontends.in_place_cache import InPlaceCache
 from lobcq_fx.frontends.output_types import causal_lm_output_name
@@ -65,8 +66,10 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
     values [B, H, P + T, D].
 
     Raises:
-        TraceError: the model cannot be captured, or keeps a cache other than keys and values.
+        TraceError: the model cannot be captured, keeps a cache other than keys and values, or generates in a way of its
+            own.
     """
+    check_overrides(model)
     vocab_size = model.config.get_text_config().vocab_size
     with tracing(model), torch.no_grad():
         check_cache_layers(model)
