@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 TRACED = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Relative RMS error that a traced graph may have, by dtype: rounding alone."""
 
-TRACED_NARROW = 5e-2
+TRACED_NARROW = 1e-1
 """The same for bf16 and fp16."""
 
 SUSPICIOUS = 1.0

@@ -11,8 +11,9 @@ from transformers.cache_utils import Cache
 
 from lobcq_fx.errors import CallError
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
-from lobcq_fx.frontends.causal_lm_trial import whole_static_cache
-from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static
+from lobcq_fx.frontends.generation_overrides import PREPARE, delegated
+from lobcq_fx.frontends.plain_outputs import without_extra_outputs
+from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static, static_cache
 from lobcq_fx.model import ModelGraph, QuantizedModel
 
 
@@ -40,9 +41,9 @@ class CausalLMForward:
             past_key_values: a DynamicCache, which grows in place; None starts a new one. Or a static cache, which has a
                 fixed length C: see `QuantizedCausalLM.static_cache`; the mask may then be [B, C], 0 or 1 past P + T.
             labels: [B, T]; adds the shifted cross-entropy as `loss`.
-            use_cache: False leaves the cache out of the output.
+            use_cache: False leaves the cache out of the output; None does what the configuration says.
             logits_to_keep: how many last positions get logits, 0 for all; or an index tensor.
-            return_dict: False returns a tuple.
+            return_dict: False returns a tuple; None does what the configuration says.
             **kwargs: refused unless None or False.
 
         Returns:
@@ -51,25 +52,27 @@ class CausalLMForward:
         Raises:
             CallError: the traced graph cannot serve the call.
         """
+        settings = self.config.get_text_config()  # type: ignore[attr-defined]
         call = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "past_key_values": past_key_values,
             "labels": labels,
-            "use_cache": use_cache,
+            "use_cache": getattr(settings, "use_cache", None) if use_cache is None else use_cache,
             "logits_to_keep": logits_to_keep,
-            "return_dict": return_dict,
+            "return_dict": self.config.return_dict if return_dict is None else return_dict,  # type: ignore[attr-defined]
             **kwargs,
         }
         return super().forward(**call)  # type: ignore[misc]
 
 
 def graph_config(config: Any) -> Any:
-    """A copy for a model that is one graph: there is no attention and no expert for transformers to dispatch."""
+    """A copy for a model that is one graph: nothing for transformers to dispatch, no outputs but logits and cache."""
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
+    without_extra_outputs(config)
     return config
 
 
@@ -83,6 +86,16 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
     def _base_arguments(self, config: Any) -> tuple[Any, ...]:
         return (config,)
 
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """What `generate()` calls `forward` with; where the original class has a way of its own, this is it."""
+        prepare = delegated(self.config, PREPARE, QuantizedCausalLM)
+        inputs: dict[str, Any]
+        if prepare is None:
+            inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        else:
+            inputs = prepare(self, input_ids, **kwargs)
+        return inputs
+
     def static_cache(self, max_cache_len: int, batch_size: int | None = None) -> StaticCache:
         """A cache of a fixed length, for `past_key_values`; the calls write their keys and values into it.
 
@@ -95,7 +108,7 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         """
         calling = self.calling
         assert isinstance(calling, CausalLMCall)
-        cache = whole_static_cache(self.config, calling, max_cache_len)
+        cache = static_cache(self.config, calling, max_cache_len)
         if batch_size is not None:
             initialize(cache, calling, batch_size, self.device)
         return cache

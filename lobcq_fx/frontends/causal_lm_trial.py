@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
 
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.static_cache_call import static_cache
 from lobcq_fx.trial import Callee, Outcome, Trial
 
 BATCH, PROMPT, PADDING = 2, 6, 2
@@ -24,14 +25,7 @@ def growing(model: PreTrainedModel) -> Trial:
 
 def static(model: PreTrainedModel, calling: CausalLMCall) -> Trial:
     """With a cache of a fixed size."""
-    return _trial(model, lambda: whole_static_cache(model.config, calling, PROMPT + 3))
-
-
-def whole_static_cache(config: Any, calling: CausalLMCall, length: int) -> StaticCache:
-    """A cache that is whole in every layer, also where the model slides a window; its memory is not there yet."""
-    cache = StaticCache(config=config, max_cache_len=length)
-    cache.layers = [StaticLayer(max_cache_len=length) for _ in calling.cache_heads]
-    return cache
+    return _trial(model, lambda: static_cache(model.config, calling, PROMPT + 3))
 
 
 def _trial(model: PreTrainedModel, make_cache: Callable[[], Cache]) -> Trial:

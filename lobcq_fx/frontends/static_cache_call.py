@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
 from lobcq_fx.errors import CallError
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall, call_arguments, input_ids_of, kept_positions
@@ -113,6 +113,7 @@ class StaticCacheCall(CallingConvention):
     def _position_ids(self, given: Tensor | None, mask: Tensor, positions: Tensor, batch: int) -> Tensor:
         if given is not None:
             return given.expand(batch, positions.shape[0])
+        self.causal.check_default_positions()
         if self.causal.positions_from_mask:
             return (mask.long().cumsum(-1) - 1).clamp(min=0).index_select(1, positions)
         return positions.expand(batch, positions.shape[0])
@@ -121,6 +122,13 @@ class StaticCacheCall(CallingConvention):
 def is_static(cache: Any) -> bool:
     """Whether a cache has memory of a fixed size, so that the graph for such caches serves it, or refuses it."""
     return isinstance(cache, Cache) and len(cache.layers) > 0 and isinstance(cache.layers[0], StaticLayer)
+
+
+def static_cache(config: Any, causal: CausalLMCall, max_cache_len: int) -> StaticCache:
+    """A cache without memory yet, whole in every layer."""
+    cache = StaticCache(config=config, max_cache_len=max_cache_len)
+    cache.layers = [StaticLayer(max_cache_len=max_cache_len) for _ in causal.cache_heads]
+    return cache
 
 
 def initialize(cache: Cache, causal: CausalLMCall, batch: int, device: torch.device) -> None:

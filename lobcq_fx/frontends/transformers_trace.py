@@ -21,7 +21,21 @@ from transformers.utils import logging
 
 from lobcq_fx.errors import TraceError
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.float_causal_lm import (
+    BATCH,
+    CACHE,
+    PAST,
+    QUERY,
+    check_cache_layers,
+    continuation,
+    has_shifted_loss,
+    positions_from_mask,
+)
+from lobcq_fx.frontends.generation_overrides import check_overrides
+from lobcq_fx.frontends.graph_check import default_positions_hold
 from lobcq_fx.frontends.in_place_cache import InPlaceCache
+from lobcq_fx.frontends.output_types import causal_lm_output_name
+from lobcq_fx.frontends.plain_outputs import plain_outputs
 from lobcq_fx.frontends.static_cache_call import StaticCacheCall
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.tracing.calling import Structure, bind_arguments
@@ -34,9 +48,6 @@ from lobcq_fx.tracing.trace import (
     tracing,
     widen_batch,
 )
-
-# Every size is different and at least 2: export bakes dimensions of 0 or 1 in and may identify equal ones.
-BATCH, PAST, QUERY, KEPT, CACHE = 2, 5, 3, 2, 11
 
 TOKEN_DEFAULTS = {"attention_mask": 1, "token_type_ids": 0}
 """What encoders take for arguments of the shape of input_ids that a call leaves out."""
@@ -55,24 +66,33 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
     values [B, H, P + T, D].
 
     Raises:
-        TraceError: the model cannot be captured, or keeps a cache other than keys and values.
+        TraceError: the model cannot be captured, keeps a cache other than keys and values, or generates in a way of its
+            own.
     """
+    check_overrides(model)
+    vocab_size = model.config.get_text_config().vocab_size
     with tracing(model), torch.no_grad():
-        inputs, output_type = _causal_lm_inputs(model)
-        program = _export(model, inputs, _causal_lm_dynamic_shapes(inputs))
-        positions_from_mask = _positions_from_mask(model)
-    graph_module = plain_graph_module(program)
-    drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
-    layers = inputs["past_key_values"].layers
-    calling = CausalLMCall(
-        inputs=tuple(name for name in inputs if name != "past_key_values"),
-        cache_heads=tuple((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers),
-        cache_dtype=str(layers[0].keys.dtype).removeprefix("torch."),
-        positions_from_mask=positions_from_mask,
-        vocab_size=model.config.get_text_config().vocab_size,
-        output_type=output_type.__name__,
-    )
-    return TracedModel(graph_module, calling)
+        check_cache_layers(model)
+        shifted_loss = has_shifted_loss(model, vocab_size)
+        with plain_outputs(model):
+            inputs, output = continuation(model)
+            output_type = causal_lm_output_name(type(model).__name__, output)
+            graph_module = plain_graph_module(_export(model, inputs, _causal_lm_dynamic_shapes(inputs)))
+            drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
+            layers = inputs["past_key_values"].layers
+            calling = CausalLMCall(
+                inputs=tuple(name for name in inputs if name != "past_key_values"),
+                cache_heads=tuple(
+                    (layer.keys.shape[1], *(s.shape[3] for s in (layer.keys, layer.values))) for layer in layers
+                ),
+                cache_dtype=str(layers[0].keys.dtype).removeprefix("torch."),
+                positions_from_mask=positions_from_mask(model),
+                vocab_size=vocab_size,
+                output_type=output_type,
+                shifted_loss=shifted_loss,
+            )
+            traced = TracedModel(graph_module, calling)
+            return replace(traced, calling=replace(calling, default_positions=default_positions_hold(model, traced)))
 
 
 def trace_static_cache(model: PreTrainedModel, causal: CausalLMCall) -> TracedModel:
@@ -88,8 +108,8 @@ def trace_static_cache(model: PreTrainedModel, causal: CausalLMCall) -> TracedMo
     Raises:
         TraceError: the model cannot be captured with such a cache.
     """
-    with tracing(model), torch.no_grad():
-        inputs, _ = _causal_lm_inputs(model)
+    with tracing(model), torch.no_grad(), plain_outputs(model):
+        inputs, _ = continuation(model)
         inputs["attention_mask"] = functional.pad(inputs["attention_mask"], (0, CACHE - PAST - QUERY))
         inputs["past_key_values"] = _in_place(inputs["past_key_values"], model.device)
         shapes = _causal_lm_dynamic_shapes(inputs)
@@ -153,30 +173,6 @@ def _export(model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict
     return program
 
 
-def _causal_lm_inputs(model: PreTrainedModel) -> tuple[dict[str, Any], type]:
-    """A continuation of QUERY tokens after PAST cached ones, one sequence padded on the left, and the output's type.
-
-    The cache is made of full layers even where the model slides a window: the mask applies the window, and one graph
-    then serves prompts of any length.
-    """
-    accepted = inspect.signature(model.forward).parameters
-    cache = DynamicCache()
-    ids = _positions(0, BATCH * PAST, model.device).view(BATCH, PAST) % 7
-    mask = torch.ones(BATCH, PAST + QUERY, dtype=torch.long, device=model.device)
-    mask[0, :2] = 0
-    output = model(
-        input_ids=ids, attention_mask=mask[:, :PAST], past_key_values=cache, use_cache=True, return_dict=True
-    )
-    _check_cache(model, output)
-    inputs: dict[str, Any] = {"input_ids": ids[:, :QUERY], "attention_mask": mask}
-    if "position_ids" in accepted:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -QUERY:]
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = _positions(QUERY - KEPT, QUERY, model.device)
-    inputs["past_key_values"] = cache
-    return inputs, type(output)
-
-
 def _causal_lm_dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
     shapes: dict[str, Any] = {
         name: dict.fromkeys(range(value.dim()), Dim.AUTO) for name, value in inputs.items() if isinstance(value, Tensor)
@@ -206,30 +202,6 @@ def _check_sizes(graph_module: fx.GraphModule) -> None:
         free = shape[::2] if len(shape) == 4 else shape
         if any(size is not None for size in free):
             raise TraceError(f"tracing fixed a size of {node.name}, which has the shape {shape}")
-
-
-def _check_cache(model: PreTrainedModel, output: Any) -> None:
-    layers = getattr(getattr(output, "past_key_values", None), "layers", None)
-    if not layers or any(getattr(layer, "keys", None) is None or layer.keys.dim() != 4 for layer in layers):
-        raise TraceError(
-            f"{type(model).__name__} does not cache plain keys and values [B, H, T, D] (a recurrent or hybrid model?),"
-            " which is the only cache supported yet"
-        )
-
-
-def _positions_from_mask(model: PreTrainedModel) -> bool:
-    """Whether the model, called without position_ids, counts positions along the mask (OPT does) or from 0 on."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return False
-    ids = _positions(0, PAST, model.device).view(1, PAST) % 7
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    counted = (mask.cumsum(-1) - 1).clamp(min=0)
-    default = model(input_ids=ids, attention_mask=mask).logits
-    by_mask = model(input_ids=ids, attention_mask=mask, position_ids=counted).logits
-    by_index = model(input_ids=ids, attention_mask=mask, position_ids=_positions(0, PAST, ids.device)[None]).logits
-    last = (0, -1)
-    return bool((default[last] - by_mask[last]).abs().max() < (default[last] - by_index[last]).abs().max())
 
 
 def made_up_inputs(model: PreTrainedModel) -> dict[str, Any]:
