@@ -72,7 +72,7 @@ def _encode(
     del weight
     if not planned.keeps_float:
         delete_attribute(graph_module, planned.source)
-        if release_from is not None:
+        if release_from is not None and has_attribute(release_from, planned.source):  # else it was computed from others
             owned = get_attribute(release_from, planned.source)
             owned.data = owned.data.new_empty(0)
     register_attribute(graph_module, planned.stored, PackedWeight(encoded))
@@ -128,15 +128,23 @@ def records_of(
                 packed_bytes=result.packed_bytes if first else 0,
                 weight_sqnr_db=result.sqnr_db,
                 activation_sqnr_db=_activation_sqnr_db(matmul, codebooks, statistics.get(matmul)),
+                multiply_adds=matmul.multiply_adds,
             )
         )
     return tuple(records)
 
 
 def _left_alone(matmul: PlannedMatmul) -> MatmulRecord:
-    shape = matmul.shape if matmul.shape is not None and len(matmul.shape) == 2 else None
-    size = matmul.float_bytes
-    return MatmulRecord(matmul.layer, matmul.operation, shape, matmul.refusal, float_bytes=size, packed_bytes=size)
+    return MatmulRecord(
+        matmul.layer,
+        matmul.operation,
+        matmul.shape if matmul.shape is not None and len(matmul.shape) == 2 else None,
+        matmul.refusal,
+        float_bytes=matmul.float_bytes,
+        packed_bytes=matmul.float_bytes,
+        multiply_adds=matmul.multiply_adds,
+        excluded=matmul.asked,
+    )
 
 
 def _activation_sqnr_db(

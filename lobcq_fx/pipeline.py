@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from lobcq_fx.trial import check_quantized, differing, expected_of
 logger = logging.getLogger(__name__)
 
 LARGE_SHARE = 0.05
-"""Of the model's bytes: weights left in float without being excluded are worth a warning from here on."""
+"""Of bytes or multiply-adds: what is left in float without being excluded is worth a warning from here on."""
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (step, done, total); total is None where it is not known."""
@@ -97,7 +98,7 @@ def quantize(
     emitted, records = quantize_graphs(alike, plan, config, report, release_from=model if inplace else None)
     saved = sum(record.float_bytes - record.packed_bytes for record in records)
     inventory = Inventory(records, count, float_bytes, float_bytes - saved)
-    _warn_of_leftovers(plan, float_bytes)
+    _warn_of_leftovers(inventory)
     graphs = {name: TracedModel(one, traced.graphs[name].calling) for name, one in emitted.items()}
     q = front_end.build(model, graphs, {**traced.refusals, **unlike}, config, inventory)
     for name, graph in q.graphs.items():
@@ -241,13 +242,19 @@ def _size(parameters: Iterable[Tensor]) -> tuple[int, int]:
     return sum(n for n, _ in sizes), sum(b for _, b in sizes)
 
 
-def _warn_of_leftovers(plan: QuantizationPlan, model_bytes: int) -> None:
-    """Say loudly which large weights stay in float although no pattern asked for it."""
-    left = [matmul for matmul in plan.matmuls if matmul.refusal is not None and matmul.float_bytes and not matmul.asked]
-    size = sum(matmul.float_bytes for matmul in left)
-    if size > LARGE_SHARE * model_bytes:
-        reasons = "; ".join(sorted({f"{matmul.layer}: {matmul.refusal}" for matmul in left})[:3])
-        logger.warning("%.0f %% of the model's bytes stay in float, unasked: %s ...", 100 * size / model_bytes, reasons)
+def _warn_of_leftovers(inventory: Inventory) -> None:
+    """Say loudly what stays in float although no pattern asked for it."""
+    left = [r for r in inventory.left_alone if r.float_bytes and not r.excluded]
+    share = sum(record.float_bytes for record in left) / max(1, inventory.model_float_bytes)
+    coverage = inventory.asked_coverage
+    if share <= LARGE_SHARE and coverage >= 1 - LARGE_SHARE:
+        return
+    left.sort(key=lambda record: (record.macs, record.float_bytes), reverse=True)
+    reasons = "; ".join(dict.fromkeys(f"{record.layer or record.operation}: {record.reason}" for record in left))
+    logger.warning(
+        "%.0f %% of the model's bytes, and %.0f %% of its multiply-adds, stay in float, unasked: %s",
+        100 * share, 100 * (1 - coverage), shorten(reasons, 300, placeholder=" ..."),
+    )  # fmt: skip
 
 
 def _reasons(plan: QuantizationPlan) -> str:

@@ -13,6 +13,7 @@ from lobcq_fx.errors import TraceError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.graph.attributes import free_name, has_attribute
 from lobcq_fx.graph.matmuls import Matmul, find_matmuls, module_path
+from lobcq_fx.graph.multiply_adds import example_sizes, multiply_adds
 from lobcq_fx.graph.operands import operation_name, readers
 from lobcq_fx.graph.stored_linear import LINEARS
 
@@ -43,7 +44,8 @@ class PlannedMatmul:
     config: the settings for this layer, overrides applied.
     weight: what it is to read; None where it stays in float.
     refusal: why it stays in float; None where it does not. asked: the settings name it, by a pattern.
-    float_bytes: of the constant operand. static_scale: name that its activation's static scale gets, None without one.
+    float_bytes: of the constants that no earlier matmul reads. multiply_adds: with them, in the traced example.
+    static_scale: name that its activation's static scale gets, None without one.
     """
 
     layer: str
@@ -55,6 +57,7 @@ class PlannedMatmul:
     refusal: str | None
     asked: bool
     float_bytes: int
+    multiply_adds: int
     static_scale: str | None
 
 
@@ -80,8 +83,12 @@ class QuantizationPlan:
         taken = [(matmul, choice) for matmul, choice in zip(matmuls, choices, strict=True) if choice.refusal is None]
         names = _Names(graph_module)
         weights = _weights(taken, names)
+        counted = _Counted(graph_module.graph)
         return cls(
-            tuple(_planned(matmul, choice, weights, names) for matmul, choice in zip(matmuls, choices, strict=True))
+            tuple(
+                _planned(matmul, choice, weights, names, counted)
+                for matmul, choice in zip(matmuls, choices, strict=True)
+            )
         )
 
     @property
@@ -176,8 +183,9 @@ def _weights(taken: list[tuple[Matmul, _Choice]], names: _Names) -> dict[_Key, P
     return planned
 
 
-def _planned(matmul: Matmul, choice: _Choice, weights: Mapping[_Key, PlannedWeight], names: _Names) -> PlannedMatmul:
-    value = None if matmul.weight is None else matmul.weight.meta["val"]
+def _planned(
+    matmul: Matmul, choice: _Choice, weights: Mapping[_Key, PlannedWeight], names: _Names, counted: _Counted
+) -> PlannedMatmul:
     quantized = choice.refusal is None
     return PlannedMatmul(
         layer=matmul.layer,
@@ -188,9 +196,26 @@ def _planned(matmul: Matmul, choice: _Choice, weights: Mapping[_Key, PlannedWeig
         weight=weights[_key(matmul, choice)] if quantized else None,
         refusal=choice.refusal,
         asked=choice.asked,
-        float_bytes=0 if value is None else value.numel() * value.element_size(),
+        float_bytes=counted.new_bytes(matmul),
+        multiply_adds=counted.multiply_adds(matmul),
         static_scale=names.new(matmul.layer, "activation_scale") if quantized and choice.static else None,
     )
+
+
+class _Counted:
+    """Bytes and multiply-adds of a graph's matmuls, in order; a constant's bytes count once."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._sizes = example_sizes(graph)
+        self._seen: set[fx.Node] = set()
+
+    def new_bytes(self, matmul: Matmul) -> int:
+        new = [one.meta["val"] for one in matmul.constants if one not in self._seen]
+        self._seen.update(matmul.constants)
+        return sum(value.numel() * value.element_size() for value in new)
+
+    def multiply_adds(self, matmul: Matmul) -> int:
+        return 0 if matmul.weight is None else multiply_adds(matmul.node, matmul.weight, self._sizes)
 
 
 class _Names:

@@ -25,6 +25,16 @@ def constant_weight(node: object) -> tuple[fx.Node, bool] | None:
     return None
 
 
+def constants_behind(node: fx.Node) -> list[fx.Node]:
+    """The `get_attr` nodes that a node is computed from alone; none where an input of the graph takes part."""
+    if node.op == "get_attr":
+        return [node]
+    if node.op != "call_function" or not node.all_input_nodes:
+        return []
+    parts = [constants_behind(one) for one in node.all_input_nodes]
+    return list(dict.fromkeys(one for part in parts for one in part)) if all(parts) else []
+
+
 def operation_name(node: fx.Node) -> str:
     """What the node was called in the traced graph: `linear`, `addmm`, `matmul`, ..."""
     original = node.meta.get(OPERATION)

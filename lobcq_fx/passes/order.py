@@ -1,6 +1,6 @@
 """Which passes run on a graph, and in which order: the one list, for every graph of a model and every target.
 
-traced      NormalizeMatmuls; then the plan is made, and InsertObservers where there are calibration data
+traced      `NORMALIZE`: FoldWeights, NormalizeMatmuls; then the plan is made, and with calibration data InsertObservers
 stored      `emitting`: Emit, ShareActivations; then EliminateDeadCode
 CPU, CUDA   `lower`, from the stored graph
 ONNX        from the stored graph too: `lobcq_fx.export.folder`
@@ -17,6 +17,7 @@ from torch import fx
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.passes.annotate_values import AnnotateValues
 from lobcq_fx.passes.emit import Emit
+from lobcq_fx.passes.fold_weights import FoldWeights
 from lobcq_fx.passes.fuse_activation_encode import FuseActivationEncode
 from lobcq_fx.passes.fuse_norm_encode import FuseNormEncode
 from lobcq_fx.passes.fuse_residual import FuseResidual
@@ -31,7 +32,7 @@ from lobcq_fx.refusal import Refusal
 
 logger = logging.getLogger(__name__)
 
-NORMALIZE = Sequential((NormalizeMatmuls(),))
+NORMALIZE = Sequential((FoldWeights(), NormalizeMatmuls()))
 """From a traced graph to one that a plan can be made of."""
 
 
