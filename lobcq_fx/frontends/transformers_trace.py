@@ -20,7 +20,7 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.utils import logging
 
 from lobcq_fx.errors import TraceError
-from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.causal_lm_call import CACHE_NAME, CausalLMCall
 from lobcq_fx.frontends.in_place_cache import InPlaceCache
 from lobcq_fx.frontends.static_cache_call import StaticCacheCall
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
@@ -137,14 +137,20 @@ def trace_pretrained(
 
 def _export(model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]) -> ExportedProgram:
     with _quiet_transformers():
-        config = DynamoConfig(dynamic=True, dynamic_shapes=dynamic_shapes)
+        config = DynamoConfig(dynamic=True, dynamic_shapes=_as_named_by(model, dynamic_shapes))
         exporter = DynamoExporter()
         # transformers 5.17 returns the program from export(); later releases from export_program(), with metadata.
         export_program = getattr(exporter, "export_program", exporter.export)
-        result = export_program(model, dict(inputs), config)
+        result = export_program(model, _as_named_by(model, inputs), config)
     program = result[0] if isinstance(result, tuple) else result
     assert isinstance(program, ExportedProgram)
     return program
+
+
+def _as_named_by(model: PreTrainedModel, call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with the cache under the name that the model has for it."""
+    name = CACHE_NAME if CACHE_NAME in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name if argument == "past_key_values" else argument: value for argument, value in call.items()}
 
 
 def _causal_lm_inputs(model: PreTrainedModel) -> tuple[dict[str, Any], type]:
@@ -159,9 +165,8 @@ def _causal_lm_inputs(model: PreTrainedModel) -> tuple[dict[str, Any], type]:
     mask = torch.ones(BATCH, PAST + QUERY, dtype=torch.long)
     mask[0, :2] = 0
     ids, mask = ids.to(model.device), mask.to(model.device)
-    output = model(
-        input_ids=ids, attention_mask=mask[:, :PAST], past_key_values=cache, use_cache=True, return_dict=True
-    )
+    prompt = {"input_ids": ids, "attention_mask": mask[:, :PAST], "past_key_values": cache}
+    output = model(**_as_named_by(model, prompt), use_cache=True, return_dict=True)
     _check_cache(model, output)
     inputs: dict[str, Any] = {"input_ids": ids[:, :QUERY], "attention_mask": mask}
     if "position_ids" in accepted:
@@ -204,7 +209,7 @@ def _check_sizes(graph_module: fx.GraphModule) -> None:
 
 
 def _check_cache(model: PreTrainedModel, output: Any) -> None:
-    layers = getattr(getattr(output, "past_key_values", None), "layers", None)
+    layers = getattr(getattr(output, CACHE_NAME, None), "layers", None)
     if not layers or any(getattr(layer, "keys", None) is None or layer.keys.dim() != 4 for layer in layers):
         raise TraceError(
             f"{type(model).__name__} does not cache plain keys and values [B, H, T, D] (a recurrent or hybrid model?),"
