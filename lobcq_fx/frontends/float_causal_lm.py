@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lobcq_fx.errors import TraceError
+from lobcq_fx.frontends.causal_lm_call import CACHE_NAME
 
 # Every size is different and at least 2: export bakes dimensions of 0 or 1 in and may identify equal ones.
 BATCH, PAST, QUERY, KEPT, CACHE = 2, 5, 3, 2, 11
@@ -39,9 +41,8 @@ def continuation(model: PreTrainedModel) -> tuple[dict[str, Any], Any]:
     check_cache_layers(model)
     cache = DynamicCache()
     ids, mask = padded_prompt(model)
-    output = model(
-        input_ids=ids, attention_mask=mask[:, :PAST], past_key_values=cache, use_cache=True, return_dict=True
-    )
+    prompt = {"input_ids": ids, "attention_mask": mask[:, :PAST], "past_key_values": cache}
+    output = model(**as_named_by(model, prompt), use_cache=True, return_dict=True)
     _check_cache(model, output)
     inputs: dict[str, Any] = {"input_ids": ids[:, :QUERY], "attention_mask": mask}
     if _takes(model, "position_ids"):
@@ -99,7 +100,7 @@ def check_cache_layers(model: PreTrainedModel) -> None:
         TraceError: names what it keeps instead.
     """
     name = type(model).__name__
-    if not _takes(model, "past_key_values"):
+    if not (_takes(model, "past_key_values") or _takes(model, CACHE_NAME)):
         states = [one for one in inspect.signature(model.forward).parameters if STATES.search(one)]
         raise TraceError(f"{name} takes no past_key_values, but {', '.join(states) or 'no cache'}. {CACHE_REMEDY}")
     for layer in DynamicCache(config=model.config).layers:
@@ -108,12 +109,18 @@ def check_cache_layers(model: PreTrainedModel) -> None:
             raise TraceError(f"{name} keeps a {kind} in its cache (a recurrent or hybrid model?). {CACHE_REMEDY}")
 
 
+def as_named_by(model: PreTrainedModel, call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with the cache under the name that the model has for it."""
+    name = CACHE_NAME if _takes(model, CACHE_NAME) else "past_key_values"
+    return {name if argument == "past_key_values" else argument: value for argument, value in call.items()}
+
+
 def _takes(model: PreTrainedModel, argument: str) -> bool:
     return argument in inspect.signature(model.forward).parameters
 
 
 def _check_cache(model: PreTrainedModel, output: Any) -> None:
-    layers = getattr(getattr(output, "past_key_values", None), "layers", None)
+    layers = getattr(getattr(output, CACHE_NAME, None), "layers", None)
     if not layers or any(getattr(layer, "keys", None) is None or layer.keys.dim() != 4 for layer in layers):
         name = type(model).__name__
         raise TraceError(f"{name} does not cache plain keys and values (a recurrent or hybrid model?). {CACHE_REMEDY}")

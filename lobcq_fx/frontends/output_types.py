@@ -15,7 +15,7 @@ COMMON = "transformers.modeling_outputs"
 HOMES = re.compile(r"transformers\.modeling_outputs|transformers\.models\.\w+\.modeling_\w+")
 """The only modules that are imported because a saved model names them: those in which transformers defines models."""
 
-RETURNED = frozenset({"loss", "logits", "past_key_values"})
+RETURNED = frozenset({"loss", "logits", "past_key_values", "cache"})
 """What a quantized causal language model returns."""
 
 

@@ -26,6 +26,7 @@ from lobcq_fx.frontends.float_causal_lm import (
     CACHE,
     PAST,
     QUERY,
+    as_named_by,
     check_cache_layers,
     continuation,
     has_shifted_loss,
@@ -163,11 +164,11 @@ def traced_flags(model: PreTrainedModel) -> dict[str, bool]:
 
 def _export(model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]) -> ExportedProgram:
     with _quiet_transformers():
-        config = DynamoConfig(dynamic=True, dynamic_shapes=dynamic_shapes)
+        config = DynamoConfig(dynamic=True, dynamic_shapes=as_named_by(model, dynamic_shapes))
         exporter = DynamoExporter()
         # transformers 5.17 returns the program from export(); later releases from export_program(), with metadata.
         export_program = getattr(exporter, "export_program", exporter.export)
-        result = export_program(model, dict(inputs), config)
+        result = export_program(model, as_named_by(model, inputs), config)
     program = result[0] if isinstance(result, tuple) else result
     assert isinstance(program, ExportedProgram)
     return program

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 import lobcq_fx
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CallError, TraceError
+from lobcq_fx.frontends.causal_lm_call import CACHE_NAME
 from lobcq_fx.frontends.in_place_cache import InPlaceCache
 from lobcq_fx.modules.packed_weight import PackedWeight
 from lobcq_fx.plan import QuantizationPlan
@@ -84,8 +85,8 @@ def test_generate_s_other_ways(llama, settings):
 def test_generate_goes_on_with_a_cache_of_the_caller_s(llama):
     ids, _ = batch(2)
     cache = llama.static_cache(40)
-    first = llama.generate(ids, past_key_values=cache, **{**GREEDY, "max_new_tokens": 4})
-    both = llama.generate(first, past_key_values=cache, **{**GREEDY, "max_new_tokens": 4})
+    settings = {**GREEDY, "max_new_tokens": 4, CACHE_NAME: cache}
+    both = llama.generate(llama.generate(ids, **settings), **settings)
     assert torch.equal(both, llama.generate(ids, **{**GREEDY, "max_new_tokens": 8}))
 
 
