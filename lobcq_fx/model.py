@@ -21,6 +21,7 @@ from lobcq_fx.passes.lowering import lower
 from lobcq_fx.passes.prepack import Prepack, restore_weights, weights_as_stored
 from lobcq_fx.passes.retarget_device import RetargetDevice
 from lobcq_fx.storage.checkpoint import save_checkpoint
+from lobcq_fx.tracing.autocast import without_autocast
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.trace import TracedModel
 
@@ -80,7 +81,7 @@ class QuantizedModel(nn.Module):
         self._prepack()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph on a call of the original model; returns what that returned.
+        """Run the graph on a call of the original model; returns what that returned. Autocast changes nothing in it.
 
         Raises:
             CallError: the traced graph cannot serve the call.
@@ -90,7 +91,7 @@ class QuantizedModel(nn.Module):
         inputs = calling.flatten(args, kwargs)
         if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
             raise LobcqError(NO_GRADIENT)
-        outputs = graph_module(*inputs)
+        outputs = without_autocast(graph_module, inputs)
         return calling.unflatten(outputs, args, kwargs)
 
     def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, CallingConvention]:

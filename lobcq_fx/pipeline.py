@@ -31,6 +31,7 @@ from lobcq_fx.passes.insert_observers import InsertObservers
 from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
 from lobcq_fx.passes.rewrite import Rewrite
 from lobcq_fx.passes.share_activations import ShareActivations
+from lobcq_fx.tracing.autocast import no_autocast
 from lobcq_fx.tracing.trace import TracedModel, trace_module
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ Progress = Callable[[str, int, int | None], None]
 """Called with (step, done, total); total is None where it is not known."""
 
 
+@no_autocast()
 def quantize(
     model: nn.Module,
     calibration_data: Iterable[Any] | None = None,
@@ -128,6 +130,7 @@ def quantize_graph(
     return tuple(rewrite.records)
 
 
+@no_autocast()
 def fit_shared_codebooks(
     model: nn.Module,
     calibration_data: Iterable[Any],
@@ -155,6 +158,7 @@ def fit_shared_codebooks(
     return fit_to_model(traced.graph_module, config, spec, report)
 
 
+@no_autocast()
 def trace(model: nn.Module, example_inputs: Any = None) -> TracedModel:
     """Capture a model with the tracer that suits it.
 
