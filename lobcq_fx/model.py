@@ -23,6 +23,7 @@ from lobcq_fx.passes.prepack import Prepack, restore_weights, weights_as_stored
 from lobcq_fx.passes.retarget_device import RetargetDevice
 from lobcq_fx.refusal import Refusal
 from lobcq_fx.storage.checkpoint import Checkpoint, StoredGraph, saved_folder
+from lobcq_fx.tracing.autocast import without_autocast
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.trace import MAIN, TracedModel
 
@@ -106,7 +107,7 @@ class QuantizedModel(nn.Module):
         return self.graphs[MAIN].calling
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph on a call of the original model; returns what that returned.
+        """Run the graph on a call of the original model; returns what that returned. Autocast changes nothing in it.
 
         Raises:
             CallError: the traced graph cannot serve the call.
@@ -116,7 +117,7 @@ class QuantizedModel(nn.Module):
         inputs = graph.calling.flatten(args, kwargs)
         if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
             raise LobcqError(NO_GRADIENT)
-        outputs = graph.graph_module(*inputs)
+        outputs = without_autocast(graph.graph_module, inputs)
         return graph.calling.unflatten(outputs, args, kwargs)
 
     def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelGraph:

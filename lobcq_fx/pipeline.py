@@ -29,6 +29,7 @@ from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.insert_observers import InsertObservers, observed
 from lobcq_fx.passes.order import NORMALIZE, emitting
 from lobcq_fx.plan import QuantizationPlan
+from lobcq_fx.tracing.autocast import no_autocast
 from lobcq_fx.tracing.calling import call_of
 from lobcq_fx.tracing.trace import MAIN, TracedModel
 from lobcq_fx.trial import check_quantized, differing, expected_of
@@ -42,6 +43,7 @@ Progress = Callable[[str, int, int | None], None]
 """Called with (step, done, total); total is None where it is not known."""
 
 
+@no_autocast()
 def quantize(
     model: nn.Module,
     calibration_data: Iterable[Any] | None = None,
@@ -175,6 +177,7 @@ def quantize_graphs(
     return emitted, records_of(plan, encoded, codebooks, statistics)
 
 
+@no_autocast()
 def fit_shared_codebooks(
     model: nn.Module,
     calibration_data: Iterable[Any],
