@@ -21,6 +21,9 @@ from lobcq_fx.tracing.calling import ModuleCall, Structure
 # Every size is different and at least 2: export bakes dimensions of 0 or 1 in and may identify equal ones.
 BATCH, PAST, QUERY = 2, 5, 3
 
+PADDING = 2
+"""Positions; fewer than a prompt's, one of which has to be a token."""
+
 PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
 
 
@@ -64,9 +67,9 @@ def _causal_lm(calling: CausalLMCall) -> Signature:
 
 
 def _causal_lm_call(calling: CausalLMCall, batch: int, past: int, query: int) -> dict[str, Tensor]:
-    """A call of `query` tokens after a cache of `past`, the first sequence padded within the cache."""
+    """A call of `query` tokens after a cache of `past`, the first sequence padded on the left."""
     mask = torch.ones(batch, past + query, dtype=torch.long, device="cpu")
-    mask[0, : min(2, past)] = 0
+    mask[0, :PADDING] = 0
     tokens = {
         "input_ids": _made_up_ids(batch, query),
         "attention_mask": mask,

@@ -78,6 +78,21 @@ def test_in_place_writes_are_not_dead():
     assert torch.equal(run(graph_module, x), x + 1)
 
 
+def test_attention_that_nothing_reads_goes_unless_it_is_random():
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def forward(m, x):
+        attention(x, x, x)
+        attention(x, x, x, dropout_p=0.5)
+        return attention(x, x, x, dropout_p=0.0)
+
+    graph_module = graph_of(Function(forward))
+    found = nodes(graph_module, aten.scaled_dot_product_attention.default)
+    assert EliminateDeadCode()(graph_module).modified
+    assert nodes(graph_module, aten.scaled_dot_product_attention.default) == found[1:]
+    assert_unchanged(EliminateDeadCode(), graph_module)
+
+
 def test_packed_weights_keep_all_their_parts():
     graph_module = normalized(linear(32, 64))
     rewritten(graph_module)
