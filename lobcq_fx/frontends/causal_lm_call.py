@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from lobcq_fx.errors import CallError
 from lobcq_fx.frontends.output_types import output_type
 from lobcq_fx.tracing.calling import CallingConvention
+from lobcq_fx.tracing.guards import SizeGuards
 
 PARAMETERS = (
     "input_ids",
@@ -57,6 +58,7 @@ class CausalLMCall(CallingConvention):
     output_type: name of a class, as `lobcq_fx.frontends.output_types` finds it; output_class: the class.
     default_positions: False where the model counts by a rule of its own, so that calls have to pass position_ids.
     shifted_loss: labels give the cross-entropy with the next token, as they do by default.
+    guards: what the trace assumed of the sizes of `inputs` and of the first key.
     """
 
     kind: ClassVar[str] = "causal_lm"
@@ -69,6 +71,7 @@ class CausalLMCall(CallingConvention):
     output_type: str
     default_positions: bool = True
     shifted_loss: bool = True
+    guards: SizeGuards = field(default_factory=SizeGuards)
     output_class: type[ModelOutput] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -95,7 +98,13 @@ class CausalLMCall(CallingConvention):
             "position_ids": self._positions(call.get("position_ids"), mask, batch, query),
             "logits_to_keep": kept_positions(call.get("logits_to_keep"), query, ids.device),
         }
-        return [values[name] for name in self.inputs] + past
+        flat = [values[name] for name in self.inputs] + past
+        self.guards.check(flat, self.name_of)
+        return flat
+
+    def name_of(self, place: int) -> str:
+        """What a caller calls an input of the graph."""
+        return self.inputs[place] if place < len(self.inputs) else "past_key_values.layers[0].keys"
 
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output class with logits, the loss if labels were given, and the cache unless use_cache=False."""
@@ -122,20 +131,21 @@ class CausalLMCall(CallingConvention):
         """JSON-ready values."""
         settings = asdict(self)
         del settings["output_class"]  # what output_type names
-        return {"kind": self.kind, **settings}
+        return {"kind": self.kind, **settings, "guards": self.guards.to_list()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CausalLMCall:
-        """Inverse of `to_dict`.
+        """Inverse of `to_dict`; earlier releases wrote no guards.
 
         Raises:
-            ValueError: a dtype or an output class that no traced model has.
+            ValueError: a dtype or an output class that no traced model has, or guards that are about no input.
         """
         if values["cache_dtype"] not in CACHE_DTYPES:
             raise ValueError(f"cache_dtype is {values['cache_dtype']!r}; it may be {', '.join(CACHE_DTYPES)}")
         settings = {key: value for key, value in values.items() if key != "kind"}
         settings["inputs"] = tuple(settings["inputs"])
         settings["cache_heads"] = tuple((heads, key, value) for heads, key, value in settings["cache_heads"])
+        settings["guards"] = guards_of(values, settings["inputs"])
         return cls(**settings)
 
     def _past(self, cache: Any, ids: Tensor) -> list[Tensor]:
@@ -172,6 +182,17 @@ class CausalLMCall(CallingConvention):
             return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -query:]
         past = mask.shape[1] - query
         return torch.arange(past, past + query, dtype=torch.long, device=mask.device).expand(batch, query)
+
+
+def guards_of(values: Mapping[str, Any], inputs: tuple[str, ...]) -> SizeGuards:
+    """The guards that a saved calling convention has for a graph with these inputs, and the first key behind them.
+
+    Raises:
+        ValueError: they are damaged, or about other inputs.
+    """
+    guards = SizeGuards.from_list(values.get("guards", []))
+    guards.validate([1 if name == "logits_to_keep" else 2 for name in inputs] + [4])
+    return guards
 
 
 def call_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

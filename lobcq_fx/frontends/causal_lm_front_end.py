@@ -81,7 +81,9 @@ class CausalLMFrontEnd(FrontEnd):
     def load(self, saved: Checkpoint, directory: Path) -> QuantizedModel:
         """The same."""
         causal = CausalLMCall.from_dict(saved.calling)
-        graphs = saved.traced({MAIN: CausalLMCall.from_dict, STATIC_CACHE: lambda _: StaticCacheCall(causal)})
+        graphs = saved.traced(
+            {MAIN: CausalLMCall.from_dict, STATIC_CACHE: lambda values: StaticCacheCall.from_dict(values, causal)}
+        )
         config = graph_config(config_of(saved, directory))
         q = QuantizedCausalLM(self, graphs, saved.refused, saved.lobcq_config, saved.inventory, config)
         q.generation_config = GenerationConfig.from_pretrained(directory)

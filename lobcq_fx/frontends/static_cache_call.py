@@ -6,8 +6,8 @@ there is what Python knows, and values only where they lie in the CPU's memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -16,8 +16,9 @@ from torch.nn import functional
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
 from lobcq_fx.errors import CallError
-from lobcq_fx.frontends.causal_lm_call import CausalLMCall, call_arguments, input_ids_of, kept_positions
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall, call_arguments, guards_of, input_ids_of, kept_positions
 from lobcq_fx.tracing.calling import CallingConvention
+from lobcq_fx.tracing.guards import SizeGuards
 
 STATIC_CACHE = "static_cache"
 """Name of the graph that serves such calls."""
@@ -30,11 +31,13 @@ class StaticCacheCall(CallingConvention):
     """Calls of the graph for static caches.
 
     causal: how the graph for growing caches is called; the inputs before the cache are the same ones.
+    guards: what the trace assumed of the sizes of those inputs and of the first key.
     """
 
     kind: ClassVar[str] = STATIC_CACHE
 
     causal: CausalLMCall
+    guards: SizeGuards = field(default_factory=SizeGuards)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """What `CausalLMCall.flatten` gives, with the mask [B, C] and keys and values [B, H, C, D]; then positions [T].
@@ -57,7 +60,9 @@ class StaticCacheCall(CallingConvention):
             "logits_to_keep": kept_positions(call.get("logits_to_keep"), query, ids.device),
         }
         states = [state for layer in layers for state in (layer.keys, layer.values)]
-        return [values[name] for name in self.causal.inputs] + states + [positions]
+        flat = [values[name] for name in self.causal.inputs] + states + [positions]
+        self.guards.check(flat, self.causal.name_of)
+        return flat
 
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As `CausalLMCall.unflatten`; the cache, which the graph has written to, counts the call's tokens."""
@@ -69,7 +74,16 @@ class StaticCacheCall(CallingConvention):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
-        return {"kind": self.kind}
+        return {"kind": self.kind, "guards": self.guards.to_list()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], causal: CausalLMCall) -> StaticCacheCall:
+        """Inverse of `to_dict`, for the graph beside that of `causal`; earlier releases wrote no guards.
+
+        Raises:
+            ValueError: guards that are damaged, or about no input.
+        """
+        return cls(causal, guards_of(values, causal.inputs))
 
     def _layers(self, cache: Any, ids: Tensor) -> list[StaticLayer]:
         """The cache's layers, with memory of the right sizes."""

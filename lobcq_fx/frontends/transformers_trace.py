@@ -39,7 +39,9 @@ from lobcq_fx.frontends.output_types import causal_lm_output_name
 from lobcq_fx.frontends.plain_outputs import plain_outputs
 from lobcq_fx.frontends.static_cache_call import StaticCacheCall
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
+from lobcq_fx.tracing.assumptions import SizeDecisions
 from lobcq_fx.tracing.calling import Structure, bind_arguments
+from lobcq_fx.tracing.guards import SizeGuards
 from lobcq_fx.tracing.sizes import fixed_size
 from lobcq_fx.tracing.trace import (
     TracedModel,
@@ -49,6 +51,9 @@ from lobcq_fx.tracing.trace import (
     tracing,
     widen_batch,
 )
+
+TRUSTED = "transformers"
+"""Its attention asks whether there is one token, to take another kernel for the same result."""
 
 TOKEN_DEFAULTS = {"attention_mask": 1, "token_type_ids": 0}
 """What encoders take for arguments of the shape of input_ids that a call leaves out."""
@@ -72,7 +77,7 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
     """
     check_overrides(model)
     vocab_size = model.config.get_text_config().vocab_size
-    with tracing(model), torch.no_grad():
+    with tracing(model), torch.no_grad(), SizeDecisions(TRUSTED) as decisions:
         check_cache_layers(model)
         shifted_loss = has_shifted_loss(model, vocab_size)
         with plain_outputs(model):
@@ -81,8 +86,9 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
             graph_module = plain_graph_module(_export(model, inputs, _causal_lm_dynamic_shapes(inputs)))
             drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
             layers = inputs["past_key_values"].layers
+            names = tuple(name for name in inputs if name != "past_key_values")
             calling = CausalLMCall(
-                inputs=tuple(name for name in inputs if name != "past_key_values"),
+                inputs=names,
                 cache_heads=tuple(
                     (layer.keys.shape[1], *(s.shape[3] for s in (layer.keys, layer.values))) for layer in layers
                 ),
@@ -91,6 +97,7 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
                 vocab_size=vocab_size,
                 output_type=output_type,
                 shifted_loss=shifted_loss,
+                guards=_guards(decisions, graph_module, names),
             )
             traced = TracedModel(graph_module, calling)
             return replace(traced, calling=replace(calling, default_positions=default_positions_hold(model, traced)))
@@ -109,7 +116,7 @@ def trace_static_cache(model: PreTrainedModel, causal: CausalLMCall) -> TracedMo
     Raises:
         TraceError: the model cannot be captured with such a cache.
     """
-    with tracing(model), torch.no_grad(), plain_outputs(model):
+    with tracing(model), torch.no_grad(), SizeDecisions(TRUSTED) as decisions, plain_outputs(model):
         inputs, _ = continuation(model)
         inputs["attention_mask"] = functional.pad(inputs["attention_mask"], (0, CACHE - PAST - QUERY))
         inputs["past_key_values"] = _in_place(inputs["past_key_values"], model.device)
@@ -121,7 +128,7 @@ def trace_static_cache(model: PreTrainedModel, causal: CausalLMCall) -> TracedMo
         output.args = ((output.args[0][0],),)  # type: ignore[index]  # the cache it returns is the one that came in
         EliminateDeadCode()(graph_module)
         _check_sizes(graph_module)
-    return TracedModel(graph_module, StaticCacheCall(causal))
+    return TracedModel(graph_module, StaticCacheCall(causal, _guards(decisions, graph_module, causal.inputs)))
 
 
 def trace_pretrained(
@@ -147,11 +154,11 @@ def trace_pretrained(
     if isinstance(mask, Tensor) and bool(mask.all()):
         bound["attention_mask"] = mask.clone()
         bound["attention_mask"][0, -1] = 0
-    with tracing(model), torch.no_grad():
+    with tracing(model), torch.no_grad(), SizeDecisions(TRUSTED) as decisions:
         program = _export(model, {**bound, **traced_flags(model)}, pytree.tree_map(_batch_and_length, bound))
     graph_module, calling = flatten_program(program, bound, names, Structure(program.call_spec.out_spec))
     fills = {name: fill for name, fill in TOKEN_DEFAULTS.items() if name in bound} if "input_ids" in bound else {}
-    return TracedModel(graph_module, replace(calling, fills=fills))
+    return TracedModel(graph_module, replace(calling, fills=fills, guards=decisions.guards(graph_module)))
 
 
 def traced_flags(model: PreTrainedModel) -> dict[str, bool]:
@@ -172,6 +179,11 @@ def _export(model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict
     program = result[0] if isinstance(result, tuple) else result
     assert isinstance(program, ExportedProgram)
     return program
+
+
+def _guards(decisions: SizeDecisions, graph_module: fx.GraphModule, names: tuple[str, ...]) -> SizeGuards:
+    """Of the inputs before the cache and the first tensor of it, which stands for all: they share their sizes."""
+    return decisions.guards(graph_module).among(len(names) + 1)
 
 
 def _causal_lm_dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
