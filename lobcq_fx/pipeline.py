@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -31,7 +31,9 @@ from lobcq_fx.passes.insert_observers import InsertObservers
 from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
 from lobcq_fx.passes.rewrite import Rewrite
 from lobcq_fx.passes.share_activations import ShareActivations
+from lobcq_fx.tracing.examples import calibration_inputs, call_of, without_labels
 from lobcq_fx.tracing.trace import TracedModel, trace_module
+from lobcq_fx.tracing.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ def quantize(
     report = progress or _silent
     if config.needs_calibration and calibration_data is None:
         raise CalibrationError("static scales and fitted codebooks need calibration_data: pass an iterable of inputs")
+    model = unwrapped(model)
     bind_cpu_core()
     count, float_bytes = _size(model.parameters())
     traced = _trace_and_observe(model, calibration_data, config, example_inputs, report)
@@ -147,6 +150,7 @@ def fit_shared_codebooks(
     """
     config = replace(config or LobcqConfig(), format=spec)
     report = progress or _silent
+    model = unwrapped(model)
     traced = _trace_and_observe(model, calibration_data, config, example_inputs, report)
     if not any(matmul.refusal is None for matmul in find_matmuls(traced.graph_module, config)):
         raise ConfigError(
@@ -161,6 +165,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> TracedModel:
     Raises:
         TraceError: the model cannot be captured, or needs example_inputs and has none.
     """
+    model = unwrapped(model)
     if is_causal_lm(model):
         return trace_causal_lm(model)
     if isinstance(model, PreTrainedModel):
@@ -170,21 +175,14 @@ def trace(model: nn.Module, example_inputs: Any = None) -> TracedModel:
     return trace_module(model, *call_of(example_inputs))
 
 
-def call_of(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of one item of calibration data."""
-    if isinstance(item, Mapping):
-        return (), dict(item)
-    if isinstance(item, (tuple, list)):
-        return tuple(item), {}
-    return (item,), {}
-
-
 def _trace_and_observe(
     model: nn.Module, data: Iterable[Any] | None, config: LobcqConfig, example_inputs: Any, report: Progress
 ) -> TracedModel:
     """The model's normalized graph; with data, observers in it that have seen them."""
     if example_inputs is None and data is not None:
         example_inputs, data = _first(data)
+        if isinstance(model, PreTrainedModel):
+            example_inputs = without_labels(example_inputs)
     report("trace", 0, 1)
     traced = trace(model, example_inputs)
     NormalizeMatmuls()(traced.graph_module)
@@ -215,8 +213,7 @@ def _calibrate(traced: TracedModel, data: Iterable[Any], report: Progress) -> No
     device = next(iter(traced.graph_module.parameters())).device
     done = 0
     for done, item in enumerate(data, start=1):
-        args, kwargs = call_of(item)
-        inputs = [value.to(device) for value in traced.calling.flatten(args, kwargs)]
+        inputs = calibration_inputs(traced.calling, item, device)
         with torch.inference_mode():
             traced.graph_module(*inputs)
         report("calibrate", done, total)

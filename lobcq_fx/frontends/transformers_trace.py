@@ -138,9 +138,11 @@ def trace_pretrained(
     Raises:
         TraceError: the model cannot be captured, or no example can be made up.
     """
-    if getattr(model.config, "is_encoder_decoder", False):
-        name = type(model).__name__
-        raise TraceError(f"{name} is an encoder-decoder, which is not supported yet; quantize {name}'s get_encoder()")
+    if {"decoder_input_ids", "decoder_input_values"} & inspect.signature(model.forward).parameters.keys():
+        raise TraceError(
+            f"{type(model).__name__} is an encoder-decoder, which is not supported yet. Remedy: quantize"
+            " model.get_encoder() alone, and pass what it returns to the float model as encoder_outputs"
+        )
     given = kwargs if kwargs is not None else _made_up_inputs(model)
     names, bound = bind_arguments(model, args, given)
     bound = widen_batch(bound)
@@ -151,7 +153,8 @@ def trace_pretrained(
     # A decoder without a head would return its cache; nothing here could take it back in.
     flags = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
     with tracing(model), torch.no_grad():
-        program = _export(model, {**bound, **flags, "return_dict": True}, pytree.tree_map(_batch_and_length, bound))
+        flags["return_dict"] = model.config.return_dict is not False
+        program = _export(model, {**bound, **flags}, pytree.tree_map(_batch_and_length, bound))
     graph_module, calling = flatten_program(program, bound, names, Structure(program.call_spec.out_spec))
     fills = {name: fill for name, fill in TOKEN_DEFAULTS.items() if name in bound} if "input_ids" in bound else {}
     return TracedModel(graph_module, replace(calling, fills=fills))
@@ -202,12 +205,16 @@ def _check_sizes(graph_module: fx.GraphModule) -> None:
 
 def _made_up_inputs(model: PreTrainedModel) -> dict[str, Any]:
     config, device = model.config, model.device
-    if model.main_input_name == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
-        return {"pixel_values": torch.zeros(BATCH, config.num_channels, *size, device=device, dtype=model.dtype)}
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+    if model.main_input_name == "pixel_values" and size is not None and channels is not None:
+        sizes = size if isinstance(size, (tuple, list)) else (size, size)
+        return {"pixel_values": torch.zeros(BATCH, channels, *sizes, device=device, dtype=model.dtype)}
     if model.main_input_name != "input_ids":
         name, wanted = type(model).__name__, model.main_input_name
-        raise TraceError(f"cannot make up an example for {name}, whose input is {wanted!r}: pass example_inputs")
+        raise TraceError(
+            f"cannot make up an example for {name}, whose input is {wanted!r} of a size that its configuration does not"
+            f" tell: pass example_inputs={{{wanted!r}: ...}}"
+        )
     ids = torch.arange(BATCH * PAST, device=device).view(BATCH, PAST) % 7
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(config, "type_vocab_size", 0) and "token_type_ids" in inspect.signature(model.forward).parameters:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from abc import ABC, abstractmethod
+from collections import UserDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -152,7 +153,7 @@ class ModuleCall(CallingConvention):
         for name in kwargs:
             if name in given:
                 raise CallError(f"argument {name!r} is given twice, by position and by name")
-        return {name: value for name, value in {**given, **kwargs}.items() if value is not None}
+        return {name: plain(value) for name, value in {**given, **kwargs}.items() if value is not None}
 
     def _check(self, index: int, leaf: Any, shape: tuple[int | None, ...]) -> None:
         if not isinstance(leaf, Tensor):
@@ -201,6 +202,11 @@ class ModuleCall(CallingConvention):
             tuple(tuple(shape) for shape in values["shapes"]),
             {str(name): int(fill) for name, fill in values["fills"].items()},
         )
+
+
+def plain(value: Any) -> Any:
+    """A tokenizer's output or another UserDict as the dict that it wraps: pytrees know no others."""
+    return dict(value) if isinstance(value, UserDict) else value
 
 
 def bind_arguments(
