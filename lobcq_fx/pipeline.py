@@ -76,6 +76,7 @@ def quantize(
     Raises:
         TraceError: the model cannot be captured as one graph (names the module and the source line).
         CalibrationError: the settings need data and there are none, or a layer never saw any.
+        CallError: an item of calibration_data, or example_inputs, is no call that the model or its graph takes.
         ConfigError: the settings leave nothing to quantize.
         LobcqError: a weight holds NaN or infinity.
     """

@@ -107,7 +107,7 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """What `generate()` calls `forward` with; where the original class has a way of its own, this is it."""
-        prepare = delegated(self.config, PREPARE, QuantizedCausalLM)
+        prepare = delegated(self.config.model_type, PREPARE, QuantizedCausalLM)
         inputs: dict[str, Any]
         if prepare is None:
             inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)

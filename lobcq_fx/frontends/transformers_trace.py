@@ -69,10 +69,10 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
         TraceError: the model cannot be captured, keeps a cache other than keys and values, or generates in a way of its
             own.
     """
-    check_overrides(model)
     vocab_size = model.config.get_text_config().vocab_size
     with tracing(model), torch.no_grad():
         check_cache_layers(model)
+        check_overrides(model)
         shifted_loss = has_shifted_loss(model, vocab_size)
         with plain_outputs(model):
             inputs, output = continuation(model)
