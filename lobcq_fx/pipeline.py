@@ -32,6 +32,7 @@ from lobcq_fx.passes.order import NORMALIZE, emitting
 from lobcq_fx.plan import QuantizationPlan
 from lobcq_fx.tracing.autocast import no_autocast
 from lobcq_fx.tracing.examples import calibration_inputs
+from lobcq_fx.tracing.progress import counted_calls
 from lobcq_fx.tracing.trace import MAIN, TracedModel
 from lobcq_fx.tracing.wrappers import unwrapped
 from lobcq_fx.trial import check_quantized, differing, expected_of
@@ -91,7 +92,8 @@ def quantize(
     front_end = front_end_of(model)
     example_inputs, data = _example(front_end, example_inputs, calibration_data)
     count, float_bytes = _size(model.parameters())
-    traced = front_end.trace(model, example_inputs, static_cache=static_cache, tick=partial(report, "trace"))
+    with counted_calls(model, partial(report, "trace")):
+        traced = front_end.trace(model, example_inputs, static_cache=static_cache)
     trials = front_end.trials(model, example_inputs, traced)
     expected = expected_of(model, trials[MAIN])
     unlike = differing(traced, trials, expected)
@@ -204,7 +206,8 @@ def fit_shared_codebooks(
     model = unwrapped(model)
     front_end = front_end_of(model)
     example_inputs, data = _example(front_end, example_inputs, calibration_data)
-    traced = front_end.trace(model, example_inputs, static_cache=False, tick=partial(report, "trace"))
+    with counted_calls(model, partial(report, "trace")):
+        traced = front_end.trace(model, example_inputs, static_cache=False)
     plan, _ = make_plan(traced.graph_modules, config, front_end.roles(model))
     main = traced.graphs[MAIN]
     InsertObservers(plan)(main.graph_module)

@@ -86,7 +86,7 @@ def write_folder(
     if include_library:
         get_library_path()  # there is none? say so before the long work
     signature = signature_of(q, example_inputs)
-    progress("convert", 0, 1)
+    progress("convert", 0, None)
     graph = stored_module(q, last_logits_only=last_logits_only)
     if target == "matmulnbits":
         use_float_activations(graph)
@@ -101,7 +101,7 @@ def write_folder(
     with replace_folder(out, is_export, PARTS) as folder:
         size = _save(model, folder)
         genai = _write_causal_lm_files(q, folder, tokenizer, include_library=include_library)
-        progress("check", 0, 1)
+        progress("check", 0, None)
         onnx.checker.check_model(str(folder / MODEL), full_check=True)
         differences = check_sessions(folder / MODEL, signature, reference)
         progress("check", 1, 1)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lobcq_fx.config import LobcqConfig
-from lobcq_fx.frontends.base import FrontEnd, Tick
+from lobcq_fx.frontends.base import FrontEnd
 from lobcq_fx.frontends.roles import roles_of
 from lobcq_fx.frontends.saved_config import config_of
 from lobcq_fx.frontends.transformers_trace import made_up_inputs, trace_pretrained, traced_flags
@@ -28,13 +28,11 @@ from lobcq_fx.trial import Trial, call_trial
 class EncoderFrontEnd(FrontEnd):
     """One graph with dynamic batch and length, called by keyword as the original."""
 
-    def trace(self, model: nn.Module, example_inputs: Any, *, static_cache: bool, tick: Tick) -> TracedGraphs:
+    def trace(self, model: nn.Module, example_inputs: Any, *, static_cache: bool) -> TracedGraphs:
         """One graph; without an example one is made up from the configuration."""
         assert isinstance(model, PreTrainedModel)
-        tick(0, 1)
-        traced = trace_pretrained(model, *(call_of(example_inputs) if example_inputs is not None else ((), None)))
-        tick(1, 1)
-        return TracedGraphs({MAIN: traced})
+        call = call_of(example_inputs) if example_inputs is not None else ((), None)
+        return TracedGraphs({MAIN: trace_pretrained(model, *call)})
 
     def example_of(self, item: Any) -> Any:
         """The item without labels, which only a loss needs."""
