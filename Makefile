@@ -60,7 +60,7 @@ oldest: $(VENV)/.installed transformers
 	  tests/export/test_quantize_activation.py tests/export/test_oldest_runtime.py
 	@test -d $(OLDEST_TRITON) || $(BIN)/pip install --quiet --no-deps --target $(OLDEST_TRITON) triton==3.6.0
 	PYTHONPATH=$(OLDEST_TRITON) TRITON_CACHE_DIR=build/triton-cache \
-	  $(BIN)/python benchmarks/triton_compile.py --formats 8x64 --capabilities 90
+	  $(BIN)/python -m benchmarks.gpu.triton_compile --formats 8x64 --capabilities 90
 
 # What users call, with the oldest and the newest transformers that pyproject.toml allows; the oldest wants an older hub.
 TRANSFORMERS := 5.17.0 5.24.0

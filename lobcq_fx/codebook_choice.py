@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.calibration.fit import CodebookFit, fit_codebooks
 from lobcq_fx.calibration.reservoir import Reservoir
+from lobcq_fx.calibration.statistics import ActivationStatistics, scaled_sample
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CalibrationError, ConfigError
 from lobcq_fx.format import FormatSpec, absmax_tensor_scale, block_arrays, check_codebooks
-from lobcq_fx.graph.attributes import get_attribute
-from lobcq_fx.graph.matmuls import Matmul, find_matmuls
-from lobcq_fx.passes.insert_observers import observer_of, scaled_sample
+from lobcq_fx.plan import PlannedMatmul, PlannedWeight, QuantizationPlan
 
 logger = logging.getLogger(__name__)
 
@@ -30,22 +29,39 @@ ENOUGH_ARRAYS = 1 << 13
 
 Progress = Callable[[str, int, int | None], None]
 
+Statistics = Mapping[PlannedMatmul, ActivationStatistics]
 
-def choose_codebooks(graph_module: fx.GraphModule, config: LobcqConfig, progress: Progress) -> CodebookSets:
-    """Codebooks for every format that the graph's matmuls will use.
+
+def choose_codebooks(
+    plan: QuantizationPlan,
+    read_weight: Callable[[str], Tensor],
+    statistics: Statistics,
+    config: LobcqConfig,
+    progress: Progress,
+) -> CodebookSets:
+    """Codebooks for every format that the plan uses.
+
+    Args:
+        plan: what is to be encoded.
+        read_weight: called with a weight's attribute name.
+        statistics: what was seen of the activations.
+        config: which codebooks.
+        progress: called with ("fit codebooks", iteration, None).
 
     Raises:
         CalibrationError: sets are to be fitted and a layer's observer saw no data.
         ConfigError: the file cannot be read or lacks a set.
     """
-    matmuls = [matmul for matmul in find_matmuls(graph_module, config) if matmul.refusal is None]
-    formats = sorted({matmul.config.format for matmul in matmuls}, key=lambda spec: spec.name)
     if config.codebooks == "universal":
-        return CodebookSets.universal(set(formats))
+        return CodebookSets.universal(set(plan.formats))
     if config.codebooks == "fitted":
-        fitted = {spec: fit_to_model(graph_module, config, spec, progress).codebooks for spec in formats}
+        logger.warning(
+            "fitted codebooks can be much worse than the universal ones on a whole language model: compare both with"
+            " `lobcq eval` before you rely on them"
+        )
+        fitted = {spec: fit_to_model(plan, read_weight, statistics, spec, progress).codebooks for spec in plan.formats}
         return CodebookSets(fitted, fitted)
-    shared = {spec: read_codebooks(Path(config.codebooks), spec) for spec in formats}
+    shared = {spec: read_codebooks(Path(config.codebooks), spec) for spec in plan.formats}
     return CodebookSets(shared, shared)
 
 
@@ -57,7 +73,7 @@ def read_codebooks(path: Path, spec: FormatSpec) -> Tensor:
     """
     try:
         sets = json.loads(path.read_text(encoding="utf-8"))["codebooks"]
-        codebooks = torch.tensor(sets[str(spec.num_codebooks)], dtype=torch.int8)
+        codebooks = torch.tensor(sets[str(spec.num_codebooks)], dtype=torch.int8, device="cpu")
         check_codebooks(codebooks, spec)
     except OSError as error:
         raise ConfigError(f"cannot read codebooks from {path}: {error.strerror}") from None
@@ -69,23 +85,24 @@ def read_codebooks(path: Path, spec: FormatSpec) -> Tensor:
 
 
 def fit_to_model(
-    graph_module: fx.GraphModule, config: LobcqConfig, spec: FormatSpec, progress: Progress
+    plan: QuantizationPlan,
+    read_weight: Callable[[str], Tensor],
+    statistics: Statistics,
+    spec: FormatSpec,
+    progress: Progress,
 ) -> CodebookFit:
     """One set for weights and activations alike, fitted to a bounded sample of both in equal parts.
 
-    Args:
-        graph_module: normalized, with observers that saw calibration data.
-        config: which matmuls there are.
-        spec: fits those of this format.
-        progress: called with ("fit codebooks", iteration, None).
+    The arguments are those of `choose_codebooks`; it fits to what is encoded in the format `spec`.
 
     Raises:
         CalibrationError: a layer's observer saw no data.
     """
-    matmuls = [m for m in find_matmuls(graph_module, config) if m.refusal is None and m.config.format == spec]
+    matmuls = [matmul for matmul in plan.quantized if matmul.config.format == spec]
+    encoded = [matmul for matmul in matmuls if matmul.config.mode == "w4a4"]
     samples = [
-        _sampled(_weight_arrays(graph_module, matmuls, spec)),
-        _sampled(_activation_arrays(graph_module, [m for m in matmuls if m.config.mode == "w4a4"])),
+        _sampled(_weight_arrays([matmul.weight for matmul in matmuls if matmul.weight], read_weight)),
+        _sampled(_activation_arrays(encoded, statistics)),
     ]
     samples = [sample for sample in samples if len(sample)]
     if min(len(sample) for sample in samples) < ENOUGH_ARRAYS:
@@ -99,7 +116,7 @@ def fit_to_model(
     return fit_codebooks(
         samples,
         spec,
-        tensor_scale=torch.tensor(1.0),
+        tensor_scale=torch.ones((), dtype=torch.float32, device="cpu"),
         on_iteration=lambda iteration, mse: progress("fit codebooks", iteration, None),
     )
 
@@ -108,31 +125,25 @@ def _sampled(arrays: Iterator[Tensor]) -> Tensor:
     sample = Reservoir(SAMPLED_ARRAYS, seed=0)
     for chunk in arrays:
         sample.add(chunk)
-    return sample.rows() if sample.num_seen else torch.empty(0)
+    return sample.rows() if sample.num_seen else torch.empty(0, dtype=torch.float32, device="cpu")
 
 
-def _weight_arrays(graph_module: fx.GraphModule, matmuls: list[Matmul], spec: FormatSpec) -> Iterator[Tensor]:
+def _weight_arrays(weights: Iterable[PlannedWeight], read_weight: Callable[[str], Tensor]) -> Iterator[Tensor]:
     """Block arrays [n, L_A] of each distinct weight, divided by its tensor scale."""
-    seen: set[str] = set()
-    for matmul in matmuls:
-        assert matmul.weight is not None
-        name = str(matmul.weight.target)
-        if name in seen:
-            continue
-        seen.add(name)
-        weight = get_attribute(graph_module, name).detach()
-        rows = weight.t() if matmul.flipped else weight
-        arrays = block_arrays(rows, spec).flatten(0, 1)
+    distinct = {weight.source: weight for weight in reversed(list(weights))}
+    for weight in reversed(distinct.values()):
+        float_weight = read_weight(weight.source).detach()
+        rows = float_weight.t() if weight.flipped else float_weight
+        arrays = block_arrays(rows, weight.spec).flatten(0, 1)
         yield (arrays / absmax_tensor_scale(rows)).cpu()
 
 
-def _activation_arrays(graph_module: fx.GraphModule, matmuls: list[Matmul]) -> Iterator[Tensor]:
+def _activation_arrays(matmuls: Iterable[PlannedMatmul], statistics: Statistics) -> Iterator[Tensor]:
     """Each observer's sample, divided by the tensor scales that the layer will use."""
     seen = set()
     for matmul in matmuls:
-        observer = observer_of(graph_module, matmul)
-        if observer is None:
+        if matmul not in statistics:
             raise CalibrationError(f"no activation of {matmul.layer} was observed: pass calibration_data")
-        if id(observer) not in seen:
-            seen.add(id(observer))
-            yield scaled_sample(observer.statistics, matmul.config)
+        if id(statistics[matmul]) not in seen:
+            seen.add(id(statistics[matmul]))
+            yield scaled_sample(statistics[matmul], matmul.config.activation_scale)

@@ -16,8 +16,11 @@ ACTIVATION_SCALES = ("per_token", "static")
 CODEBOOKS = ("universal", "fitted")
 OVERRIDABLE = ("format", "mode", "activation_scale")
 
-DEFAULT_EXCLUDE = ("*lm_head", "*embed*", "*router*", "*.gate", "*norm*", "*classifier", "*score")
-"""Output heads, embeddings, mixture-of-experts routers and norms stay in float, as in the paper."""
+ROLES = ("head",)
+"""What a layer can be to a model, for patterns: `@head` is an output head, whatever the model calls it."""
+
+DEFAULT_EXCLUDE = ("@head", "*lm_head", "*router*", "*.gate", "*classifier", "*score")
+"""Output heads and mixture-of-experts routers stay in float, as in the paper. Embeddings and norms are no matmuls."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class LobcqConfig:
         activation_scale: `"per_token"` computes a tensor scale for each token, `"static"` calibrates one a layer.
         codebooks: `"universal"` (shipped with the package), `"fitted"` (to this model's weights and calibration
             data), or the path of a JSON file written by `lobcq calibrate`.
-        include: shell-style patterns of layer names; a layer is quantized if one matches.
+        include: shell-style patterns of layer names, or `@head` for output heads, whatever they are called (known for
+            Hugging Face models); a layer is quantized if one matches.
         exclude: shell-style patterns of layer names left in float; they win over `include`.
         overrides: pattern -> settings (`format`, `mode`, `activation_scale`) for the layers it matches; the last
             matching pattern wins.
@@ -62,6 +66,9 @@ class LobcqConfig:
             raise ConfigError("activation_scale='static' contradicts mode='w4a16', which leaves activations in float")
         if not isinstance(self.min_in_features, int) or self.min_in_features < 1:
             raise ConfigError(f"min_in_features={self.min_in_features!r}: pass a positive integer")
+        for pattern in (*self.include, *self.exclude, *self.overrides):
+            if pattern.startswith("@") and pattern[1:] not in ROLES:
+                raise ConfigError(f"pattern {pattern!r} names no role: use one of {[f'@{role}' for role in ROLES]}")
         for pattern in self.overrides:
             self._overridden(pattern)
 
@@ -94,17 +101,17 @@ class LobcqConfig:
             "min_in_features": self.min_in_features,
         }
 
-    def for_layer(self, layer: str) -> LobcqConfig:
-        """The settings that hold for `layer`, overrides applied."""
-        matching = [pattern for pattern in self.overrides if fnmatchcase(layer, pattern)]
+    def for_layer(self, layer: str, role: str | None = None) -> LobcqConfig:
+        """The settings that hold for a layer, of a role or of none, overrides applied."""
+        matching = [pattern for pattern in self.overrides if _matches(pattern, layer, role)]
         return self._overridden(matching[-1]) if matching else self
 
-    def refusal(self, layer: str) -> str | None:
-        """Why the patterns leave `layer` in float, or None where they do not."""
+    def refusal(self, layer: str, role: str | None = None) -> str | None:
+        """Why the patterns leave a layer in float, or None where they do not."""
         for pattern in self.exclude:
-            if fnmatchcase(layer, pattern):
+            if _matches(pattern, layer, role):
                 return f"excluded by pattern {pattern!r}"
-        if not any(fnmatchcase(layer, pattern) for pattern in self.include):
+        if not any(_matches(pattern, layer, role) for pattern in self.include):
             return "matched by no include pattern"
         return None
 
@@ -124,6 +131,11 @@ class LobcqConfig:
             return replace(self, overrides={}, **settings)
         except ConfigError as error:
             raise ConfigError(f"overrides[{pattern!r}]: {error}") from None
+
+
+def _matches(pattern: str, layer: str, role: str | None) -> bool:
+    """Whether a pattern means the layer: `@role` by what it is to the model, anything else by its name."""
+    return pattern == f"@{role}" if pattern.startswith("@") else fnmatchcase(layer, pattern)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

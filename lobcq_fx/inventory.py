@@ -19,6 +19,9 @@ class MatmulRecord:
     float_bytes, packed_bytes: of the weight, before and after (equal if left in float; 0 without a weight, and for all
         but the first matmul that reads it; float_bytes is 0 where the float weight stays for something else).
     weight_sqnr_db, activation_sqnr_db: signal-to-quantization-noise ratio in dB; None if not measured.
+    multiply_adds: with its weight, in the example that the model was traced with; routed experts count by the tokens
+        they get. None in folders of releases that did not count them.
+    excluded: a pattern of the settings asked for it to stay in float.
     """
 
     layer: str
@@ -31,6 +34,8 @@ class MatmulRecord:
     packed_bytes: int = 0
     weight_sqnr_db: float | None = None
     activation_sqnr_db: float | None = None
+    multiply_adds: int | None = None
+    excluded: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -38,9 +43,14 @@ class MatmulRecord:
         return self.reason is None
 
     @property
-    def macs(self) -> int:
-        """Multiply-adds per token of a matmul with a weight: N * K; 0 without one."""
+    def scalars(self) -> int:
+        """Of a 2-D weight: N * K; 0 without one."""
         return self.shape[0] * self.shape[1] if self.shape else 0
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds with its weight; where they were not counted N * K, which is those of one token."""
+        return self.scalars if self.multiply_adds is None else self.multiply_adds
 
 
 @dataclass(frozen=True)
@@ -72,22 +82,28 @@ class Inventory:
     @property
     def parameter_coverage(self) -> float:
         """Share of the model's parameters that are now packed, from 0 to 1."""
-        return sum(record.macs for record in self._distinct_weights()) / max(1, self.model_parameters)
+        return sum(record.scalars for record in self._distinct_weights()) / max(1, self.model_parameters)
 
     @property
     def mac_coverage(self) -> float:
-        """Share of the multiply-adds with a constant 2-D weight, per token, that now run in LO-BCQ, from 0 to 1.
+        """Share of the multiply-adds with a weight that now run in LO-BCQ, from 0 to 1.
 
-        Routed experts are not counted: how many of them a token visits is not in the graph.
+        Convolutions, recurrent layers and experts count too, by what they do in the traced example.
         """
         total = sum(record.macs for record in self.records)
         return sum(record.macs for record in self.quantized) / max(1, total)
 
     @property
+    def asked_coverage(self) -> float:
+        """The same among what no pattern of the settings left in float, from 0 to 1; 1 where that is nothing."""
+        total = sum(record.macs for record in self.records if not record.excluded)
+        return sum(record.macs for record in self.quantized) / total if total else 1.0
+
+    @property
     def bits_per_scalar(self) -> float:
         """Stored bits per scalar over all packed weights, padding and scales included; 0 if there are none."""
         weights = self._distinct_weights()
-        return 8 * sum(w.packed_bytes for w in weights) / max(1, sum(w.macs for w in weights))
+        return 8 * sum(w.packed_bytes for w in weights) / max(1, sum(w.scalars for w in weights))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""

@@ -2,122 +2,142 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import LobcqError
-from lobcq_fx.graph.prepacked_calls import Refusal
 from lobcq_fx.graph.run_on_zeros import run_on_zeros
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.kernels.bind import rows_to_warm, weight_layout
 from lobcq_fx.modules.packed_weight import WeightLayout
 from lobcq_fx.ops.schemas import NO_GRADIENT
-from lobcq_fx.passes.lowering import lower
+from lobcq_fx.passes.order import lower
 from lobcq_fx.passes.prepack import Prepack, restore_weights, weights_as_stored
 from lobcq_fx.passes.retarget_device import RetargetDevice
-from lobcq_fx.storage.checkpoint import save_checkpoint
+from lobcq_fx.refusal import Refusal
+from lobcq_fx.storage.checkpoint import Checkpoint, StoredGraph, saved_folder
+from lobcq_fx.tracing.autocast import without_autocast
 from lobcq_fx.tracing.calling import CallingConvention
-from lobcq_fx.tracing.trace import TracedModel
+from lobcq_fx.tracing.trace import MAIN, TracedModel
 
 GRAPH = "graph_module."
+
+
+@dataclass(frozen=True)
+class ModelGraph:
+    """One graph of a model.
+
+    graph_module: what runs, flat tensors in and out. Where the device's kernels want weights in a layout of their own,
+        it reads them in that layout.
+    stored: the same graph on weights as they are stored, whatever the device: what is saved, exported and lowered.
+    calling: how a call of the model becomes a call of the graph.
+    """
+
+    graph_module: fx.GraphModule
+    stored: fx.Graph
+    calling: CallingConvention
+
+
+class FrontEnd(Protocol):
+    """What a model needs of its front end (`lobcq_fx.frontends`)."""
+
+    def load(self, saved: Checkpoint, directory: Path) -> QuantizedModel:
+        """The model that a folder holds."""
 
 
 class QuantizedModel(nn.Module):
     """A model whose matmuls run in LO-BCQ. Inference only.
 
-    graph_module: the FX graph that runs, flat tensors in and out; it can be compiled on its own. Where the device's
-        kernels want weights in a layout of their own, it holds them in that layout.
-    stored_graph: the same graph on weights as they are stored, whatever the device: what `save_pretrained` writes.
-    calling: how a call of the model becomes a call of the graph.
-    variants: other graphs of the model on the same tensors, for calls of another kind, by name.
-    refused_variants: why there is no such graph, by name.
+    graphs: all on the same tensors, by name; `MAIN` serves every call that no other one is made for.
+    refused_graphs: why there is no such graph, by name.
     lobcq_config: the settings it was quantized with.
     inventory: every matmul, what became of it, and why.
+    lowering_refusals: what the passes for this device left as it was, and why.
     config: the Hugging Face configuration, None for other modules.
     """
 
     def __init__(
         self,
-        graph_module: fx.GraphModule,
-        calling: CallingConvention,
+        front_end: FrontEnd,
+        graphs: Mapping[str, TracedModel],
+        refused_graphs: Mapping[str, str],
         lobcq_config: LobcqConfig,
         inventory: Inventory,
         config: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(*self._base_arguments(config))
         self.config = config
-        self._assemble(graph_module, calling, lobcq_config, inventory)
-
-    def _assemble(
-        self,
-        graph_module: fx.GraphModule,
-        calling: CallingConvention,
-        lobcq_config: LobcqConfig,
-        inventory: Inventory,
-        variants: Mapping[str, TracedModel] | None = None,
-        refused_variants: Mapping[str, str] | None = None,
-    ) -> None:
-        self.graph_module = graph_module
-        self.stored_graph = graph_module.graph
-        self.calling = calling
-        self.variants = dict(variants or {})
-        self.stored_variants = {name: variant.graph_module.graph for name, variant in self.variants.items()}
-        self.refused_variants = dict(refused_variants or {})
+        self.front_end = front_end
+        self.graphs = {
+            name: ModelGraph(one.graph_module, one.graph_module.graph, one.calling) for name, one in graphs.items()
+        }
+        self.refused_graphs = dict(refused_graphs)
         self.lobcq_config = lobcq_config
         self.inventory = inventory
+        self.lowering_refusals: tuple[Refusal, ...] = ()
+        self.graph_module = graphs[MAIN].graph_module  # the owner of every tensor
         # State dicts carry the float model's names: `model.norm.weight`, `...q_proj.weight.codes`.
         self.register_state_dict_post_hook(_strip_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
-        graph_module.eval()
-        for variant in self.variants.values():
-            variant.graph_module.training = False
+        self.graph_module.eval()
+        for graph in self.graphs.values():
+            graph.graph_module.training = False
         self.training = False
         self._prepack()
 
+    def _base_arguments(self, config: Any) -> tuple[Any, ...]:
+        """Of the next class's constructor."""
+        return ()
+
+    @property
+    def stored_graph(self) -> fx.Graph:
+        """The main graph on weights as they are stored."""
+        return self.graphs[MAIN].stored
+
+    @property
+    def calling(self) -> CallingConvention:
+        """How a call of the model becomes a call of the main graph."""
+        return self.graphs[MAIN].calling
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph on a call of the original model; returns what that returned.
+        """Run the graph on a call of the original model; returns what that returned. Autocast changes nothing in it.
 
         Raises:
             CallError: the traced graph cannot serve the call.
             LobcqError: an input requires a gradient.
         """
-        graph_module, calling = self._serving(args, kwargs)
-        inputs = calling.flatten(args, kwargs)
+        graph = self._serving(args, kwargs)
+        inputs = graph.calling.flatten(args, kwargs)
         if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
             raise LobcqError(NO_GRADIENT)
-        outputs = graph_module(*inputs)
-        return calling.unflatten(outputs, args, kwargs)
+        outputs = without_autocast(graph.graph_module, inputs)
+        return graph.calling.unflatten(outputs, args, kwargs)
 
-    def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, CallingConvention]:
+    def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelGraph:
         """The graph that serves a call."""
-        return self.graph_module, self.calling
-
-    def _graphs(self) -> list[tuple[fx.GraphModule, fx.Graph]]:
-        """Every graph module, each with its graph on stored weights."""
-        others = [(variant.graph_module, self.stored_variants[name]) for name, variant in self.variants.items()]
-        return [(self.graph_module, self.stored_graph), *others]
+        return self.graphs[MAIN]
 
     def _prepack(self) -> None:
         """Where the device has kernels of its own, run graphs that are lowered to them."""
         layout = weight_layout(self.device)
         if layout is not None:
-            self._lower(layout, self.device)
+            self.lowering_refusals = self._lower(layout, self.device)
 
     def _lower(self, layout: WeightLayout, device: torch.device) -> tuple[Refusal, ...]:
         """Run copies of the stored graphs that are lowered to a device's kernels; what its passes left alone."""
-        graph_modules = []
-        for graph_module, stored_graph in self._graphs():
+        for one in self.graphs.values():
             graph = fx.Graph()
-            graph.output(graph.graph_copy(stored_graph, {}))
-            graph_module.graph = graph
-            graph_modules.append(graph_module)
-        stored = frozenset[str]().union(*(weights_as_stored(graph_module.graph) for graph_module in graph_modules))
-        return lower(graph_modules, Prepack(layout, stored), device)
+            graph.output(graph.graph_copy(one.stored, {}))
+            one.graph_module.graph = graph
+        stored = frozenset[str]().union(*(weights_as_stored(one.stored) for one in self.graphs.values()))
+        return lower([one.graph_module for one in self.graphs.values()], Prepack(layout, stored), device)
 
     def warmup(self, max_rows: int = 2048) -> None:
         """Compile the kernels of every linear, so that no request pays for it. CPUs' kernels are compiled already.
@@ -129,13 +149,14 @@ class QuantizedModel(nn.Module):
             max_rows: tokens of the largest call, batch times length.
         """
         for rows in rows_to_warm(self.device, max_rows):
-            run_on_zeros([graph_module for graph_module, _ in self._graphs()], rows)
+            run_on_zeros([graph.graph_module for graph in self.graphs.values()], rows)
 
     def _restore(self) -> None:
         """Run the stored graphs on stored weights again."""
         restore_weights(self.graph_module)
-        for graph_module, stored_graph in self._graphs():
-            graph_module.graph = stored_graph
+        for one in self.graphs.values():
+            one.graph_module.graph = one.stored
+        self.lowering_refusals = ()
 
     def save_pretrained(self, directory: str | Path, tokenizer: Any = None) -> None:
         """Write a folder that `lobcq_fx.load` opens without the float weights.
@@ -148,7 +169,15 @@ class QuantizedModel(nn.Module):
             CheckpointError: the folder holds something else, or the written files do not read back equal.
             OSError: the disk is full or not writable; an existing folder stays as it was.
         """
-        save_checkpoint(self, Path(directory), tokenizer)
+        companions = [one for one in (getattr(self, "generation_config", None), tokenizer) if one is not None]
+        with saved_folder(self.checkpoint(), Path(directory), companions) as (folder, saved):
+            self.front_end.load(saved, folder)  # what cannot be loaded is not left behind
+
+    def checkpoint(self) -> Checkpoint:
+        """What a folder holds of the model."""
+        graphs = {name: StoredGraph(one.stored, one.calling.to_dict()) for name, one in self.graphs.items()}
+        config = None if self.config is None else json.loads(self.config.to_json_string(use_diff=False))
+        return Checkpoint(self.graph_module, graphs, self.refused_graphs, self.lobcq_config, self.inventory, config)
 
     @property
     def device(self) -> torch.device:
@@ -188,8 +217,8 @@ class QuantizedModel(nn.Module):
             self._restore()  # the layout belongs to the device that is left
         super()._apply(lambda tensor: _keeping_dtype(fn, tensor), recurse)
         if leaves:
-            for graph_module, _ in self._graphs():
-                RetargetDevice(self.device)(graph_module)
+            for graph in self.graphs.values():
+                RetargetDevice(self.device)(graph.graph_module)
             self._prepack()
         return self
 

@@ -5,43 +5,45 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import replace
+from functools import partial
 from itertools import chain
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from transformers import PreTrainedModel
 
 from lobcq_fx.calibration.fit import CodebookFit
 from lobcq_fx.codebook_choice import choose_codebooks, fit_to_model
 from lobcq_fx.config import LobcqConfig
+from lobcq_fx.encoding import encode_weights, records_of, register_static_scales
 from lobcq_fx.errors import CalibrationError, ConfigError, TraceError
 from lobcq_fx.format import FormatSpec
-from lobcq_fx.frontends.causal_lm import QuantizedCausalLM
-from lobcq_fx.frontends.causal_lm_call import CausalLMCall
-from lobcq_fx.frontends.static_cache_graph import StaticCacheGraph
-from lobcq_fx.frontends.transformers_trace import is_causal_lm, trace_causal_lm, trace_pretrained
-from lobcq_fx.graph.matmuls import find_matmuls
+from lobcq_fx.frontends import front_end_of
+from lobcq_fx.graph.attributes import get_attribute
+from lobcq_fx.graph.shared_tensors import drop_shared, share
 from lobcq_fx.inventory import Inventory, MatmulRecord
 from lobcq_fx.kernels.bind import bind_cpu_core
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
-from lobcq_fx.passes.infra import Sequential
-from lobcq_fx.passes.insert_observers import InsertObservers
-from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
-from lobcq_fx.passes.rewrite import Rewrite
-from lobcq_fx.passes.share_activations import ShareActivations
-from lobcq_fx.tracing.trace import TracedModel, trace_module
+from lobcq_fx.passes.insert_observers import InsertObservers, observed
+from lobcq_fx.passes.order import NORMALIZE, emitting
+from lobcq_fx.plan import QuantizationPlan
+from lobcq_fx.tracing.autocast import no_autocast
+from lobcq_fx.tracing.calling import call_of
+from lobcq_fx.tracing.trace import MAIN, TracedModel
+from lobcq_fx.trial import check_quantized, differing, expected_of
 
 logger = logging.getLogger(__name__)
 
 LARGE_SHARE = 0.05
-"""Of the model's bytes: weights left in float without being excluded are worth a warning from here on."""
+"""Of bytes or multiply-adds: what is left in float without being excluded is worth a warning from here on."""
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (step, done, total); total is None where it is not known."""
 
 
+@no_autocast()
 def quantize(
     model: nn.Module,
     calibration_data: Iterable[Any] | None = None,
@@ -82,52 +84,100 @@ def quantize(
     if config.needs_calibration and calibration_data is None:
         raise CalibrationError("static scales and fitted codebooks need calibration_data: pass an iterable of inputs")
     bind_cpu_core()
+    front_end = front_end_of(model)
+    example_inputs, data = _example(example_inputs, calibration_data)
     count, float_bytes = _size(model.parameters())
-    traced = _trace_and_observe(model, calibration_data, config, example_inputs, report)
-    static = _static_cache_graph(model, traced, static_cache)
-    records = quantize_graph(traced.graph_module, config, report, release_from=model if inplace else None)
-    if static is not None:
-        static.quantize(config)
+    traced = front_end.trace(model, example_inputs, static_cache=static_cache, tick=partial(report, "trace"))
+    trials = front_end.trials(model, example_inputs, traced)
+    expected = expected_of(model, trials[MAIN])
+    unlike = differing(traced, trials, expected)
+    plan, others = make_plan(traced.graph_modules, config, front_end.roles(model))
+    unlike |= others
+    if data is not None:
+        InsertObservers(plan)(traced.graphs[MAIN].graph_module)
+        _calibrate(traced.graphs[MAIN], data, report)
+    alike = {name: one.graph_module for name, one in traced.graphs.items() if name not in unlike}
+    emitted, records = quantize_graphs(alike, plan, config, report, release_from=model if inplace else None)
     saved = sum(record.float_bytes - record.packed_bytes for record in records)
     inventory = Inventory(records, count, float_bytes, float_bytes - saved)
-    _warn_of_leftovers(inventory, config)
-    return _build(model, traced, static, config, inventory)
+    _warn_of_leftovers(inventory)
+    graphs = {name: TracedModel(one, traced.graphs[name].calling) for name, one in emitted.items()}
+    q = front_end.build(model, graphs, {**traced.refusals, **unlike}, config, inventory)
+    for name, graph in q.graphs.items():
+        check_quantized(q, graph.graph_module, trials[name], expected)
+    return q
 
 
-def quantize_graph(
-    graph_module: fx.GraphModule,
+def make_plan(
+    graph_modules: Mapping[str, fx.GraphModule], config: LobcqConfig, roles: Mapping[str, str] | None = None
+) -> tuple[QuantizationPlan, dict[str, str]]:
+    """Normalize the traced graphs of a model, and decide what becomes of their matmuls.
+
+    Args:
+        graph_modules: by name, `MAIN` among them, changed in place: the others let go of the tensors that it has too.
+        config: what to quantize and how.
+        roles: module path -> what that layer is to the model.
+
+    Returns:
+        The plan, and why it does not hold for a graph that runs other matmuls than the main one, by name.
+
+    Raises:
+        ConfigError: the settings leave nothing to quantize.
+    """
+    for graph_module in graph_modules.values():
+        NORMALIZE(graph_module)
+    plan = QuantizationPlan.of(graph_modules[MAIN], config, roles)
+    if not plan.quantized:
+        raise ConfigError(f"nothing to quantize in the model: {_reasons(plan)}")
+    unlike: dict[str, str] = {}
+    for name, graph_module in graph_modules.items():
+        try:
+            plan.pair(graph_module)
+        except TraceError as error:
+            logger.warning("the quantized model will have no %s graph: %s", name, error)
+            unlike[name] = str(error)
+        if name != MAIN:
+            drop_shared(graph_module, graph_modules[MAIN])
+    return plan, unlike
+
+
+def quantize_graphs(
+    graph_modules: Mapping[str, fx.GraphModule],
+    plan: QuantizationPlan,
     config: LobcqConfig,
     progress: Progress | None = None,
     release_from: nn.Module | None = None,
-) -> tuple[MatmulRecord, ...]:
-    """Quantize a graph after `NormalizeMatmuls`, in place, with what its observers have seen if it has any.
+) -> tuple[dict[str, fx.GraphModule], tuple[MatmulRecord, ...]]:
+    """Encode what is planned, with what the main graph's observers have seen if it has any, and emit every graph.
 
     Args:
-        graph_module: the graph.
-        config: what to quantize and how.
+        graph_modules: after `make_plan`, by name.
+        plan: theirs.
+        config: which codebooks to encode with.
         progress: called as weights are encoded.
         release_from: a module whose float weights are freed as they are encoded.
 
     Returns:
-        What became of each matmul.
+        The emitted graphs, all on the tensors of the main one, which is changed in place; what became of each matmul.
 
     Raises:
-        ConfigError: the settings leave nothing to quantize.
         LobcqError: a weight holds NaN or infinity.
+        CalibrationError: a layer that needs calibration data saw none.
     """
     report = progress or _silent
-    rewrite = Rewrite(
-        config,
-        choose_codebooks(graph_module, config, report),
-        release_from=release_from,
-        progress=lambda done, total: report("encode", done, total),
-    )
-    if not rewrite(graph_module).modified:
-        raise ConfigError(f"nothing to quantize in the model: {_reasons(rewrite.records)}")
-    Sequential((ShareActivations(), EliminateDeadCode()))(graph_module)
-    return tuple(rewrite.records)
+    root = graph_modules[MAIN]
+    statistics = observed(root, plan)
+    codebooks = choose_codebooks(plan, partial(get_attribute, root), statistics, config, report)
+    encoded = encode_weights(plan, root, codebooks, release_from, partial(report, "encode"))
+    register_static_scales(plan, root, statistics)
+    emitted = {name: root if name == MAIN else share(one, root) for name, one in graph_modules.items()}
+    for graph_module in emitted.values():
+        emitting(plan, codebooks)(graph_module)
+    EliminateDeadCode(tuple(one.graph for one in emitted.values() if one is not root))(root)
+    return emitted, records_of(plan, encoded, codebooks, statistics)
 
 
+@no_autocast()
 def fit_shared_codebooks(
     model: nn.Module,
     calibration_data: Iterable[Any],
@@ -147,60 +197,25 @@ def fit_shared_codebooks(
     """
     config = replace(config or LobcqConfig(), format=spec)
     report = progress or _silent
-    traced = _trace_and_observe(model, calibration_data, config, example_inputs, report)
-    if not any(matmul.refusal is None for matmul in find_matmuls(traced.graph_module, config)):
-        raise ConfigError(
-            f"nothing to fit codebooks to in {type(model).__name__}: the settings leave every matmul alone"
-        )
-    return fit_to_model(traced.graph_module, config, spec, report)
-
-
-def trace(model: nn.Module, example_inputs: Any = None) -> TracedModel:
-    """Capture a model with the tracer that suits it.
-
-    Raises:
-        TraceError: the model cannot be captured, or needs example_inputs and has none.
-    """
-    if is_causal_lm(model):
-        return trace_causal_lm(model)
-    if isinstance(model, PreTrainedModel):
-        return trace_pretrained(model, *(call_of(example_inputs) if example_inputs is not None else ((), None)))
-    if example_inputs is None:
-        raise TraceError(f"tracing {type(model).__name__} needs example_inputs: pass the arguments of one call")
-    return trace_module(model, *call_of(example_inputs))
-
-
-def call_of(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of one item of calibration data."""
-    if isinstance(item, Mapping):
-        return (), dict(item)
-    if isinstance(item, (tuple, list)):
-        return tuple(item), {}
-    return (item,), {}
-
-
-def _trace_and_observe(
-    model: nn.Module, data: Iterable[Any] | None, config: LobcqConfig, example_inputs: Any, report: Progress
-) -> TracedModel:
-    """The model's normalized graph; with data, observers in it that have seen them."""
-    if example_inputs is None and data is not None:
-        example_inputs, data = _first(data)
-    report("trace", 0, 1)
-    traced = trace(model, example_inputs)
-    NormalizeMatmuls()(traced.graph_module)
-    report("trace", 1, 1)
-    if data is not None:
-        InsertObservers(config)(traced.graph_module)
-        _calibrate(traced, data, report)
-    return traced
+    front_end = front_end_of(model)
+    example_inputs, data = _example(example_inputs, calibration_data)
+    traced = front_end.trace(model, example_inputs, static_cache=False, tick=partial(report, "trace"))
+    plan, _ = make_plan(traced.graph_modules, config, front_end.roles(model))
+    main = traced.graphs[MAIN]
+    InsertObservers(plan)(main.graph_module)
+    _calibrate(main, data or (), report)
+    statistics = observed(main.graph_module, plan)
+    return fit_to_model(plan, partial(get_attribute, main.graph_module), statistics, spec, report)
 
 
 def _silent(step: str, done: int, total: int | None) -> None:
     """Progress that nobody asked for."""
 
 
-def _first(data: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """The first item, and the data with it still in front (a generator can be read only once)."""
+def _example(example_inputs: Any, data: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
+    """The example, without one the first item of the data; and the data, whole (a generator can be read only once)."""
+    if example_inputs is not None or data is None:
+        return example_inputs, data
     iterator = iter(data)
     try:
         first = next(iterator)
@@ -224,50 +239,27 @@ def _calibrate(traced: TracedModel, data: Iterable[Any], report: Progress) -> No
         raise CalibrationError("calibration_data is empty: pass at least one model input")
 
 
-def _static_cache_graph(model: nn.Module, traced: TracedModel, wanted: bool) -> StaticCacheGraph | None:
-    """A language model's other graph; None for other models."""
-    if not isinstance(traced.calling, CausalLMCall):
-        return None
-    assert isinstance(model, PreTrainedModel)
-    return StaticCacheGraph(model, traced, wanted)
-
-
-def _build(
-    model: nn.Module, traced: TracedModel, static: StaticCacheGraph | None, config: LobcqConfig, inventory: Inventory
-) -> QuantizedModel:
-    if isinstance(traced.calling, CausalLMCall):
-        assert isinstance(model, PreTrainedModel)
-        assert static is not None
-        return QuantizedCausalLM(
-            traced.graph_module,
-            traced.calling,
-            config,
-            inventory,
-            model.config,
-            model.generation_config,
-            variants=static.variants,
-            refused_variants=static.refused_variants,
-        )
-    hf_config = model.config if isinstance(model, PreTrainedModel) else None
-    return QuantizedModel(traced.graph_module, traced.calling, config, inventory, hf_config)
-
-
 def _size(parameters: Iterable[Tensor]) -> tuple[int, int]:
     """(scalars, bytes)."""
     sizes = [(p.numel(), p.numel() * p.element_size()) for p in parameters]
     return sum(n for n, _ in sizes), sum(b for _, b in sizes)
 
 
-def _warn_of_leftovers(inventory: Inventory, config: LobcqConfig) -> None:
-    """Say loudly which large weights stay in float although no pattern asked for it."""
-    left = [r for r in inventory.left_alone if r.float_bytes and config.for_layer(r.layer).refusal(r.layer) is None]
-    size = sum(record.float_bytes for record in left)
-    if size > LARGE_SHARE * inventory.model_float_bytes:
-        reasons = "; ".join(sorted({f"{record.layer}: {record.reason}" for record in left})[:3])
-        share = size / inventory.model_float_bytes
-        logger.warning("%.0f %% of the model's bytes stay in float, unasked: %s ...", 100 * share, reasons)
+def _warn_of_leftovers(inventory: Inventory) -> None:
+    """Say loudly what stays in float although no pattern asked for it."""
+    left = [r for r in inventory.left_alone if r.float_bytes and not r.excluded]
+    share = sum(record.float_bytes for record in left) / max(1, inventory.model_float_bytes)
+    coverage = inventory.asked_coverage
+    if share <= LARGE_SHARE and coverage >= 1 - LARGE_SHARE:
+        return
+    left.sort(key=lambda record: (record.macs, record.float_bytes), reverse=True)
+    reasons = "; ".join(dict.fromkeys(f"{record.layer or record.operation}: {record.reason}" for record in left))
+    logger.warning(
+        "%.0f %% of the model's bytes, and %.0f %% of its multiply-adds, stay in float, unasked: %s",
+        100 * share, 100 * (1 - coverage), shorten(reasons, 300, placeholder=" ..."),
+    )  # fmt: skip
 
 
-def _reasons(records: Iterable[MatmulRecord]) -> str:
-    reasons = {f"{record.layer or record.operation}: {record.reason}" for record in records}
+def _reasons(plan: QuantizationPlan) -> str:
+    reasons = {f"{matmul.layer or matmul.operation}: {matmul.refusal}" for matmul in plan.matmuls}
     return "; ".join(sorted(reasons)[:5]) or "the traced graph has no matmul"

@@ -260,7 +260,7 @@ def test_the_graph_for_static_caches_is_copied_and_moved_with_the_other():
 
     twin = copy.deepcopy(lm)
     assert torch.equal(twin(ids, past_key_values=twin.static_cache(9)).logits, expected)
-    ours, theirs = (list(one.variants["static_cache"].graph_module.buffers()) for one in (lm, twin))
+    ours, theirs = (list(one.graphs["static_cache"].graph_module.buffers()) for one in (lm, twin))
     assert not {id(tensor) for tensor in ours} & {id(tensor) for tensor in theirs}
     for name, tensor in twin.state_dict().items():
         if name == "model.norm.weight":
@@ -271,7 +271,7 @@ def test_the_graph_for_static_caches_is_copied_and_moved_with_the_other():
 
     twin.to("meta")
     assert twin(ids.to("meta"), past_key_values=twin.static_cache(9)).logits.device.type == "meta"
-    for graph_module in (twin.graph_module, twin.variants["static_cache"].graph_module):
+    for graph_module in (twin.graph_module, twin.graphs["static_cache"].graph_module):
         assert "device(type='cpu')" not in graph_module.code
         assert devices(graph_module) == {"meta"}
         assert all(tensor.device.type == "meta" for tensor in graph_module.buffers())

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lobcq_fx.benchmarking.contender import COLD_BYTES, COLD_ROWS, Starter, checked_rows, copies_needed
@@ -15,6 +14,7 @@ from lobcq_fx.benchmarking.ours import EXACT, OurLinear
 from lobcq_fx.benchmarking.peers import PEERS, RESEMBLES, Peer
 from lobcq_fx.benchmarking.race import median_ratio, race
 from lobcq_fx.benchmarking.reading import READERS, reading_bursts
+from lobcq_fx.calibration.synthetic import synthetic
 from lobcq_fx.format import FormatSpec
 
 SHAPES = ((2048, 2048), (4096, 4096), (11008, 4096), (4096, 11008))
@@ -107,7 +107,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         n, k = self.shape
-        self._weight = torch.randn(n, k, generator=torch.Generator().manual_seed(0)) / k**0.5
+        self._weight = synthetic("gaussian", (n, k), seed=0) / k**0.5
         self._ours = {spec.name: OurLinear.of(self._weight, spec, self.plan.mode) for spec in self.plan.formats}
         self._starters = {name: Starter(ours.contender()) for name, ours in self._ours.items()}
         self._peers: dict[str, Starter] = {}
@@ -125,7 +125,7 @@ class Comparison:
         Raises:
             WrongProductError: a product of ours is wrong.
         """
-        x = torch.randn(rows, self.shape[1], generator=torch.Generator().manual_seed(rows))
+        x = synthetic("gaussian", (rows, self.shape[1]), seed=rows)
         for name, starter in self._starters.items():
             starter.check(x, self._ours[name].expected(checked_rows(x)), EXACT)
         contenders = self._starters | self._sound_peers(x)

@@ -10,6 +10,7 @@ import torch
 
 from lobcq_fx.benchmarking.ours import require_core
 from lobcq_fx.benchmarking.race import race
+from lobcq_fx.calibration.synthetic import synthetic
 from lobcq_fx.format import FormatSpec, universal_codebooks
 from lobcq_fx.kernels.cpu.installed import tables_of
 
@@ -26,7 +27,7 @@ def encoding_rates(formats: Sequence[FormatSpec], rounds: int) -> dict[str, dict
         "repack_scalars_per_second": from these to the kernel layout.
     """
     core, threads = require_core(), torch.get_num_threads()
-    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    x = synthetic("gaussian", SHAPE, seed=0)
     rates = {}
     for spec in formats:
         codebooks = universal_codebooks(spec.num_codebooks)

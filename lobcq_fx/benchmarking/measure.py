@@ -1,4 +1,4 @@
-"""The whole measurement, as JSON-ready values: what `lobcq bench` and benchmarks/cpu.py share."""
+"""The whole measurement, as JSON-ready values: what `lobcq bench` and benchmarks/cpu/linears.py share."""
 
 from __future__ import annotations
 

@@ -72,7 +72,11 @@ class OurLinear:
         assert layout is not None, "encoded without a core"
         w = self.weight
         packed = layout.pack((w.codes, w.selectors, w.scales), w.spec, w.columns)
-        tables, no_bias, array_size = layout.tables(w.codebooks), torch.empty(0), w.spec.array_size
+        tables, no_bias, array_size = (
+            layout.tables(w.codebooks),
+            torch.empty(0, dtype=torch.float32, device=w.codes.device),
+            w.spec.array_size,
+        )
         outputs = [w.shape[0]]
 
         def copy() -> Call:

@@ -25,5 +25,5 @@ READERS: dict[str, Callable[[Tensor], Tensor]] = {"read: sum": torch.sum, "read:
 
 def reading_bursts(size: int) -> dict[str, Burst]:
     """For each reader a burst over as many copies of `size` bytes as a weight of that size has at one row."""
-    copies = [torch.ones(size // 4) for _ in range(copies_needed(size, rows=1))]
+    copies = [torch.ones(size // 4, dtype=torch.float32, device="cpu") for _ in range(copies_needed(size, rows=1))]
     return {name: [partial(read, one) for one in copies] for name, read in READERS.items()}

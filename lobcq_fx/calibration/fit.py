@@ -138,7 +138,7 @@ def _start(blocks: GridBlocks, num_codebooks: int, init: str, seed: int) -> Tens
     for chunk in blocks:
         reservoir.add(chunk)
     if reservoir.num_seen == 0:
-        even = torch.linspace(-ENTRY_MAX * GRID, ENTRY_MAX * GRID, CODEBOOK_SIZE, dtype=torch.float64)
+        even = torch.linspace(-ENTRY_MAX * GRID, ENTRY_MAX * GRID, CODEBOOK_SIZE, dtype=torch.float64, device="cpu")
         return even.repeat(num_codebooks, 1)
     return kmeans_plus_plus(reservoir.rows(), num_codebooks, generator)
 
@@ -151,8 +151,9 @@ def _assign(blocks: GridBlocks, errors: Tensor) -> _Clusters:
         errors: fp64 [NUM_BINS, N_c], of each grid value with each codebook.
     """
     num_codebooks = errors.shape[1]
-    histograms = torch.zeros((num_codebooks, NUM_BINS), dtype=torch.long)
-    worst, worst_cluster, largest, num_blocks = torch.zeros(BLOCK_SIZE, dtype=torch.long), 0, 0.0, 0
+    histograms = torch.zeros((num_codebooks, NUM_BINS), dtype=torch.long, device="cpu")
+    worst = torch.zeros(BLOCK_SIZE, dtype=torch.long, device="cpu")
+    worst_cluster, largest, num_blocks = 0, 0.0, 0
     for chunk in blocks:
         if chunk.shape[0] == 0:
             continue

@@ -90,7 +90,7 @@ class GridBlocks:
 
     def _absmax(self) -> Tensor:
         """Largest magnitude of the whole source, fp32 []."""
-        largest, num_arrays = torch.zeros(()), 0
+        largest, num_arrays = torch.zeros((), dtype=torch.float32, device="cpu"), 0
         for chunk in self._chunks():
             num_arrays += chunk.shape[0]
             if not bool(torch.isfinite(chunk).all()):

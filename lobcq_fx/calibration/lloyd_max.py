@@ -31,7 +31,8 @@ def squared_errors(codebooks: Tensor) -> Tensor:
     Returns:
         fp64 [NUM_BINS, N], in squared grid steps.
     """
-    grid = torch.arange(-GRID_MAX, GRID_MAX + 1, dtype=torch.float64).expand(codebooks.shape[0], -1).contiguous()
+    grid = torch.arange(-GRID_MAX, GRID_MAX + 1, dtype=torch.float64, device="cpu")
+    grid = grid.expand(codebooks.shape[0], -1).contiguous()
     nearest = torch.searchsorted(_midpoints(codebooks), grid)
     return (grid - codebooks.gather(1, nearest)).square().t().contiguous()
 
@@ -47,7 +48,7 @@ def lloyd_max(histograms: Tensor, codebooks: Tensor) -> Tensor:
     Returns:
         fp64 [N, 16], sorted ascending. An entry that is nearest to no scalar stays where it was.
     """
-    grid = torch.arange(-GRID_MAX, GRID_MAX + 1)
+    grid = torch.arange(-GRID_MAX, GRID_MAX + 1, dtype=torch.long, device="cpu")
     counts = torch.nn.functional.pad(histograms.cumsum(dim=1), (1, 0))
     moments = torch.nn.functional.pad((histograms * grid).cumsum(dim=1), (1, 0))
     for _ in range(MAX_STEPS):
@@ -77,7 +78,7 @@ def companded_entries(histograms: Tensor) -> Tensor:
     density = histograms.double().pow(1 / 3)
     density = torch.where(density.sum(dim=1, keepdim=True) > 0, density, 1.0)
     mass = density.cumsum(dim=1)
-    levels = (torch.arange(CODEBOOK_SIZE, dtype=torch.float64) + 0.5) / CODEBOOK_SIZE
+    levels = (torch.arange(CODEBOOK_SIZE, dtype=torch.float64, device="cpu") + 0.5) / CODEBOOK_SIZE
     wanted = (levels * mass[:, -1:]).contiguous()
     return (torch.searchsorted(mass, wanted) - GRID_MAX).double()
 

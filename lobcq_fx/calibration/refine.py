@@ -33,7 +33,8 @@ def refine_codebooks(codebooks: Tensor, operands: Sequence[Tensor], targets: Seq
         int8 [N_c, 16], each row sorted ascending, never worse on the operands by that measure.
     """
     codebooks = codebooks.clone()
-    wanted = torch.tensor([0.0] * len(operands) if targets is None else targets, dtype=torch.float64)
+    targets = [0.0] * len(operands) if targets is None else targets
+    wanted = torch.tensor(targets, dtype=torch.float64, device="cpu")
     parts = [BlockErrors.of(arrays, codebooks) for arrays in operands]
     everything = range(codebooks.shape[0])
     present = float(shortfall_db(torch.stack([p.noise_beside(everything, p.errors[:, :1]) for p in parts]), wanted))
@@ -57,6 +58,6 @@ def refine_codebooks(codebooks: Tensor, operands: Sequence[Tensor], targets: Seq
 
 def _moves(codebook: Tensor) -> Tensor:
     """Every codebook one step of one entry away: int8 [16] -> int8 [32, 16], each row sorted ascending."""
-    step = torch.eye(CODEBOOK_SIZE, dtype=torch.int16)
+    step = torch.eye(CODEBOOK_SIZE, dtype=torch.int16, device="cpu")
     moved = torch.cat((codebook + step, codebook - step)).clamp(-ENTRY_MAX, ENTRY_MAX)
     return moved.sort(dim=1).values.to(torch.int8)

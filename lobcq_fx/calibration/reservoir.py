@@ -17,13 +17,13 @@ class Reservoir:
         self.capacity = capacity
         self.num_seen = 0
         self._generator = torch.Generator().manual_seed(seed)
-        self._keys = torch.empty(0, dtype=torch.float64)
+        self._keys = torch.empty(0, dtype=torch.float64, device="cpu")
         self._rows: Tensor | None = None
 
     def add(self, rows: Tensor) -> None:
         """Offer rows [n, width]; those kept are copied to the CPU in their own dtype."""
         self.num_seen += rows.shape[0]
-        keys = torch.rand(rows.shape[0], dtype=torch.float64, generator=self._generator)
+        keys = torch.rand(rows.shape[0], dtype=torch.float64, device="cpu", generator=self._generator)
         if self._keys.numel() == self.capacity:
             chosen = (keys < self._keys[-1]).nonzero().flatten()
             keys, rows = keys[chosen], rows[chosen.to(rows.device)]

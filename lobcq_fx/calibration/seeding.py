@@ -25,9 +25,9 @@ def kmeans_plus_plus(blocks: Tensor, num_codebooks: int, generator: torch.Genera
         fp64 [N_c, 16] in grid steps, each row sorted ascending.
     """
     points = blocks.double().sort(dim=1).values
-    nearest = torch.randint(points.shape[0], (1,), generator=generator)
-    distance = torch.full((points.shape[0],), torch.inf, dtype=torch.float64)
-    cluster = torch.zeros(points.shape[0], dtype=torch.long)
+    nearest = _one_of(points.shape[0], generator)
+    distance = torch.full((points.shape[0],), torch.inf, dtype=torch.float64, device="cpu")
+    cluster = torch.zeros(points.shape[0], dtype=torch.long, device="cpu")
     for k in range(num_codebooks):
         if k > 0:
             nearest = _draw(distance, generator)
@@ -39,7 +39,8 @@ def kmeans_plus_plus(blocks: Tensor, num_codebooks: int, generator: torch.Genera
 
 def random_codebooks(num_codebooks: int, generator: torch.Generator) -> Tensor:
     """Codebooks of entries drawn uniformly from [-31, 31]: fp64 [N_c, 16] in grid steps, each row sorted ascending."""
-    entries = torch.rand((num_codebooks, CODEBOOK_SIZE), dtype=torch.float64, generator=generator)
+    shape = (num_codebooks, CODEBOOK_SIZE)
+    entries = torch.rand(shape, dtype=torch.float64, device="cpu", generator=generator)
     return ((2 * entries - 1) * ENTRY_MAX * GRID).sort(dim=1).values
 
 
@@ -49,10 +50,14 @@ def cluster_histograms(blocks: Tensor, cluster: Tensor, num_codebooks: int) -> T
     return torch.bincount(index.flatten(), minlength=num_codebooks * NUM_BINS).view(num_codebooks, NUM_BINS)
 
 
+def _one_of(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(count, (1,), dtype=torch.long, device="cpu", generator=generator)
+
+
 def _draw(weights: Tensor, generator: torch.Generator) -> Tensor:
     """One index with probability proportional to `weights`; any index where all are 0 (every block is a centre)."""
     if float(weights.sum()) == 0.0:
-        return torch.randint(weights.shape[0], (1,), generator=generator)
+        return _one_of(weights.shape[0], generator)
     mass = weights.cumsum(dim=0)
-    drawn = torch.rand(1, dtype=torch.float64, generator=generator) * mass[-1]
+    drawn = torch.rand(1, dtype=torch.float64, device="cpu", generator=generator) * mass[-1]
     return torch.searchsorted(mass, drawn, right=True).clamp(max=weights.shape[0] - 1)

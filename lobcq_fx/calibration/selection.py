@@ -25,7 +25,7 @@ def select_codebooks(pool: Tensor, count: int, operands: Sequence[Tensor], targe
     Returns:
         int8 [count, 16].
     """
-    wanted = torch.tensor(targets, dtype=torch.float64)
+    wanted = torch.tensor(targets, dtype=torch.float64, device="cpu")
     parts = [BlockErrors.of(arrays, pool) for arrays in operands]
 
     def best_beside(chosen: list[int]) -> tuple[float, int]:

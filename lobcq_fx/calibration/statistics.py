@@ -37,8 +37,8 @@ class ActivationStatistics:
         self.num_updates = 0
         self.num_rows = 0
         self.num_scalars = 0
-        self.histogram = torch.zeros(NUM_BINS, dtype=torch.long)
-        self._absmax = torch.zeros(())
+        self.histogram = torch.zeros(NUM_BINS, dtype=torch.long, device="cpu")
+        self._absmax = torch.zeros((), dtype=torch.float32, device="cpu")
         self._sample = Reservoir(sampled_arrays, seed)
 
     @property
@@ -126,3 +126,14 @@ class ActivationStatistics:
             f"the activation of {self.layer} holds {rows[row, column].item()} at row {row}, column {column} "
             f"({bad.shape[0]} such values in this batch): leave this input out, or run the model in a wider dtype"
         )
+
+
+def scaled_sample(statistics: ActivationStatistics, activation_scale: str) -> Tensor:
+    """Sampled block arrays [n, L_A] in units of the tensor scales that "static" or "per_token" scales will give them.
+
+    Raises:
+        CalibrationError: the layer saw no data.
+    """
+    if activation_scale == "static":
+        return statistics.sample() / statistics.static_tensor_scale()
+    return statistics.sample_in_row_scales()

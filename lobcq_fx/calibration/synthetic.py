@@ -22,11 +22,12 @@ def synthetic(source: Source, shape: tuple[int, ...], seed: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     if source == "gaussian":
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, dtype=torch.float32, device="cpu", generator=generator)
     if source == "laplace":
-        exponential = torch.empty((2, *shape)).exponential_(generator=generator)
+        exponential = torch.empty((2, *shape), dtype=torch.float32, device="cpu").exponential_(generator=generator)
         return exponential[0] - exponential[1]
     if source == "student-t4":
-        normal = torch.randn((1 + _DEGREES_OF_FREEDOM, *shape), generator=generator)
+        shape = (1 + _DEGREES_OF_FREEDOM, *shape)
+        normal = torch.randn(shape, dtype=torch.float32, device="cpu", generator=generator)
         return normal[0] / normal[1:].square().mean(dim=0).sqrt()
     raise ValueError(f"source {source!r}: use one of {SOURCES}")

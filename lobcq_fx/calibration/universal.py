@@ -112,9 +112,9 @@ def fit_universal(
     pool: list[Tensor] = []
 
     def fit(arrays: Tensor, spec: FormatSpec, restart: int) -> Tensor:
-        found = fit_codebooks(
-            arrays, spec, tensor_scale=torch.tensor(1.0), tolerance=recipe.tolerance, seed=recipe.seed + restart
-        )
+        unscaled = torch.ones((), dtype=torch.float32, device="cpu")
+        seed = recipe.seed + restart
+        found = fit_codebooks(arrays, spec, tensor_scale=unscaled, tolerance=recipe.tolerance, seed=seed)
         if on_fit is not None:
             on_fit(found)
         return found.codebooks

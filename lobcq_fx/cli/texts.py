@@ -15,7 +15,7 @@ def token_ids(tokenizer: Any, text: str) -> Tensor:
     """The whole text without special tokens, int64 [N]."""
     # verbose=False: that the text is longer than the model is no mistake here.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
+    return torch.tensor(ids, dtype=torch.long, device="cpu")
 
 
 def leading_bos(tokenizer: Any) -> int | None:
@@ -47,7 +47,7 @@ class CalibrationText:
             chosen = _evenly(sentences(self.text), self.samples)
             return [dict(tokenizer(s, truncation=True, max_length=self.length, return_tensors="pt")) for s in chosen]
         bos = leading_bos(tokenizer)
-        prefix = torch.tensor([] if bos is None else [bos], dtype=torch.long)
+        prefix = torch.tensor([] if bos is None else [bos], dtype=torch.long, device="cpu")
         chunks = token_ids(tokenizer, self.text).split(self.length - len(prefix))
         chosen = _evenly([torch.cat((prefix, chunk))[None] for chunk in chunks if len(chunk) > 1], self.samples)
         if not chosen:

@@ -85,7 +85,7 @@ def perplexity(
     Raises:
         ValueError: an impossible window or stride, or fewer tokens than one prediction needs.
     """
-    ids = torch.as_tensor(token_ids, dtype=torch.long).flatten().cpu()
+    ids = _token_ids(token_ids)
     room = window - (bos_token_id is not None)
     if window < 2:
         raise ValueError(f"window={window}: a prediction needs a window of at least 2 tokens")
@@ -119,7 +119,7 @@ def perplexity_of_sequences(
     """
     if max_length < 2:
         raise ValueError(f"max_length={max_length}: a prediction needs at least 2 tokens")
-    windows = [_window(torch.as_tensor(ids, dtype=torch.long).flatten().cpu(), bos_token_id) for ids in sequences]
+    windows = [_window(_token_ids(ids), bos_token_id) for ids in sequences]
     windows = [_Window(w.tokens[:max_length], min(w.scored, max_length - 1)) for w in windows]
     return _score(model, [w for w in windows if w.scored > 0], batch_size, max_length, None, progress)
 
@@ -136,8 +136,13 @@ def _sliding_windows(ids: Tensor, room: int, stride: int, bos_token_id: int | No
             return
 
 
+def _token_ids(given: Tensor | Sequence[int]) -> Tensor:
+    """int64 [N] on the CPU."""
+    return torch.as_tensor(given, dtype=torch.long, device="cpu").flatten()
+
+
 def _window(ids: Tensor, bos_token_id: int | None) -> _Window:
-    tokens = ids if bos_token_id is None else torch.cat((torch.tensor([bos_token_id]), ids))
+    tokens = ids if bos_token_id is None else torch.cat((_token_ids([bos_token_id]), ids))
     return _Window(tokens, max(0, tokens.numel() - 1))
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lobcq_fx.errors import ExportError
 from lobcq_fx.export.library import get_library_path, register
 from lobcq_fx.model import QuantizedModel
+from lobcq_fx.tracing.autocast import no_autocast
 
 if TYPE_CHECKING:
     from lobcq_fx.export.folder import ExportSummary
@@ -39,6 +40,7 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
+@no_autocast()
 def export_onnx(
     q: QuantizedModel,
     out: str | Path,

@@ -78,8 +78,8 @@ def group_query_attention(
     batch, heads, length, width = query.shape
     groups, total = key.shape[1], past_key.shape[2] + length
     if not mask.is_floating_point():
-        zero = torch.zeros((), dtype=query.dtype)
-        mask = torch.where(mask, zero, torch.full((), torch.finfo(query.dtype).min, dtype=query.dtype))
+        zero = query.new_zeros(())
+        mask = torch.where(mask, zero, query.new_full((), torch.finfo(query.dtype).min))
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": groups}
     if scale is not None:
         attributes["scale"] = scale
@@ -93,8 +93,8 @@ def group_query_attention(
             past_key,
             past_value,
             # Where each sequence's last key lies, and how many there are: padding is the mask's business.
-            torch.full((batch,), total - 1, dtype=torch.int32),
-            torch.full((), total, dtype=torch.int32),
+            torch.full((batch,), total - 1, dtype=torch.int32, device=query.device),
+            torch.full((), total, dtype=torch.int32, device=query.device),
             None,  # the rotary embedding stays outside
             None,
             None,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from lobcq_fx.errors import ExportError
+from lobcq_fx.export.exact_constants import exact_constants
 from lobcq_fx.export.functions import function_body
 from lobcq_fx.export.functions.body import OPSET
 from lobcq_fx.export.fusions import use_runtime_operators
@@ -39,7 +40,7 @@ def to_onnx(module: FlatModule, signature: Signature, *, fuse: bool) -> ir.Model
         ExportError: an operator has no translation; names it.
     """
     program = _export(module, signature)
-    with _quiet(), conversion_fixes(program.graph_module) as translations:
+    with _quiet(), exact_constants(), conversion_fixes(program.graph_module) as translations:
         try:
             onnx_program = torch.onnx.export(
                 program,
@@ -60,7 +61,7 @@ def to_onnx(module: FlatModule, signature: Signature, *, fuse: bool) -> ir.Model
         value.name = str(value.name).removeprefix(PREFIX)
     model.functions.clear()  # LobcqQuantizer's: fusing would put the bodies in the operators' place
     if fuse:
-        with _quiet():
+        with _quiet(), exact_constants():
             use_runtime_operators(model)
     _name_dimensions(model, signature.dynamic)
     _name_outputs(model.graph, signature)

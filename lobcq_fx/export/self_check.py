@@ -3,12 +3,14 @@
 Where activations are encoded, fp32 rounding becomes another 4-bit code here and there, and from layer to layer the
 difference grows without bound. So torch goes on from ONNX Runtime's encoded activations, each of which must be its own
 but for a few codes: what follows then differs by rounding alone, however deep the model is.
+
+Not compared is what masks hide, and rows that are rounding and nothing else beside their tensor's largest.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from lobcq_fx.errors import ExportError
+from lobcq_fx.export.hidden import Hidden, find_hidden
 from lobcq_fx.export.library import is_available, register
 from lobcq_fx.export.schemas import DOMAIN, QUANTIZE_ACTIVATION
 from lobcq_fx.export.signature import Signature
@@ -34,6 +37,10 @@ TOLERANCE = 1e-4
 
 MOVED_CODES = 0.05
 """Share of an activation's bytes that rounding may move; other activations of a model share about one in eight."""
+
+NEGLIGIBLE = 1e-6
+"""Magnitude of a row, relative to its tensor's largest: what is left where fp32 numbers of that size cancel, such as
+`exp(x) - 1` near 0. Its scale, and its codes with it, is another in every runtime."""
 
 CHECKED = "checked.onnx"
 
@@ -56,30 +63,36 @@ def check_sessions(path: Path, signature: Signature, torch_graph: fx.GraphModule
     Raises:
         ExportError: ONNX Runtime refuses the model, or something differs.
     """
+    hidden = [find_hidden(torch_graph, sample) for sample in signature.samples]
     checked = path.with_name(CHECKED)
     proto = onnx.load(str(path), load_external_data=False)
     encoded = [node.output for node in proto.graph.node if (node.domain, node.op_type) == (DOMAIN, QUANTIZE_ACTIVATION)]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for names in encoded for name in names)
     onnx.save(proto, str(checked))
     try:
-        functions, moved = _check(checked, signature, torch_graph, use_library=False)
-        library = _check(checked, signature, torch_graph, use_library=True) if is_available() else (None, 0.0)
+        functions, moved = _check(checked, signature, torch_graph, hidden, use_library=False)
+        library: tuple[float | None, float] = (None, 0.0)
+        if is_available():
+            library = _check(checked, signature, torch_graph, hidden, use_library=True)
     finally:
         checked.unlink()
     return Differences(functions, library[0], max(moved, library[1]))
 
 
-def _check(path: Path, signature: Signature, graph: fx.GraphModule, *, use_library: bool) -> tuple[float, float]:
+def _check(
+    path: Path, signature: Signature, graph: fx.GraphModule, hidden: Sequence[Hidden], *, use_library: bool
+) -> tuple[float, float]:
     """The largest difference of an output, and the largest share of moved codes."""
     what = f"ONNX Runtime {ort.__version__} with {'the op library' if use_library else 'function bodies'}"
     count, largest, moved = len(signature.outputs), 0.0, 0.0
     calls = _run(path, signature, use_library, what)
-    for sample, results in zip(signature.samples, calls, strict=True):
-        replay = _Replay(graph, [results[i : i + 4] for i in range(count, len(results), 4)], what)
+    for sample, unseen, results in zip(signature.samples, hidden, calls, strict=True):
+        replay = _Replay(graph, [results[i : i + 4] for i in range(count, len(results), 4)], unseen.rows, what)
         with torch.inference_mode():
             expected = replay.run(*[tensor.clone() for tensor in sample])
-        for name, want, have in zip(signature.outputs, expected, results[:count], strict=True):
-            largest = max(largest, _difference(name, want, have, what))
+        masks: Sequence[Tensor | None] = unseen.values or [None] * count
+        for name, want, have, mask in zip(signature.outputs, expected, results[:count], masks, strict=True):
+            largest = max(largest, _difference(name, want, have, what, mask))
         moved = max(moved, replay.moved)
     return largest, moved
 
@@ -87,9 +100,16 @@ def _check(path: Path, signature: Signature, graph: fx.GraphModule, *, use_libra
 class _Replay(fx.Interpreter):
     """Runs a graph on activations as ONNX Runtime encoded them; those it has in another order, and equal ones once."""
 
-    def __init__(self, graph_module: fx.GraphModule, encoded: Sequence[Sequence[Tensor]], what: str) -> None:
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        encoded: Sequence[Sequence[Tensor]],
+        hidden: Mapping[str, Tensor],
+        what: str,
+    ) -> None:
         super().__init__(graph_module)
-        self.encoded, self.what, self.moved = encoded, what, 0.0
+        self.encoded, self.hidden, self.what, self.moved = encoded, hidden, what, 0.0
+        self.extra_traceback = False  # of the model's code, in the message of an error that names the node
 
     def run_node(self, n: fx.Node) -> Any:
         """The node's value; for `quantize_activation`, ONNX Runtime's that is nearest to it."""
@@ -102,8 +122,9 @@ class _Replay(fx.Interpreter):
             for parts in self.encoded
             if all(part.numel() == mine.numel() for part, mine in zip(parts, own, strict=True))
         ]
+        hidden = self.hidden.get(n.name)
         share, nearest = max(
-            ((_agreement(parts, own), index) for index, parts in enumerate(candidates)), default=(0.0, 0)
+            ((_agreement(parts, own, hidden), index) for index, parts in enumerate(candidates)), default=(0.0, 0)
         )
         if share < 1 - MOVED_CODES:
             raise ExportError(
@@ -114,13 +135,26 @@ class _Replay(fx.Interpreter):
         return tuple(part.view(mine.dtype) for part, mine in zip(candidates[nearest], result, strict=True))
 
 
-def _agreement(parts: Sequence[Tensor], own: Sequence[Tensor]) -> float:
-    """Share of equal codes, selectors or scales, whichever is least; 0 where the tensor scales are others."""
-    *parts, tensor_scale = parts
-    *mine, scale = own
+def _agreement(parts: Sequence[Tensor], own: Sequence[Tensor], hidden: Tensor | None = None) -> float:
+    """Share of equal codes, selectors or scales, whichever is least; 0 where the tensor scales are others.
+
+    `hidden` has the rows that do not count; nor do those that are negligible in both.
+    """
+    magnitudes = _magnitudes(own)
+    counted = ~(torch.maximum(magnitudes, _magnitudes(parts)) <= NEGLIGIBLE * magnitudes.max())  # NaN counts
+    if hidden is not None:
+        counted &= ~hidden
+    *parts, tensor_scale = [part[counted] for part in parts]
+    *mine, scale = [part[counted] for part in own]
     if not torch.allclose(tensor_scale, scale, rtol=TOLERANCE, atol=0, equal_nan=True):
         return 0.0
-    return min(float((x == y).float().mean()) for x, y in zip(parts, mine, strict=True) if x.numel())
+    return min((float((x == y).float().mean()) for x, y in zip(parts, mine, strict=True) if x.numel()), default=1.0)
+
+
+def _magnitudes(encoded: Sequence[Tensor]) -> Tensor:
+    """Of each row: its tensor scale times its largest scale, 0 for a row of zeros."""
+    *_, scales, tensor_scale = encoded
+    return tensor_scale[..., 0] * scales.view(torch.float8_e4m3fn).float().amax(-1)
 
 
 def _run(path: Path, signature: Signature, use_library: bool, what: str) -> Iterator[list[Tensor]]:
@@ -147,15 +181,19 @@ def _tensor(value: Any) -> Tensor:
     """A copy; numpy has no E4M3, which comes as its bytes."""
     if value.data_type() != "tensor(float8e4m3fn)":
         return torch.from_numpy(np.array(value.numpy()))
-    tensor = torch.empty(value.shape(), dtype=torch.uint8)
+    tensor = torch.empty(value.shape(), dtype=torch.uint8, device="cpu")
     ctypes.memmove(tensor.data_ptr(), value.data_ptr(), tensor.numel())
     return tensor
 
 
-def _difference(name: str, expected: Tensor, have: Tensor, what: str) -> float:
-    """The largest of an output, relative to its largest magnitude."""
+def _difference(name: str, expected: Tensor, have: Tensor, what: str, hidden: Tensor | None = None) -> float:
+    """The largest of an output, relative to its largest magnitude; `hidden` has the values that do not count."""
     if expected.shape != have.shape:
         raise ExportError(f"output {name} has shape {list(have.shape)} in {what}, {list(expected.shape)} in torch")
+    if hidden is not None:
+        expected, have = expected[~hidden], have[~hidden]
+        if hidden.numel() and hidden.all():
+            raise ExportError(f"the masks of the example hide all of output {name}: pass one that shows some of it")
     want, have = expected.double(), have.double()
     finite = want.isfinite()
     if not torch.allclose(want[~finite], have[~finite], equal_nan=True):

@@ -21,6 +21,9 @@ from lobcq_fx.tracing.calling import ModuleCall, Structure
 # Every size is different and at least 2: export bakes dimensions of 0 or 1 in and may identify equal ones.
 BATCH, PAST, QUERY = 2, 5, 3
 
+PADDING = 2
+"""Positions; fewer than a prompt's, one of which has to be a token."""
+
 PAST_PREFIX, PRESENT_PREFIX = "past_key_values.", "present."
 
 
@@ -64,11 +67,11 @@ def _causal_lm(calling: CausalLMCall) -> Signature:
 
 
 def _causal_lm_call(calling: CausalLMCall, batch: int, past: int, query: int) -> dict[str, Tensor]:
-    """A call of `query` tokens after a cache of `past`, the first sequence padded within the cache."""
-    mask = torch.ones(batch, past + query, dtype=torch.long)
-    mask[0, : min(2, past)] = 0
+    """A call of `query` tokens after a cache of `past`, the first sequence padded on the left."""
+    mask = torch.ones(batch, past + query, dtype=torch.long, device="cpu")
+    mask[0, :PADDING] = 0
     tokens = {
-        "input_ids": torch.arange(batch * query).view(batch, query) % 7,
+        "input_ids": _made_up_ids(batch, query),
         "attention_mask": mask,
         # Not a view: export would guard on its base.
         "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -query:].clone(),
@@ -77,7 +80,9 @@ def _causal_lm_call(calling: CausalLMCall, batch: int, past: int, query: int) ->
     generator = torch.Generator().manual_seed(0)
     for layer, (heads, *widths) in enumerate(calling.cache_heads):
         for kind, width in zip(("key", "value"), widths, strict=True):
-            inputs[f"{PAST_PREFIX}{layer}.{kind}"] = torch.randn(batch, heads, past, width, generator=generator)
+            inputs[f"{PAST_PREFIX}{layer}.{kind}"] = torch.randn(
+                batch, heads, past, width, generator=generator, dtype=torch.float32, device="cpu"
+            )
     return inputs
 
 
@@ -109,12 +114,16 @@ def _token_example(calling: ModuleCall) -> dict[str, Tensor]:
             "example_inputs is missing: pass one call's inputs (a tensor, a tuple, or a dict by name), whose dtypes the"
             " exported graph keeps"
         )
-    ids = torch.arange(BATCH * PAST).view(BATCH, PAST) % 7
+    ids = _made_up_ids(BATCH, PAST)
     mask = torch.ones_like(ids)
     mask[0, -1] = 0
     known = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     traced = calling.inputs.spec.context
     return {name: value for name, value in known.items() if name in traced}
+
+
+def _made_up_ids(batch: int, length: int) -> Tensor:
+    return torch.arange(batch * length, dtype=torch.long, device="cpu").view(batch, length) % 7
 
 
 def _example(tensor: Tensor, shape: Sequence[int | None]) -> Tensor:

@@ -16,9 +16,8 @@ from lobcq_fx.export.convert import add_function_bodies
 from lobcq_fx.export.translation import translation_table
 from lobcq_fx.integrations.transformers_onnx import extend_onnx_exporter
 from lobcq_fx.passes.insert_observers import InsertObservers
-from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
-from lobcq_fx.pipeline import quantize_graph
-from lobcq_fx.tracing.trace import own_graph_module
+from lobcq_fx.pipeline import make_plan, quantize_graphs
+from lobcq_fx.tracing.trace import MAIN, own_graph_module
 
 # Now: an exporter looks up what it applies before it asks its quantizer anything.
 extend_onnx_exporter(translation_table(), add_function_bodies)
@@ -64,11 +63,12 @@ class LobcqQuantizer(ExportQuantizer):  # type: ignore[misc]
             ConfigError: the settings leave nothing to quantize.
         """
         graph_module = own_graph_module(model)
-        NormalizeMatmuls()(graph_module)
+        graphs = {MAIN: graph_module}
+        plan, _ = make_plan(graphs, self.config)
         if self.calibration_dataset:
-            InsertObservers(self.config)(graph_module)
+            InsertObservers(plan)(graph_module)
             with torch.inference_mode():
                 for inputs in self.traced_calibration(sample_inputs):
                     graph_module(**inputs)
-        quantize_graph(graph_module, self.config)
+        quantize_graphs(graphs, plan, self.config)
         return graph_module

@@ -2,7 +2,7 @@
 
 from lobcq_fx.format.encoded import Encoded, check_codebooks, decode, encode, scaled_entries
 from lobcq_fx.format.error import sqnr_db
-from lobcq_fx.format.matmul import matmul, scale_product
+from lobcq_fx.format.matmul import matmul, product_in_fp32, scale_product
 from lobcq_fx.format.scales import absmax_row_scale, absmax_tensor_scale, block_arrays, tensor_scale_of_absmax
 from lobcq_fx.format.spec import PAPER_CONFIGURATIONS, FormatSpec
 from lobcq_fx.format.universal import universal_codebooks
@@ -18,6 +18,7 @@ __all__ = [
     "decode",
     "encode",
     "matmul",
+    "product_in_fp32",
     "scale_product",
     "scaled_entries",
     "sqnr_db",

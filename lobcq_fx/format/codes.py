@@ -75,7 +75,7 @@ def assign_codes(grid: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
         costs = torch.nn.functional.embedding_bag(rows, tables.costs, mode="sum")
         # The codebook's number in the four lowest bits: a tie goes to the lowest, and amin is faster than argmin. The
         # result has at most 24 bits, so fp32 still holds it exactly.
-        ranked = costs * CODEBOOK_LIMIT + torch.arange(num_codebooks, device=grid.device)
+        ranked = costs * CODEBOOK_LIMIT + torch.arange(num_codebooks, dtype=torch.float32, device=grid.device)
         selectors = ranked.amin(dim=-1).long() & (CODEBOOK_LIMIT - 1)
     codes = tables.nearest.flatten().take(rows * num_codebooks + selectors.unsqueeze(-1))
     return codes.view(grid.shape), selectors.to(torch.uint8).view(grid.shape[0], grid.shape[1] // BLOCK_SIZE)

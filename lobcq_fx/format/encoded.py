@@ -100,7 +100,7 @@ def decode(encoded: Encoded) -> Tensor:
 def scaled_entries(encoded: Encoded) -> Tensor:
     """Entry times block-array scale, fp32 [R, K]: exact, and exact in fp16 too (at most 9 significant bits)."""
     rows, columns = encoded.shape
-    values = torch.empty((rows, columns), device=encoded.codes.device)
+    values = torch.empty((rows, columns), dtype=torch.float32, device=encoded.codes.device)
     step = max(1, CHUNK // max(1, encoded.spec.padded_columns(columns)))
     for start in range(0, rows, step):
         part = encoded.rows(start, start + step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lobcq_fx.format.encoded import Encoded, scaled_entries
@@ -27,7 +28,13 @@ def matmul(a: Encoded, w: Encoded, bias: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"w has a tensor scale of shape {list(w.tensor_scale.shape)}: a weight has one for all rows, []"
         )
-    return scale_product(scaled_entries(a) @ scaled_entries(w).t(), a.tensor_scale, w.tensor_scale, bias)
+    return scale_product(product_in_fp32(scaled_entries(a), scaled_entries(w)), a.tensor_scale, w.tensor_scale, bias)
+
+
+def product_in_fp32(a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`a @ w.T + bias` of fp32 tensors. Autocast does not reach it: bf16 and fp16 cannot hold the operands or sums."""
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.nn.functional.linear(a, w, bias)
 
 
 def scale_product(product: Tensor, a_scale: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ def tensor_scale_of_absmax(absmax: Tensor) -> Tensor:
 def absmax_tensor_scale(x: Tensor) -> Tensor:
     """The weight rule: one scale for all of x. Returns fp32 []; 1 for an empty tensor."""
     if x.numel() == 0:
-        return torch.ones((), device=x.device)
+        return torch.ones((), dtype=torch.float32, device=x.device)
     return tensor_scale_of_absmax(torch.maximum(x.amax(), -x.amin()).float())
 
 
@@ -64,7 +64,7 @@ def array_scales(arrays: Tensor, tensor_scale: Tensor) -> Tensor:
 def _absmax(x: Tensor) -> Tensor:
     """Largest magnitude along the last dimension in fp32, NaN if there is one; 0 where that dimension is empty."""
     if x.shape[-1] == 0:
-        return torch.zeros(x.shape[:-1], device=x.device)
+        return torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device)
     # Without the copy that abs() makes, and far faster than vector_norm(ord=inf). Exact in the operand's own dtype.
     return torch.maximum(x.amax(dim=-1), -x.amin(dim=-1)).float()
 

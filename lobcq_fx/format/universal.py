@@ -24,7 +24,7 @@ def universal_codebooks(num_codebooks: int) -> Tensor:
     """
     if num_codebooks not in ALLOWED_NUM_CODEBOOKS:
         raise ValueError(f"no universal set of {num_codebooks} codebooks: use one of {ALLOWED_NUM_CODEBOOKS}")
-    return torch.tensor(_shipped_sets()[str(num_codebooks)], dtype=torch.int8)
+    return torch.tensor(_shipped_sets()[str(num_codebooks)], dtype=torch.int8, device="cpu")
 
 
 @cache

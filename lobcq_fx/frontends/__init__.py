@@ -1,1 +1,49 @@
-"""One front end for each kind of model: how it is traced, called, built and loaded."""
+"""One front end for each kind of model: how it is traced, called, built and loaded.
+
+A plain module is quantized, and loaded, without importing transformers.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from lobcq_fx.errors import CheckpointError
+from lobcq_fx.frontends.base import FrontEnd
+from lobcq_fx.frontends.plain import PlainFrontEnd
+from lobcq_fx.storage.checkpoint import Checkpoint
+from lobcq_fx.tracing.calling import ModuleCall
+
+
+def front_end_of(model: nn.Module) -> FrontEnd:
+    """The front end for a float model."""
+    transformers: Any = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return PlainFrontEnd()
+    from lobcq_fx.frontends.causal_lm_front_end import CausalLMFrontEnd
+    from lobcq_fx.frontends.encoder import EncoderFrontEnd
+    from lobcq_fx.frontends.transformers_trace import is_causal_lm
+
+    return CausalLMFrontEnd() if is_causal_lm(model) else EncoderFrontEnd()
+
+
+def front_end_for(saved: Checkpoint) -> FrontEnd:
+    """The front end for what a folder holds.
+
+    Raises:
+        CheckpointError: a kind of model that is unknown here.
+    """
+    kind = saved.calling.get("kind")
+    if kind == ModuleCall.kind and saved.config is None:
+        return PlainFrontEnd()
+    if kind == ModuleCall.kind:
+        from lobcq_fx.frontends.encoder import EncoderFrontEnd
+
+        return EncoderFrontEnd()
+    if kind == "causal_lm":
+        from lobcq_fx.frontends.causal_lm_front_end import CausalLMFrontEnd
+
+        return CausalLMFrontEnd()
+    raise CheckpointError(f"graph.json has the unknown calling convention {kind!r}: update lobcq-fx")

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, fx
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache, StaticLayer
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache
 
-from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CallError
 from lobcq_fx.frontends.causal_lm_call import CACHE_NAME, CausalLMCall
-from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static
-from lobcq_fx.inventory import Inventory
-from lobcq_fx.model import QuantizedModel
-from lobcq_fx.tracing.calling import CallingConvention
-from lobcq_fx.tracing.trace import TracedModel
+from lobcq_fx.frontends.generation_overrides import PREPARE, delegated
+from lobcq_fx.frontends.plain_outputs import without_extra_outputs
+from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static, static_cache
+from lobcq_fx.model import ModelGraph, QuantizedModel
 
 
 class CausalLMForward:
@@ -45,9 +42,9 @@ class CausalLMForward:
             past_key_values: a DynamicCache, which grows in place; None starts a new one. Or a static cache, which has a
                 fixed length C: see `QuantizedCausalLM.static_cache`; the mask may then be [B, C], 0 or 1 past P + T.
             labels: [B, T]; adds the shifted cross-entropy as `loss`.
-            use_cache: False leaves the cache out of the output.
+            use_cache: False leaves the cache out of the output; None does what the configuration says.
             logits_to_keep: how many last positions get logits, 0 for all; or an index tensor.
-            return_dict: False returns a tuple.
+            return_dict: False returns a tuple; None does what the configuration says.
             cache: what transformers calls past_key_values from 5.24 on.
             **kwargs: settings of the loss, such as num_items_in_batch; what would change the result is refused.
 
@@ -57,6 +54,7 @@ class CausalLMForward:
         Raises:
             CallError: the traced graph cannot serve the call.
         """
+        settings = self.config.get_text_config()  # type: ignore[attr-defined]
         if cache is not None and past_key_values is not None:
             raise CallError("past_key_values and cache are two names of the same argument: pass one of them")
         call = {
@@ -65,19 +63,20 @@ class CausalLMForward:
             "position_ids": position_ids,
             "past_key_values": past_key_values if cache is None else cache,
             "labels": labels,
-            "use_cache": use_cache,
+            "use_cache": getattr(settings, "use_cache", None) if use_cache is None else use_cache,
             "logits_to_keep": logits_to_keep,
-            "return_dict": return_dict,
+            "return_dict": self.config.return_dict if return_dict is None else return_dict,  # type: ignore[attr-defined]
             **kwargs,
         }
         return super().forward(**call)  # type: ignore[misc]
 
 
 def graph_config(config: Any) -> Any:
-    """A copy for a model that is one graph: there is no attention and no expert for transformers to dispatch."""
+    """A copy for a model that is one graph: nothing for transformers to dispatch, no outputs but logits and cache."""
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
+    without_extra_outputs(config)
     return config
 
 
@@ -88,22 +87,18 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
     parameters, `forward`, casts and saving are `QuantizedModel`'s.
     """
 
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        calling: CausalLMCall,
-        lobcq_config: LobcqConfig,
-        inventory: Inventory,
-        config: Any,
-        generation_config: GenerationConfig | None = None,
-        *,
-        variants: Mapping[str, TracedModel] | None = None,
-        refused_variants: Mapping[str, str] | None = None,
-    ) -> None:
-        PreTrainedModel.__init__(self, graph_config(config))
-        self._assemble(graph_module, calling, lobcq_config, inventory, variants, refused_variants)
-        if generation_config is not None:
-            self.generation_config = generation_config
+    def _base_arguments(self, config: Any) -> tuple[Any, ...]:
+        return (config,)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """What `generate()` calls `forward` with; where the original class has a way of its own, this is it."""
+        prepare = delegated(self.config, PREPARE, QuantizedCausalLM)
+        inputs: dict[str, Any]
+        if prepare is None:
+            inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        else:
+            inputs = prepare(self, input_ids, **kwargs)
+        return inputs
 
     def static_cache(self, max_cache_len: int, batch_size: int | None = None) -> StaticCache:
         """A cache of a fixed length, for `past_key_values`; the calls write their keys and values into it.
@@ -117,8 +112,7 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         """
         calling = self.calling
         assert isinstance(calling, CausalLMCall)
-        cache = StaticCache(config=self.config, max_cache_len=max_cache_len)
-        cache.layers = [StaticLayer(max_cache_len=max_cache_len) for _ in calling.cache_heads]
+        cache = static_cache(self.config, calling, max_cache_len)
         if batch_size is not None:
             initialize(cache, calling, batch_size, self.device)
         return cache
@@ -143,14 +137,14 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         self._previous_max_cache_length = length
         return self.static_cache(length, None if prefill_chunk_size is None else batch_size)
 
-    def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, CallingConvention]:
+    def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelGraph:
         if not is_static(kwargs.get("past_key_values")):
             return super()._serving(args, kwargs)
-        variant = self.variants.get(STATIC_CACHE)
-        if variant is None:
-            reason = self.refused_variants.get(STATIC_CACHE, "it was saved by a release that knew none")
+        graph = self.graphs.get(STATIC_CACHE)
+        if graph is None:
+            reason = self.refused_graphs.get(STATIC_CACHE, "it was saved by a release that knew none")
             raise CallError(
                 f"the model has no graph for static caches: {reason}. Remedy: pass a DynamicCache, or quantize the"
                 " float model again"
             )
-        return variant.graph_module, variant.calling
+        return graph

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from lobcq_fx.errors import CallError
+from lobcq_fx.frontends.output_types import output_type
 from lobcq_fx.tracing.calling import CallingConvention
+from lobcq_fx.tracing.guards import SizeGuards
 
 PARAMETERS = (
     "input_ids",
@@ -53,7 +55,10 @@ class CausalLMCall(CallingConvention):
     cache_heads: for each layer, heads and the widths of a key and a value.
     cache_dtype: dtype of an empty cache, for example "float32".
     positions_from_mask: default position_ids count along the mask instead of from 0 on.
-    output_type: name of a class in `transformers.modeling_outputs`.
+    output_type: name of a class, as `lobcq_fx.frontends.output_types` finds it; output_class: the class.
+    default_positions: False where the model counts by a rule of its own, so that calls have to pass position_ids.
+    shifted_loss: labels give the cross-entropy with the next token, as they do by default.
+    guards: what the trace assumed of the sizes of `inputs` and of the first key.
     """
 
     kind: ClassVar[str] = "causal_lm"
@@ -64,6 +69,14 @@ class CausalLMCall(CallingConvention):
     positions_from_mask: bool
     vocab_size: int
     output_type: str
+    default_positions: bool = True
+    shifted_loss: bool = True
+    guards: SizeGuards = field(default_factory=SizeGuards)
+    output_class: type[ModelOutput] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Looked up once: the call itself is to be cheap, and plain enough for Dynamo.
+        object.__setattr__(self, "output_class", output_type(self.output_type))
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """input_ids, attention_mask, position_ids and logits_to_keep as the graph has them, then keys and values."""
@@ -74,6 +87,7 @@ class CausalLMCall(CallingConvention):
         batch, query = ids.shape
         mask = call.get("attention_mask")
         if mask is None:
+            refuse_packed(call)
             mask = torch.ones((batch, length + query), dtype=torch.long, device=ids.device)
         if mask.dim() != 2 or mask.shape[1] != length + query:
             wanted = f"[{batch}, {length + query}], cached tokens included"
@@ -84,7 +98,13 @@ class CausalLMCall(CallingConvention):
             "position_ids": self._positions(call.get("position_ids"), mask, batch, query),
             "logits_to_keep": kept_positions(call.get("logits_to_keep"), query, ids.device),
         }
-        return [values[name] for name in self.inputs] + past
+        flat = [values[name] for name in self.inputs] + past
+        self.guards.check(flat, self.name_of)
+        return flat
+
+    def name_of(self, place: int) -> str:
+        """What a caller calls an input of the graph."""
+        return self.inputs[place] if place < len(self.inputs) else "past_key_values.layers[0].keys"
 
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output class with logits, the loss if labels were given, and the cache unless use_cache=False."""
@@ -98,32 +118,34 @@ class CausalLMCall(CallingConvention):
         if "logits_to_keep" not in self.inputs and call.get("logits_to_keep"):
             logits = logits[:, kept_positions(call["logits_to_keep"], logits.shape[1], logits.device)]
         labels = call.get("labels")
+        if labels is not None and not self.shifted_loss:
+            raise CallError("labels: the float model's loss is not that of the next token: compute it from the logits")
         settings = {name: call[name] for name in LOSS_SETTINGS if call.get(name) is not None}
         loss = None if labels is None else ForCausalLMLoss(logits, labels, self.vocab_size, **settings)
         cache = None if call.get("use_cache") is False else cache
         if call.get("return_dict") is False:
             return tuple(value for value in (loss, logits, cache) if value is not None)
-        return getattr(modeling_outputs, self.output_type)(loss=loss, logits=logits, **{CACHE_NAME: cache})
+        return self.output_class(loss=loss, logits=logits, **{CACHE_NAME: cache})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
-        return {"kind": self.kind, **asdict(self)}
+        settings = asdict(self)
+        del settings["output_class"]  # what output_type names
+        return {"kind": self.kind, **settings, "guards": self.guards.to_list()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CausalLMCall:
-        """Inverse of `to_dict`.
+        """Inverse of `to_dict`; earlier releases wrote no guards.
 
         Raises:
-            ValueError: a dtype or an output class that no traced model has.
+            ValueError: a dtype or an output class that no traced model has, or guards that are about no input.
         """
         if values["cache_dtype"] not in CACHE_DTYPES:
             raise ValueError(f"cache_dtype is {values['cache_dtype']!r}; it may be {', '.join(CACHE_DTYPES)}")
-        output = getattr(modeling_outputs, values["output_type"], None)
-        if not (isinstance(output, type) and issubclass(output, ModelOutput)):
-            raise ValueError(f"output_type is {values['output_type']!r}, no output class of transformers")
         settings = {key: value for key, value in values.items() if key != "kind"}
         settings["inputs"] = tuple(settings["inputs"])
         settings["cache_heads"] = tuple((heads, key, value) for heads, key, value in settings["cache_heads"])
+        settings["guards"] = guards_of(values, settings["inputs"])
         return cls(**settings)
 
     def _past(self, cache: Any, ids: Tensor) -> list[Tensor]:
@@ -140,13 +162,37 @@ class CausalLMCall(CallingConvention):
                 raise CallError(f"past_key_values holds a {kind}; the graph grows DynamicLayers: pass DynamicCache()")
         return [state for layer in cache.layers for state in (layer.keys, layer.values)]
 
+    def check_default_positions(self) -> None:
+        """That position_ids may be left out.
+
+        Raises:
+            CallError: the float model would count by a rule that is not known here.
+        """
+        if not self.default_positions:
+            raise CallError(
+                "position_ids is missing: the float model counts by a rule of its own, which the graph does not hold:"
+                " pass [B, T] positions (generate() does)"
+            )
+
     def _positions(self, given: Tensor | None, mask: Tensor, batch: int, query: int) -> Tensor:
         if given is not None:
             return given.expand(batch, query)
+        self.check_default_positions()
         if self.positions_from_mask:
             return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -query:]
         past = mask.shape[1] - query
-        return torch.arange(past, past + query, device=mask.device).expand(batch, query)
+        return torch.arange(past, past + query, dtype=torch.long, device=mask.device).expand(batch, query)
+
+
+def guards_of(values: Mapping[str, Any], inputs: tuple[str, ...]) -> SizeGuards:
+    """The guards that a saved calling convention has for a graph with these inputs, and the first key behind them.
+
+    Raises:
+        ValueError: they are damaged, or about other inputs.
+    """
+    guards = SizeGuards.from_list(values.get("guards", []))
+    guards.validate([1 if name == "logits_to_keep" else 2 for name in inputs] + [4])
+    return guards
 
 
 def call_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -170,11 +216,32 @@ def input_ids_of(call: Mapping[str, Any]) -> Tensor:
     return ids
 
 
+def refuse_packed(call: Mapping[str, Any]) -> None:
+    """Refuse sequences packed into one row: without a mask and a cache the float model keeps them apart.
+
+    Raises:
+        CallError: position_ids start anew within a row.
+    """
+    positions = call.get("position_ids")
+    cached = call.get("past_key_values") is not None or call.get("use_cache") is not False
+    if positions is None or cached or positions.shape[-1] < 2:
+        return
+    message = (
+        "position_ids do not count on within a row: without attention_mask and cache the float model takes it for"
+        " several sequences, which the graph cannot keep apart: pass each as a row, padded, with attention_mask"
+    )
+    goes_on = (positions.diff(dim=-1) == 1).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(goes_on, message)
+    elif not goes_on:
+        raise CallError(message)
+
+
 def kept_positions(kept: int | Tensor | None, query: int, device: torch.device) -> Tensor:
     """Positions whose logits are wanted: the last `kept` ones, all for 0 or None, or an index tensor as given."""
     if isinstance(kept, Tensor):
         return kept
-    return torch.arange(max(0, query - kept) if kept else 0, query, device=device)
+    return torch.arange(max(0, query - kept) if kept else 0, query, dtype=torch.long, device=device)
 
 
 def _grown(cache: Any, states: Sequence[Tensor]) -> Any:

@@ -6,18 +6,19 @@ there is what Python knows, and values only where they lie in the CPU's memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
 from lobcq_fx.errors import CallError
-from lobcq_fx.frontends.causal_lm_call import CausalLMCall, call_arguments, input_ids_of, kept_positions
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall, call_arguments, guards_of, input_ids_of, kept_positions
 from lobcq_fx.tracing.calling import CallingConvention
+from lobcq_fx.tracing.guards import SizeGuards
 
 STATIC_CACHE = "static_cache"
 """Name of the graph that serves such calls."""
@@ -30,11 +31,13 @@ class StaticCacheCall(CallingConvention):
     """Calls of the graph for static caches.
 
     causal: how the graph for growing caches is called; the inputs before the cache are the same ones.
+    guards: what the trace assumed of the sizes of those inputs and of the first key.
     """
 
     kind: ClassVar[str] = STATIC_CACHE
 
     causal: CausalLMCall
+    guards: SizeGuards = field(default_factory=SizeGuards)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """What `CausalLMCall.flatten` gives, with the mask [B, C] and keys and values [B, H, C, D]; then positions [T].
@@ -48,7 +51,7 @@ class StaticCacheCall(CallingConvention):
         layers = self._layers(call["past_key_values"], ids)
         length = layers[0].keys.shape[2]
         self._check_room(layers[0], query, call.get("attention_mask"))
-        positions = layers[0].cumulative_length + torch.arange(query, device=ids.device)
+        positions = layers[0].cumulative_length + torch.arange(query, dtype=torch.long, device=ids.device)
         mask = cache_mask(call.get("attention_mask"), batch, length, ids.device)
         values = {
             "input_ids": ids,
@@ -57,7 +60,9 @@ class StaticCacheCall(CallingConvention):
             "logits_to_keep": kept_positions(call.get("logits_to_keep"), query, ids.device),
         }
         states = [state for layer in layers for state in (layer.keys, layer.values)]
-        return [values[name] for name in self.causal.inputs] + states + [positions]
+        flat = [values[name] for name in self.causal.inputs] + states + [positions]
+        self.guards.check(flat, self.causal.name_of)
+        return flat
 
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As `CausalLMCall.unflatten`; the cache, which the graph has written to, counts the call's tokens."""
@@ -69,7 +74,16 @@ class StaticCacheCall(CallingConvention):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
-        return {"kind": self.kind}
+        return {"kind": self.kind, "guards": self.guards.to_list()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], causal: CausalLMCall) -> StaticCacheCall:
+        """Inverse of `to_dict`, for the graph beside that of `causal`; earlier releases wrote no guards.
+
+        Raises:
+            ValueError: guards that are damaged, or about no input.
+        """
+        return cls(causal, guards_of(values, causal.inputs))
 
     def _layers(self, cache: Any, ids: Tensor) -> list[StaticLayer]:
         """The cache's layers, with memory of the right sizes."""
@@ -113,6 +127,7 @@ class StaticCacheCall(CallingConvention):
     def _position_ids(self, given: Tensor | None, mask: Tensor, positions: Tensor, batch: int) -> Tensor:
         if given is not None:
             return given.expand(batch, positions.shape[0])
+        self.causal.check_default_positions()
         if self.causal.positions_from_mask:
             return (mask.long().cumsum(-1) - 1).clamp(min=0).index_select(1, positions)
         return positions.expand(batch, positions.shape[0])
@@ -121,6 +136,13 @@ class StaticCacheCall(CallingConvention):
 def is_static(cache: Any) -> bool:
     """Whether a cache has memory of a fixed size, so that the graph for such caches serves it, or refuses it."""
     return isinstance(cache, Cache) and len(cache.layers) > 0 and isinstance(cache.layers[0], StaticLayer)
+
+
+def static_cache(config: Any, causal: CausalLMCall, max_cache_len: int) -> StaticCache:
+    """A cache without memory yet, whole in every layer."""
+    cache = StaticCache(config=config, max_cache_len=max_cache_len)
+    cache.layers = [StaticLayer(max_cache_len=max_cache_len) for _ in causal.cache_heads]
+    return cache
 
 
 def initialize(cache: Cache, causal: CausalLMCall, batch: int, device: torch.device) -> None:

@@ -20,11 +20,28 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.utils import logging
 
 from lobcq_fx.errors import TraceError
-from lobcq_fx.frontends.causal_lm_call import CACHE_NAME, CausalLMCall
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.float_causal_lm import (
+    BATCH,
+    CACHE,
+    PAST,
+    QUERY,
+    as_named_by,
+    check_cache_layers,
+    continuation,
+    has_shifted_loss,
+    positions_from_mask,
+)
+from lobcq_fx.frontends.generation_overrides import check_overrides
+from lobcq_fx.frontends.graph_check import default_positions_hold
 from lobcq_fx.frontends.in_place_cache import InPlaceCache
+from lobcq_fx.frontends.output_types import causal_lm_output_name
+from lobcq_fx.frontends.plain_outputs import plain_outputs
 from lobcq_fx.frontends.static_cache_call import StaticCacheCall
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
+from lobcq_fx.tracing.assumptions import SizeDecisions
 from lobcq_fx.tracing.calling import Structure, bind_arguments
+from lobcq_fx.tracing.guards import SizeGuards
 from lobcq_fx.tracing.sizes import fixed_size
 from lobcq_fx.tracing.trace import (
     TracedModel,
@@ -35,8 +52,8 @@ from lobcq_fx.tracing.trace import (
     widen_batch,
 )
 
-# Every size is different and at least 2: export bakes dimensions of 0 or 1 in and may identify equal ones.
-BATCH, PAST, QUERY, KEPT, CACHE = 2, 5, 3, 2, 11
+TRUSTED = "transformers"
+"""Its attention asks whether there is one token, to take another kernel for the same result."""
 
 TOKEN_DEFAULTS = {"attention_mask": 1, "token_type_ids": 0}
 """What encoders take for arguments of the shape of input_ids that a call leaves out."""
@@ -55,24 +72,35 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
     values [B, H, P + T, D].
 
     Raises:
-        TraceError: the model cannot be captured, or keeps a cache other than keys and values.
+        TraceError: the model cannot be captured, keeps a cache other than keys and values, or generates in a way of its
+            own.
     """
-    with tracing(model), torch.no_grad():
-        inputs, output_type = _causal_lm_inputs(model)
-        program = _export(model, inputs, _causal_lm_dynamic_shapes(inputs))
-        positions_from_mask = _positions_from_mask(model)
-    graph_module = plain_graph_module(program)
-    drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
-    layers = inputs["past_key_values"].layers
-    calling = CausalLMCall(
-        inputs=tuple(name for name in inputs if name != "past_key_values"),
-        cache_heads=tuple((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers),
-        cache_dtype=str(layers[0].keys.dtype).removeprefix("torch."),
-        positions_from_mask=positions_from_mask,
-        vocab_size=model.config.get_text_config().vocab_size,
-        output_type=output_type.__name__,
-    )
-    return TracedModel(graph_module, calling)
+    check_overrides(model)
+    vocab_size = model.config.get_text_config().vocab_size
+    with tracing(model), torch.no_grad(), SizeDecisions(TRUSTED) as decisions:
+        check_cache_layers(model)
+        shifted_loss = has_shifted_loss(model, vocab_size)
+        with plain_outputs(model):
+            inputs, output = continuation(model)
+            output_type = causal_lm_output_name(type(model).__name__, output)
+            graph_module = plain_graph_module(_export(model, inputs, _causal_lm_dynamic_shapes(inputs)))
+            drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
+            layers = inputs["past_key_values"].layers
+            names = tuple(name for name in inputs if name != "past_key_values")
+            calling = CausalLMCall(
+                inputs=names,
+                cache_heads=tuple(
+                    (layer.keys.shape[1], *(s.shape[3] for s in (layer.keys, layer.values))) for layer in layers
+                ),
+                cache_dtype=str(layers[0].keys.dtype).removeprefix("torch."),
+                positions_from_mask=positions_from_mask(model),
+                vocab_size=vocab_size,
+                output_type=output_type,
+                shifted_loss=shifted_loss,
+                guards=_guards(decisions, graph_module, names),
+            )
+            traced = TracedModel(graph_module, calling)
+            return replace(traced, calling=replace(calling, default_positions=default_positions_hold(model, traced)))
 
 
 def trace_static_cache(model: PreTrainedModel, causal: CausalLMCall) -> TracedModel:
@@ -88,8 +116,8 @@ def trace_static_cache(model: PreTrainedModel, causal: CausalLMCall) -> TracedMo
     Raises:
         TraceError: the model cannot be captured with such a cache.
     """
-    with tracing(model), torch.no_grad():
-        inputs, _ = _causal_lm_inputs(model)
+    with tracing(model), torch.no_grad(), SizeDecisions(TRUSTED) as decisions, plain_outputs(model):
+        inputs, _ = continuation(model)
         inputs["attention_mask"] = functional.pad(inputs["attention_mask"], (0, CACHE - PAST - QUERY))
         inputs["past_key_values"] = _in_place(inputs["past_key_values"], model.device)
         shapes = _causal_lm_dynamic_shapes(inputs)
@@ -100,7 +128,7 @@ def trace_static_cache(model: PreTrainedModel, causal: CausalLMCall) -> TracedMo
         output.args = ((output.args[0][0],),)  # type: ignore[index]  # the cache it returns is the one that came in
         EliminateDeadCode()(graph_module)
         _check_sizes(graph_module)
-    return TracedModel(graph_module, StaticCacheCall(causal))
+    return TracedModel(graph_module, StaticCacheCall(causal, _guards(decisions, graph_module, causal.inputs)))
 
 
 def trace_pretrained(
@@ -119,62 +147,43 @@ def trace_pretrained(
     if getattr(model.config, "is_encoder_decoder", False):
         name = type(model).__name__
         raise TraceError(f"{name} is an encoder-decoder, which is not supported yet; quantize {name}'s get_encoder()")
-    given = kwargs if kwargs is not None else _made_up_inputs(model)
+    given = kwargs if kwargs is not None else made_up_inputs(model)
     names, bound = bind_arguments(model, args, given)
     bound = widen_batch(bound)
     mask = bound.get("attention_mask")
     if isinstance(mask, Tensor) and bool(mask.all()):
         bound["attention_mask"] = mask.clone()
         bound["attention_mask"][0, -1] = 0
-    # A decoder without a head would return its cache; nothing here could take it back in.
-    flags = {"use_cache": False} if hasattr(model.config, "use_cache") else {}
-    with tracing(model), torch.no_grad():
-        program = _export(model, {**bound, **flags, "return_dict": True}, pytree.tree_map(_batch_and_length, bound))
+    with tracing(model), torch.no_grad(), SizeDecisions(TRUSTED) as decisions:
+        program = _export(model, {**bound, **traced_flags(model)}, pytree.tree_map(_batch_and_length, bound))
     graph_module, calling = flatten_program(program, bound, names, Structure(program.call_spec.out_spec))
     fills = {name: fill for name, fill in TOKEN_DEFAULTS.items() if name in bound} if "input_ids" in bound else {}
-    return TracedModel(graph_module, replace(calling, fills=fills))
+    return TracedModel(graph_module, replace(calling, fills=fills, guards=decisions.guards(graph_module)))
+
+
+def traced_flags(model: PreTrainedModel) -> dict[str, bool]:
+    """What a model without a cache of its own is traced with.
+
+    A decoder without a head would return its cache; nothing here could take it back in.
+    """
+    return {"return_dict": True} | ({"use_cache": False} if hasattr(model.config, "use_cache") else {})
 
 
 def _export(model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]) -> ExportedProgram:
     with _quiet_transformers():
-        config = DynamoConfig(dynamic=True, dynamic_shapes=_as_named_by(model, dynamic_shapes))
+        config = DynamoConfig(dynamic=True, dynamic_shapes=as_named_by(model, dynamic_shapes))
         exporter = DynamoExporter()
         # transformers 5.17 returns the program from export(); later releases from export_program(), with metadata.
         export_program = getattr(exporter, "export_program", exporter.export)
-        result = export_program(model, _as_named_by(model, inputs), config)
+        result = export_program(model, as_named_by(model, inputs), config)
     program = result[0] if isinstance(result, tuple) else result
     assert isinstance(program, ExportedProgram)
     return program
 
 
-def _as_named_by(model: PreTrainedModel, call: Mapping[str, Any]) -> dict[str, Any]:
-    """A call with the cache under the name that the model has for it."""
-    name = CACHE_NAME if CACHE_NAME in inspect.signature(model.forward).parameters else "past_key_values"
-    return {name if argument == "past_key_values" else argument: value for argument, value in call.items()}
-
-
-def _causal_lm_inputs(model: PreTrainedModel) -> tuple[dict[str, Any], type]:
-    """A continuation of QUERY tokens after PAST cached ones, one sequence padded on the left, and the output's type.
-
-    The cache is made of full layers even where the model slides a window: the mask applies the window, and one graph
-    then serves prompts of any length.
-    """
-    accepted = inspect.signature(model.forward).parameters
-    cache = DynamicCache()
-    ids = torch.arange(BATCH * PAST).view(BATCH, PAST) % 7
-    mask = torch.ones(BATCH, PAST + QUERY, dtype=torch.long)
-    mask[0, :2] = 0
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    prompt = {"input_ids": ids, "attention_mask": mask[:, :PAST], "past_key_values": cache}
-    output = model(**_as_named_by(model, prompt), use_cache=True, return_dict=True)
-    _check_cache(model, output)
-    inputs: dict[str, Any] = {"input_ids": ids[:, :QUERY], "attention_mask": mask}
-    if "position_ids" in accepted:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -QUERY:]
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = torch.arange(QUERY - KEPT, QUERY, device=model.device)
-    inputs["past_key_values"] = cache
-    return inputs, type(output)
+def _guards(decisions: SizeDecisions, graph_module: fx.GraphModule, names: tuple[str, ...]) -> SizeGuards:
+    """Of the inputs before the cache and the first tensor of it, which stands for all: they share their sizes."""
+    return decisions.guards(graph_module).among(len(names) + 1)
 
 
 def _causal_lm_dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,7 +205,7 @@ def _in_place(cache: DynamicCache, device: torch.device) -> InPlaceCache:
             functional.pad(state, (0, 0, 0, CACHE - state.shape[2])) for state in (grown.keys, grown.values)
         )
         layers.append(layer)
-    return InPlaceCache(layers, torch.arange(PAST, PAST + QUERY, device=device))
+    return InPlaceCache(layers, _positions(PAST, PAST + QUERY, device))
 
 
 def _check_sizes(graph_module: fx.GraphModule) -> None:
@@ -208,33 +217,12 @@ def _check_sizes(graph_module: fx.GraphModule) -> None:
             raise TraceError(f"tracing fixed a size of {node.name}, which has the shape {shape}")
 
 
-def _check_cache(model: PreTrainedModel, output: Any) -> None:
-    layers = getattr(getattr(output, CACHE_NAME, None), "layers", None)
-    if not layers or any(getattr(layer, "keys", None) is None or layer.keys.dim() != 4 for layer in layers):
-        raise TraceError(
-            f"{type(model).__name__} does not cache plain keys and values [B, H, T, D] (a recurrent or hybrid model?),"
-            " which is the only cache supported yet"
-        )
+def made_up_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    """One call of a model, from its configuration.
 
-
-def _positions_from_mask(model: PreTrainedModel) -> bool:
-    """Whether the model, called without position_ids, counts positions along the mask (OPT does) or from 0 on."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return False
-    ids = torch.arange(PAST, device=model.device).view(1, PAST) % 7
-    mask = torch.ones_like(ids)
-    mask[0, :2] = 0
-    counted = (mask.cumsum(-1) - 1).clamp(min=0)
-    default = model(input_ids=ids, attention_mask=mask).logits
-    by_mask = model(input_ids=ids, attention_mask=mask, position_ids=counted).logits
-    by_index = model(
-        input_ids=ids, attention_mask=mask, position_ids=torch.arange(PAST, device=ids.device)[None]
-    ).logits
-    last = (0, -1)
-    return bool((default[last] - by_mask[last]).abs().max() < (default[last] - by_index[last]).abs().max())
-
-
-def _made_up_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    Raises:
+        TraceError: its inputs are none that can be made up.
+    """
     config, device = model.config, model.device
     if model.main_input_name == "pixel_values":
         size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
@@ -242,11 +230,15 @@ def _made_up_inputs(model: PreTrainedModel) -> dict[str, Any]:
     if model.main_input_name != "input_ids":
         name, wanted = type(model).__name__, model.main_input_name
         raise TraceError(f"cannot make up an example for {name}, whose input is {wanted!r}: pass example_inputs")
-    ids = torch.arange(BATCH * PAST, device=device).view(BATCH, PAST) % 7
+    ids = _positions(0, BATCH * PAST, device).view(BATCH, PAST) % 7
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(config, "type_vocab_size", 0) and "token_type_ids" in inspect.signature(model.forward).parameters:
         inputs["token_type_ids"] = torch.zeros_like(ids)
     return inputs
+
+
+def _positions(start: int, stop: int, device: torch.device) -> Tensor:
+    return torch.arange(start, stop, dtype=torch.long, device=device)
 
 
 def _batch_and_length(leaf: Any) -> Any:

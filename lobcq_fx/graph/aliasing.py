@@ -54,6 +54,12 @@ def written_between(first: fx.Node, last: fx.Node, values: Iterable[fx.Node]) ->
     return False
 
 
+def written_attributes(graph: fx.Graph) -> list[str]:
+    """Names of the parameters and buffers that the graph writes to."""
+    owners = [_owner(argument) for node in graph.nodes for argument in _written(node)]
+    return list(dict.fromkeys(str(owner.target) for owner in owners if owner.op == "get_attr"))
+
+
 def _written(node: fx.Node) -> list[fx.Node]:
     """The arguments that the node changes in place."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:

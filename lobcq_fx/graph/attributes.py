@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from itertools import chain, count
 from typing import Any
 
@@ -53,15 +54,17 @@ def delete_attribute(module: nn.Module, name: str) -> None:
     delattr(get_attribute(module, owner) if owner else module, last)
 
 
-def free_name(module: nn.Module, layer: str, last: str) -> str:
+def free_name(module: nn.Module, layer: str, last: str, given: Container[str] = ()) -> str:
     """A dotted name for a new attribute `last` of `layer` ("" for the module itself), numbered where it is taken.
+
+    `given` are names that are taken too.
 
     A layer that is a bare parameter (`self.w`, not `self.linear.weight`) can hold none: the name then stands beside it.
     """
     owner = get_attribute(module, layer) if has_attribute(module, layer) else None
     name = f"{layer}_{last}" if isinstance(owner, (Tensor, PackedWeight)) else f"{layer}.{last}".removeprefix(".")
     candidates = chain([name], (f"{name}_{number}" for number in count(1)))
-    return next(candidate for candidate in candidates if not has_attribute(module, candidate))
+    return next(name for name in candidates if name not in given and not has_attribute(module, name))
 
 
 def add_get_attr(graph_module: fx.GraphModule, name: str) -> fx.Node:

@@ -1,17 +1,14 @@
-"""Find every matmul of a normalized graph, and say of each whether the settings allow quantizing it."""
+"""Find every matmul of a normalized graph, and say of each whether its form allows quantizing it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
-from lobcq_fx.config import LobcqConfig
-from lobcq_fx.format.encoded import FLOAT_DTYPES
-from lobcq_fx.graph.operands import constant_weight, operation_name
-from lobcq_fx.inventory import MatmulRecord
+from lobcq_fx.graph.operands import constant_weight, constants_behind
 
 aten = torch.ops.aten
 
@@ -19,20 +16,27 @@ aten = torch.ops.aten
 _PRODUCTS = {
     aten.matmul.default: slice(0, 2),
     aten.mm.default: slice(0, 2),
+    aten.mv.default: slice(0, 2),
     aten.bmm.default: slice(0, 2),
     aten.baddbmm.default: slice(1, 3),
     aten.addmm.default: slice(1, 3),
     aten.scaled_dot_product_attention.default: slice(0, 3),
 }
+_CONVOLUTION = "a convolution, not a matmul"
+_RECURRENT = "a recurrent layer, which multiplies step by step"
+_EXPERTS = "fused 3-D expert weights are not supported yet"
+_FUSED = "a fused layer that hides its matmuls: torch.backends.mha.set_fastpath_enabled(False) before quantizing"
 _UNSUPPORTED = {
-    aten.einsum.default: "einsum is not a supported form; write it as a matmul",
-    aten.conv1d.default: "a convolution, not a matmul",
-    aten.conv2d.default: "a convolution, not a matmul",
-    aten.conv2d.padding: "a convolution, not a matmul",
-    aten.conv3d.default: "a convolution, not a matmul",
-    aten.convolution.default: "a convolution, not a matmul",
-    aten._grouped_mm.default: "fused 3-D expert weights are not supported yet",
+    "einsum": "einsum is not a supported form; write it as a matmul",
+    "bilinear": "a bilinear form of two activations",
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _CONVOLUTION),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _CONVOLUTION),
+    **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _RECURRENT),
+    **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _RECURRENT),
+    **dict.fromkeys(("_transformer_encoder_layer_fwd", "_native_multi_head_attention"), _FUSED),
 }
+"""What multiplies by weights in a form that is left alone: operators by name, and why."""
+
 _ATTENTION = "activation x activation, no constant weight"
 _OTHER_FORM = "its constant operand is not a 2-D weight on the right"
 _SCALED_ADDMM = "addmm with a bias that is not one value per output, or with beta or alpha other than 1"
@@ -42,18 +46,19 @@ _SCALED_ADDMM = "addmm with a bias that is not one value per output, or with bet
 class Matmul:
     """A matmul node and what the passes need to know of it.
 
-    weight: the `get_attr` node of its constant operand, None if it has none.
+    layer: module path of its weight's owner, or of the module that runs it.
+    weight: the `get_attr` node of its constant operand, the first where it has several, None if it has none.
+    constants: every matrix among the constants that its operands are made of.
     flipped: the attribute is [K, N] and the operand its transpose.
-    refusal: why it stays in float; None if it is to be quantized.
-    config: the settings for this layer, overrides applied.
+    obstacle: why its form forbids quantizing it; None where it is a `linear` with a constant weight.
     """
 
     node: fx.Node
     layer: str
     weight: fx.Node | None
     flipped: bool
-    refusal: str | None
-    config: LobcqConfig
+    obstacle: str | None
+    constants: tuple[fx.Node, ...]
 
     @property
     def activation(self) -> fx.Node:
@@ -70,79 +75,62 @@ class Matmul:
         return bias
 
     @property
-    def shape(self) -> tuple[int, int] | None:
-        """(N, K) of a 2-D weight."""
-        if self.weight is None or self.weight.meta["val"].dim() != 2:
+    def shape(self) -> tuple[int, ...] | None:
+        """(N, K) of a 2-D weight; the shape of any other as it is; None without one."""
+        if self.weight is None:
             return None
-        rows, columns = self.weight.meta["val"].shape
-        return (columns, rows) if self.flipped else (rows, columns)
-
-    def left_alone(self) -> MatmulRecord:
-        """The inventory's record of a matmul that stays in float."""
-        value = None if self.weight is None else self.weight.meta["val"]
-        size = 0 if value is None else value.numel() * value.element_size()
-        return MatmulRecord(
-            self.layer, operation_name(self.node), self.shape, self.refusal, float_bytes=size, packed_bytes=size
-        )
+        shape = tuple(self.weight.meta["val"].shape)
+        return shape[::-1] if self.flipped else shape
 
 
-def find_matmuls(graph_module: fx.GraphModule, config: LobcqConfig) -> list[Matmul]:
-    """Every matmul of the graph in execution order, those that cannot or must not be quantized with a refusal."""
+def find_matmuls(graph_module: fx.GraphModule) -> list[Matmul]:
+    """Every matmul of the graph in execution order, and all else that multiplies by weights."""
     found = []
     for node in graph_module.graph.nodes:
         if node.op != "call_function":
             continue
+        unsupported = _unsupported(node)
         if node.target is aten.linear.default:
-            found.append(_linear(node, config))
+            found.append(_linear(node))
+        elif node.target is aten.scaled_dot_product_attention.default:  # its mask may be constant, and is no weight
+            found.append(Matmul(node, module_path(node), None, False, _ATTENTION, ()))
         elif node.target in _PRODUCTS:
-            found.append(Matmul(node, module_path(node), None, False, _product_refusal(node), config))
-        elif node.target in _UNSUPPORTED or "grouped_mm" in str(node.target):
-            reason = _UNSUPPORTED.get(node.target, _UNSUPPORTED[aten._grouped_mm.default])
-            found.append(Matmul(node, module_path(node), _attribute_among(node.args[1:]), False, reason, config))
+            found.append(_left_alone(node, node.args[_PRODUCTS[node.target]], _product_obstacle(node)))
+        elif unsupported is not None:
+            found.append(_left_alone(node, [node.args, node.kwargs], unsupported))
     return found
 
 
-def _attribute_among(arguments: Iterable[object]) -> fx.Node | None:
-    """The first constant among the operands, seen through nodes of one input, such as a 3-D weight's transposes."""
-    for node in arguments:
-        while isinstance(node, fx.Node) and node.op == "call_function" and len(node.all_input_nodes) == 1:
-            node = node.all_input_nodes[0]
-        if isinstance(node, fx.Node) and node.op == "get_attr":
-            return node
-    return None
+def _unsupported(node: fx.Node) -> str | None:
+    if "grouped_mm" in str(node.target):
+        return _EXPERTS
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
+        return None
+    return _UNSUPPORTED.get(node.target._schema.name.removeprefix("aten::"))
 
 
-def _product_refusal(node: fx.Node) -> str:
+def _left_alone(node: fx.Node, operands: Any, obstacle: str) -> Matmul:
+    read: list[fx.Node] = []
+    fx.node.map_arg(operands, lambda operand: read.extend(constants_behind(operand)))
+    matrices = tuple(dict.fromkeys(one for one in read if one.meta["val"].dim() > 1))
+    return Matmul(node, module_path(node), matrices[0] if matrices else None, False, obstacle, matrices)
+
+
+def _product_obstacle(node: fx.Node) -> str:
     assert isinstance(node.target, torch._ops.OpOverload)
     operands = node.args[_PRODUCTS[node.target]]
     if node.target is aten.addmm.default and constant_weight(operands[-1]):
         return _SCALED_ADDMM
-    return _OTHER_FORM if any(constant_weight(operand) for operand in operands) else _ATTENTION
+    constant = [one for operand in operands if isinstance(operand, fx.Node) for one in constants_behind(operand)]
+    return _OTHER_FORM if constant else _ATTENTION
 
 
-def _linear(node: fx.Node, config: LobcqConfig) -> Matmul:
+def _linear(node: fx.Node) -> Matmul:
     found = constant_weight(node.args[1])
     if found is None:
-        return Matmul(node, module_path(node), None, False, "its weight is computed in the graph, not constant", config)
+        return _left_alone(node, node.args[1], "its weight is computed in the graph, not constant")
     weight, flipped = found
-    layer = _layer_name(node, str(weight.target))
-    settings = config.for_layer(layer)
-    matmul = Matmul(node, layer, weight, flipped, None, settings)
-    return Matmul(node, layer, weight, flipped, _refusal(matmul), settings)
-
-
-def _refusal(matmul: Matmul) -> str | None:
-    config, shape = matmul.config, matmul.shape
-    assert matmul.weight is not None
-    if shape is None:
-        return "its weight is not 2-D"
-    by_pattern = config.refusal(matmul.layer)
-    if by_pattern is not None:
-        return by_pattern
-    if shape[1] < config.min_in_features:
-        return f"too small: K = {shape[1]} is below min_in_features = {config.min_in_features}"
-    dtype = matmul.weight.meta["val"].dtype
-    return None if dtype in FLOAT_DTYPES else f"its weight is {dtype}; fp32, bf16 and fp16 are supported"
+    return Matmul(node, _layer_name(node, str(weight.target)), weight, flipped, None, (weight,))
 
 
 def _layer_name(node: fx.Node, weight: str) -> str:

@@ -25,6 +25,16 @@ def constant_weight(node: object) -> tuple[fx.Node, bool] | None:
     return None
 
 
+def constants_behind(node: fx.Node) -> list[fx.Node]:
+    """The `get_attr` nodes that a node is computed from alone; none where an input of the graph takes part."""
+    if node.op == "get_attr":
+        return [node]
+    if node.op != "call_function" or not node.all_input_nodes:
+        return []
+    parts = [constants_behind(one) for one in node.all_input_nodes]
+    return list(dict.fromkeys(one for part in parts for one in part)) if all(parts) else []
+
+
 def operation_name(node: fx.Node) -> str:
     """What the node was called in the traced graph: `linear`, `addmm`, `matmul`, ..."""
     original = node.meta.get(OPERATION)
@@ -45,3 +55,20 @@ def is_transpose(node: fx.Node) -> bool:
     if node.target is aten.transpose.int:
         return {int(dim) % 2 for dim in args[1:3]} == {0, 1}
     return node.target is aten.permute.default and [int(dim) % 2 for dim in args[1]] == [1, 0]
+
+
+def readers(weight: fx.Node) -> set[fx.Node]:
+    """The nodes that read a constant, looking through its transposes."""
+    found: set[fx.Node] = set()
+    for user in weight.users:
+        found |= readers(user) if is_transpose(user) else {user}
+    return found
+
+
+def erase_unread(weight: fx.Node) -> None:
+    """Erase a constant's node and its transposes where nothing reads them: the tensor behind them may be gone."""
+    for user in list(weight.users):
+        if is_transpose(user):
+            erase_unread(user)
+    if not weight.users:
+        weight.graph.erase_node(weight)

@@ -22,21 +22,6 @@ _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Why a pass left a call as it is.
-
-    fusion: the pass. layer: module path of the linear, of the first where a call has several. reason: for the user.
-    """
-
-    fusion: str
-    layer: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.fusion}: {self.layer}: {self.reason}"
-
-
-@dataclass(frozen=True)
 class PrepackedCall:
     """One call of an overload of `lobcq::linear_prepacked`."""
 

@@ -154,7 +154,7 @@ def _scaled_entries(
         codes.reshape(rows, codes.shape[-1]).contiguous(),
         selectors.reshape(rows, selectors.shape[-1]).contiguous(),
         scales.view(torch.uint8).reshape(rows, scales.shape[-1]).contiguous(),
-        torch.ones(()),
+        torch.ones((), dtype=torch.float32, device="cpu"),
         FormatSpec(codebooks.shape[0], array_size),
         columns,
     )

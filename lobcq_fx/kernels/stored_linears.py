@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import scale_product
+from lobcq_fx.format import product_in_fp32, scale_product
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class StoredLinears:
         """W4A4; see `lobcq_fx.ops.linear`."""
         a = self.scaled_entries(codes, selectors, scales, codebooks, in_features, array_size)
         w = self.scaled_entries(w_codes, w_selectors, w_scales, w_codebooks, in_features, array_size)
-        out = scale_product(a @ w.t(), tensor_scale.reshape(-1, 1), w_tensor_scale, bias)
+        out = scale_product(product_in_fp32(a, w), tensor_scale.reshape(-1, 1), w_tensor_scale, bias)
         return out.to(dtype).view(*codes.shape[:-1], w_codes.shape[0])
 
     def linear_float_activation(
@@ -60,4 +60,4 @@ class StoredLinears:
     ) -> Tensor:
         """W4A16; see `lobcq_fx.ops.linear`."""
         w = self.scaled_entries(w_codes, w_selectors, w_scales, w_codebooks, x.shape[-1], array_size) * w_tensor_scale
-        return torch.nn.functional.linear(x.float(), w, None if bias is None else bias.float()).to(x.dtype)
+        return product_in_fp32(x.float(), w, None if bias is None else bias.float()).to(x.dtype)

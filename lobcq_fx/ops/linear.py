@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import Encoded, FormatSpec, decode, matmul
+from lobcq_fx.format import Encoded, FormatSpec, decode, matmul, product_in_fp32
 from lobcq_fx.ops.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION
 
 
@@ -67,7 +67,7 @@ def linear_float_activation(
 ) -> Tensor:
     """`x @ w.T + bias` of a float activation [..., K] and a packed weight [N, K], in fp32; the result in x's dtype."""
     w = _weight(w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, x.shape[-1], array_size)
-    out = torch.nn.functional.linear(x.float(), decode(w), None if bias is None else bias.float())
+    out = product_in_fp32(x.float(), decode(w), None if bias is None else bias.float())
     return out.to(x.dtype)
 
 

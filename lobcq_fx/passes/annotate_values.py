@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from lobcq_fx.graph.attributes import fake_mode
 from lobcq_fx.passes.infra import GraphPass
+from lobcq_fx.tracing.autocast import no_autocast
 from lobcq_fx.tracing.example import InputExample
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ class AnnotateValues(GraphPass):
         mode = FakeTensorMode(shape_env=ShapeEnv())
         try:
             inputs = [example.fake(mode, self.device) for example in known]
-            _Annotator(graph_module, mode).run(*inputs)
+            with no_autocast():
+                _Annotator(graph_module, mode).run(*inputs)
         except Exception as error:  # a damaged file; whatever an operator raises for inputs that are none of its own
             for node in graph_module.graph.nodes:
                 node.meta.pop("val", None)

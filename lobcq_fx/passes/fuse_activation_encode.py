@@ -5,7 +5,7 @@ linear_prepacked(silu(gate) * up, ...)  ->  linear_prepacked.silu_mul(gate, up, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,7 +15,6 @@ from lobcq_fx.graph.aliasing import written_between
 from lobcq_fx.graph.prepacked_calls import (
     NO_METADATA,
     PrepackedCall,
-    Refusal,
     other_readers,
     prepacked_calls,
     same_kind,
@@ -25,6 +24,7 @@ from lobcq_fx.graph.prepacked_calls import (
 )
 from lobcq_fx.passes.infra import GraphPass
 from lobcq_fx.passes.prepack import absent
+from lobcq_fx.refusal import Refusal
 
 aten = torch.ops.aten
 linear_prepacked = torch.ops.lobcq.linear_prepacked
@@ -42,21 +42,19 @@ _OTHERS = {
 class FuseActivationEncode(GraphPass):
     """SiLU(gate) * up + encode, by the rule of `lobcq_fx.ops.prologues.silu_mul`.
 
-    `refusals` is filled with what looks alike and stays as it is.
+    It refuses what looks alike and stays as it is.
     """
 
     name: ClassVar[str] = "fuse_activation_encode"
 
-    refusals: list[Refusal] = field(default_factory=list, compare=False)
-
-    def transform(self, graph_module: fx.GraphModule) -> bool:
+    def attempt(self, graph_module: fx.GraphModule) -> tuple[bool, list[Refusal]]:
         """Rewrite every call whose activation is a gated one; the products that nothing reads then go."""
-        graph, modified = graph_module.graph, False
+        graph, modified, refusals = graph_module.graph, False, list[Refusal]()
         for call in prepacked_calls(graph, linear_prepacked.default):
             product, views = through_views(call.arguments["x"])
             found = _gated(call, product)
             if isinstance(found, str):
-                self.refusals.append(Refusal(self.name, call.layers[0], found))
+                refusals.append(Refusal(self.name, call.layers[0], found))
             if not isinstance(found, tuple):
                 continue
             with graph.inserting_before(call.node):
@@ -66,7 +64,7 @@ class FuseActivationEncode(GraphPass):
             modified = True
         if modified:
             graph.eliminate_dead_code()
-        return modified
+        return modified, refusals
 
 
 def _gated(call: PrepackedCall, product: fx.Node) -> tuple[fx.Node, fx.Node] | str | None:

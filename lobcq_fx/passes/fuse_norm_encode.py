@@ -9,7 +9,7 @@ linear_prepacked(rms_norm(x + y), ...)   ->  linear_prepacked.add_rms_norm(x, y,
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,6 @@ from lobcq_fx.graph.attributes import add_call
 from lobcq_fx.graph.norms import LayerNorm, RmsNorm, match_norm
 from lobcq_fx.graph.prepacked_calls import (
     PrepackedCall,
-    Refusal,
     other_readers,
     prepacked_calls,
     same_kind,
@@ -28,6 +27,7 @@ from lobcq_fx.graph.prepacked_calls import (
     viewed_alike,
 )
 from lobcq_fx.passes.infra import GraphPass
+from lobcq_fx.refusal import Refusal
 
 aten = torch.ops.aten
 linear_prepacked = torch.ops.lobcq.linear_prepacked
@@ -40,27 +40,25 @@ class FuseNormEncode(GraphPass):
     """RMSNorm or LayerNorm + encode, by the rules of `lobcq_fx.ops.prologues`.
 
     They round where the graph does, but take means more exactly than it does, which moves few of the bytes that are
-    encoded. `refusals` is filled with norms that stay as they are.
+    encoded. It refuses norms that stay as they are.
     """
 
     name: ClassVar[str] = "fuse_norm_encode"
 
-    refusals: list[Refusal] = field(default_factory=list, compare=False)
-
-    def transform(self, graph_module: fx.GraphModule) -> bool:
+    def attempt(self, graph_module: fx.GraphModule) -> tuple[bool, list[Refusal]]:
         """Rewrite every call whose activation is a norm's result; norms that nothing reads then go."""
-        graph, modified = graph_module.graph, False
+        graph, modified, refusals = graph_module.graph, False, list[Refusal]()
         for call in prepacked_calls(graph, linear_prepacked.default):
             result, views = through_views(call.arguments["x"])
             found = _fusible(call, result)
             if isinstance(found, str):
-                self.refusals.append(Refusal(self.name, call.layers[0], found))
+                refusals.append(Refusal(self.name, call.layers[0], found))
             if isinstance(found, (RmsNorm, LayerNorm)):
                 _replace(graph, call, found, views)
                 modified = True
         if modified:
             graph.eliminate_dead_code()
-        return modified
+        return modified, refusals
 
 
 def _fusible(call: PrepackedCall, result: fx.Node) -> Norm | str | None:

@@ -5,7 +5,7 @@ add(residual, linear_prepacked(x, ...)[0])  ->  linear_prepacked.residual(x, ...
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,6 @@ from lobcq_fx.graph.attributes import add_call
 from lobcq_fx.graph.prepacked_calls import (
     NO_METADATA,
     PrepackedCall,
-    Refusal,
     prepacked_calls,
     same_kind,
     through_views,
@@ -25,6 +24,7 @@ from lobcq_fx.graph.prepacked_calls import (
 )
 from lobcq_fx.passes.infra import GraphPass
 from lobcq_fx.passes.prepack import ABSENT, absent
+from lobcq_fx.refusal import Refusal
 
 aten = torch.ops.aten
 linear_prepacked = torch.ops.lobcq.linear_prepacked
@@ -49,28 +49,26 @@ class _Sum:
 class FuseResidual(GraphPass):
     """The sum is rounded twice, as in the graph: the result first, then with the residual.
 
-    `refusals` is filled with sums that stay as they are.
+    It refuses sums that stay as they are.
     """
 
     name: ClassVar[str] = "fuse_residual"
 
-    refusals: list[Refusal] = field(default_factory=list, compare=False)
-
-    def transform(self, graph_module: fx.GraphModule) -> bool:
+    def attempt(self, graph_module: fx.GraphModule) -> tuple[bool, list[Refusal]]:
         """Rewrite calls one by one, each with the residuals of all its results."""
-        graph, modified = graph_module.graph, False
+        graph, modified, refusals = graph_module.graph, False, list[Refusal]()
         for call in prepacked_calls(graph, *_WITH_RESIDUALS):
             sums = {index: _sum(call, index) for index in range(len(call.weights))}
             for index, found in sums.items():
                 if isinstance(found, str):
-                    self.refusals.append(Refusal(self.name, call.layers[index], found))
+                    refusals.append(Refusal(self.name, call.layers[index], found))
             wanted = {index: found for index, found in sums.items() if isinstance(found, _Sum)}
             if wanted:
                 self._replace(graph_module, call, wanted)
                 modified = True
         if modified:
             graph.eliminate_dead_code()
-        return modified
+        return modified, refusals
 
     def _replace(self, graph_module: fx.GraphModule, call: PrepackedCall, sums: dict[int, _Sum]) -> None:
         graph, none = graph_module.graph, absent(graph_module)

@@ -8,10 +8,10 @@ from typing import ClassVar
 from torch import Tensor, fx, nn
 
 from lobcq_fx.calibration.statistics import ActivationStatistics
-from lobcq_fx.config import LobcqConfig
 from lobcq_fx.graph.attributes import register_attribute
-from lobcq_fx.graph.matmuls import Matmul, find_matmuls
-from lobcq_fx.passes.infra import GraphPass
+from lobcq_fx.passes.infra import Condition, GraphPass
+from lobcq_fx.passes.normalize_matmuls import normal_form
+from lobcq_fx.plan import PlannedMatmul, QuantizationPlan
 
 PREFIX = "lobcq_observers"
 
@@ -34,42 +34,48 @@ class InsertObservers(GraphPass):
     """One observer for each distinct activation operand: q, k and v share theirs."""
 
     name: ClassVar[str] = "insert_observers"
+    requires: ClassVar[tuple[Condition, ...]] = (normal_form,)
 
-    config: LobcqConfig
+    plan: QuantizationPlan
 
     def transform(self, graph_module: fx.GraphModule) -> bool:
-        """Insert `call_module` nodes named after the first layer that reads the activation."""
-        by_activation: dict[fx.Node, list[Matmul]] = {}
-        for matmul in find_matmuls(graph_module, self.config):
-            if matmul.refusal is None and observer_of(graph_module, matmul) is None:
-                by_activation.setdefault(matmul.activation, []).append(matmul)
-        for index, (activation, matmuls) in enumerate(by_activation.items()):
+        """Insert `call_module` nodes; their statistics are named after the first layer that reads the activation."""
+        by_activation: dict[fx.Node, list[tuple[fx.Node, PlannedMatmul]]] = {}
+        for matmul, planned in self.plan.pair(graph_module):
+            if planned.weight is not None and _observer(graph_module, matmul.activation) is None:
+                by_activation.setdefault(matmul.activation, []).append((matmul.node, planned))
+        for index, (activation, reading) in enumerate(by_activation.items()):
+            _, first = reading[0]
             target = f"{PREFIX}.{index}"
-            statistics = ActivationStatistics(matmuls[0].layer, matmuls[0].config.format)
-            register_attribute(graph_module, target, Observer(statistics))
+            register_attribute(graph_module, target, Observer(ActivationStatistics(first.layer, first.config.format)))
             with graph_module.graph.inserting_after(activation):
-                node = graph_module.graph.call_module(target, (activation,))
-            node.meta = {"val": activation.meta.get("val")}
-            for matmul in matmuls:
-                matmul.node.replace_input_with(activation, node)
+                observer = graph_module.graph.call_module(target, (activation,))
+            observer.meta = {"val": activation.meta.get("val")}
+            for node, _ in reading:
+                node.replace_input_with(activation, observer)
         return bool(by_activation)
 
 
-def observer_of(graph_module: fx.GraphModule, matmul: Matmul) -> Observer | None:
-    """The observer on the matmul's activation, or None."""
-    node = matmul.activation
-    if node.op != "call_module":
+def observed(graph_module: fx.GraphModule, plan: QuantizationPlan) -> dict[PlannedMatmul, ActivationStatistics]:
+    """What the observers of a graph have seen, for the matmuls that have one."""
+    found = {}
+    for matmul, planned in plan.pair(graph_module):
+        observer = None if planned.weight is None else _observer(graph_module, matmul.activation)
+        if observer is not None:
+            found[planned] = observer.statistics
+    return found
+
+
+def unobserved(graph_module: fx.GraphModule, activation: fx.Node) -> fx.Node:
+    """The activation itself, behind its observer if it has one."""
+    if _observer(graph_module, activation) is None:
+        return activation
+    (behind,) = activation.all_input_nodes
+    return behind
+
+
+def _observer(graph_module: fx.GraphModule, activation: fx.Node) -> Observer | None:
+    if activation.op != "call_module":
         return None
-    module = graph_module.get_submodule(str(node.target))
+    module = graph_module.get_submodule(str(activation.target))
     return module if isinstance(module, Observer) else None
-
-
-def scaled_sample(statistics: ActivationStatistics, config: LobcqConfig) -> Tensor:
-    """Sampled block arrays [n, L_A] in units of the tensor scales that the settings will give them.
-
-    Raises:
-        CalibrationError: the layer saw no data.
-    """
-    if config.activation_scale == "static":
-        return statistics.sample() / statistics.static_tensor_scale()
-    return statistics.sample_in_row_scales()

@@ -14,8 +14,9 @@ from torch import fx
 
 from lobcq_fx.graph.aliasing import Writes
 from lobcq_fx.graph.attributes import add_call
-from lobcq_fx.graph.prepacked_calls import PrepackedCall, Refusal
+from lobcq_fx.graph.prepacked_calls import PrepackedCall
 from lobcq_fx.passes.infra import GraphPass
+from lobcq_fx.refusal import Refusal
 
 linear_prepacked = torch.ops.lobcq.linear_prepacked
 
@@ -43,16 +44,15 @@ class _Group:
 class MergeSiblings(GraphPass):
     """Merge calls of `lobcq::linear_prepacked`, or of its `.float_activation`, that differ in their one weight alone.
 
-    `refusals` is filled with calls that read the activation of others and stay apart.
+    It refuses calls that read the activation of others and stay apart.
     """
 
     name: ClassVar[str] = "merge_siblings"
 
-    refusals: list[Refusal] = field(default_factory=list, compare=False)
-
-    def transform(self, graph_module: fx.GraphModule) -> bool:
+    def attempt(self, graph_module: fx.GraphModule) -> tuple[bool, list[Refusal]]:
         """Each group becomes one call where its first one stands."""
         groups: dict[tuple[Any, Any], list[_Group]] = {}
+        refusals: list[Refusal] = []
         writes = Writes()
         for node in graph_module.graph.nodes:
             writes.visit(node)
@@ -64,23 +64,25 @@ class MergeSiblings(GraphPass):
                 if len(call.weights) > 1:  # merged already
                     continue
                 x = call.arguments["x"]
-                self._add(call, groups.setdefault((node.target, x), []), writes.before(x))
+                refusals += self._add(call, groups.setdefault((node.target, x), []), writes.before(x))
         merged = [group.calls for candidates in groups.values() for group in candidates if len(group.calls) > 1]
         for calls in merged:
             _merge(graph_module.graph, calls)
-        return bool(merged)
+        return bool(merged), refusals
 
-    def _add(self, call: PrepackedCall, groups: list[_Group], writes: int) -> None:
-        """Put a call into the group that it belongs to, or into one of its own, saying what sets it apart."""
+    def _add(self, call: PrepackedCall, groups: list[_Group], writes: int) -> list[Refusal]:
+        """Put a call into the group it belongs to, or into one of its own; say what sets it apart from the first."""
         arguments = {name: value for name, value in call.arguments.items() if name not in _PER_LINEAR}
         for group in groups:
             if (group.writes, group.arguments) == (writes, arguments):
                 group.calls.append(call)
-                return
+                return []
+        refusals = []
         for group in groups[:1]:
             reason = _difference(group, writes, arguments).format(group.calls[0].layers[0])
-            self.refusals.append(Refusal(self.name, call.layers[0], reason))
+            refusals.append(Refusal(self.name, call.layers[0], reason))
         groups.append(_Group(writes, arguments, [call]))
+        return refusals
 
 
 def _difference(group: _Group, writes: int, arguments: dict[str, Any]) -> str:

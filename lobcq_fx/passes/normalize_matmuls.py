@@ -2,6 +2,8 @@
 
     addmm(bias, x, w)   ->  linear(x, t(w), bias)      GPT-2's Conv1D keeps w as [K, N]
     mm(x, w), matmul    ->  linear(x, t(w))
+    mm(w, x), matmul    ->  transpose(linear(transpose(x), w))     token mixing
+    mv(w, x)            ->  linear(x, w)
     t(t(w))             ->  w                          Falcon multiplies by a transposed parameter
 
 Later passes match `linear` alone, its weight a `get_attr` or one `t` of it.
@@ -15,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from lobcq_fx.graph.attributes import add_call
 from lobcq_fx.graph.operands import OPERATION, constant_weight, operation_name
 from lobcq_fx.passes.infra import GraphPass
 
@@ -35,14 +38,18 @@ class NormalizeMatmuls(GraphPass):
             if operands is None:
                 continue
             with graph_module.graph.inserting_before(node):
-                w = _transposed(graph_module.graph, operands.weight) if operands.flipped else operands.weight
-                args = (operands.x, w) if operands.bias is None else (operands.x, w, operands.bias)
-                replacement = graph_module.graph.call_function(aten.linear.default, args)
-            replacement.meta = {**node.meta, OPERATION: operation_name(node)}
-            node.replace_all_uses_with(replacement)
+                node.replace_all_uses_with(_linear(graph_module.graph, node, operands))
             graph_module.graph.erase_node(node)
             modified = True
         return modified
+
+
+def normal_form(graph_module: fx.GraphModule) -> str | None:
+    """What passes after this one require: no product is left that it would rewrite."""
+    for node in graph_module.graph.nodes:
+        if _linear_operands(node) is not None:
+            return f"{node.format_node()} is not in normal form: run normalize_matmuls first"
+    return None
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,18 @@ class _Operands:
     weight: fx.Node
     flipped: bool
     bias: fx.Node | None
+    columns: bool = False
+    """x has the activations in its columns, and so has the result."""
+
+
+def _linear(graph: fx.Graph, node: fx.Node, operands: _Operands) -> fx.Node:
+    """The normal form of `node`, at the insertion point."""
+    w = _transposed(graph, operands.weight) if operands.flipped else operands.weight
+    x = add_call(graph, aten.transpose.int, (operands.x, -2, -1), like=node) if operands.columns else operands.x
+    args = (x, w) if operands.bias is None else (x, w, operands.bias)
+    result = add_call(graph, aten.linear.default, args, like=node)
+    result.meta[OPERATION] = operation_name(node)
+    return add_call(graph, aten.transpose.int, (result, -2, -1), like=node) if operands.columns else result
 
 
 def _linear_operands(node: fx.Node) -> _Operands | None:
@@ -65,8 +84,10 @@ def _linear_operands(node: fx.Node) -> _Operands | None:
         x, w, bias = (*args, None)[:3]
     elif node.target is aten.addmm.default:
         bias, x, w = args
-    elif node.target in (aten.mm.default, aten.matmul.default):
+    elif node.target in (aten.mm.default, aten.matmul.default, aten.mv.default):
         x, w = args
+        if constant_weight(x) is not None:
+            return _constant_on_the_left(*args)
     else:
         return None
     found = constant_weight(w)
@@ -77,6 +98,14 @@ def _linear_operands(node: fx.Node) -> _Operands | None:
         normal = w is weight or (flipped and w.args[0] is weight)
         return None if normal else _Operands(x, weight, flipped, bias)
     return _Operands(x, weight, not flipped, bias)
+
+
+def _constant_on_the_left(w: Any, x: Any) -> _Operands | None:
+    """Operands of w @ x, where x [K], [K, M] or [..., K, M] is no constant."""
+    found = constant_weight(w)
+    if found is None or found[0].meta["val"].dim() != 2 or constant_weight(x) is not None:
+        return None
+    return _Operands(x, *found, bias=None, columns=x.meta["val"].dim() > 1)
 
 
 def _transposed(graph: fx.Graph, weight: fx.Node) -> fx.Node:

@@ -23,7 +23,8 @@ from lobcq_fx.graph.attributes import (
     has_attribute,
     named_arguments,
 )
-from lobcq_fx.modules.packed_weight import PARTS, PREPACKED, PackedWeight, WeightLayout
+from lobcq_fx.graph.stored_linear import StoredLinear, stored_linears
+from lobcq_fx.modules.packed_weight import PREPACKED, PackedWeight, WeightLayout
 from lobcq_fx.passes.infra import GraphPass
 
 ops = torch.ops.lobcq
@@ -33,16 +34,6 @@ ABSENT = f"{MODULE}.absent"
 
 TABLES = "_tables"
 """What the name of a codebook set's look-up tables ends in."""
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """One linear of the graph, and the node that encodes its activation, None in W4A16."""
-
-    node: fx.Node
-    weight: str
-    bias: fx.Node | None
-    encoder: fx.Node | None
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,8 @@ class Prepack(GraphPass):
 
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Replace linears one by one, at the place where their activation was encoded or read."""
-        linears = [linear for linear in _linears(graph_module.graph) if linear.weight not in self.stored]
+        stored = self.stored | weights_as_stored(graph_module.graph)
+        linears = [linear for linear in stored_linears(graph_module.graph) if linear.weight not in stored]
         for name in sorted({linear.weight for linear in linears}):
             weight = get_attribute(graph_module, name)
             if weight.layout is None:  # another graph's run may have repacked it
@@ -76,26 +68,25 @@ class Prepack(GraphPass):
             _erase_unread(graph_module.graph)
         return bool(linears)
 
-    def _replace(self, graph_module: fx.GraphModule, linear: _Linear) -> None:
-        graph, node = graph_module.graph, linear.node
+    def _replace(self, graph_module: fx.GraphModule, linear: StoredLinear) -> None:
+        graph, node, encoder = graph_module.graph, linear.node, linear.encoder
         args: tuple[Any, ...]
-        arguments = named_arguments(node)
         rest = (
             [add_get_attr(graph_module, f"{linear.weight}.{PREPACKED}")],
             [get_attr_node(graph_module, f"{linear.weight}.tensor_scale")],
-            self._tables(graph_module, arguments["w_codebooks"]),
+            self._tables(graph_module, linear.codebooks),
             [absent(graph_module) if linear.bias is None else get_attr_node(graph_module, str(linear.bias.target))],
             [get_attribute(graph_module, linear.weight).rows],
-            arguments["array_size"],
+            linear.array_size,
         )
-        if linear.encoder is None:
-            target, args = ops.linear_prepacked.float_activation, (arguments["x"], *rest)
+        if encoder is None:
+            target, args = ops.linear_prepacked.float_activation, (linear.activation, *rest)
         else:
-            encoded = named_arguments(linear.encoder)
+            encoded = named_arguments(encoder)
             tables = self._tables(graph_module, encoded["codebooks"])
             target = ops.linear_prepacked.default
-            args = (encoded["x"], tables, encoded.get("static_scale"), *rest, arguments["dtype"])
-        with graph.inserting_before(linear.encoder or node):
+            args = (encoded["x"], tables, encoded.get("static_scale"), *rest, linear.arguments["dtype"])
+        with graph.inserting_before(encoder or node):
             call = add_call(graph, target, args, like=node)
             result = add_call(graph, operator.getitem, (call, 0), like=node)
         node.replace_all_uses_with(result)
@@ -113,7 +104,7 @@ def absent(graph_module: fx.GraphModule) -> fx.Node:
     """The node of `ABSENT`."""
     if not has_attribute(graph_module, ABSENT):
         device = next(get_attribute(graph_module, MODULE).buffers()).device
-        _register_transient(graph_module, ABSENT, torch.empty(0, device=device))
+        _register_transient(graph_module, ABSENT, torch.empty(0, dtype=torch.float32, device=device))
     return get_attr_node(graph_module, ABSENT)
 
 
@@ -132,42 +123,11 @@ def restore_weights(graph_module: fx.GraphModule) -> None:
 
 def weights_as_stored(graph: fx.Graph) -> frozenset[str]:
     """The weights that the graph goes on reading as they are stored after `Prepack`."""
-    return _candidates(graph)[1]
-
-
-def _linears(graph: fx.Graph) -> list[_Linear]:
-    """The linears that can be replaced, in order."""
-    candidates, refused = _candidates(graph)
-    return [linear for linear in candidates if linear.weight not in refused]
-
-
-def _candidates(graph: fx.Graph) -> tuple[list[_Linear], frozenset[str]]:
-    """The linears that could be replaced by themselves, and the weights of those that cannot."""
-    candidates, refused = [], set()
-    for node in graph.nodes:
-        if node.op != "call_function" or node.target not in (ops.linear.default, ops.linear.float_activation):
-            continue
-        arguments = named_arguments(node)
-        weight, bias = str(arguments["w_codes"].target).removesuffix(".codes"), arguments["bias"]
-        is_float = node.target is ops.linear.float_activation
-        encoder = None if is_float else _encoder(arguments)
-        if (bias is not None and bias.op != "get_attr") or not (is_float or encoder):
-            refused.add(weight)
-            continue
-        candidates.append(_Linear(node, weight, bias, encoder))
-    return candidates, frozenset(refused)
-
-
-def _encoder(arguments: dict[str, Any]) -> fx.Node | None:
-    """The `quantize_activation` node whose four results a linear reads, with its codebooks; None if it reads others."""
-    parts = [arguments[name] for name in PARTS]
-    encoder = parts[0].args[0] if parts[0].target is operator.getitem else None
-    if not isinstance(encoder, fx.Node) or encoder.target is not ops.quantize_activation.default:
-        return None
-    in_order = all(part.args == (encoder, i) for i, part in enumerate(parts))
-    encoded = named_arguments(encoder)
-    same = all(encoded[name] == arguments[name] for name in ("codebooks", "array_size"))
-    return encoder if in_order and same else None
+    return frozenset(
+        linear.weight
+        for linear in stored_linears(graph)
+        if linear.activation is None or (linear.bias is not None and linear.bias.op != "get_attr")
+    )
 
 
 def _register_transient(graph_module: fx.GraphModule, name: str, value: Tensor) -> None:

@@ -88,7 +88,7 @@ def left_alone_by_reason(inventory: Inventory) -> dict[str, list[MatmulRecord]]:
 def parameters_outside_matmuls(inventory: Inventory) -> int:
     """Scalars in parameters that no matmul reads as its weight: embedding tables, norms, biases."""
     # A weight that serves several matmuls carries its bytes in the first record only.
-    in_matmuls = sum(record.macs for record in inventory.records if record.packed_bytes)
+    in_matmuls = sum(record.scalars for record in inventory.records if record.packed_bytes)
     return max(0, inventory.model_parameters - in_matmuls)
 
 

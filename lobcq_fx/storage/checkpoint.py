@@ -10,10 +10,11 @@ tokenizer files, generation_config.json where the model has them
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,9 +30,8 @@ from lobcq_fx.modules.packed_weight import PARTS
 from lobcq_fx.storage.atomic_folder import replace_folder
 from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
 from lobcq_fx.storage.validate import restore_packed_weights
-
-if TYPE_CHECKING:
-    from lobcq_fx.model import QuantizedModel
+from lobcq_fx.tracing.calling import CallingConvention
+from lobcq_fx.tracing.trace import MAIN, TracedModel
 
 QUANT_METHOD = "lobcq"
 FORMAT_VERSION = 2
@@ -49,39 +49,77 @@ MAPPED = tuple(f".{part}" for part in PARTS if part != "tensor_scale")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """What a saved folder holds.
+class StoredGraph:
+    """A graph on stored weights, and how it is called, as it is written down."""
 
-    variants, refused_variants: as in `QuantizedModel`, with the calling conventions as they are written; empty for a
-        folder of a release that knew none.
+    graph: fx.Graph
+    calling: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder holds of a model.
+
+    root: has every tensor that a graph refers to. graphs: `MAIN` and others on the same tensors, by name.
+    refused: why there is no such graph, by name. config: the Hugging Face configuration, None without one.
     """
 
-    graph_module: fx.GraphModule
-    calling: dict[str, Any]
-    variants: dict[str, tuple[fx.GraphModule, dict[str, Any]]]
-    refused_variants: dict[str, str]
+    root: fx.GraphModule
+    graphs: Mapping[str, StoredGraph]
+    refused: Mapping[str, str]
     lobcq_config: LobcqConfig
     inventory: Inventory
     config: dict[str, Any] | None
 
+    @property
+    def calling(self) -> dict[str, Any]:
+        """How the main graph is called."""
+        return self.graphs[MAIN].calling
 
-def save_checkpoint(model: QuantizedModel, directory: Path, tokenizer: Any) -> None:
-    """Write `model` to `directory`: written beside it, read back and compared, then put in place."""
-    tensors = stored_tensors(model.graph_module, [model.stored_graph, *model.stored_variants.values()])
+    def traced(self, callings: Mapping[str, Callable[[dict[str, Any]], CallingConvention]]) -> dict[str, TracedModel]:
+        """Each graph that `callings` has a reader for, ready to run. Graphs of a kind unknown here are left out."""
+        known = {name: one for name, one in self.graphs.items() if name in callings and _names_its_kind(name, one)}
+        return {
+            name: TracedModel(
+                self.root if name == MAIN else SharingGraphModule(self.root, one.graph), callings[name](one.calling)
+            )
+            for name, one in known.items()
+        }
+
+
+def _names_its_kind(name: str, graph: StoredGraph) -> bool:
+    return name in (MAIN, graph.calling["kind"])
+
+
+@contextmanager
+def saved_folder(
+    checkpoint: Checkpoint, directory: Path, companions: Sequence[Any]
+) -> Iterator[tuple[Path, Checkpoint]]:
+    """Write a checkpoint beside `directory`, read it back, compare, and put it in place when the block ends well.
+
+    Args:
+        checkpoint: what to write.
+        directory: new, empty, or a folder of ours, which is replaced as a whole.
+        companions: what saves itself into the folder too: a tokenizer, a generation config.
+
+    Yields:
+        The folder that is not in place yet, and what it holds.
+    """
+    tensors = stored_tensors(checkpoint.root, [one.graph for one in checkpoint.graphs.values()])
     with replace_folder(directory, is_checkpoint) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        _write_json(folder / "config.json", _config(model))
-        _write_json(folder / "graph.json", _graph(model))
-        _write_json(folder / "inventory.json", model.inventory.to_dict())
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        _self_check(folder, tensors)
+        _write_json(folder / "config.json", _config(checkpoint))
+        _write_json(folder / "graph.json", _graph(checkpoint))
+        _write_json(folder / "inventory.json", checkpoint.inventory.to_dict())
+        for one in companions:
+            one.save_pretrained(folder)
+        saved = load_checkpoint(folder)
+        _compare(saved, tensors)
+        yield folder, saved
 
 
 def load_checkpoint(directory: Path) -> Checkpoint:
-    """Read and validate a folder written by `save_checkpoint`.
+    """Read and validate a folder written by `saved_folder`.
 
     Raises:
         CheckpointError: names the file and what is wrong with it.
@@ -92,34 +130,31 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     _check_version(directory, settings)
     saved = _read_json(directory / "graph.json")
     try:
-        graph = graph_from_json(saved["nodes"])
-        others = {name: graph_from_json(entry["nodes"]) for name, entry in saved.get("variants", {}).items()}
-        callings = {name: saved["variants"][name]["calling"] for name in others}
+        graphs = {MAIN: StoredGraph(graph_from_json(saved["nodes"]), saved["calling"])}
+        for name, entry in saved.get("variants", {}).items():
+            graphs[name] = StoredGraph(graph_from_json(entry["nodes"]), entry["calling"])
         refused = {str(name): str(reason) for name, reason in saved.get("refused_variants", {}).items()}
         inventory = Inventory.from_dict(_read_json(directory / "inventory.json"))
         lobcq_config = LobcqConfig.from_dict(settings["lobcq_config"])
-        calling, parameters = saved["calling"], set(saved["parameters"])
+        parameters = set(saved["parameters"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory} is damaged: {type(error).__name__}: {error}") from None
-    graph_module = _graph_module(directory, graph, list(others.values()), parameters)
-    variants: dict[str, tuple[fx.GraphModule, dict[str, Any]]] = {
-        name: (SharingGraphModule(graph_module, other), callings[name]) for name, other in others.items()
-    }
-    return Checkpoint(graph_module, calling, variants, refused, lobcq_config, inventory, config or None)
+    root = _root(directory, [one.graph for one in graphs.values()], parameters)
+    return Checkpoint(root, graphs, refused, lobcq_config, inventory, config or None)
 
 
-def _graph_module(directory: Path, graph: fx.Graph, others: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
-    """A module that runs `graph`, with the tensors of the other graphs too."""
+def _root(directory: Path, graphs: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
+    """A module that runs the first graph, with the tensors of all of them."""
     module = nn.Module()
-    for name, tensor in _read_tensors(directory, [graph, *others]).items():
+    for name, tensor in _read_tensors(directory, graphs).items():
         is_parameter = name in parameters and tensor.is_floating_point()
         register_attribute(module, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
-    graph_module = fx.GraphModule(module, graph, class_name="LobcqGraph")
+    root = fx.GraphModule(module, graphs[0], class_name="LobcqGraph")
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if not has_attribute(graph_module, name):  # the line above copies what its own graph reads
-            register_attribute(graph_module, name, tensor)
-    restore_packed_weights(graph_module, [graph, *others])  # packed weights are modules, which it would not copy
-    return graph_module
+        if not has_attribute(root, name):  # the line above copies what its own graph reads
+            register_attribute(root, name, tensor)
+    restore_packed_weights(root, graphs)  # packed weights are modules, which it would not copy
+    return root
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -155,29 +190,29 @@ def _names(graphs: Sequence[fx.Graph]) -> list[str]:
     return list(dict.fromkeys(str(node.target) for graph in graphs for node in graph.find_nodes(op="get_attr")))
 
 
-def _config(model: QuantizedModel) -> dict[str, Any]:
-    config = {} if model.config is None else json.loads(model.config.to_json_string(use_diff=False))
-    config["transformers_weights"] = NOTICE
-    config["quantization_config"] = {
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    quantization = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
-        "lobcq_config": model.lobcq_config.to_dict(),
+        "lobcq_config": checkpoint.lobcq_config.to_dict(),
     }
-    return config
+    return {**(checkpoint.config or {}), "transformers_weights": NOTICE, "quantization_config": quantization}
 
 
-def _graph(model: QuantizedModel) -> dict[str, Any]:
-    graph_module = model.graph_module
+def _graph(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Graphs besides the main one are called variants in the file."""
+    main = checkpoint.graphs[MAIN]
     graph = {
-        "calling": model.calling.to_dict(),
-        "parameters": sorted(name for name, _ in graph_module.named_parameters(remove_duplicate=False)),
-        "nodes": graph_to_json(model.stored_graph),
+        "calling": main.calling,
+        "parameters": sorted(name for name, _ in checkpoint.root.named_parameters(remove_duplicate=False)),
+        "nodes": graph_to_json(main.graph),
     }
     variants = {
-        name: {"calling": variant.calling.to_dict(), "nodes": graph_to_json(model.stored_variants[name])}
-        for name, variant in model.variants.items()
+        name: {"calling": one.calling, "nodes": graph_to_json(one.graph)}
+        for name, one in checkpoint.graphs.items()
+        if name != MAIN
     }
-    rest = {"variants": variants, "refused_variants": model.refused_variants}
+    rest = {"variants": variants, "refused_variants": dict(checkpoint.refused)}
     return graph | {name: value for name, value in rest.items() if value}
 
 
@@ -208,11 +243,9 @@ def _read_tensors(directory: Path, graphs: Sequence[fx.Graph]) -> dict[str, Tens
     return {name: tensor if name.endswith(MAPPED) else tensor.clone() for name, tensor in tensors.items()}
 
 
-def _self_check(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Read the folder back as a user would, and compare every byte."""
-    saved = load_checkpoint(folder)
-    graphs = [saved.graph_module.graph, *(other.graph for other, _ in saved.variants.values())]
-    restored = stored_tensors(saved.graph_module, graphs)
+def _compare(saved: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
+    """What was read back against what was written, every byte."""
+    restored = stored_tensors(saved.root, [one.graph for one in saved.graphs.values()])
     for name, tensor in tensors.items():
         if not torch.equal(_bytes(restored[name]), _bytes(tensor)):
             raise CheckpointError(

@@ -11,6 +11,7 @@ import lobcq_fx.ops  # noqa: F401  (registers the ops whose operands are checked
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.format import Encoded, FormatSpec, check_codebooks
 from lobcq_fx.graph.attributes import delete_attribute, get_attribute, named_arguments, register_attribute
+from lobcq_fx.graph.stored_linear import StoredLinear, stored_linears
 from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
 
 ops = torch.ops.lobcq
@@ -26,7 +27,7 @@ def restore_packed_weights(module: nn.Module, graphs: Sequence[fx.Graph]) -> Non
     nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
     try:
         _check_activations(module, nodes)
-        _restore_weights(module, nodes)
+        _restore_weights(module, [linear for graph in graphs for linear in stored_linears(graph)])
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise CheckpointError(f"graph.json: an op does not read what it should: {error}") from None
 
@@ -47,18 +48,15 @@ def _check_activations(module: nn.Module, nodes: Sequence[fx.Node]) -> None:
             raise CheckpointError(f"{scale.target} is {value}: a static scale is one positive, finite fp32 number")
 
 
-def _restore_weights(module: nn.Module, nodes: Sequence[fx.Node]) -> None:
+def _restore_weights(module: nn.Module, linears: Sequence[StoredLinear]) -> None:
     done: dict[str, tuple[str, int, int]] = {}
-    for node in nodes:
-        if node.target not in (ops.linear.default, ops.linear.float_activation):
-            continue
-        arguments = named_arguments(node)
-        name = str(arguments["w_codes"].target).removesuffix(".codes")
+    for linear in linears:
+        name, codebooks_name = linear.weight, str(linear.codebooks.target)
         tensors = {part: get_attribute(module, f"{name}.{part}") for part in PARTS}
-        codebooks = get_attribute(module, str(arguments["w_codebooks"].target))
-        spec = _spec(codebooks, arguments["array_size"], str(arguments["w_codebooks"].target))
-        columns = arguments.get("in_features", tensors["scales"].shape[-1] * spec.array_size)
-        read = (str(arguments["w_codebooks"].target), spec.array_size, columns)
+        codebooks = get_attribute(module, codebooks_name)
+        spec = _spec(codebooks, linear.array_size, codebooks_name)
+        columns = linear.arguments.get("in_features", tensors["scales"].shape[-1] * spec.array_size)
+        read = (codebooks_name, spec.array_size, columns)
         if done.setdefault(name, read) != read:
             raise CheckpointError(f"{name} is read as {read} and as {done[name]} (codebooks, array size, columns)")
         if isinstance(get_attribute(module, name), PackedWeight):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lobcq_fx.errors import CallError, CheckpointError, TraceError
+from lobcq_fx.tracing.guards import SizeGuards
 
 
 class Structure:
@@ -106,6 +107,7 @@ class ModuleCall(CallingConvention):
     value that was baked into the graph. outputs: structure of what forward returned. shapes: of the tensors, in order,
     None where a dimension is dynamic; a graph gives wrong results, not errors, for sizes it was not traced for. fills:
     arguments that a call may leave out, as an int64 tensor of this number in the shape of the first traced argument.
+    guards: what the trace assumed of dynamic sizes.
     """
 
     kind: ClassVar[str] = "module"
@@ -116,6 +118,7 @@ class ModuleCall(CallingConvention):
     outputs: Structure
     shapes: tuple[tuple[int | None, ...], ...]
     fills: Mapping[str, int] = field(default_factory=dict)
+    guards: SizeGuards = field(default_factory=SizeGuards)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors among the arguments, in traced order."""
@@ -142,7 +145,9 @@ class ModuleCall(CallingConvention):
         tensors = [index for index in range(len(leaves)) if index not in self.constants]
         for index, shape in zip(tensors, self.shapes, strict=True):
             self._check(index, leaves[index], shape)
-        return [leaves[index] for index in tensors]
+        flat = [leaves[index] for index in tensors]
+        self.guards.check(flat, lambda place: self._name(tensors[place]))
+        return flat
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """{name: value} of the arguments that are not None."""
@@ -188,11 +193,18 @@ class ModuleCall(CallingConvention):
             "outputs": self.outputs.to_json(),
             "shapes": [list(shape) for shape in self.shapes],
             "fills": dict(self.fills),
+            "guards": self.guards.to_list(),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModuleCall:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`; earlier releases wrote no guards.
+
+        Raises:
+            ValueError: guards that are about no input.
+        """
+        guards = SizeGuards.from_list(values.get("guards", []))
+        guards.validate([len(shape) for shape in values["shapes"]])
         return cls(
             tuple(values["names"]),
             Structure.from_json(values["inputs"]),
@@ -200,7 +212,17 @@ class ModuleCall(CallingConvention):
             Structure.from_json(values["outputs"]),
             tuple(tuple(shape) for shape in values["shapes"]),
             {str(name): int(fill) for name, fill in values["fills"].items()},
+            guards,
         )
+
+
+def call_of(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of one item of calibration data, or of an example: a mapping, a tuple, or one argument."""
+    if isinstance(item, Mapping):
+        return (), dict(item)
+    if isinstance(item, (tuple, list)):
+        return tuple(item), {}
+    return (item,), {}
 
 
 def bind_arguments(

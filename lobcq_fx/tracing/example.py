@@ -63,8 +63,7 @@ class InputExample:
 
     def fake(self, mode: FakeTensorMode, device: torch.device) -> Tensor:
         """A fake tensor with a symbol for each dynamic dimension."""
-        with torch.device("meta"):
-            example = torch.empty(self.shape, dtype=getattr(torch, self.dtype))
+        example = torch.empty(self.shape, dtype=getattr(torch, self.dtype), device="meta")
         sizes = [DimDynamic.DYNAMIC if d in self.dynamic else DimDynamic.STATIC for d in range(len(self.shape))]
         described = mode.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
         with mode:

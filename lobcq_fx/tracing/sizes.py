@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
+from torch.fx.experimental import _config
+
+
+def size_oblivious() -> AbstractContextManager[Any]:
+    """A context for traces that take no size for one that is neither 0 nor 1, unless the model asks.
+
+    Operators then trace the way that is right for all sizes; without it every dynamic size is taken to be at least 2.
+    """
+    patched: AbstractContextManager[Any] = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    return patched
 
 
 def fixed_size(size: int | torch.SymInt) -> int | None:

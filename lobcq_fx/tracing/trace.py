@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from lobcq_fx.errors import TraceError
+from lobcq_fx.errors import CallError, TraceError
+from lobcq_fx.tracing.assumptions import SizeDecisions
 from lobcq_fx.tracing.calling import CallingConvention, ModuleCall, Structure, bind_arguments
-from lobcq_fx.tracing.sizes import fixed_size
+from lobcq_fx.tracing.sizes import fixed_size, size_oblivious
 
 aten = torch.ops.aten
 
@@ -32,12 +33,33 @@ class TracedModel:
     calling: CallingConvention
 
 
+MAIN = "main"
+"""Name of the graph that every model has."""
+
+
+@dataclass(frozen=True)
+class TracedGraphs:
+    """The graphs of one model by name, `MAIN` first; each runs the same matmuls in the same order.
+
+    refusals: graphs that could not be made, and why, by name.
+    """
+
+    graphs: dict[str, TracedModel]
+    refusals: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def graph_modules(self) -> dict[str, fx.GraphModule]:
+        """Without their calling conventions."""
+        return {name: one.graph_module for name, one in self.graphs.items()}
+
+
 def trace_module(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> TracedModel:
     """Capture any nn.Module with `torch.export`, every dimension of at least 2 in the example dynamic where it can be.
 
     Args:
         model: in eval mode or not; it is traced in eval mode.
-        args, kwargs: one example call. A batch of 1 is repeated to 2, since a dimension of 1 cannot stay dynamic.
+        args, kwargs: one example call. A batch of 1 is repeated to 2, since a dimension of 1 cannot stay dynamic; where
+            the model means something else by a batch of 1, the graph is for that batch alone.
 
     Raises:
         TraceError: names the module, the source line and the remedy.
@@ -47,13 +69,25 @@ def trace_module(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[s
         if name not in names:  # torch.export takes no dynamic shapes for them
             model_type = type(model).__name__
             raise TraceError(f"{model_type}.forward takes {name!r} through **kwargs; wrap it in a module that names it")
-    inputs = widen_batch(inputs)
-    with tracing(model), torch.no_grad():
-        program = torch.export.export(
-            model, (), dict(inputs), dynamic_shapes=pytree.tree_map(_dynamic_dimensions, dict(inputs)), strict=False
-        )
-    outputs = Structure(program.call_spec.out_spec)
-    return TracedModel(*flatten_program(program, inputs, names, outputs))
+    traced = _export(model, names, widen_batch(inputs))
+    try:
+        traced.calling.flatten((), inputs)
+    except CallError:  # widened, the example goes another way through the model
+        traced = _export(model, names, inputs)
+    return traced
+
+
+def _export(model: nn.Module, names: tuple[str, ...], inputs: Mapping[str, Any]) -> TracedModel:
+    """The graph for the inputs, and for calls of other sizes for which the model would do the same."""
+    shapes = pytree.tree_map(_dynamic_dimensions, dict(inputs))
+    try:
+        with tracing(model), torch.no_grad(), size_oblivious(), SizeDecisions() as decisions:
+            program = torch.export.export(model, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+    except TraceError:  # a slice `[:1]` that is broadcast, for example: its size is not known to be 1
+        with tracing(model), torch.no_grad(), SizeDecisions() as decisions:
+            program = torch.export.export(model, (), dict(inputs), dynamic_shapes=shapes, strict=False)
+    graph_module, calling = flatten_program(program, inputs, names, Structure(program.call_spec.out_spec))
+    return TracedModel(graph_module, replace(calling, guards=decisions.guards(graph_module)))
 
 
 def flatten_program(

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from benchmarks.cpu_model_generate import CALL, LOOP, generate_columns, race_generate
+from benchmarks.model.plain_generate import CALL, LOOP, generate_columns, race_generate
 from tests.families import quantized_causal_lm
 
 IDS = torch.tensor([[7, 3, 11, 3, 11, 40]])

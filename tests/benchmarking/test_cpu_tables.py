@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def readme_tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import readme_tables
-
-    return readme_tables
+from benchmarks.pages import readme
+from benchmarks.pages.cpu_tables import cpu_section
 
 
 def row(shape: str, rows: int, name: str, speedup: float) -> dict:
@@ -41,8 +33,8 @@ def run(threads: int) -> dict:
     }
 
 
-def test_ranges_over_the_shapes_one_thread_beside_all(readme_tables: ModuleType) -> None:
-    section = readme_tables.cpu_section({"runs": [run(1), run(2)]})
+def test_ranges_over_the_shapes_one_thread_beside_all() -> None:
+    section = cpu_section({"runs": [run(1), run(2)]})
     assert "N x K = 2x2, 4x4, 1 thread / 2 threads. A CPU, instruction set avx2; torch 2.0:" in section
     assert "| torch fp32 |" + " 2.0-3.0x / 4.0-6.0x |" * 4 in section
     assert "| ORT int4 |" + " 1.0x / 1.0x |" * 4 in section
@@ -52,8 +44,6 @@ def test_ranges_over_the_shapes_one_thread_beside_all(readme_tables: ModuleType)
     assert section.endswith("Not run: torchao int8 (not installed: torchao).")
 
 
-def test_what_was_not_measured_says_so(
-    readme_tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(readme_tables, "HERE", tmp_path)
-    assert readme_tables.cpu() == "Not measured yet."
+def test_what_was_not_measured_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.cpu() == "Not measured yet."

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py, tried out on the CPU: every section runs, and nothing wrong gets a time."""
+"""benchmarks/gpu/measure.py, tried out on the CPU: every section runs, and nothing wrong gets a time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_linears import check, measure_linear
-from benchmarks.gpu_timing import race, summary
+from benchmarks.gpu.linears import check, measure_linear
+from benchmarks.gpu.timing import race, summary
 from lobcq_fx.benchmarking.contender import WrongProductError
 from lobcq_fx.format import decode
 from lobcq_fx.kernels.bind import weight_layout
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(weight_layout(CPU) is None, reason="the CPU core
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("gpu") / "found.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--smoke", "--output", str(output)]
+    command = [sys.executable, "-m", "benchmarks.gpu.measure", "--device", "cpu", "--smoke", "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return output
@@ -46,13 +46,13 @@ def test_every_section_has_results(smoke: Path) -> None:
 
 def test_the_plot_of_it(smoke: Path, tmp_path: Path) -> None:
     image = tmp_path / "plot.svg"
-    command = [sys.executable, "benchmarks/gpu_plot.py", "--results", str(smoke), "-o", str(image)]
+    command = [sys.executable, "-m", "benchmarks.gpu.plot", "--results", str(smoke), "-o", str(image)]
     subprocess.run(command, cwd=ROOT, check=True)
     assert "<svg" in image.read_text()
 
 
 def test_smoke_numbers_do_not_become_results() -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--smoke"]
+    command = [sys.executable, "-m", "benchmarks.gpu.measure", "--device", "cpu", "--smoke"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
     assert "needs an --output of its own" in done.stderr
@@ -60,7 +60,7 @@ def test_smoke_numbers_do_not_become_results() -> None:
 
 def test_what_computes_something_else_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here the reference is what is wrong, by a hundredth of each operand."""
-    monkeypatch.setattr("benchmarks.gpu_linears.decode", lambda encoded: 1.01 * decode(encoded))
+    monkeypatch.setattr("benchmarks.gpu.linears.decode", lambda encoded: 1.01 * decode(encoded))
     with pytest.raises(WrongProductError, match="w4a4 8x64: relative error"):
         next(measure_linear("tiny", (64, 128), (1,), 1, CPU))
 

@@ -17,16 +17,16 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where files go; two candidates each, of which the second takes less time."""
-    from benchmarks import gpu_tuning
+    from benchmarks.gpu import tuning
     from lobcq_fx.kernels.triton import configs, tune
 
     def timer(run: object) -> float:
         (config,) = run.args
         return 2.0 if config in (configs.DecodeConfig(), configs.PrefillConfig()) else 1.0
 
-    monkeypatch.setattr(gpu_tuning, "FOLDER", tmp_path / "configs")
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path / "configs")
     monkeypatch.setattr(configs, "FOLDER", tmp_path / "configs")
-    monkeypatch.setattr(gpu_tuning, "MANY", (20,))
+    monkeypatch.setattr(tuning, "MANY", (20,))
     monkeypatch.setattr(tune, "decode_candidates", lambda _: [configs.DecodeConfig(), configs.DecodeConfig(panels=2)])
     monkeypatch.setattr(
         tune, "prefill_candidates", lambda _: [configs.PrefillConfig(), configs.PrefillConfig(tile_m=64)]
@@ -37,7 +37,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_fastest_goes_into_the_file_and_into_launches(folder: Path) -> None:
-    from benchmarks.gpu_tuning import tune
+    from benchmarks.gpu.tuning import tune
     from lobcq_fx.format import FormatSpec
     from lobcq_fx.kernels.triton.configs import Shape, decode_config, prefill_config
 
@@ -50,11 +50,11 @@ def test_the_fastest_goes_into_the_file_and_into_launches(folder: Path) -> None:
 
 
 def test_what_was_found_before_stays_and_what_fails_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.gpu_tuning import tune
+    from benchmarks.gpu.tuning import tune
 
     *_, before = tune({"a": (40, 200)}, ["8x128"], 1000, CPU)
     assert list(tune({"a": (40, 200)}, ["8x64"], -1, CPU)) == []
-    monkeypatch.setattr("benchmarks.gpu_tuning._product", lambda *_: torch.zeros(()))
+    monkeypatch.setattr("benchmarks.gpu.tuning._product", lambda *_: torch.zeros(()))
     *_, after = tune({"a": (40, 200)}, ["8x64"], 1000, CPU)
     assert after["milliseconds"] == {}
     assert len(after["failed"]) == 4

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "triton_compile.py"
-RESULTS = SCRIPT.parent / "results" / "triton_compile.json"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "triton_compile.json"
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 def run(tmp_path: Path, only: str, kernels: int = 1) -> list[dict]:
     """The kernels of a name in one format, compiled afresh for three architectures."""
     output = tmp_path / "found.json"
-    command = [sys.executable, SCRIPT, "--formats", "8x64", "--only", only, "-o", output]
+    command = [sys.executable, "-m", "benchmarks.gpu.triton_compile", "--formats", "8x64", "--only", only, "-o", output]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())["results"]
     assert [result["sm"] for result in results] == [80, 90, 100] * kernels
@@ -57,6 +57,6 @@ def test_encoding_divides_and_keeps_subnormals_as_ieee_asks(tmp_path: Path) -> N
 def test_the_committed_results_are_of_these_kernels_and_have_no_spills() -> None:
     results = json.loads(RESULTS.read_text())["results"]
     assert {result["sm"] for result in results} == {80, 90, 100}
-    kernels = {path.stem for path in (SCRIPT.parents[1] / "lobcq_fx" / "kernels" / "triton").glob("*.py")}
+    kernels = {path.stem for path in (ROOT / "lobcq_fx" / "kernels" / "triton").glob("*.py")}
     assert {result["kernel"].removesuffix("_kernel") for result in results} <= kernels | {"sum_splits"}
     assert not [result for result in results if result["spilled_bytes"]]

@@ -22,13 +22,13 @@ REFUSED = {
         lambda m, x: torch.addmm(m.b, x, x.t() @ x), {"b": parameter(64)}, "addmm", PRODUCT,
     ),
     "3-D weight": (lambda m, x: x[None] @ m.w, {"w": parameter(2, 64, 32)}, "matmul", FORM),
-    "weight on the left": (lambda m, x: m.w @ x.t(), {"w": parameter(32, 64)}, "matmul", FORM),
+    "3-D weight on the left": (lambda m, x: m.w @ x.t(), {"w": parameter(2, 32, 64)}, "matmul", FORM),
     "activations": (lambda m, x: x @ x.t(), {}, "matmul", PRODUCT),
     "attention": (
         lambda m, x: nn.functional.scaled_dot_product_attention(x[None], x[None], x[None], attn_mask=m.mask),
         {"mask": parameter(4, 4)}, "scaled_dot_product_attention", PRODUCT,
     ),
-    "computed": (lambda m, x: x @ (m.w * 2), W, "matmul", PRODUCT),
+    "computed": (lambda m, x: x @ (m.w * 2), W, "matmul", FORM),
     "computed for linear": (
         lambda m, x: nn.functional.linear(x, m.w.t() * 2), W, "linear",
         "its weight is computed in the graph, not constant",
@@ -38,6 +38,12 @@ REFUSED = {
         "einsum is not a supported form; write it as a matmul",
     ),
     "convolution": (lambda m, x: m.c(x[:, None]), {"c": nn.Conv1d(1, 2, 3)}, "conv1d", CONVOLUTION),
+    "transposed convolution": (
+        lambda m, x: m.c(x[:, None]), {"c": nn.ConvTranspose1d(1, 2, 3)}, "conv_transpose1d", CONVOLUTION,
+    ),
+    "bilinear": (
+        lambda m, x: m.b(x, x), {"b": nn.Bilinear(64, 64, 8)}, "bilinear", "a bilinear form of two activations",
+    ),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from lobcq_fx.graph.run_on_zeros import run_on_zeros
 from lobcq_fx.kernels.bind import rows_to_warm, weight_layout
 from tests.families import causal_lm
 from tests.passes.graphs import linear, lobcq, parameter, prepacked_graph
-from tests.passes.test_lowering import lowered
+from tests.passes.test_order import lowered
 
 pytestmark = pytest.mark.skipif(weight_layout(torch.device("cpu")) is None, reason="the CPU core was not built")
 

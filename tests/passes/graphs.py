@@ -11,18 +11,19 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.config import LobcqConfig
+from lobcq_fx.encoding import encode_weights, records_of, register_static_scales
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
-from lobcq_fx.graph.matmuls import find_matmuls
 from lobcq_fx.inventory import MatmulRecord
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
+from lobcq_fx.passes.emit import Emit
 from lobcq_fx.passes.infra import GraphPass, PassResult, Sequential
-from lobcq_fx.passes.insert_observers import InsertObservers
+from lobcq_fx.passes.insert_observers import InsertObservers, observed
 from lobcq_fx.passes.merge_siblings import MergeSiblings
 from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
 from lobcq_fx.passes.prepack import Prepack
-from lobcq_fx.passes.rewrite import Rewrite
 from lobcq_fx.passes.share_activations import ShareActivations
+from lobcq_fx.plan import QuantizationPlan
 from lobcq_fx.tracing.trace import trace_module
 
 aten = torch.ops.aten
@@ -64,12 +65,20 @@ def normalized(model: nn.Module, *args: Any) -> fx.GraphModule:
 
 
 def rewritten(
-    graph_module: fx.GraphModule, config: LobcqConfig | None = None, release_from: nn.Module | None = None
-) -> tuple[PassResult, list[MatmulRecord]]:
-    config = config or LobcqConfig()
-    formats = {matmul.config.format for matmul in find_matmuls(graph_module, config)}
-    one = Rewrite(config, CodebookSets.universal(formats or {FormatSpec()}), release_from)
-    return one(graph_module), one.records
+    graph_module: fx.GraphModule, config: LobcqConfig | None = None, codebooks: CodebookSets | None = None
+) -> tuple[PassResult, tuple[MatmulRecord, ...]]:
+    """Plan, encode and emit one graph, with universal codebooks unless others are given."""
+    plan = QuantizationPlan.of(graph_module, config or LobcqConfig())
+    codebooks = codebooks or CodebookSets.universal(set(plan.formats) or {FormatSpec()})
+    statistics = observed(graph_module, plan)
+    encoded = encode_weights(plan, graph_module, codebooks) if plan.weights else {}
+    register_static_scales(plan, graph_module, statistics)
+    return Emit(plan, codebooks)(graph_module), records_of(plan, encoded, codebooks, statistics)
+
+
+def observe(graph_module: fx.GraphModule, config: LobcqConfig | None = None) -> PassResult:
+    """Insert observers where the settings quantize."""
+    return InsertObservers(QuantizationPlan.of(graph_module, config or LobcqConfig()))(graph_module)
 
 
 def quantized(
@@ -82,7 +91,7 @@ def quantized(
     """A function's graph after everything that `quantize` does; `data` is what observers see."""
     graph_module = normalized(Function(function, **members).to(dtype), values(2, 3, 64).to(dtype))
     if data is not None:
-        InsertObservers(config)(graph_module)
+        observe(graph_module, config)
         run(graph_module, data)
     rewritten(graph_module, config)
     ShareActivations()(graph_module)
@@ -115,12 +124,14 @@ def run(graph_module: fx.GraphModule, *inputs: Tensor) -> Any:
     return outputs[0] if len(outputs) == 1 else outputs
 
 
-def assert_unchanged(one: GraphPass, graph_module: fx.GraphModule) -> None:
+def assert_unchanged(one: GraphPass, graph_module: fx.GraphModule) -> PassResult:
     """The pass does not fire: it says so, and the generated code stays what it was."""
     before = graph_module.code
-    assert not one(graph_module).modified
+    result = one(graph_module)
+    assert not result.modified
     graph_module.recompile()
     assert graph_module.code == before
+    return result
 
 
 def decoded(weight: Tensor, spec: FormatSpec | None = None) -> Tensor:

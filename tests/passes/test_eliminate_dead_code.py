@@ -6,7 +6,6 @@ import torch
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
-from lobcq_fx.passes.insert_observers import InsertObservers
 from tests.passes.graphs import (
     Function,
     assert_unchanged,
@@ -16,6 +15,7 @@ from tests.passes.graphs import (
     names,
     nodes,
     normalized,
+    observe,
     parameter,
     rewritten,
     run,
@@ -56,7 +56,7 @@ def test_unread_inputs_stay_in_the_signature():
 
 def test_observers_go_once_the_rewrite_no_longer_reads_them():
     graph_module = normalized(linear(32, 64))
-    InsertObservers(LobcqConfig())(graph_module)
+    observe(graph_module, LobcqConfig())
     assert_unchanged(EliminateDeadCode(), graph_module)  # still read
     assert "lobcq_observers.0" in dict(graph_module.named_modules())
     rewritten(graph_module)
@@ -76,6 +76,21 @@ def test_in_place_writes_are_not_dead():
     EliminateDeadCode()(graph_module)
     x = values(2, 3, 64)
     assert torch.equal(run(graph_module, x), x + 1)
+
+
+def test_attention_that_nothing_reads_goes_unless_it_is_random():
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def forward(m, x):
+        attention(x, x, x)
+        attention(x, x, x, dropout_p=0.5)
+        return attention(x, x, x, dropout_p=0.0)
+
+    graph_module = graph_of(Function(forward))
+    found = nodes(graph_module, aten.scaled_dot_product_attention.default)
+    assert EliminateDeadCode()(graph_module).modified
+    assert nodes(graph_module, aten.scaled_dot_product_attention.default) == found[1:]
+    assert_unchanged(EliminateDeadCode(), graph_module)
 
 
 def test_packed_weights_keep_all_their_parts():

@@ -36,9 +36,9 @@ def members():
 
 def fused(function, **options):
     graph_module = prepacked_graph(function, **options)
-    one = FuseActivationEncode()
-    assert one(graph_module).modified
-    assert one.refusals == []
+    result = FuseActivationEncode()(graph_module)
+    assert result.modified
+    assert not result.refusals
     assert_unchanged(FuseActivationEncode(), graph_module)
     assert not {aten.silu.default, aten.mul.Tensor} & set(targets(graph_module))
     return graph_module
@@ -112,25 +112,22 @@ def share_the_product(m, x):
 )
 def test_near_misses_stay_and_say_why(block, reason):
     graph_module = prepacked_graph(block, **members())
-    one = FuseActivationEncode()
-    assert_unchanged(one, graph_module)
-    assert [(refusal.layer, refusal.reason) for refusal in one.refusals] == [("down", reason)]
+    result = assert_unchanged(FuseActivationEncode(), graph_module)
+    assert [(refusal.layer, refusal.reason) for refusal in result.refusals] == [("down", reason)]
 
 
 def test_what_is_no_activation_is_not_worth_a_word():
     graph_module = prepacked_graph(lambda m, x: m.down(x.sin() * x.cos()), **members())
-    one = FuseActivationEncode()
-    assert_unchanged(one, graph_module)
-    assert one.refusals == []
+    result = assert_unchanged(FuseActivationEncode(), graph_module)
+    assert not result.refusals
 
 
 def test_a_graph_without_metadata_stays():
     graph_module = prepacked_graph(lambda m, x: m.down(silu(x) * x.cos()), **members())
     for node in graph_module.graph.nodes:
         node.meta.clear()
-    one = FuseActivationEncode()
-    assert_unchanged(one, graph_module)
-    assert [refusal.reason for refusal in one.refusals] == [NO_METADATA]
+    result = assert_unchanged(FuseActivationEncode(), graph_module)
+    assert [refusal.reason for refusal in result.refusals] == [NO_METADATA]
 
 
 def test_float_activations_are_not_encoded():

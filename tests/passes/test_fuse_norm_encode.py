@@ -83,9 +83,9 @@ def members():
 
 def fused(function, reasons=(), **options) -> fx.GraphModule:
     graph_module = prepacked_graph(function, **options)
-    one = FuseNormEncode()
-    assert one(graph_module).modified
-    assert [refusal.reason for refusal in one.refusals] == list(reasons)
+    result = FuseNormEncode()(graph_module)
+    assert result.modified
+    assert [refusal.reason for refusal in result.refusals] == list(reasons)
     assert_unchanged(FuseNormEncode(), graph_module)
     return graph_module
 
@@ -218,34 +218,32 @@ def in_half(m, x):
 )
 def test_near_misses_stay_and_say_why(norm, reason):
     graph_module = prepacked_graph(lambda m, x: m.q(norm(m, x)), **members())
-    one = FuseNormEncode()
     before = graph_module.code
-    assert not one(graph_module).modified
+    result = FuseNormEncode()(graph_module)
+    assert not result.modified
     assert graph_module.code == before
-    assert [(refusal.layer, refusal.reason) for refusal in one.refusals] == [("q", reason)]
+    assert [(refusal.layer, refusal.reason) for refusal in result.refusals] == [("q", reason)]
 
 
 def test_a_norm_that_something_else_reads_stays():
     graph_module = prepacked_graph(lambda m, x: (lambda y: (m.q(y), y * 2))(llama(m.scale, x)), **members())
-    one = FuseNormEncode()
-    assert not one(graph_module).modified
-    assert "reads the norm's result too" in one.refusals[0].reason
+    result = FuseNormEncode()(graph_module)
+    assert not result.modified
+    assert "reads the norm's result too" in result.refusals[0].reason
 
 
 def test_what_is_no_norm_is_not_worth_a_word():
     graph_module = prepacked_graph(lambda m, x: m.q(torch.relu(x) * m.scale), **members())
-    one = FuseNormEncode()
-    assert_unchanged(one, graph_module)
-    assert one.refusals == []
+    result = assert_unchanged(FuseNormEncode(), graph_module)
+    assert not result.refusals
 
 
 def test_a_graph_without_metadata_stays():
     graph_module = prepacked_graph(lambda m, x: m.q(llama(m.scale, x)), **members())
     for node in graph_module.graph.nodes:
         node.meta.clear()
-    one = FuseNormEncode()
-    assert_unchanged(one, graph_module)
-    assert [refusal.reason for refusal in one.refusals] == [NO_METADATA]
+    result = assert_unchanged(FuseNormEncode(), graph_module)
+    assert [refusal.reason for refusal in result.refusals] == [NO_METADATA]
 
 
 class InPlace(nn.Module):
@@ -263,9 +261,9 @@ class InPlace(nn.Module):
 def test_an_input_that_is_written_to_is_read_where_it_was():
     graph_module = prepacked_graph(lambda m, x: m.block(x), block=InPlace())
     assert aten.mul_.Tensor in targets(graph_module)
-    one = FuseNormEncode()
-    assert not one(graph_module).modified
-    assert one.refusals[0].reason == WRITTEN
+    result = FuseNormEncode()(graph_module)
+    assert not result.modified
+    assert result.refusals[0].reason == WRITTEN
 
 
 def write_to_the_weight(m, x):
@@ -310,9 +308,9 @@ def write_through_an_undeclared_alias(m, x):
 )
 def test_whatever_writes_to_an_operand_is_seen(block):
     graph_module = prepacked_graph(block, **members())
-    one = FuseNormEncode()
-    assert not one(graph_module).modified
-    assert one.refusals[0].reason == WRITTEN
+    result = FuseNormEncode()(graph_module)
+    assert not result.modified
+    assert result.refusals[0].reason == WRITTEN
 
 
 def test_linears_in_two_formats_share_a_norm():

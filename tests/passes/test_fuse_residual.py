@@ -37,9 +37,9 @@ def members():
 def assert_same_results(block, target, **options):
     """The pass fires, `target` is in the graph and sums are gone, and every output has the bits it had."""
     before, graph_module = prepacked_graph(block, **options), prepacked_graph(block, **options)
-    one = FuseResidual()
-    assert one(graph_module).modified
-    assert one.refusals == []
+    result = FuseResidual()(graph_module)
+    assert result.modified
+    assert not result.refusals
     assert_unchanged(FuseResidual(), graph_module)
     assert len(nodes(graph_module, target)) == 1
     assert aten.add.Tensor not in targets(graph_module)
@@ -106,9 +106,8 @@ def test_a_graph_without_metadata_stays():
     graph_module = prepacked_graph(lambda m, x: m.down(x) + x, **members())
     for node in graph_module.graph.nodes:
         node.meta.clear()
-    one = FuseResidual()
-    assert_unchanged(one, graph_module)
-    assert [refusal.reason for refusal in one.refusals] == [NO_METADATA]
+    result = assert_unchanged(FuseResidual(), graph_module)
+    assert [refusal.reason for refusal in result.refusals] == [NO_METADATA]
 
 
 def known_later(m, x):
@@ -148,9 +147,8 @@ def read_alone(m, x):
 )  # fmt: skip
 def test_near_misses_stay_and_say_why(block, reason):
     graph_module = prepacked_graph(block, **members())
-    one = FuseResidual()
-    assert_unchanged(one, graph_module)
-    assert [(refusal.layer, refusal.reason) for refusal in one.refusals] == [("down", reason)]
+    result = assert_unchanged(FuseResidual(), graph_module)
+    assert [(refusal.layer, refusal.reason) for refusal in result.refusals] == [("down", reason)]
 
 
 @pytest.mark.parametrize(
@@ -166,9 +164,8 @@ def test_near_misses_stay_and_say_why(block, reason):
 )
 def test_what_is_no_residual_is_not_worth_a_word(block):
     graph_module = prepacked_graph(block, **members())
-    one = FuseResidual()
-    assert_unchanged(one, graph_module)
-    assert one.refusals == []
+    result = assert_unchanged(FuseResidual(), graph_module)
+    assert not result.refusals
 
 
 @torch.no_grad()

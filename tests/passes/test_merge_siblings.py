@@ -40,9 +40,9 @@ def test_siblings_become_one_call_with_the_same_bits(mode, scale):
     graph_module = prepacked(three, LobcqConfig(mode=mode, activation_scale=scale), values(2, 3, 64), **members())
     assert len(nodes(graph_module, OPS[mode])) == 3
     before = [run(graph_module, x) for x in CALLS]
-    one = MergeSiblings()
-    assert one(graph_module).modified
-    assert one.refusals == []
+    result = MergeSiblings()(graph_module)
+    assert result.modified
+    assert not result.refusals
     (call,) = nodes(graph_module, OPS[mode])
     assert [user.args[1] for user in call.users] == [0, 1, 2]
     for x, expected in zip(CALLS, before, strict=True):
@@ -92,17 +92,15 @@ class InPlace(nn.Module):
 def test_near_misses_stay_apart_and_say_why(function, settings, reason):
     linears = {"a": linear(32, 64), "b": linear(32, 64, seed=1), "block": InPlace()}
     graph_module = prepacked(function, LobcqConfig(**settings), **linears)
-    one = MergeSiblings()
-    assert_unchanged(one, graph_module)
-    assert [refusal.reason for refusal in one.refusals] == [reason]
-    assert one.refusals[0].layer.endswith("b")
+    result = assert_unchanged(MergeSiblings(), graph_module)
+    assert [refusal.reason for refusal in result.refusals] == [reason]
+    assert result.refusals[0].layer.endswith("b")
 
 
 def test_linears_of_different_activations_are_no_siblings():
     graph_module = prepacked(lambda m, x: m.q(x) + m.q(x.sin()), **members())
-    one = MergeSiblings()
-    assert_unchanged(one, graph_module)
-    assert one.refusals == []
+    result = assert_unchanged(MergeSiblings(), graph_module)
+    assert not result.refusals
 
 
 def test_a_whole_model():

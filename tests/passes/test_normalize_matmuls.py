@@ -71,6 +71,29 @@ def test_matmul_keeps_leading_dimensions(shape):
     torch.testing.assert_close(run(graph_module, one), model(one))
 
 
+LEFT = {
+    "matmul of columns": (lambda m, x: m.w @ x.transpose(-1, -2), aten.matmul.default, (2, 3, 64)),
+    "mm of columns": (lambda m, x: torch.mm(m.w, x.t()), aten.mm.default, (4, 64)),
+    "matmul of a vector": (lambda m, x: m.w @ x, aten.matmul.default, (64,)),
+    "mv": (lambda m, x: torch.mv(m.w, x), aten.mv.default, (64,)),
+}
+
+
+@pytest.mark.parametrize("form", LEFT)
+def test_a_weight_on_the_left_becomes_linear_too(form):
+    function, before, shape = LEFT[form]
+    model = Function(function, **WIDE)
+    graph_module = graph_of(model, values(*shape))
+    assert before in targets(graph_module)
+    assert NormalizeMatmuls()(graph_module).modified
+    (node,) = nodes(graph_module, aten.linear.default)
+    assert constant_weight(node.args[1])[0].target == "w"
+    assert_metadata(graph_module, values(*shape))
+    x = values(*[5] * (len(shape) - 1), 64)
+    torch.testing.assert_close(run(graph_module, x), model(x))
+    assert_unchanged(NormalizeMatmuls(), graph_module)
+
+
 def test_a_plain_linear_is_normal_already():
     graph_module = graph_of(nn.Linear(64, 32), values(4, 64))
     assert targets(graph_module) == [aten.linear.default]
@@ -94,7 +117,8 @@ NEAR_MISSES = {
     "2-D bias": (lambda m, x: torch.addmm(m.b, x, m.w), {**W, "b": parameter(4, 32)}, aten.addmm.default),
     "3-D weight": (lambda m, x: x[None] @ m.w, {"w": parameter(2, 64, 32)}, aten.matmul.default),
     "activation x activation": (lambda m, x: x @ x.t(), {}, aten.matmul.default),
-    "weight on the left": (lambda m, x: m.w @ x.t(), {"w": parameter(32, 64)}, aten.matmul.default),
+    "3-D weight on the left": (lambda m, x: m.w @ x.t(), {"w": parameter(2, 32, 64)}, aten.matmul.default),
+    "weight x weight": (lambda m, x: x + (m.w @ m.w).sum(), {"w": parameter(64, 64)}, aten.matmul.default),
     "weight computed in the graph": (lambda m, x: x @ (m.w * 2), W, aten.matmul.default),
     "vector": (lambda m, x: x @ m.w, {"w": parameter(64)}, aten.matmul.default),
 }

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lobcq_fx.config import LobcqConfig
-from lobcq_fx.passes.insert_observers import InsertObservers
 from lobcq_fx.passes.share_activations import ShareActivations
 from tests.passes.graphs import (
     Function,
@@ -16,6 +15,7 @@ from tests.passes.graphs import (
     lobcq,
     nodes,
     normalized,
+    observe,
     rewritten,
     run,
     values,
@@ -32,7 +32,7 @@ def siblings(function=None):
 def graph(config=None, function=None, data=None):
     graph_module = normalized(siblings(function))
     if data is not None:
-        InsertObservers(config)(graph_module)
+        observe(graph_module, config)
         run(graph_module, data)
     rewritten(graph_module, config)
     return graph_module

@@ -45,7 +45,7 @@ def tables_of(codebooks: Tensor) -> Tables:
 
 @lru_cache(maxsize=32)
 def _tables(entries: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype) -> Tables:
-    codebooks = torch.tensor(entries, dtype=dtype).view(shape)
+    codebooks = torch.tensor(entries, dtype=dtype, device="cpu").view(shape)
     check_codebooks(codebooks, FormatSpec(shape[0]))
     core = cpu_core()
     assert core is not None, "bound without a core"

@@ -92,7 +92,7 @@ class Core:
         Raises:
             ValueError: x is not finite; names the first bad index.
         """
-        scale = torch.empty((), dtype=torch.float32)
+        scale = _floats(())
         bad = (ctypes.c_int64 * 2)()
         matrix = c_matrix(x)
         status = self._lib.lobcq_tensor_scale(ctypes.byref(matrix), _pointer(scale), bad)
@@ -107,7 +107,7 @@ class Core:
         rows, columns = x.shape
         spec = FormatSpec(tables.num_codebooks, array_size)
         rule = _scale_rule(tensor_scale)
-        scale = torch.empty((rows, 1)) if tensor_scale is None else tensor_scale.to(torch.float32).clone()
+        scale = _floats((rows, 1)) if tensor_scale is None else tensor_scale.to(torch.float32).clone()
         packed = PackedOperand.empty(rows, columns, spec, scale.contiguous())
         out = c_packed(packed)
         self._call("encode", _pointer(tables.data), ctypes.byref(matrix), rule, ctypes.byref(out), self._parallel())
@@ -115,7 +115,7 @@ class Core:
 
     def decode(self, tables: Tables, packed: PackedOperand) -> Tensor:
         """The operand's values, fp32 [R, K]."""
-        out = torch.empty((packed.codes.shape[0], packed.columns))
+        out = _floats((packed.codes.shape[0], packed.columns))
         matrix, operand = c_matrix(out), c_packed(packed)
         self._call("decode", _pointer(tables.data), ctypes.byref(operand), ctypes.byref(matrix), self._parallel())
         return out
@@ -133,7 +133,8 @@ class Core:
 
     def unpack_weight(self, weight: KernelWeight) -> PackedOperand:
         """The packed bytes that `pack_weight` was given."""
-        packed = PackedOperand.empty(weight.rows, weight.columns, weight.spec, torch.tensor(weight.tensor_scale))
+        scale = _floats(()).fill_(weight.tensor_scale)
+        packed = PackedOperand.empty(weight.rows, weight.columns, weight.spec, scale)
         source, out = c_weight(weight), c_packed(packed)
         self._call("weight_unpack", ctypes.byref(source), ctypes.byref(out), self._parallel())
         return packed
@@ -177,7 +178,7 @@ class Core:
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """`activation @ weight.T + bias` in `dtype` [M, N]; bias fp32 [N]; tables of the weight's codebooks."""
-        out = torch.empty((activation.rows, weight.rows), dtype=dtype)
+        out = torch.empty((activation.rows, weight.rows), dtype=dtype, device="cpu")
         matrix, w, a = c_matrix(out), c_weight(weight), c_activation(activation)
         bias = None if bias is None else bias.to(torch.float32).contiguous()
         product = CProduct(
@@ -212,12 +213,17 @@ def _libtorch() -> ctypes.CDLL:
     return ctypes.CDLL(next(str(path) for path in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*")))
 
 
+def _floats(shape: tuple[int, ...]) -> Tensor:
+    """Room for what the core writes as fp32, whatever the default dtype is."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def _buffer(size: int) -> Tensor:
     if size < 0:
         raise ValueError("the core does not support this shape or format")
-    data = torch.empty(size, dtype=torch.uint8)
+    data = torch.empty(size, dtype=torch.uint8, device="cpu")
     if data.data_ptr() % ALIGNMENT:
-        padded = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        padded = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
         data = padded[-padded.data_ptr() % ALIGNMENT :][:size]
     return data
 

@@ -34,7 +34,7 @@ class PackedOperand:
     def empty(cls, rows: int, columns: int, spec: FormatSpec, tensor_scale: Tensor) -> PackedOperand:
         """Room for an operand [rows, columns]."""
         widths = (spec.code_bytes(columns), spec.selector_bytes(columns), spec.num_arrays(columns))
-        codes, selectors, scales = (torch.empty((rows, width), dtype=torch.uint8) for width in widths)
+        codes, selectors, scales = (torch.empty((rows, n), dtype=torch.uint8, device="cpu") for n in widths)
         return cls(codes, selectors, scales, tensor_scale, spec, columns)
 
 

@@ -29,7 +29,8 @@ class CpuWeightLayout:
             CoreError: bytes that no encoder writes.
         """
         codes, selectors, scales = (part.contiguous() for part in parts)
-        stored = PackedOperand(codes, selectors, scales.view(torch.uint8), torch.ones(()), spec, columns)
+        unscaled = torch.ones((), dtype=torch.float32, device="cpu")
+        stored = PackedOperand(codes, selectors, scales.view(torch.uint8), unscaled, spec, columns)
         return _core().pack_weight(stored).data
 
     def unpack(self, prepacked: Tensor, spec: FormatSpec, rows: int, columns: int) -> Parts:

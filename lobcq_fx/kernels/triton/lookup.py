@@ -43,7 +43,9 @@ class Lookup:
         """
         num_codebooks = codebooks.shape[0]
         check_codebooks(codebooks, FormatSpec(num_codebooks))
-        last_of_each = BUCKET * torch.arange(FIRST_BUCKET + 1, LAST_BUCKET + 2, device=codebooks.device)
+        last_of_each = BUCKET * torch.arange(
+            FIRST_BUCKET + 1, LAST_BUCKET + 2, dtype=torch.long, device=codebooks.device
+        )
         codes = CodeTables.of(codebooks).nearest[last_of_each + GRID_MAX]  # [126, N_c]
         entries = codebooks.t().gather(0, codes.long())
         padded = torch.nn.functional.pad(entries, (0, -num_codebooks % ENTRIES_PER_WORD))

@@ -24,7 +24,7 @@ LANE_BLOCKS = PANEL_ROWS * TILE_COLUMNS // BLOCK_SIZE // LANES
 """Blocks of a tile that a thread of a warp multiplies."""
 
 CODE_BYTES = PANEL_ROWS * TILE_COLUMNS * CODE_BITS // 8
-LARGEST_SCALE = int(torch.tensor(E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8))
+LARGEST_SCALE = int(torch.tensor(E4M3_MAX, dtype=torch.float8_e4m3fn, device="cpu").view(torch.uint8))
 
 SELECTOR_TYPES = {0: torch.uint8, 1: torch.uint8, 2: torch.int16, 3: torch.uint8, 4: torch.int32}
 """By bits of a selector, what a thread loads its eight as: one number, or three bytes."""

@@ -1,0 +1,1 @@
+"""Measurements, one folder each; `python -m benchmarks.FOLDER.NAME` from the root runs one."""

@@ -1,0 +1,1 @@
+"""One linear, and one encoder, on a CPU."""

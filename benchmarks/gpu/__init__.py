@@ -1,0 +1,1 @@
+"""Kernels, linears, encoders and a model on a GPU; and kernels compiled for GPUs that are not here."""

@@ -1,0 +1,1 @@
+"""A whole model that generates on a CPU."""

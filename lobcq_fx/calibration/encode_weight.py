@@ -1,0 +1,32 @@
+"""Encode one weight: a tensor in, its encoding out; no graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import lobcq_fx.ops  # noqa: F401  (registers the op that encodes)
+from lobcq_fx.errors import LobcqError
+from lobcq_fx.format import Encoded, FormatSpec
+
+
+def encode_weight(weight: Tensor, spec: FormatSpec, codebooks: Tensor, name: str) -> Encoded:
+    """Round a weight to the nearest of the format.
+
+    Args:
+        weight: [N, K], fp32, bf16 or fp16.
+        spec: the format.
+        codebooks: int8 [N_c, 16], on any device.
+        name: what the error calls the weight.
+
+    Raises:
+        LobcqError: the weight holds NaN or infinity (names the weight and the first bad index).
+    """
+    try:
+        parts = torch.ops.lobcq.quantize_weight(weight, codebooks.to(weight.device), spec.array_size)
+    except ValueError as error:
+        raise LobcqError(
+            f"cannot encode {name}: {error}. Remedy: repair the checkpoint, or exclude the layer"
+        ) from None
+    codes, selectors, scales, tensor_scale = parts
+    return Encoded(codes, selectors, scales, tensor_scale, codebooks, spec, weight.shape[1])

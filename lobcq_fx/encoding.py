@@ -1,0 +1,158 @@
+"""Encode the weights of a plan one by one, and put what `Emit` will read into the model's graph module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import fx, nn
+
+from lobcq_fx.calibration.codebook_sets import CodebookSets
+from lobcq_fx.calibration.encode_weight import encode_weight
+from lobcq_fx.calibration.statistics import ActivationStatistics, scaled_sample
+from lobcq_fx.format import encode, sqnr_db
+from lobcq_fx.graph.attributes import delete_attribute, get_attribute, has_attribute, register_attribute
+from lobcq_fx.inventory import MatmulRecord
+from lobcq_fx.modules.packed_weight import PackedWeight
+from lobcq_fx.plan import PlannedMatmul, PlannedWeight, QuantizationPlan
+
+
+@dataclass(frozen=True)
+class EncodedWeight:
+    """A weight's size and error. float_bytes: what was let go, 0 where the float weight stays for something else."""
+
+    float_bytes: int
+    packed_bytes: int
+    sqnr_db: float
+
+
+def encode_weights(
+    plan: QuantizationPlan,
+    graph_module: fx.GraphModule,
+    codebooks: CodebookSets,
+    release_from: nn.Module | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[PlannedWeight, EncodedWeight]:
+    """Encode every weight of the plan; each float weight is let go before the next one is encoded.
+
+    Args:
+        plan: made of `graph_module`.
+        graph_module: has the float weights, and gets the packed ones and the codebooks. Its graph goes on naming float
+            weights that are gone until `Emit` has run.
+        codebooks: the sets to encode with.
+        release_from: the float model, whose weights are freed as they are encoded; None keeps them.
+        progress: called with (weights encoded, weights in all).
+
+    Raises:
+        LobcqError: a weight holds NaN or infinity (names the weight and the first bad index).
+    """
+    device = _device(graph_module)
+    for name, tensor in codebooks.named().items():
+        if not has_attribute(graph_module, name):
+            register_attribute(graph_module, name, tensor.to(device))
+    done: dict[PlannedWeight, EncodedWeight] = {}
+    for weight in plan.weights:
+        done[weight] = _encode(weight, graph_module, codebooks, release_from)
+        if progress is not None:
+            progress(len(done), len(plan.weights))
+    return done
+
+
+def _encode(
+    planned: PlannedWeight, graph_module: fx.GraphModule, codebooks: CodebookSets, release_from: nn.Module | None
+) -> EncodedWeight:
+    weight = get_attribute(graph_module, planned.source).detach()
+    weight = weight.t() if planned.flipped else weight
+    encoded = encode_weight(weight, planned.spec, codebooks.weights[planned.spec], planned.source)
+    result = EncodedWeight(
+        0 if planned.keeps_float else weight.numel() * weight.element_size(), encoded.nbytes, sqnr_db(weight, encoded)
+    )
+    del weight
+    if not planned.keeps_float:
+        delete_attribute(graph_module, planned.source)
+        if release_from is not None and has_attribute(release_from, planned.source):  # else it was computed from others
+            owned = get_attribute(release_from, planned.source)
+            owned.data = owned.data.new_empty(0)
+    register_attribute(graph_module, planned.stored, PackedWeight(encoded))
+    return result
+
+
+def _device(graph_module: fx.GraphModule) -> torch.device:
+    """Where the model's weights are."""
+    return next(chain(graph_module.parameters(), graph_module.buffers())).device
+
+
+def register_static_scales(
+    plan: QuantizationPlan,
+    graph_module: fx.GraphModule,
+    statistics: Mapping[PlannedMatmul, ActivationStatistics],
+) -> None:
+    """Put the static scales of the plan into the graph module.
+
+    Raises:
+        CalibrationError: a layer saw no calibration data.
+    """
+    for matmul in plan.quantized:
+        if matmul.static_scale is not None:
+            assert matmul in statistics, "static scales need observers: run insert_observers and calibrate first"
+            scale = statistics[matmul].static_tensor_scale()
+            register_attribute(graph_module, matmul.static_scale, scale.to(_device(graph_module)))
+
+
+def records_of(
+    plan: QuantizationPlan,
+    encoded: Mapping[PlannedWeight, EncodedWeight],
+    codebooks: CodebookSets,
+    statistics: Mapping[PlannedMatmul, ActivationStatistics],
+) -> tuple[MatmulRecord, ...]:
+    """What became of every matmul; a weight's bytes are counted with the first that reads it."""
+    seen: set[PlannedWeight] = set()
+    records = []
+    for matmul in plan.matmuls:
+        weight = matmul.weight
+        if weight is None:
+            records.append(_left_alone(matmul))
+            continue
+        first, result = weight not in seen, encoded[weight]
+        seen.add(weight)
+        records.append(
+            MatmulRecord(
+                matmul.layer,
+                matmul.operation,
+                weight.shape,
+                format=matmul.config.format.name,
+                mode=matmul.config.mode,
+                float_bytes=result.float_bytes if first else 0,
+                packed_bytes=result.packed_bytes if first else 0,
+                weight_sqnr_db=result.sqnr_db,
+                activation_sqnr_db=_activation_sqnr_db(matmul, codebooks, statistics.get(matmul)),
+                multiply_adds=matmul.multiply_adds,
+            )
+        )
+    return tuple(records)
+
+
+def _left_alone(matmul: PlannedMatmul) -> MatmulRecord:
+    return MatmulRecord(
+        matmul.layer,
+        matmul.operation,
+        matmul.shape if matmul.shape is not None and len(matmul.shape) == 2 else None,
+        matmul.refusal,
+        float_bytes=matmul.float_bytes,
+        packed_bytes=matmul.float_bytes,
+        multiply_adds=matmul.multiply_adds,
+        excluded=matmul.asked,
+    )
+
+
+def _activation_sqnr_db(
+    matmul: PlannedMatmul, codebooks: CodebookSets, statistics: ActivationStatistics | None
+) -> float | None:
+    """On the observer's sample, in the scales that the layer will use; None if nothing was observed."""
+    if statistics is None or not statistics.seen or matmul.config.mode == "w4a16":
+        return None
+    sample = scaled_sample(statistics, matmul.config.activation_scale)
+    spec = matmul.config.format
+    return sqnr_db(sample, encode(sample, spec, codebooks.activations[spec], torch.tensor(1.0, dtype=torch.float32)))

@@ -1,0 +1,51 @@
+"""The calls that a language model's graphs are tried on: a prompt, padded on the left, and the step after it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from lobcq_fx.frontends.causal_lm_call import CACHE_NAME, CausalLMCall
+from lobcq_fx.frontends.float_causal_lm import as_named_by
+from lobcq_fx.frontends.static_cache_call import static_cache
+from lobcq_fx.trial import Callee, Outcome, Trial
+
+BATCH, PROMPT, PADDING = 2, 6, 2
+
+
+def growing(model: PreTrainedModel) -> Trial:
+    """With a cache that grows."""
+    return _trial(model, DynamicCache)
+
+
+def static(model: PreTrainedModel, calling: CausalLMCall) -> Trial:
+    """With a cache of a fixed size."""
+    return _trial(model, lambda: static_cache(model.config, calling, PROMPT + 3))
+
+
+def _trial(model: PreTrainedModel, make_cache: Callable[[], Cache]) -> Trial:
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    ids = torch.arange(BATCH * (PROMPT + 1), device=model.device).view(BATCH, PROMPT + 1) % 7
+    mask = torch.ones_like(ids)
+    mask[0, :PADDING] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def call(callee: Callee, cache: Cache, start: int, stop: int) -> Any:
+        tokens: dict[str, Any] = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
+        if takes_positions:
+            tokens["position_ids"] = positions[:, start:stop]
+        kept = {**tokens, "past_key_values": cache, "use_cache": True, "return_dict": True}
+        return callee(**(as_named_by(callee, kept) if isinstance(callee, PreTrainedModel) else kept))
+
+    def run(callee: Callee) -> Outcome:
+        prompt = call(callee, make_cache(), 0, PROMPT)
+        real = prompt.logits[mask[:, :PROMPT].bool()]  # a padded position's logits mean nothing
+        step = call(callee, getattr(prompt, CACHE_NAME), PROMPT, PROMPT + 1)
+        return Outcome(type(prompt), (real, step.logits))
+
+    return run

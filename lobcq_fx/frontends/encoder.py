@@ -1,0 +1,72 @@
+"""Hugging Face models without a cache: text encoders, classifiers, image and speech encoders."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lobcq_fx.config import LobcqConfig
+from lobcq_fx.frontends.base import FrontEnd, Tick
+from lobcq_fx.frontends.roles import roles_of
+from lobcq_fx.frontends.saved_config import config_of
+from lobcq_fx.frontends.transformers_trace import made_up_inputs, trace_pretrained, traced_flags
+from lobcq_fx.inventory import Inventory
+from lobcq_fx.model import QuantizedModel
+from lobcq_fx.storage.checkpoint import Checkpoint
+from lobcq_fx.tracing.calling import ModuleCall, call_of
+from lobcq_fx.tracing.trace import MAIN, TracedGraphs, TracedModel
+from lobcq_fx.trial import Trial, call_trial
+
+
+class EncoderFrontEnd(FrontEnd):
+    """One graph with dynamic batch and length, called by keyword as the original."""
+
+    def trace(self, model: nn.Module, example_inputs: Any, *, static_cache: bool, tick: Tick) -> TracedGraphs:
+        """One graph; without an example one is made up from the configuration."""
+        assert isinstance(model, PreTrainedModel)
+        tick(0, 1)
+        traced = trace_pretrained(model, *(call_of(example_inputs) if example_inputs is not None else ((), None)))
+        tick(1, 1)
+        return TracedGraphs({MAIN: traced})
+
+    def trials(self, model: nn.Module, example_inputs: Any, traced: TracedGraphs) -> dict[str, Trial]:
+        """The example, or the made-up one; the float model is called as it was traced."""
+        assert isinstance(model, PreTrainedModel)
+        args, kwargs = call_of(example_inputs) if example_inputs is not None else ((), made_up_inputs(model))
+        plain, flagged = call_trial(args, kwargs), call_trial(args, {**kwargs, **traced_flags(model)})
+        return {MAIN: lambda callee: (flagged if callee is model else plain)(callee)}
+
+    def roles(self, model: nn.Module) -> Mapping[str, str]:
+        """The heads of classifiers and masked language models."""
+        assert isinstance(model, PreTrainedModel)
+        return roles_of(model)
+
+    def build(
+        self,
+        model: nn.Module,
+        graphs: Mapping[str, TracedModel],
+        refusals: Mapping[str, str],
+        lobcq_config: LobcqConfig,
+        inventory: Inventory,
+    ) -> QuantizedModel:
+        """A module that is called as `model` was, with its configuration."""
+        return QuantizedModel(self, graphs, refusals, lobcq_config, inventory, model.config)
+
+    def load(self, saved: Checkpoint, directory: Path) -> QuantizedModel:
+        """The same."""
+        _import_output_types(saved.calling)
+        graphs = saved.traced({MAIN: ModuleCall.from_dict})
+        config = config_of(saved, directory)
+        return QuantizedModel(self, graphs, saved.refused, saved.lobcq_config, saved.inventory, config)
+
+
+def _import_output_types(calling: Mapping[str, Any]) -> None:
+    """Output classes of transformers register themselves when their module is imported. No other module is imported."""
+    for module in re.findall(r'"type": "(transformers(?:\.\w+)+)\.\w+"', str(calling.get("outputs"))):
+        importlib.import_module(module)

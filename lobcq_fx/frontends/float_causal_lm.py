@@ -1,0 +1,126 @@
+"""What a float causal language model does, found out by calling it: its cache, how it counts, and its loss."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from lobcq_fx.errors import TraceError
+from lobcq_fx.frontends.causal_lm_call import CACHE_NAME
+
+# Every size is different and at least 2: export bakes dimensions of 0 or 1 in and may identify equal ones.
+BATCH, PAST, QUERY, KEPT, CACHE = 2, 5, 3, 2, 11
+
+STATES = re.compile(r"^(?!use_).*(cache|mems|state)")
+"""Arguments that carry something from call to call."""
+
+CACHE_REMEDY = (
+    "Supported are models that cache plain keys and values [B, H, T, D] in every layer. Remedy: wrap it in a"
+    " torch.nn.Module that calls it with use_cache=False and returns the logits, and quantize that with example_inputs;"
+    " or quantize its feed-forward blocks one by one"
+)
+
+
+def continuation(model: PreTrainedModel) -> tuple[dict[str, Any], Any]:
+    """A call with QUERY tokens after PAST cached ones, one sequence padded on the left, and what the PAST ones gave.
+
+    The cache is made of full layers even where the model slides a window: the mask applies the window, and one graph
+    then serves prompts of any length.
+
+    Raises:
+        TraceError: the model keeps a cache other than keys and values.
+    """
+    check_cache_layers(model)
+    cache = DynamicCache()
+    ids, mask = padded_prompt(model)
+    prompt = {"input_ids": ids, "attention_mask": mask[:, :PAST], "past_key_values": cache}
+    output = model(**as_named_by(model, prompt), use_cache=True, return_dict=True)
+    _check_cache(model, output)
+    inputs: dict[str, Any] = {"input_ids": ids[:, :QUERY], "attention_mask": mask}
+    if _takes(model, "position_ids"):
+        inputs["position_ids"] = counted(mask)[:, -QUERY:]
+    if _takes(model, "logits_to_keep"):
+        inputs["logits_to_keep"] = torch.arange(QUERY - KEPT, QUERY, device=model.device)
+    inputs["past_key_values"] = cache
+    return inputs, output
+
+
+def padded_prompt(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Ids [BATCH, PAST] and a mask [BATCH, PAST + QUERY] that hides the first two of the first row."""
+    ids = torch.arange(BATCH * PAST, device=model.device).view(BATCH, PAST) % 7
+    mask = torch.ones((BATCH, PAST + QUERY), dtype=torch.long, device=model.device)
+    mask[0, :2] = 0
+    return ids, mask
+
+
+def counted(mask: Tensor) -> Tensor:
+    """Positions that count along a mask."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def positions_from_mask(model: PreTrainedModel) -> bool:
+    """Whether the model, called without position_ids, counts positions along the mask (OPT does) or from 0 on."""
+    if not _takes(model, "position_ids"):
+        return False
+    ids, mask = (value[:1, :PAST] for value in padded_prompt(model))
+    default = model(input_ids=ids, attention_mask=mask).logits
+    by_mask = model(input_ids=ids, attention_mask=mask, position_ids=counted(mask)).logits
+    by_index = model(
+        input_ids=ids, attention_mask=mask, position_ids=torch.arange(PAST, device=ids.device)[None]
+    ).logits
+    last = (0, -1)
+    return bool((default[last] - by_mask[last]).abs().max() < (default[last] - by_index[last]).abs().max())
+
+
+def has_shifted_loss(model: PreTrainedModel, vocab_size: int) -> bool:
+    """Whether labels give the cross-entropy with the next token (BART's decoders shift nothing, experts may add to it).
+
+    The model's configuration is to be as its owner left it: settings may add terms to the loss.
+    """
+    if not _takes(model, "labels"):
+        return False
+    ids, _ = padded_prompt(model)
+    output = model(input_ids=ids, labels=ids, use_cache=False, return_dict=True)
+    expected = ForCausalLMLoss(output.logits, ids, vocab_size)
+    return torch.allclose(output.loss.float(), expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def check_cache_layers(model: PreTrainedModel) -> None:
+    """That the model's own cache is one of keys and values.
+
+    Raises:
+        TraceError: names what it keeps instead.
+    """
+    name = type(model).__name__
+    if not (_takes(model, "past_key_values") or _takes(model, CACHE_NAME)):
+        states = [one for one in inspect.signature(model.forward).parameters if STATES.search(one)]
+        raise TraceError(f"{name} takes no past_key_values, but {', '.join(states) or 'no cache'}. {CACHE_REMEDY}")
+    for layer in DynamicCache(config=model.config).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            kind = type(layer).__name__
+            raise TraceError(f"{name} keeps a {kind} in its cache (a recurrent or hybrid model?). {CACHE_REMEDY}")
+
+
+def as_named_by(model: PreTrainedModel, call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with the cache under the name that the model has for it."""
+    name = CACHE_NAME if _takes(model, CACHE_NAME) else "past_key_values"
+    return {name if argument == "past_key_values" else argument: value for argument, value in call.items()}
+
+
+def _takes(model: PreTrainedModel, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
+
+
+def _check_cache(model: PreTrainedModel, output: Any) -> None:
+    layers = getattr(getattr(output, CACHE_NAME, None), "layers", None)
+    if not layers or any(getattr(layer, "keys", None) is None or layer.keys.dim() != 4 for layer in layers):
+        name = type(model).__name__
+        raise TraceError(f"{name} does not cache plain keys and values (a recurrent or hybrid model?). {CACHE_REMEDY}")

@@ -1,0 +1,89 @@
+"""What a model's class changes of `generate()`: its quantized model does the same, or the model is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import CellType, FunctionType
+from typing import Any
+
+import transformers
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lobcq_fx.errors import TraceError
+
+GENERATION = frozenset(name for name in vars(GenerationMixin) if not name.startswith("__")) - {"output_modalities"} | {
+    "_reorder_cache",
+    "_supported_generation_modes",
+    "generation_config_class",
+}
+"""What `generate()` is made of. Masks are not: the graph makes its own, whatever the class has for static caches."""
+
+PREPARE = "prepare_inputs_for_generation"
+
+DELEGATED: Mapping[str, frozenset[str]] = {
+    # LongRoPE: beyond the original length the cache is computed anew, with the long factors.
+    "Phi3ForCausalLM": frozenset({PREPARE}),
+    "PhimoeForCausalLM": frozenset({PREPARE}),
+}
+"""Methods that quantized models of these classes call, bound to themselves."""
+
+HARMLESS: Mapping[str, frozenset[str]] = {
+    # Drops token_type_ids, which a quantized model refuses.
+    "CTRLLMHeadModel": frozenset({PREPARE}),
+    # Cuts inputs of other names, which a quantized model refuses.
+    "RoCBertForCausalLM": frozenset({PREPARE}),
+    # Passes on which tokens are pictures, in a first call: of text alone it says nothing.
+    "Gemma3ForConditionalGeneration": frozenset({PREPARE}),
+    "Gemma4ForConditionalGeneration": frozenset({PREPARE}),
+    "Gemma4UnifiedForConditionalGeneration": frozenset({PREPARE}),
+}
+"""Methods that change nothing of the calls that a quantized model serves, each found out by reading it."""
+
+
+def overrides(model_class: type) -> dict[str, type]:
+    """{method: the class that defines it} of what a class changes of `generate()`."""
+    plain = (GenerationMixin, PreTrainedModel)
+    owners = {name: next((one for one in model_class.__mro__ if name in vars(one)), None) for name in GENERATION}
+    return {name: owner for name, owner in sorted(owners.items()) if owner is not None and owner not in plain}
+
+
+def check_overrides(model: PreTrainedModel) -> None:
+    """That the model's quantized model will generate as it does.
+
+    Raises:
+        TraceError: its class, or the instance, changes `generate()` in a way that would be lost.
+    """
+    kind = type(model)
+    lost = {name: owner.__name__ for name, owner in overrides(kind).items() if not _kept(model, name, owner)}
+    lost |= dict.fromkeys(sorted(GENERATION & vars(model).keys()), "the instance")
+    for name, owner in lost.items():
+        raise TraceError(
+            f"{kind.__name__} generates in a way of its own, which would be lost: {owner} overrides {name}. Remedy:"
+            " wrap it in a torch.nn.Module that calls it with use_cache=False and returns the logits, and quantize that"
+            " with example_inputs (it will not generate); or remove the override"
+        )
+
+
+def delegated(config: Any, name: str, owner: type) -> Callable[..., Any] | None:
+    """The method with which a quantized model of `owner`, of this configuration, stands in for `generate()`'s own.
+
+    It is the original class's, except that its `super()` looks behind `owner`. None if there is none.
+    """
+    original = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if not isinstance(original, str) or name not in DELEGATED.get(original, ()):
+        return None
+    function = getattr(getattr(transformers, original), name)
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    closure = tuple(CellType(owner) if variable == "__class__" else cell for variable, cell in cells)
+    adopted = FunctionType(function.__code__, function.__globals__, name, function.__defaults__, closure)
+    adopted.__kwdefaults__ = function.__kwdefaults__
+    return adopted
+
+
+def _kept(model: PreTrainedModel, name: str, owner: type) -> bool:
+    if not owner.__module__.startswith("transformers."):
+        return False
+    if name in DELEGATED.get(owner.__name__, ()):
+        return delegated(model.config, name, owner) is not None
+    return name in HARMLESS.get(owner.__name__, ())

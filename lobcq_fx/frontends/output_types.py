@@ -1,0 +1,66 @@
+"""The output classes of transformers, by the names that saved models have for them."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import fields
+
+from transformers.utils import ModelOutput
+
+from lobcq_fx.errors import TraceError
+
+COMMON = "transformers.modeling_outputs"
+
+HOMES = re.compile(r"transformers\.modeling_outputs|transformers\.models\.\w+\.modeling_\w+")
+"""The only modules that are imported because a saved model names them: those in which transformers defines models."""
+
+RETURNED = frozenset({"loss", "logits", "past_key_values", "cache"})
+"""What a quantized causal language model returns."""
+
+
+def output_type(name: str) -> type[ModelOutput]:
+    """The class of a name: one of `transformers.modeling_outputs`, or one of a model's module in full.
+
+    Raises:
+        ValueError: it names no output class of transformers.
+    """
+    home, _, last = name.rpartition(".")
+    home = home or COMMON
+    found = None
+    if HOMES.fullmatch(home):
+        try:
+            found = getattr(importlib.import_module(home), last, None)
+        except ImportError as error:
+            raise ValueError(f"output_type is {name!r}, whose module cannot be imported here: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, ModelOutput)):
+        raise ValueError(f"output_type is {name!r}, no output class of transformers")
+    return found
+
+
+def causal_lm_output_name(model: str, output: object) -> str:
+    """What `output_type` finds a float model's output class by.
+
+    Args:
+        model: the class's name, for errors.
+        output: what the model returned.
+
+    Raises:
+        TraceError: a quantized causal language model cannot return such outputs, or would lose some of them.
+    """
+    kind = type(output)
+    remedy = "Remedy: wrap it in a torch.nn.Module that returns what you need, and quantize that with example_inputs"
+    home = "" if kind.__module__ == COMMON else f"{kind.__module__}."
+    name = f"{home}{kind.__name__}"
+    if not isinstance(output, ModelOutput) or RETURNED - {field.name for field in fields(output)}:
+        raise TraceError(f"{model} returns a {name}, not logits and a cache by name. {remedy}")
+    extra = [key for key in output if key not in RETURNED]
+    if extra:
+        raise TraceError(f"{model} returns {', '.join(extra)} besides logits and cache, which would be lost. {remedy}")
+    try:
+        output_type(name)
+    except ValueError:
+        raise TraceError(
+            f"{model} returns a {name}; saved models may name output classes of transformers alone. {remedy}"
+        ) from None
+    return name

@@ -1,0 +1,52 @@
+"""Any nn.Module, traced on an example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lobcq_fx.config import LobcqConfig
+from lobcq_fx.errors import TraceError
+from lobcq_fx.frontends.base import FrontEnd, Tick
+from lobcq_fx.inventory import Inventory
+from lobcq_fx.model import QuantizedModel
+from lobcq_fx.storage.checkpoint import Checkpoint
+from lobcq_fx.tracing.calling import ModuleCall, call_of
+from lobcq_fx.tracing.trace import MAIN, TracedGraphs, TracedModel, trace_module
+from lobcq_fx.trial import Trial, call_trial
+
+
+class PlainFrontEnd(FrontEnd):
+    """A module of the user's own: one graph, called as in the example."""
+
+    def trace(self, model: nn.Module, example_inputs: Any, *, static_cache: bool, tick: Tick) -> TracedGraphs:
+        """One graph, dynamic where the example's sizes allow."""
+        if example_inputs is None:
+            raise TraceError(f"tracing {type(model).__name__} needs example_inputs: pass the arguments of one call")
+        tick(0, 1)
+        traced = trace_module(model, *call_of(example_inputs))
+        tick(1, 1)
+        return TracedGraphs({MAIN: traced})
+
+    def trials(self, model: nn.Module, example_inputs: Any, traced: TracedGraphs) -> dict[str, Trial]:
+        """The example."""
+        return {MAIN: call_trial(*call_of(example_inputs))}
+
+    def build(
+        self,
+        model: nn.Module,
+        graphs: Mapping[str, TracedModel],
+        refusals: Mapping[str, str],
+        lobcq_config: LobcqConfig,
+        inventory: Inventory,
+    ) -> QuantizedModel:
+        """A module that is called as `model` was."""
+        return QuantizedModel(self, graphs, refusals, lobcq_config, inventory)
+
+    def load(self, saved: Checkpoint, directory: Path) -> QuantizedModel:
+        """The same."""
+        graphs = saved.traced({MAIN: ModuleCall.from_dict})
+        return QuantizedModel(self, graphs, saved.refused, saved.lobcq_config, saved.inventory)

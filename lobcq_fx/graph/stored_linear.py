@@ -1,0 +1,100 @@
+"""Linears on stored weights as `Emit` writes them: the one place that reads that pattern back.
+
+quantize_activation(x, ...) -> getitem x 4 -> lobcq::linear      W4A4
+lobcq::linear.float_activation(x, ...)                           W4A16
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+import lobcq_fx.ops  # noqa: F401  (registers the ops)
+from lobcq_fx.graph.attributes import named_arguments
+from lobcq_fx.modules.packed_weight import PARTS
+
+ops = torch.ops.lobcq
+
+LINEARS = (ops.linear.default, ops.linear.float_activation)
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """One call of `lobcq::linear` or of its `.float_activation`."""
+
+    node: fx.Node
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """By the schema's names."""
+        return named_arguments(self.node)
+
+    @property
+    def encodes_activation(self) -> bool:
+        """Whether it multiplies an encoded activation (W4A4)."""
+        return self.node.target is ops.linear.default
+
+    @property
+    def weight(self) -> str:
+        """Name of the packed weight's module."""
+        return str(self.arguments["w_codes"].target).removesuffix(".codes")
+
+    @property
+    def codebooks(self) -> fx.Node:
+        """The weight's codebooks."""
+        node: fx.Node = self.arguments["w_codebooks"]
+        return node
+
+    @property
+    def weight_nodes(self) -> list[fx.Node]:
+        """The weight's operands in the order the ops take them, codebooks last."""
+        arguments = self.arguments
+        return [arguments[f"w_{part}"] for part in (*PARTS, "codebooks")]
+
+    @property
+    def bias(self) -> fx.Node | None:
+        """The bias operand, or None."""
+        node: fx.Node | None = self.arguments["bias"]
+        return node
+
+    @property
+    def array_size(self) -> int:
+        """L_A."""
+        size: int = self.arguments["array_size"]
+        return size
+
+    @property
+    def encoder(self) -> fx.Node | None:
+        """The `quantize_activation` node whose four results it reads, with its codebooks; None if it reads others."""
+        if not self.encodes_activation:
+            return None
+        arguments = self.arguments
+        parts = [arguments[name] for name in PARTS]
+        encoder = parts[0].args[0] if parts[0].target is operator.getitem else None
+        if not isinstance(encoder, fx.Node) or encoder.target is not ops.quantize_activation.default:
+            return None
+        in_order = all(part.args == (encoder, i) for i, part in enumerate(parts))
+        encoded = named_arguments(encoder)
+        same = all(encoded[name] == arguments[name] for name in ("codebooks", "array_size"))
+        return encoder if in_order and same else None
+
+    @property
+    def activation(self) -> fx.Node | None:
+        """The float activation [..., K], behind its encoder in W4A4; None where that is no `quantize_activation`."""
+        encoder = self.encoder
+        if self.encodes_activation and encoder is None:
+            return None
+        node: fx.Node = (self.arguments if encoder is None else named_arguments(encoder))["x"]
+        return node
+
+
+def stored_linears(graph: fx.Graph) -> Iterator[StoredLinear]:
+    """Those of a graph, in order; the graph may change on the way."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in LINEARS:
+            yield StoredLinear(node)

@@ -1,0 +1,85 @@
+"""Pass: replace matmuls with constant weights by LO-BCQ ops, as planned, on weights that are encoded already.
+
+linear(x, w, b)  ->  lobcq::linear(*lobcq::quantize_activation(x), *packed w, b)     W4A4
+linear(x, w, b)  ->  lobcq::linear.float_activation(x, *packed w, b)                 W4A16
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+import lobcq_fx.ops  # noqa: F401  (registers the ops that this pass emits)
+from lobcq_fx.calibration.codebook_sets import CodebookSets
+from lobcq_fx.graph.attributes import add_call, get_attr_node
+from lobcq_fx.graph.matmuls import Matmul
+from lobcq_fx.graph.operands import erase_unread
+from lobcq_fx.modules.packed_weight import PARTS
+from lobcq_fx.passes.infra import Condition, GraphPass
+from lobcq_fx.passes.insert_observers import unobserved
+from lobcq_fx.passes.normalize_matmuls import normal_form
+from lobcq_fx.plan import PlannedMatmul, QuantizationPlan
+
+ops = torch.ops.lobcq
+
+
+@dataclass(frozen=True)
+class Emit(GraphPass):
+    """Write the ops of the format into a graph. Nothing is encoded; several graphs can be on the same tensors.
+
+    Args:
+        plan: made of this graph, or of another that runs the same matmuls.
+        codebooks: the sets that weights and activations are encoded with, registered in the graph module.
+    """
+
+    name: ClassVar[str] = "emit"
+    requires: ClassVar[tuple[Condition, ...]] = (normal_form,)
+
+    plan: QuantizationPlan
+    codebooks: CodebookSets
+
+    def transform(self, graph_module: fx.GraphModule) -> bool:
+        """Check every matmul against the plan, then replace those that it quantizes.
+
+        Raises:
+            TraceError: the graph does not run the matmuls of the plan; nothing was changed.
+        """
+        pairs = [(matmul, planned) for matmul, planned in self.plan.pair(graph_module) if planned.weight is not None]
+        for matmul, planned in pairs:
+            self._replace(graph_module, matmul, planned)
+        for weight in dict.fromkeys(matmul.weight for matmul, _ in pairs):
+            assert weight is not None
+            erase_unread(weight)
+        return bool(pairs)
+
+    def _replace(self, graph_module: fx.GraphModule, matmul: Matmul, planned: PlannedMatmul) -> None:
+        graph, node, spec, weight = graph_module.graph, matmul.node, planned.config.format, planned.weight
+        assert weight is not None
+        x = unobserved(graph_module, matmul.activation)
+        packed = [get_attr_node(graph_module, f"{weight.stored}.{part}") for part in PARTS]
+        packed.append(get_attr_node(graph_module, self.codebooks.name_of(self.codebooks.weights[spec])))
+        with graph.inserting_before(node):
+            if planned.config.mode == "w4a16":
+                target, args = ops.linear.float_activation, (x, *packed, matmul.bias, spec.array_size)
+            else:
+                encoded = self._encode_activation(graph_module, node, x, planned)
+                tail = (matmul.bias, weight.shape[1], spec.array_size, node.meta["val"].dtype)
+                target, args = ops.linear.default, (*encoded, *packed, *tail)
+            replacement = add_call(graph, target, args, like=node)
+        node.replace_all_uses_with(replacement)
+        graph.erase_node(node)
+
+    def _encode_activation(
+        self, graph_module: fx.GraphModule, node: fx.Node, x: fx.Node, planned: PlannedMatmul
+    ) -> tuple[fx.Node, ...]:
+        """Nodes of the encoded activation's four parts and its codebooks, at the insertion point."""
+        graph, spec = graph_module.graph, planned.config.format
+        codebooks = get_attr_node(graph_module, self.codebooks.name_of(self.codebooks.activations[spec]))
+        scale = None if planned.static_scale is None else get_attr_node(graph_module, planned.static_scale)
+        encoded = add_call(graph, ops.quantize_activation.default, (x, codebooks, spec.array_size, scale), like=node)
+        parts = [add_call(graph, operator.getitem, (encoded, index), like=node) for index in range(len(PARTS))]
+        return (*parts, codebooks)

@@ -1,0 +1,94 @@
+"""Pass: compute weights that the graph makes of constants alone, so that matmuls read them as constants.
+
+linear(x, split(w)[0])             ->  linear(x, w_part)      cross-attention of nn.MultiheadAttention
+linear(x, g * v / norm(v))         ->  linear(x, v_part)      weight norm
+linear(x, cat(w1, w2))             ->  linear(x, w1_part)
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from lobcq_fx.graph.aliasing import written_attributes
+from lobcq_fx.graph.attributes import add_get_attr, free_name, get_attribute, register_attribute
+from lobcq_fx.graph.operands import constant_weight, constants_behind
+from lobcq_fx.passes.infra import GraphPass
+
+aten = torch.ops.aten
+
+_WEIGHT_OPERANDS = {
+    aten.linear.default: (1,),
+    aten.addmm.default: (2,),
+    aten.mm.default: (0, 1),
+    aten.matmul.default: (0, 1),
+}
+"""Positions at which a matmul may have its weight."""
+
+
+@dataclass(frozen=True)
+class FoldWeights(GraphPass):
+    """Replace a matmul's computed 2-D weight by a constant, which stands beside what it was made of.
+
+    A weight that an input, a random number or anything the graph writes to takes part in stays as it is.
+    """
+
+    name: ClassVar[str] = "fold_weights"
+
+    def transform(self, graph_module: fx.GraphModule) -> bool:
+        """Compute each such weight once, whichever matmuls read it."""
+        written = set(written_attributes(graph_module.graph))
+        folded: dict[fx.Node, fx.Node] = {}
+        for node in list(graph_module.graph.nodes):
+            for position in _WEIGHT_OPERANDS.get(node.target, ()) if node.op == "call_function" else ():
+                weight = _computed(node.args[position])
+                if weight is None or not _can_fold(weight, written):
+                    continue
+                if weight not in folded:
+                    folded[weight] = _fold(graph_module, weight)
+                node.replace_input_with(weight, folded[weight])
+        if folded:
+            graph_module.graph.eliminate_dead_code()
+        return bool(folded)
+
+
+def _computed(operand: Any) -> fx.Node | None:
+    """The operand, if it is a matrix computed of constants; None for a constant, or where inputs take part."""
+    if not isinstance(operand, fx.Node) or constant_weight(operand) is not None or not constants_behind(operand):
+        return None
+    value = operand.meta.get("val")
+    return operand if isinstance(value, Tensor) and value.dim() == 2 else None
+
+
+def _can_fold(node: fx.Node, written: set[str]) -> bool:
+    if node.op == "get_attr":
+        return str(node.target) not in written
+    pure = node.target is operator.getitem or (
+        isinstance(node.target, torch._ops.OpOverload)
+        and not node.target._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in node.target.tags
+    )
+    return pure and all(_can_fold(one, written) for one in node.all_input_nodes)
+
+
+def _fold(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    value = _value(graph_module, node, {})
+    owner, _, last = str(constants_behind(node)[0].target).rpartition(".")
+    name = free_name(graph_module, owner, f"{last}_part")
+    constant = value.detach().clone(memory_format=torch.contiguous_format)
+    register_attribute(graph_module, name, nn.Parameter(constant, requires_grad=False))
+    return add_get_attr(graph_module, name)
+
+
+def _value(graph_module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    if node not in known:
+        if node.op == "get_attr":
+            known[node] = get_attribute(graph_module, str(node.target)).detach()
+        else:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda one: _value(graph_module, one, known))
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return known[node]

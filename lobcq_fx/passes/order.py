@@ -1,0 +1,76 @@
+"""Which passes run on a graph, and in which order: the one list, for every graph of a model and every target.
+
+traced      `NORMALIZE`: FoldWeights, NormalizeMatmuls; then the plan is made, and with calibration data InsertObservers
+stored      `emitting`: Emit, ShareActivations; then EliminateDeadCode
+CPU, CUDA   `lower`, from the stored graph
+ONNX        from the stored graph too: `lobcq_fx.export.folder`
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from lobcq_fx.calibration.codebook_sets import CodebookSets
+from lobcq_fx.passes.annotate_values import AnnotateValues
+from lobcq_fx.passes.emit import Emit
+from lobcq_fx.passes.fold_weights import FoldWeights
+from lobcq_fx.passes.fuse_activation_encode import FuseActivationEncode
+from lobcq_fx.passes.fuse_norm_encode import FuseNormEncode
+from lobcq_fx.passes.fuse_residual import FuseResidual
+from lobcq_fx.passes.group_query_heads import GroupQueryHeads
+from lobcq_fx.passes.infra import GraphPass, Sequential
+from lobcq_fx.passes.merge_siblings import MergeSiblings
+from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
+from lobcq_fx.passes.prepack import Prepack
+from lobcq_fx.passes.share_activations import ShareActivations
+from lobcq_fx.plan import QuantizationPlan
+from lobcq_fx.refusal import Refusal
+
+logger = logging.getLogger(__name__)
+
+NORMALIZE = Sequential((FoldWeights(), NormalizeMatmuls()))
+"""From a traced graph to one that a plan can be made of."""
+
+
+def emitting(plan: QuantizationPlan, codebooks: CodebookSets) -> Sequential:
+    """From a normalized graph to the one that is stored. `EliminateDeadCode` follows once all graphs are emitted."""
+    return Sequential((Emit(plan, codebooks), ShareActivations()))
+
+
+def lowering(device: torch.device, prepack: Prepack) -> tuple[GraphPass, ...]:
+    """From a stored graph to the one that a device runs.
+
+    On the CPU nothing is fused into linears, and attention reads grouped heads unrepeated. The fused attention of GPUs
+    takes those only without a mask; there the encoders take over what comes before them.
+    """
+    if device.type == "cpu":
+        return (prepack, MergeSiblings(), GroupQueryHeads())
+    # Residuals before norms: a sum that a linear makes is not made again by the norm that follows.
+    return (prepack, MergeSiblings(), FuseActivationEncode(), FuseResidual(), FuseNormEncode())
+
+
+def lower(graph_modules: Sequence[fx.GraphModule], prepack: Prepack, device: torch.device) -> tuple[Refusal, ...]:
+    """Rewrite the graphs of a model in place for the kernels of a device.
+
+    Args:
+        graph_modules: graphs on the same stored weights.
+        prepack: with the device's weight layout.
+        device: where the tensors are.
+
+    Returns:
+        What a pass left as it was, and why; the log has it too, at level INFO.
+    """
+    if device.type != "cpu":
+        for graph_module in graph_modules:  # all of them while weights are as stored, which this reads
+            AnnotateValues(device)(graph_module)
+    passes = Sequential(lowering(device, prepack))
+    refusals = tuple(
+        dict.fromkeys(refusal for graph_module in graph_modules for refusal in passes(graph_module).refusals)
+    )
+    for refusal in refusals:
+        logger.info("%s", refusal)
+    return refusals

@@ -1,0 +1,115 @@
+"""fold_weights: weights made of constants alone become constants; what else takes part stays in the graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lobcq_fx
+from lobcq_fx.passes.fold_weights import FoldWeights
+from tests.passes.graphs import (
+    Function,
+    assert_metadata,
+    assert_unchanged,
+    graph_of,
+    linear,
+    names,
+    parameter,
+    run,
+    values,
+)  # fmt: skip
+
+functional = nn.functional
+WIDE = {"w": parameter(96, 64)}
+
+FOLDED = {
+    "split": (lambda m, x: functional.linear(x, m.w.split([32, 64])[1]), WIDE),
+    "chunk": (lambda m, x: functional.linear(x, m.w.chunk(3)[2]), WIDE),
+    "slice": (lambda m, x: functional.linear(x, m.w[16:48]), WIDE),
+    "cat": (lambda m, x: functional.linear(x, torch.cat((m.w, m.v))), {**WIDE, "v": parameter(32, 64, seed=3)}),
+    "scaled": (lambda m, x: functional.linear(x, m.w * 2), WIDE),
+    "behind a transpose": (lambda m, x: x @ m.w.chunk(3)[1].t(), WIDE),
+    "on the left": (lambda m, x: m.w.chunk(3)[1] @ x.transpose(-1, -2), WIDE),
+    "one of a stack": (lambda m, x: x @ m.s[1], {"s": parameter(3, 64, 32)}),
+    "weight norm": (lambda m, x: m.l(x), {"l": nn.utils.parametrizations.weight_norm(linear(32, 64))}),
+}
+
+
+@pytest.mark.parametrize("case", FOLDED)
+def test_computed_weights_become_constants(case):
+    function, members = FOLDED[case]
+    model = Function(function, **members)
+    graph_module = graph_of(model)
+    before = len(graph_module.graph.nodes)
+    assert FoldWeights()(graph_module).modified
+    assert len(graph_module.graph.nodes) <= before
+    assert any("_part" in name for name in names(graph_module))
+    assert_metadata(graph_module, values(2, 3, 64))
+    x = values(4, 5, 64)
+    torch.testing.assert_close(run(graph_module, x), model(x))
+    assert_unchanged(FoldWeights(), graph_module)
+    q = lobcq_fx.quantize(model, example_inputs=x, config=lobcq_fx.LobcqConfig(mode="w4a16"))
+    assert q.inventory.mac_coverage == 1
+    assert (q(x) - model(x)).norm() < 0.2 * model(x).norm()
+
+
+class Counting(nn.Module):
+    """Its weight is scaled by how often it was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.l = linear(64, 64)
+        self.register_buffer("calls", torch.ones(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return functional.linear(x, self.l.weight * self.calls)
+
+
+KEPT = {
+    "an input takes part": Function(lambda m, x: functional.linear(x, m.w * x.mean()), **WIDE),
+    "random numbers take part": Function(lambda m, x: functional.linear(x, m.w * torch.rand_like(m.w)), **WIDE),
+    "the graph writes to it": Counting(),
+    "a constant already": Function(lambda m, x: functional.linear(x, m.w), **WIDE),
+    "three dimensions": Function(lambda m, x: x @ (m.s * 2), s=parameter(2, 64, 32)),
+    "no weight": Function(lambda m, x: x * (m.w[0] * 2), **WIDE),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_what_is_no_constant_stays(case):
+    assert_unchanged(FoldWeights(), graph_of(KEPT[case]))
+
+
+def test_one_weight_for_all_that_read_it():
+    def both(m, x):
+        part = m.w.chunk(3)[0]
+        return functional.linear(x, part), functional.linear(2 * x, part)
+
+    graph_module = graph_of(Function(both, **WIDE))
+    assert FoldWeights()(graph_module).modified
+    assert sum("_part" in name for name in names(graph_module)) == 1
+
+
+class Cross(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+
+    def forward(self, x, memory):
+        return self.attention(x, memory, memory, need_weights=False)[0]
+
+
+@torch.no_grad()
+def test_cross_attention_is_quantized_whole_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    model, call = Cross().eval(), (values(2, 3, 64), values(2, 7, 64, seed=5))
+    q = lobcq_fx.quantize(model, example_inputs=call)
+    assert [record.layer for record in q.inventory.quantized] == [
+        "attention.in_proj_weight_part", "attention.in_proj_weight_part_1", "attention.out_proj",
+    ]  # fmt: skip
+    assert not any(name == "attention.in_proj_weight" for name in q.state_dict())
+    q.save_pretrained(tmp_path / "q")
+    assert torch.equal(lobcq_fx.load(tmp_path / "q")(*call), q(*call))
+    lobcq_fx.quantize(model, example_inputs=call, inplace=True)
