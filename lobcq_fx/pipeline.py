@@ -20,6 +20,7 @@ from lobcq_fx.encoding import encode_weights, records_of, register_static_scales
 from lobcq_fx.errors import CalibrationError, ConfigError, TraceError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.frontends import front_end_of
+from lobcq_fx.frontends.base import FrontEnd
 from lobcq_fx.graph.attributes import get_attribute
 from lobcq_fx.graph.shared_tensors import drop_shared, share
 from lobcq_fx.inventory import Inventory, MatmulRecord
@@ -30,8 +31,9 @@ from lobcq_fx.passes.insert_observers import InsertObservers, observed
 from lobcq_fx.passes.order import NORMALIZE, emitting
 from lobcq_fx.plan import QuantizationPlan
 from lobcq_fx.tracing.autocast import no_autocast
-from lobcq_fx.tracing.calling import call_of
+from lobcq_fx.tracing.examples import calibration_inputs
 from lobcq_fx.tracing.trace import MAIN, TracedModel
+from lobcq_fx.tracing.wrappers import unwrapped
 from lobcq_fx.trial import check_quantized, differing, expected_of
 
 logger = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ def quantize(
     Raises:
         TraceError: the model cannot be captured as one graph (names the module and the source line).
         CalibrationError: the settings need data and there are none, or a layer never saw any.
+        CallError: an item of calibration_data, or example_inputs, is no call that the model or its graph takes.
         ConfigError: the settings leave nothing to quantize.
         LobcqError: a weight holds NaN or infinity.
     """
@@ -83,9 +86,10 @@ def quantize(
     report = progress or _silent
     if config.needs_calibration and calibration_data is None:
         raise CalibrationError("static scales and fitted codebooks need calibration_data: pass an iterable of inputs")
+    model = unwrapped(model)
     bind_cpu_core()
     front_end = front_end_of(model)
-    example_inputs, data = _example(example_inputs, calibration_data)
+    example_inputs, data = _example(front_end, example_inputs, calibration_data)
     count, float_bytes = _size(model.parameters())
     traced = front_end.trace(model, example_inputs, static_cache=static_cache, tick=partial(report, "trace"))
     trials = front_end.trials(model, example_inputs, traced)
@@ -197,8 +201,9 @@ def fit_shared_codebooks(
     """
     config = replace(config or LobcqConfig(), format=spec)
     report = progress or _silent
+    model = unwrapped(model)
     front_end = front_end_of(model)
-    example_inputs, data = _example(example_inputs, calibration_data)
+    example_inputs, data = _example(front_end, example_inputs, calibration_data)
     traced = front_end.trace(model, example_inputs, static_cache=False, tick=partial(report, "trace"))
     plan, _ = make_plan(traced.graph_modules, config, front_end.roles(model))
     main = traced.graphs[MAIN]
@@ -212,7 +217,7 @@ def _silent(step: str, done: int, total: int | None) -> None:
     """Progress that nobody asked for."""
 
 
-def _example(example_inputs: Any, data: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
+def _example(front_end: FrontEnd, example_inputs: Any, data: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
     """The example, without one the first item of the data; and the data, whole (a generator can be read only once)."""
     if example_inputs is not None or data is None:
         return example_inputs, data
@@ -221,7 +226,7 @@ def _example(example_inputs: Any, data: Iterable[Any] | None) -> tuple[Any, Iter
         first = next(iterator)
     except StopIteration:
         raise CalibrationError("calibration_data is empty: pass at least one model input") from None
-    return first, chain([first], iterator) if iterator is data else data
+    return front_end.example_of(first), chain([first], iterator) if iterator is data else data
 
 
 def _calibrate(traced: TracedModel, data: Iterable[Any], report: Progress) -> None:
@@ -230,8 +235,7 @@ def _calibrate(traced: TracedModel, data: Iterable[Any], report: Progress) -> No
     device = next(iter(traced.graph_module.parameters())).device
     done = 0
     for done, item in enumerate(data, start=1):
-        args, kwargs = call_of(item)
-        inputs = [value.to(device) for value in traced.calling.flatten(args, kwargs)]
+        inputs = calibration_inputs(traced.calling, item, device)
         with torch.inference_mode():
             traced.graph_module(*inputs)
         report("calibrate", done, total)

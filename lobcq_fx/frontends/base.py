@@ -37,6 +37,10 @@ class FrontEnd(ABC):
             TraceError: the model cannot be captured.
         """
 
+    def example_of(self, item: Any) -> Any:
+        """What of an item of calibration data the model is traced with."""
+        return item
+
     @abstractmethod
     def trials(self, model: nn.Module, example_inputs: Any, traced: TracedGraphs) -> dict[str, Trial]:
         """For each graph, calls to compare it and the quantized model with the float model on.

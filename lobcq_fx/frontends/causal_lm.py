@@ -10,8 +10,9 @@ from transformers import GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from lobcq_fx.errors import CallError
-from lobcq_fx.frontends.causal_lm_call import CACHE_NAME, CausalLMCall
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.generation_overrides import PREPARE, delegated
+from lobcq_fx.frontends.output_types import CACHE_NAME
 from lobcq_fx.frontends.plain_outputs import without_extra_outputs
 from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static, static_cache
 from lobcq_fx.model import ModelGraph, QuantizedModel
@@ -92,7 +93,7 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """What `generate()` calls `forward` with; where the original class has a way of its own, this is it."""
-        prepare = delegated(self.config, PREPARE, QuantizedCausalLM)
+        prepare = delegated(self.config.model_type, PREPARE, QuantizedCausalLM)
         inputs: dict[str, Any]
         if prepare is None:
             inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)

@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import modeling_outputs
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from lobcq_fx.errors import CallError
-from lobcq_fx.frontends.output_types import output_type
+from lobcq_fx.frontends.output_types import CACHE_NAME, output_type
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.guards import SizeGuards
 
@@ -29,9 +28,6 @@ PARAMETERS = (
     "return_dict",
 )
 """What a quantized causal LM's forward understands, in the order Hugging Face models take their first ones."""
-
-CACHE_NAME = "cache" if "cache" in modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What transformers calls the cache in the models' arguments and outputs: `cache` from 5.24 on."""
 
 LOSS_SETTINGS = ("num_items_in_batch", "ignore_index", "shift_labels")
 """What Hugging Face models hand on to their loss."""
@@ -89,7 +85,7 @@ class CausalLMCall(CallingConvention):
         if mask is None:
             refuse_packed(call)
             mask = torch.ones((batch, length + query), dtype=torch.long, device=ids.device)
-        if mask.dim() != 2 or mask.shape[1] != length + query:
+        if tuple(mask.shape) != (batch, length + query):
             wanted = f"[{batch}, {length + query}], cached tokens included"
             raise CallError(f"attention_mask has shape {list(mask.shape)}: pass {wanted}")
         values = {
@@ -150,6 +146,11 @@ class CausalLMCall(CallingConvention):
 
     def _past(self, cache: Any, ids: Tensor) -> list[Tensor]:
         """Keys and values of every layer in turn; empty ones where there is no cache yet."""
+        if isinstance(cache, (tuple, list)):
+            raise CallError(
+                f"past_key_values is a {type(cache).__name__}: pass transformers.DynamicCache(past_key_values), which"
+                " takes (key, value) for each layer, and grows in place"
+            )
         if cache is None or cache.get_seq_length() == 0:
             dtype = getattr(torch, self.cache_dtype)
             shapes = [(ids.shape[0], heads, 0, width) for heads, *widths in self.cache_heads for width in widths]
@@ -208,11 +209,21 @@ def call_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, A
 
 
 def input_ids_of(call: Mapping[str, Any]) -> Tensor:
-    """The token ids [B, T] of a call."""
+    """The token ids [B, T] of a call whose other inputs are tensors too.
+
+    Raises:
+        CallError: they are missing, or no such tensors.
+    """
     ids = call.get("input_ids")
     if ids is None:
         raise CallError("input_ids is missing: the traced graph starts at token ids, not at inputs_embeds")
+    for name in ("input_ids", "attention_mask", "position_ids", "labels"):
+        value = call.get(name)
+        if value is not None and not isinstance(value, Tensor):
+            raise CallError(f"{name} is a {type(value).__name__}: pass a tensor of [batch, length]")
     assert isinstance(ids, Tensor)
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise CallError(f"input_ids is a {ids.dtype} of {list(ids.shape)}: pass an int64 of [batch, length]")
     return ids
 
 

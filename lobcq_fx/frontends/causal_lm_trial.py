@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from lobcq_fx.frontends.causal_lm_call import CACHE_NAME, CausalLMCall
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.float_causal_lm import as_named_by
+from lobcq_fx.frontends.output_types import CACHE_NAME
 from lobcq_fx.frontends.static_cache_call import static_cache
 from lobcq_fx.trial import Callee, Outcome, Trial
 

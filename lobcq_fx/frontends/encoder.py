@@ -19,7 +19,8 @@ from lobcq_fx.frontends.transformers_trace import made_up_inputs, trace_pretrain
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.storage.checkpoint import Checkpoint
-from lobcq_fx.tracing.calling import ModuleCall, call_of
+from lobcq_fx.tracing.calling import ModuleCall
+from lobcq_fx.tracing.examples import call_of, without_labels
 from lobcq_fx.tracing.trace import MAIN, TracedGraphs, TracedModel
 from lobcq_fx.trial import Trial, call_trial
 
@@ -34,6 +35,10 @@ class EncoderFrontEnd(FrontEnd):
         traced = trace_pretrained(model, *(call_of(example_inputs) if example_inputs is not None else ((), None)))
         tick(1, 1)
         return TracedGraphs({MAIN: traced})
+
+    def example_of(self, item: Any) -> Any:
+        """The item without labels, which only a loss needs."""
+        return without_labels(item)
 
     def trials(self, model: nn.Module, example_inputs: Any, traced: TracedGraphs) -> dict[str, Trial]:
         """The example, or the made-up one; the float model is called as it was traced."""

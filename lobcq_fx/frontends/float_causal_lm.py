@@ -14,12 +14,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lobcq_fx.errors import TraceError
-from lobcq_fx.frontends.causal_lm_call import CACHE_NAME
+from lobcq_fx.frontends.output_types import CACHE_NAME
 
 # Every size is different and at least 2: export bakes dimensions of 0 or 1 in and may identify equal ones.
 BATCH, PAST, QUERY, KEPT, CACHE = 2, 5, 3, 2, 11
 
-STATES = re.compile(r"^(?!use_).*(cache|mems|state)")
+STATES = re.compile(r"^(?!use_|output_).*(cache|mems|state)")
 """Arguments that carry something from call to call."""
 
 CACHE_REMEDY = (

@@ -25,6 +25,7 @@ DELEGATED: Mapping[str, frozenset[str]] = {
     # LongRoPE: beyond the original length the cache is computed anew, with the long factors.
     "Phi3ForCausalLM": frozenset({PREPARE}),
     "PhimoeForCausalLM": frozenset({PREPARE}),
+    "Phi4MultimodalForCausalLM": frozenset({PREPARE}),
 }
 """Methods that quantized models of these classes call, bound to themselves."""
 
@@ -48,29 +49,36 @@ def overrides(model_class: type) -> dict[str, type]:
     return {name: owner for name, owner in sorted(owners.items()) if owner is not None and owner not in plain}
 
 
+def lost_overrides(model_class: type, config: Any) -> dict[str, str]:
+    """{method: the class's name that defines it} of what a quantized model of this configuration would not do."""
+    return {
+        name: owner.__name__
+        for name, owner in overrides(model_class).items()
+        if not _kept(name, owner, config.model_type)
+    }
+
+
 def check_overrides(model: PreTrainedModel) -> None:
     """That the model's quantized model will generate as it does.
 
     Raises:
         TraceError: its class, or the instance, changes `generate()` in a way that would be lost.
     """
-    kind = type(model)
-    lost = {name: owner.__name__ for name, owner in overrides(kind).items() if not _kept(model, name, owner)}
-    lost |= dict.fromkeys(sorted(GENERATION & vars(model).keys()), "the instance")
-    for name, owner in lost.items():
+    own = dict.fromkeys(sorted(GENERATION & vars(model).keys()), "the instance")
+    for name, owner in {**lost_overrides(type(model), model.config), **own}.items():
         raise TraceError(
-            f"{kind.__name__} generates in a way of its own, which would be lost: {owner} overrides {name}. Remedy:"
-            " wrap it in a torch.nn.Module that calls it with use_cache=False and returns the logits, and quantize that"
-            " with example_inputs (it will not generate); or remove the override"
+            f"{type(model).__name__} generates in a way of its own, which would be lost: {owner} overrides {name}."
+            " Remedy: wrap it in a torch.nn.Module that calls it with use_cache=False and returns the logits, and"
+            " quantize that with example_inputs (it will not generate); or remove the override"
         )
 
 
-def delegated(config: Any, name: str, owner: type) -> Callable[..., Any] | None:
-    """The method with which a quantized model of `owner`, of this configuration, stands in for `generate()`'s own.
+def delegated(model_type: str, name: str, owner: type) -> Callable[..., Any] | None:
+    """The method with which a quantized model of `owner` stands in for `generate()`'s own; None if there is none.
 
-    It is the original class's, except that its `super()` looks behind `owner`. None if there is none.
+    It is the original class's, except that its `super()` looks behind `owner`.
     """
-    original = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    original = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
     if not isinstance(original, str) or name not in DELEGATED.get(original, ()):
         return None
     function = getattr(getattr(transformers, original), name)
@@ -81,9 +89,9 @@ def delegated(config: Any, name: str, owner: type) -> Callable[..., Any] | None:
     return adopted
 
 
-def _kept(model: PreTrainedModel, name: str, owner: type) -> bool:
+def _kept(name: str, owner: type, model_type: str) -> bool:
     if not owner.__module__.startswith("transformers."):
         return False
     if name in DELEGATED.get(owner.__name__, ()):
-        return delegated(model.config, name, owner) is not None
+        return bool(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) == owner.__name__)
     return name in HARMLESS.get(owner.__name__, ())

@@ -6,6 +6,7 @@ import importlib
 import re
 from dataclasses import fields
 
+from transformers import modeling_outputs
 from transformers.utils import ModelOutput
 
 from lobcq_fx.errors import TraceError
@@ -15,7 +16,10 @@ COMMON = "transformers.modeling_outputs"
 HOMES = re.compile(r"transformers\.modeling_outputs|transformers\.models\.\w+\.modeling_\w+")
 """The only modules that are imported because a saved model names them: those in which transformers defines models."""
 
-RETURNED = frozenset({"loss", "logits", "past_key_values", "cache"})
+CACHE_NAME = "cache" if "cache" in modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls the cache in the models' arguments and outputs: `cache` from 5.24 on."""
+
+RETURNED = frozenset({"loss", "logits", CACHE_NAME})
 """What a quantized causal language model returns."""
 
 

@@ -14,7 +14,8 @@ from lobcq_fx.frontends.base import FrontEnd, Tick
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.storage.checkpoint import Checkpoint
-from lobcq_fx.tracing.calling import ModuleCall, call_of
+from lobcq_fx.tracing.calling import ModuleCall
+from lobcq_fx.tracing.examples import call_of
 from lobcq_fx.tracing.trace import MAIN, TracedGraphs, TracedModel, trace_module
 from lobcq_fx.trial import Trial, call_trial
 

@@ -75,10 +75,10 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
         TraceError: the model cannot be captured, keeps a cache other than keys and values, or generates in a way of its
             own.
     """
-    check_overrides(model)
     vocab_size = model.config.get_text_config().vocab_size
     with tracing(model), torch.no_grad(), SizeDecisions(TRUSTED) as decisions:
         check_cache_layers(model)
+        check_overrides(model)
         shifted_loss = has_shifted_loss(model, vocab_size)
         with plain_outputs(model):
             inputs, output = continuation(model)
@@ -144,9 +144,11 @@ def trace_pretrained(
     Raises:
         TraceError: the model cannot be captured, or no example can be made up.
     """
-    if getattr(model.config, "is_encoder_decoder", False):
-        name = type(model).__name__
-        raise TraceError(f"{name} is an encoder-decoder, which is not supported yet; quantize {name}'s get_encoder()")
+    if {"decoder_input_ids", "decoder_input_values"} & inspect.signature(model.forward).parameters.keys():
+        raise TraceError(
+            f"{type(model).__name__} is an encoder-decoder, which is not supported yet. Remedy: quantize"
+            " model.get_encoder() alone, and pass what it returns to the float model as encoder_outputs"
+        )
     given = kwargs if kwargs is not None else made_up_inputs(model)
     names, bound = bind_arguments(model, args, given)
     bound = widen_batch(bound)
@@ -166,7 +168,8 @@ def traced_flags(model: PreTrainedModel) -> dict[str, bool]:
 
     A decoder without a head would return its cache; nothing here could take it back in.
     """
-    return {"return_dict": True} | ({"use_cache": False} if hasattr(model.config, "use_cache") else {})
+    flags = {"return_dict": model.config.return_dict is not False}
+    return flags | ({"use_cache": False} if hasattr(model.config, "use_cache") else {})
 
 
 def _export(model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]) -> ExportedProgram:
@@ -224,12 +227,16 @@ def made_up_inputs(model: PreTrainedModel) -> dict[str, Any]:
         TraceError: its inputs are none that can be made up.
     """
     config, device = model.config, model.device
-    if model.main_input_name == "pixel_values":
-        size = config.image_size if isinstance(config.image_size, (tuple, list)) else (config.image_size,) * 2
-        return {"pixel_values": torch.zeros(BATCH, config.num_channels, *size, device=device, dtype=model.dtype)}
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
+    if model.main_input_name == "pixel_values" and size is not None and channels is not None:
+        sizes = size if isinstance(size, (tuple, list)) else (size, size)
+        return {"pixel_values": torch.zeros(BATCH, channels, *sizes, device=device, dtype=model.dtype)}
     if model.main_input_name != "input_ids":
         name, wanted = type(model).__name__, model.main_input_name
-        raise TraceError(f"cannot make up an example for {name}, whose input is {wanted!r}: pass example_inputs")
+        raise TraceError(
+            f"cannot make up an example for {name}, whose input is {wanted!r} of a size that its configuration does not"
+            f" tell: pass example_inputs={{{wanted!r}: ...}}"
+        )
     ids = _positions(0, BATCH * PAST, device).view(BATCH, PAST) % 7
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(config, "type_vocab_size", 0) and "token_type_ids" in inspect.signature(model.forward).parameters:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from abc import ABC, abstractmethod
+from collections import UserDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -157,7 +158,7 @@ class ModuleCall(CallingConvention):
         for name in kwargs:
             if name in given:
                 raise CallError(f"argument {name!r} is given twice, by position and by name")
-        return {name: value for name, value in {**given, **kwargs}.items() if value is not None}
+        return {name: plain(value) for name, value in {**given, **kwargs}.items() if value is not None}
 
     def _check(self, index: int, leaf: Any, shape: tuple[int | None, ...]) -> None:
         if not isinstance(leaf, Tensor):
@@ -216,13 +217,9 @@ class ModuleCall(CallingConvention):
         )
 
 
-def call_of(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of one item of calibration data, or of an example: a mapping, a tuple, or one argument."""
-    if isinstance(item, Mapping):
-        return (), dict(item)
-    if isinstance(item, (tuple, list)):
-        return tuple(item), {}
-    return (item,), {}
+def plain(value: Any) -> Any:
+    """A tokenizer's output or another UserDict as the dict that it wraps: pytrees know no others."""
+    return dict(value) if isinstance(value, UserDict) else value
 
 
 def bind_arguments(

@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 from lobcq_fx.errors import CallError, TraceError
 from lobcq_fx.tracing.assumptions import SizeDecisions
 from lobcq_fx.tracing.calling import CallingConvention, ModuleCall, Structure, bind_arguments
+from lobcq_fx.tracing.higher_order import refuse_higher_order
+from lobcq_fx.tracing.remedies import remedy_for
 from lobcq_fx.tracing.sizes import fixed_size, size_oblivious
 
 aten = torch.ops.aten
@@ -102,8 +104,7 @@ def flatten_program(
 
 def plain_graph_module(program: ExportedProgram) -> fx.GraphModule:
     """The program as a graph module with parameters, a flat signature, and none of export's run-time assertions."""
-    graph_module = program.module(check_guards=False)
-    assert isinstance(graph_module, fx.GraphModule)
+    graph_module = refuse_higher_order(program.module(check_guards=False))
     graph_module.graph.set_codegen(fx.graph.CodeGen())
     return own_graph_module(graph_module)
 
@@ -190,7 +191,5 @@ def _explain(model: nn.Module, error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
         f"cannot trace {type(model).__name__} as one graph. At {where or inspect.getfile(type(model))}:"
-        f" {type(error).__name__}: {first}. Remedy: make that line independent of tensor values (torch.where instead"
-        " of if, no .item(), no loop over data), pass example_inputs that take the intended branch, or quantize the"
-        " submodules around it one by one."
+        f" {type(error).__name__}: {first.rstrip('.')}. Remedy: {remedy_for(error)}."
     )

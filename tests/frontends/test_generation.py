@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers.generation.streamers import BaseStreamer
 
 from lobcq_fx.errors import CallError
-from lobcq_fx.frontends.causal_lm_call import CACHE_NAME
+from lobcq_fx.frontends.output_types import CACHE_NAME
 from tests.families import VOCABULARY, fake_quantized, quantized_causal_lm, quantized_layers
 
 IDS = torch.tensor([[7, 3, 11, 3, 11, 40, 5, 9], [0, 0, 8, 52, 8, 52, 8, 17]])

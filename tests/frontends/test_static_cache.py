@@ -10,8 +10,8 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 import lobcq_fx
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CallError, TraceError
-from lobcq_fx.frontends.causal_lm_call import CACHE_NAME
 from lobcq_fx.frontends.in_place_cache import InPlaceCache
+from lobcq_fx.frontends.output_types import CACHE_NAME
 from lobcq_fx.modules.packed_weight import PackedWeight
 from lobcq_fx.plan import QuantizationPlan
 from tests.families import CAUSAL_LMS, VOCABULARY, causal_lm, quantized_causal_lm
