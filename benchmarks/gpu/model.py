@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 import lobcq_fx
 from benchmarks.gpu.linears import check
 from benchmarks.gpu.timing import timed
-from lobcq_fx.frontends.causal_lm_call import CACHE_NAME
+from lobcq_fx.frontends.output_types import CACHE_NAME
 
 LLAMA_3_8B = {
     "hidden_size": 4096,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 
-from lobcq_fx.frontends.causal_lm_call import CACHE_NAME
+from lobcq_fx.frontends.output_types import CACHE_NAME
 
 BLOCK = 32
 ACCURACY_LEVEL = 4

@@ -11,7 +11,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 import lobcq_fx
 from benchmarks.model.folders import CONFIGS, TORCH_BF16, Folders
-from lobcq_fx.frontends.causal_lm_call import CACHE_NAME
+from lobcq_fx.frontends.output_types import CACHE_NAME
 
 
 class TorchModel:
