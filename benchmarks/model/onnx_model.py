@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.export import Dim
 from transformers import DynamicCache, PreTrainedModel
 
+from lobcq_fx.frontends.output_types import CACHE_NAME
+
 BLOCK = 32
 ACCURACY_LEVEL = 4
 """Activations are quantized to int8 inside, the fastest. Level 0 leaves them in fp32."""
@@ -28,7 +30,7 @@ def export_onnx(model: PreTrainedModel, path: Path) -> None:
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     cache = DynamicCache(config=model.config)
-    model(torch.arange(PAST)[None], past_key_values=cache, use_cache=True)
+    model(torch.arange(PAST)[None], use_cache=True, **{CACHE_NAME: cache})
     inputs: dict[str, Any] = {
         "input_ids": torch.arange(QUERY)[None],
         "attention_mask": torch.ones(1, PAST + QUERY, dtype=torch.long),
@@ -37,8 +39,8 @@ def export_onnx(model: PreTrainedModel, path: Path) -> None:
     }
     shapes: dict[str, Any] = {name: {1: Dim.AUTO} for name in inputs}
     shapes["logits_to_keep"] = {0: Dim.AUTO}
-    shapes["past_key_values"] = [{2: Dim.AUTO} for _ in range(2 * len(cache.layers))]
-    inputs["past_key_values"] = cache
+    shapes[CACHE_NAME] = [{2: Dim.AUTO} for _ in range(2 * len(cache.layers))]
+    inputs[CACHE_NAME] = cache
     exporter = OnnxExporter()
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions="cpu")
     program, _ = exporter.export_program(model, inputs, config)

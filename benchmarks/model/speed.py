@@ -23,6 +23,7 @@ from benchmarks.model.folders import (
     prompt,
 )
 from benchmarks.model.onnx_model import OnnxModel
+from benchmarks.model.plain_generate import generate_columns, race_generate
 from benchmarks.model.torch_model import TorchModel, load_torch_model
 from lobcq_fx.benchmarking.race import median_ratio, race
 
@@ -83,7 +84,7 @@ class Generation:
 
 @torch.no_grad()
 def measure_speed(folders: Folders, settings: Settings, threads: int) -> dict[str, Any]:
-    """Seconds a step and a prompt, and how many times as fast as the compiled fp32 model."""
+    """Seconds a step and a prompt, by loops written by hand and compiled, and seconds of plain `generate()`."""
     torch.set_num_threads(threads)
     torch._dynamo.config.recompile_limit = GRAPHS
     logits = folders.logits()
@@ -103,11 +104,14 @@ def measure_speed(folders: Folders, settings: Settings, threads: int) -> dict[st
         one.step()
         one.last_step()  # whatever compiles for a second step compiles here
     result["decode"] = race(steps, settings.decode_rounds)
+    modules = {name: model.module for name, model in models.items() if isinstance(model, TorchModel)}
+    result["generate"] = race_generate(modules, prompt(settings.prompts[0]), settings.steps, settings.decode_rounds)
+    result["steps"] = settings.steps
     return result
 
 
 def summary(speed: dict[str, Any], prompts: tuple[int, ...]) -> list[dict[str, Any]]:
-    """One row a contender: tokens a second, and how many times as fast as the compiled fp32 model."""
+    """One row a contender: tokens a second, and how many times as fast as the fp32 model called the same way."""
     rows = []
     for name, decode in speed["decode"].items():
         row: dict[str, Any] = {
@@ -120,6 +124,8 @@ def summary(speed: dict[str, Any], prompts: tuple[int, ...]) -> list[dict[str, A
             prefill = speed["prefill"][name][length]
             row[f"prefill_{length}_tokens_per_second"] = length / statistics.median(prefill)
             row[f"prefill_{length}_ratio"] = median_ratio(speed["prefill"][TORCH_FP32][length], prefill)
+        if name in speed["generate"]:
+            row |= generate_columns(speed["generate"], name, TORCH_FP32, speed["steps"])
         rows.append(row)
     return rows
 

@@ -11,13 +11,14 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 import lobcq_fx
 from benchmarks.model.folders import CONFIGS, TORCH_BF16, Folders
+from lobcq_fx.frontends.output_types import CACHE_NAME
 
 
 class TorchModel:
     """A causal language model, eager or compiled, called with a DynamicCache."""
 
     def __init__(self, model: nn.Module, compiled: bool = True) -> None:
-        self.config = model.config
+        self.module, self.config = model, model.config
         self.call = torch.compile(model, fullgraph=True, dynamic=True) if compiled else model
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, DynamicCache]:
@@ -26,8 +27,8 @@ class TorchModel:
 
     def step(self, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, DynamicCache]:
         """The same after some cached tokens; the cache grows in place."""
-        out = self.call(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[0, -1], out.past_key_values
+        out = self.call(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
+        return out.logits[0, -1], out[CACHE_NAME]
 
     def fork(self, cache: DynamicCache) -> DynamicCache:
         """A cache that can grow while this one stays: growing makes new tensors, so that none is copied here."""

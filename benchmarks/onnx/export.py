@@ -112,7 +112,7 @@ def export(folders: Folders, name: str) -> dict[str, Any]:
     print(f"exporting {name}", flush=True)
     start = time.perf_counter()
     summary = lobcq_fx.export_onnx(q, folders.of(name), last_logits_only=True)
-    packed = (folders.of(SOURCES[name]) / "model.safetensors").stat().st_size
+    packed = (folders.of(SOURCES[name]) / "lobcq.safetensors").stat().st_size
     return {
         "seconds": time.perf_counter() - start,
         "disk_to_packed": summary.size / packed,

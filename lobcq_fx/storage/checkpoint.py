@@ -1,7 +1,7 @@
 """A quantized model as a folder.
 
 config.json         the Hugging Face configuration (if any) with `quantization_config`: format version, settings
-model.safetensors   packed weights under the format's names, codebooks, and what stayed in float
+lobcq.safetensors   packed weights under the format's names, codebooks, and what stayed in float
 graph.json          the FX graph and the calling convention, the same of other graphs on these tensors
 inventory.json      every matmul and what became of it
 tokenizer files, generation_config.json where the model has them
@@ -34,10 +34,17 @@ from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.trace import MAIN, TracedModel
 
 QUANT_METHOD = "lobcq"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised whenever a folder written now could not be read by an older release."""
 
-WEIGHTS = "model.safetensors"
+READABLE_VERSIONS = (1, 2)
+"""Version 1 had the weights in `model.safetensors`, where transformers takes them for a float model's."""
+
+WEIGHTS, WEIGHTS_OF_VERSION_1 = "lobcq.safetensors", "model.safetensors"
+
+NOTICE = "a LO-BCQ model, which transformers does not open: call lobcq_fx.load(folder), of the package lobcq-fx"
+"""In place of a file name, under the key that transformers reads one from: `from_pretrained` raises with this text."""
+
 MAPPED = tuple(f".{part}" for part in PARTS if part != "tensor_scale")
 
 
@@ -119,6 +126,7 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     """
     config = _read_json(directory / "config.json")
     settings = config.pop("quantization_config", None)
+    config.pop("transformers_weights", None)
     _check_version(directory, settings)
     saved = _read_json(directory / "graph.json")
     try:
@@ -158,6 +166,12 @@ def is_checkpoint(directory: Path) -> bool:
         return False
 
 
+def weights_file(directory: Path) -> Path:
+    """The file with a folder's weights, of whichever version it is."""
+    old = directory / WEIGHTS_OF_VERSION_1
+    return directory / WEIGHTS if (directory / WEIGHTS).exists() or not old.exists() else old
+
+
 def stored_tensors(module: nn.Module, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
     """Every tensor that graphs on stored weights refer to, by name; names that share memory get a copy each."""
     state = module.state_dict()
@@ -182,7 +196,7 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "lobcq_config": checkpoint.lobcq_config.to_dict(),
     }
-    return {**(checkpoint.config or {}), "quantization_config": quantization}
+    return {**(checkpoint.config or {}), "transformers_weights": NOTICE, "quantization_config": quantization}
 
 
 def _graph(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -206,16 +220,16 @@ def _check_version(directory: Path, settings: Any) -> None:
     if not isinstance(settings, Mapping) or settings.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{directory} is not a quantized model of this package; write one with save_pretrained")
     version = settings.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"{directory} has format version {version}, this release reads {FORMAT_VERSION}:"
+            f"{directory} has format version {version}, this release reads {' and '.join(map(str, READABLE_VERSIONS))}:"
             " update lobcq-fx, or quantize the model again"
         )
 
 
 def _read_tensors(directory: Path, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
     wanted = set(_names(graphs))
-    path = directory / WEIGHTS
+    path = weights_file(directory)
     try:
         with safe_open(path, framework="pt") as file:
             missing = wanted - set(file.keys())

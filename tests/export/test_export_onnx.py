@@ -176,7 +176,7 @@ def test_size_on_disk(tmp_path):
     q = quantized(nn.Sequential(nn.Linear(2048, 1024), nn.Linear(1024, 2048)), 2, 2048)
     q.save_pretrained(tmp_path / "packed")
     summary = export_onnx(q, tmp_path / "onnx", torch.randn(2, 2048))
-    assert summary.size <= 1.02 * (tmp_path / "packed" / "model.safetensors").stat().st_size
+    assert summary.size <= 1.02 * (tmp_path / "packed" / "lobcq.safetensors").stat().st_size
     assert summary.size == sum(file.stat().st_size for file in (tmp_path / "onnx").iterdir())
 
 

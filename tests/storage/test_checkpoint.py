@@ -87,7 +87,7 @@ def test_loaded_outputs_state_and_settings_are_identical(case, tmp_path):
         n for n, m in q.named_modules() if isinstance(m, PackedWeight)
     }
     loaded.save_pretrained(tmp_path / "again")
-    for name in ("model.safetensors", "config.json", "graph.json", "inventory.json"):
+    for name in ("lobcq.safetensors", "config.json", "graph.json", "inventory.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "q" / name).read_bytes()
 
 
@@ -105,7 +105,7 @@ def folder(saved, tmp_path):
 
 
 def test_plain_safetensors_reads_the_format_s_names_and_layout(saved):
-    tensors = load_file(saved / "model.safetensors")
+    tensors = load_file(saved / "lobcq.safetensors")
     spec = FormatSpec.from_name("2x128")
     encoded = encode(model()[0].weight.detach(), spec, universal_codebooks(2))
     assert set(tensors) == {
@@ -133,25 +133,25 @@ def test_nothing_is_unpickled(folder, tmp_path):
     lobcq_fx.load(folder)
     with pytest.raises(FileNotFoundError):
         (tmp_path / "exploded").stat()
-    (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(CheckpointError, match=r"cannot read .*model\.safetensors"):
+    (folder / "lobcq.safetensors").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CheckpointError, match=r"cannot read .*lobcq\.safetensors"):
         lobcq_fx.load(folder)
     assert not (tmp_path / "exploded").exists()
 
 
 def alter(name, change):
     def damage(folder):
-        tensors = load_file(folder / "model.safetensors")
+        tensors = load_file(folder / "lobcq.safetensors")
         tensors[name] = change(tensors[name]).contiguous()
-        save_file(tensors, folder / "model.safetensors")
+        save_file(tensors, folder / "lobcq.safetensors")
 
     return damage
 
 
 def drop_tensor(folder):
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "lobcq.safetensors")
     del tensors["2.weight.scales"]
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, folder / "lobcq.safetensors")
 
 
 def edit(file, change):
@@ -179,19 +179,19 @@ def put(tensor, value):
 
 FULL = torch.full
 DAMAGES = {
-    "truncated weights": (truncate("model.safetensors", 0.7), r"cannot read .*model\.safetensors"),
-    "weights cut in the header": (truncate("model.safetensors", 0.01), r"cannot read .*model\.safetensors"),
-    "empty weights": (truncate("model.safetensors", 0), r"cannot read .*model\.safetensors"),
+    "truncated weights": (truncate("lobcq.safetensors", 0.7), r"cannot read .*lobcq\.safetensors"),
+    "weights cut in the header": (truncate("lobcq.safetensors", 0.01), r"cannot read .*lobcq\.safetensors"),
+    "empty weights": (truncate("lobcq.safetensors", 0), r"cannot read .*lobcq\.safetensors"),
     "truncated graph": (truncate("graph.json", 0.5), r"cannot read .*graph\.json"),
     "truncated config": (truncate("config.json", 0.5), r"cannot read .*config\.json"),
     "truncated inventory": (truncate("inventory.json", 0.5), r"cannot read .*inventory\.json"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors"),
+    "no weights": (lambda f: (f / "lobcq.safetensors").unlink(), r"lobcq\.safetensors"),
     "no graph": (lambda f: (f / "graph.json").unlink(), r"graph\.json is missing"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing"),
     "no inventory": (lambda f: (f / "inventory.json").unlink(), r"inventory\.json is missing"),
     "a list": (lambda f: (f / "graph.json").write_text("[]"), r"graph\.json does not hold a JSON object"),
     "no text": (lambda f: (f / "graph.json").write_bytes(b"\xff\xfe\x00"), r"cannot read .*graph\.json"),
-    "missing tensor": (drop_tensor, r"model\.safetensors lacks 2\.weight\.scales"),
+    "missing tensor": (drop_tensor, r"lobcq\.safetensors lacks 2\.weight\.scales"),
     "codes of another dtype": (
         alter("0.weight.codes", lambda t: t.to(torch.int32)), r"0\.weight\.codes is torch.int32 .*has torch.uint8",
     ),
@@ -213,8 +213,8 @@ DAMAGES = {
     "three codebooks": (alter("lobcq.codebooks", lambda t: t[[0, 0, 0]]), r"lobcq\.codebooks: "),
     "codebooks of another dtype": (alter("lobcq.codebooks", lambda t: t.to(torch.int16)), r"lobcq\.codebooks: "),
     "another version": (
-        edit("config.json", lambda c: c["quantization_config"].update(format_version=2)),
-        "has format version 2, this release reads 1: update",
+        edit("config.json", lambda c: c["quantization_config"].update(format_version=3)),
+        "has format version 3, this release reads 1 and 2: update",
     ),
     "another method": (
         edit("config.json", lambda c: c["quantization_config"].update(quant_method="gptq")),
@@ -281,7 +281,7 @@ def test_size_on_disk_is_the_nominal_bits(name, tmp_path):
     q = lobcq_fx.quantize(layers, config=LobcqConfig(format=name, mode="w4a16"), example_inputs=values(2, 1024))
     q.save_pretrained(tmp_path / "q")
     nominal = 2 * 1024 * 1024 * spec.bits_per_scalar / 8
-    assert (tmp_path / "q" / "model.safetensors").stat().st_size == pytest.approx(nominal, rel=0.01)
+    assert (tmp_path / "q" / "lobcq.safetensors").stat().st_size == pytest.approx(nominal, rel=0.01)
     assert q.inventory.bits_per_scalar == pytest.approx(spec.bits_per_scalar, rel=0.001)
     assert q.inventory.model_packed_bytes == pytest.approx(nominal, rel=0.01)
 
@@ -335,9 +335,9 @@ def test_both_graphs_of_a_language_model_are_loaded(saved_lm, tmp_path):
     ours, theirs = (one.graphs["static_cache"] for one in (q, loaded))
     assert theirs.graph_module.code == ours.graph_module.code
     assert theirs.calling == ours.calling
-    assert set(load_file(saved_lm / "model.safetensors")) == set(q.state_dict())
+    assert set(load_file(saved_lm / "lobcq.safetensors")) == set(q.state_dict())
     loaded.save_pretrained(tmp_path / "again")
-    for name in ("model.safetensors", "graph.json"):
+    for name in ("lobcq.safetensors", "graph.json"):
         assert (tmp_path / "again" / name).read_bytes() == (saved_lm / name).read_bytes()
 
 

@@ -41,7 +41,7 @@ def test_a_loaded_model_holds_its_packed_bytes_once(tmp_path):
         model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(layers)])
         q = lobcq_fx.quantize(model.eval(), example_inputs=values(2, 2048))
         q.save_pretrained(tmp_path / name)
-        sizes[name] = (tmp_path / name / "model.safetensors").stat().st_size
+        sizes[name] = (tmp_path / name / "lobcq.safetensors").stat().st_size
     command = [sys.executable, "-c", PROCESS, tmp_path / "small", tmp_path / "large"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     loaded, used = (int(number) for number in done.stdout.split())
