@@ -87,7 +87,7 @@ def fake_quantized(
     the tensor scales are applied after the product, as the format's matmul does, so that not even rounding differs.
     """
     spec = spec or FormatSpec()
-    modules = [model.get_submodule(layer) for layer in layers]
+    modules = [model.get_submodule(layer) for layer in dict.fromkeys(layers)]  # one may run twice, as in ALBERT
     for module in modules:
         weight = module.weight.detach()
         weight = weight.t() if isinstance(module, Conv1D) else weight
