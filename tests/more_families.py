@@ -220,30 +220,46 @@ def families(kind: type[Family], names: str, **changes: Any) -> dict[str, Family
     return {name: kind(name, changes) for name in names.split()}
 
 
-FAMILIES: dict[str, Family] = {
+DISTINCT: dict[str, Family] = {
     **families(
         LanguageModel,
-        "llama mistral ministral ministral3 qwen2 qwen3 gemma gemma2 gemma3_text vaultgemma phi phi3 olmo olmo2 olmo3"
-        " nemotron stablelm starcoder2 cohere cohere2 granite helium smollm3 glm glm4 persimmon apertus arcee ernie4_5"
-        " exaone4 hunyuan_v1_dense seed_oss diffllama bitnet internlm3 jais2 nanochat iquestcoder hyperclovax doge",
+        "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo olmo2 nemotron stablelm starcoder2 cohere2"
+        " granite helium smollm3 glm4 persimmon apertus arcee ernie4_5 exaone4 hunyuan_v1_dense diffllama bitnet jais2"
+        " nanochat doge",
         **GROUPED,
     ),
-    **families(
-        LanguageModel,
-        "gpt2 gpt_neox gpt_bigcode opt falcon bloom mpt biogpt xglm gpt_neox_japanese",
-    ),
+    **families(LanguageModel, "gpt2 gpt_neox gpt_bigcode opt falcon bloom mpt biogpt xglm gpt_neox_japanese"),
     **families(LanguageModel, "gptj codegen", rotary_dim=8),
     **families(LanguageModel, "gpt_neo", attention_types=[[["local"], 1]], window_size=4),
     **families(LanguageModel, "mixtral qwen2_moe qwen3_moe olmoe", **EXPERTS),
     **families(
         TextEncoder,
-        "bert roberta xlm-roberta camembert distilbert electra albert deberta-v2 mpnet modernbert nomic_bert convbert"
-        " ernie esm roformer rembert xlm-roberta-xl data2vec-text eurobert clip_text_model",
+        "bert roberta distilbert electra albert deberta-v2 mpnet modernbert nomic_bert convbert esm roformer rembert"
+        " xlm-roberta-xl eurobert clip_text_model",
     ),
     **families(EncoderOfTwoParts, "t5 mt5", d_kv=16),
+    **families(ImageEncoder, "vit beit dinov2 dinov3_vit clip_vision_model siglip_vision_model", **IMAGES),
+    **families(SpeechEncoder, "wav2vec2 hubert", **SOUND),
+}
+TWINS: dict[str, Family] = {
     **families(
-        ImageEncoder, "vit deit beit dinov2 dinov3_vit ijepa data2vec-vision clip_vision_model siglip_vision_model",
-        **IMAGES,
+        LanguageModel,
+        "ministral ministral3 internlm3 iquestcoder hyperclovax seed_oss vaultgemma olmo3 cohere glm",
+        **GROUPED,
     ),
-    **families(SpeechEncoder, "wav2vec2 hubert unispeech-sat", **SOUND),
-}  # fmt: skip
+    **families(TextEncoder, "xlm-roberta camembert data2vec-text ernie"),
+    **families(ImageEncoder, "deit ijepa data2vec-vision", **IMAGES),
+    **families(SpeechEncoder, "unispeech-sat", **SOUND),
+}
+"""Their graphs are those of families above, to a detail."""
+FAMILIES = DISTINCT | TWINS
+
+REFUSED: dict[str, Family] = {
+    **families(
+        LanguageModel,
+        "mamba mamba2 falcon_mamba recurrent_gemma jamba bamba zamba2 falcon_h1 nemotron_h qwen3_next lfm2",
+        **GROUPED,
+    ),
+    **families(EncoderOfTwoParts, "umt5", d_kv=16),
+}
+"""Families that are not supported yet."""
