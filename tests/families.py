@@ -71,10 +71,10 @@ def causal_lm(family: str, **changes: int) -> PreTrainedModel:
 
 
 @cache
-def quantized_causal_lm(family: str) -> tuple[PreTrainedModel, lobcq_fx.QuantizedModel]:
-    """A family's float and quantized model, for tests that leave both as they are."""
+def quantized_causal_lm(family: str, static_cache: bool = True) -> tuple[PreTrainedModel, lobcq_fx.QuantizedModel]:
+    """A family's float and quantized model, for tests that leave both as they are; the second graph takes its time."""
     model = causal_lm(family)
-    return model, lobcq_fx.quantize(model)
+    return model, lobcq_fx.quantize(model, static_cache=static_cache)
 
 
 @contextmanager
