@@ -39,12 +39,13 @@ unit-export: $(VENV)/.installed
 unit-rest: $(VENV)/.installed
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(EXPORT_TESTS))
 
-# What makes and reads tensors once more, under default dtypes other than fp32: nothing may follow them. The core writes
-# through addresses, so it would write beyond what is too small; without it, values would be rounded.
+# What makes and reads tensors once more, under default dtypes other than fp32, which nothing may follow: the core would
+# write beyond what is too small, and without it values would be rounded.
+TENSOR_TESTS := tests/format tests/ops tests/kernels/cpu/test_encode.py tests/kernels/test_linear_prepacked.py \
+  tests/kernels/test_operand_contracts.py tests/calibration/test_statistics.py tests/calibration/test_lloyd_max.py
 default-dtype: $(VENV)/.installed
-	LOBCQ_TEST_DEFAULT_DTYPE=bfloat16 $(BIN)/python -m pytest -k "not memory and not fake_kernels and not opcheck" \
-	  tests/format tests/ops tests/calibration tests/kernels/cpu/test_encode.py tests/kernels/test_linear_prepacked.py \
-	  tests/kernels/test_bind.py
+	LOBCQ_TEST_DEFAULT_DTYPE=bfloat16 LOBCQ_CPU_CORE=$(wildcard lobcq_fx/kernels/cpu/_core.*) \
+	  $(BIN)/python -m pytest -k "not memory and not fake_kernels and not opcheck and not gil" $(TENSOR_TESTS)
 	LOBCQ_TEST_DEFAULT_DTYPE=float16 LOBCQ_CPU_CORE=0 $(BIN)/python -m pytest -k "not fake_kernels" tests/ops
 
 # The core's tests once more, on a build with AddressSanitizer and UBSan, whose reports go to the process's stderr.
