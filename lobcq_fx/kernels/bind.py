@@ -30,6 +30,7 @@ from lobcq_fx.kernels.cpu.weight_layout import CpuWeightLayout
 from lobcq_fx.kernels.stored_linears import StoredLinears
 from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
 from lobcq_fx.ops import schemas
+from lobcq_fx.ops.quantize_activation import check_static_scale
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
 def _quantize_activation(
     x: Tensor, codebooks: Tensor, array_size: int, static_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_static_scale(static_scale)
     core, leading = _core(), x.shape[:-1]
     rows = x.detach().reshape(leading.numel(), x.shape[-1]).contiguous()
     scale = None if static_scale is None else static_scale.float().view(1, 1).repeat(rows.shape[0], 1)
