@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -86,7 +87,7 @@ def _replace(node: fx.Node, match: _Match) -> None:
         result = graph.call_function(group_query_attention, (match.query, *match.states, match.mask, match.scale))
         parts = [graph.call_function(operator.getitem, (result, index)) for index in range(3)]
     for old, new in zip((node, match.keys, match.values), parts, strict=True):
-        old.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: _comes_after(user, new))
+        old.replace_all_uses_with(new, delete_user_cb=partial(_comes_after, new))
     graph.erase_node(node)
 
 
@@ -162,6 +163,6 @@ def _appended(node: Any, caches: Mapping[fx.Node, int]) -> fx.Node | None:
     return node if along_sequence and len(states) == 2 and states[0] in caches else None
 
 
-def _comes_after(user: fx.Node, node: fx.Node) -> bool:
+def _comes_after(node: fx.Node, user: fx.Node) -> bool:
     """Not what leads to the new node: the attention that it replaces, and views of the cache for that."""
     return node < user

@@ -7,6 +7,7 @@ from torch import fx, nn
 from lobcq_fx.errors import ExportError
 from lobcq_fx.export.float32 import ComputeInFloat32
 from lobcq_fx.export.kept_positions import KEPT, FixKeptPositions, placeholders
+from lobcq_fx.export.squeezes import SqueezeOnesOnly
 from lobcq_fx.export.unsupported import explain_complex
 from lobcq_fx.graph.attributes import register_attribute
 from lobcq_fx.model import QuantizedModel
@@ -34,7 +35,7 @@ def stored_module(q: QuantizedModel, *, last_logits_only: bool = False) -> fx.Gr
     if last_logits_only and not placeholders(graph):
         raise ExportError(f"last_logits_only asks for a language model that takes {KEPT}: leave it out")
     graph_module = fx.GraphModule(root, graph, class_name="LobcqGraph").eval()
-    Sequential((FixKeptPositions(last_logits_only), EliminateDeadCode()))(graph_module)
+    Sequential((FixKeptPositions(last_logits_only), EliminateDeadCode(), SqueezeOnesOnly()))(graph_module)
     real = RealArithmetic()
     real(graph_module)
     if real.refusals:

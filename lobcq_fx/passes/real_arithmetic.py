@@ -76,13 +76,14 @@ def _complex_nodes(graph_module: fx.GraphModule) -> list[fx.Node] | fx.Node:
             found.append(node)
             made.add(node)
         elif reads or _has_complex_dtype(node) or node.target in _SINKS:
-            return node
+            unknown: fx.Node = node
+            return unknown
     return found
 
 
 def _is_stored(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     value = get_attribute(graph_module, str(node.target)) if node.op == "get_attr" else None
-    return isinstance(value, Tensor) and value.is_complex()
+    return bool(isinstance(value, Tensor) and value.is_complex())
 
 
 def _has_complex_dtype(node: fx.Node) -> bool:

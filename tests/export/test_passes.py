@@ -11,8 +11,11 @@ from lobcq_fx.errors import ExportError
 from lobcq_fx.export.float32 import ComputeInFloat32
 from lobcq_fx.export.kept_positions import FixKeptPositions
 from lobcq_fx.export.matmulnbits import LowerToMatMulNBits, UseFloatActivations, matmul_nbits
+from lobcq_fx.export.squeezes import SqueezeOnesOnly
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from tests.passes.graphs import (
+    Function,
+    assert_metadata,
     assert_unchanged,
     aten,
     decoded,
@@ -151,3 +154,35 @@ def test_encoded_activations_are_not_lowered():
     assert nodes(graph_module, lobcq.linear.default)
     assert_unchanged(LowerToMatMulNBits(graph_module), graph_module)
     assert aten.mul.Tensor in targets(graph_module)
+
+
+@pytest.mark.parametrize(
+    ("squeeze", "left"),
+    [
+        (lambda m, x: x.squeeze(1) + 1, []),
+        (lambda m, x: x[:, None].squeeze((1, -2)) + 1, [[1]]),
+        (lambda m, x: x[:, None].squeeze((0, 2)) + 1, []),
+    ],
+    ids=["of a length", "of a one and a length", "of lengths"],
+)
+def test_a_squeeze_of_what_is_not_one(squeeze, left):
+    graph_module, x = graph_of(Function(squeeze)), values(2, 5, 64)
+    assert SqueezeOnesOnly()(graph_module).modified
+    squeezes = [node for node in graph_module.graph.nodes if "squeeze." in str(node.target) and "un" not in node.name]
+    assert [node.args[1] for node in squeezes] == left
+    assert torch.equal(run(graph_module, x), squeeze(None, x))
+    assert_metadata(graph_module, x)
+    assert_unchanged(SqueezeOnesOnly(), graph_module)
+
+
+def test_squeezes_of_ones_and_of_whatever_is_one_stay():
+    for squeeze in (
+        lambda m, x: x[:, None].squeeze(1),
+        lambda m, x: x[:, None, :, None].squeeze((1, 3)),
+        lambda m, x: x[:, None].squeeze(),
+    ):
+        assert_unchanged(SqueezeOnesOnly(), graph_of(Function(squeeze)))
+    graph_module = graph_of(Function(lambda m, x: x.squeeze(1)))
+    for node in graph_module.graph.nodes:
+        node.meta.pop("val", None)
+    assert_unchanged(SqueezeOnesOnly(), graph_module)
