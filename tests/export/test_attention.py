@@ -9,12 +9,24 @@ import pytest
 import torch
 
 from lobcq_fx.export import export_onnx
-from lobcq_fx.export.attention import use_group_query_attention
+from lobcq_fx.export.attention import UseGroupQueryAttention
 from lobcq_fx.export.stored_module import stored_module
+from lobcq_fx.passes.group_query_heads import GroupQueryHeads
 from tests.export.sessions import Session
 from tests.families import quantized_causal_lm
+from tests.passes.graphs import assert_unchanged
 
 aten = torch.ops.aten
+
+
+def use_group_query_attention(graph_module, calling):
+    """How many attentions were fused, and why others were not. A second run finds nothing more."""
+    GroupQueryHeads()(graph_module)
+    one, again = UseGroupQueryAttention(calling), UseGroupQueryAttention(calling)
+    assert one(graph_module).modified == bool(one.fused)
+    assert_unchanged(again, graph_module)
+    assert again.refusals == one.refusals
+    return len(one.fused), tuple(one.refusals)
 
 
 def attentions(graph_module):
