@@ -93,5 +93,5 @@ def _kept(name: str, owner: type, model_type: str) -> bool:
     if not owner.__module__.startswith("transformers."):
         return False
     if name in DELEGATED.get(owner.__name__, ()):
-        return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) == owner.__name__
+        return bool(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) == owner.__name__)
     return name in HARMLESS.get(owner.__name__, ())
