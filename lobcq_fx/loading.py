@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import re
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig, GenerationConfig
 
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.frontends.causal_lm import QuantizedCausalLM
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.output_types import import_output_types
 from lobcq_fx.frontends.static_cache_call import StaticCacheCall
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.storage.checkpoint import Checkpoint, load_checkpoint
@@ -51,7 +49,7 @@ def load(directory: str | Path) -> QuantizedModel:
                     refused_variants=saved.refused_variants,
                 )
             case ModuleCall.kind:
-                _import_output_types(saved.calling)
+                import_output_types(str(saved.calling.get("outputs")))
                 return QuantizedModel(saved.graph_module, ModuleCall.from_dict(saved.calling), *parts)
             case kind:
                 raise CheckpointError(f"{directory}/graph.json has the unknown calling convention {kind!r}")
@@ -66,9 +64,3 @@ def _variants(saved: Checkpoint, calling: CausalLMCall) -> dict[str, TracedModel
         for name, (graph_module, other) in saved.variants.items()
         if name == other["kind"] == StaticCacheCall.kind
     }
-
-
-def _import_output_types(calling: dict[str, Any]) -> None:
-    """Output classes of transformers register themselves when their module is imported. No other module is imported."""
-    for module in re.findall(r'"type": "(transformers(?:\.\w+)+)\.\w+"', str(calling.get("outputs"))):
-        importlib.import_module(module)

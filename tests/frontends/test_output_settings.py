@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import transformers
 
 import lobcq_fx
 from lobcq_fx.errors import CallError, TraceError
-from lobcq_fx.frontends.output_types import output_type
+from lobcq_fx.frontends.output_types import import_output_types, output_type
 from lobcq_fx.frontends.transformers_trace import trace_causal_lm
 from lobcq_fx.pipeline import trace
 from tests.families import LLAMA, VOCABULARY, causal_lm
@@ -131,5 +133,14 @@ def test_a_model_with_outputs_that_would_be_lost_is_refused():
     ],
 )
 def test_only_output_classes_of_transformers_are_looked_up(name):
-    with pytest.raises(ValueError, match="output_type is "):
+    with pytest.raises(ValueError, match=r"output_type is |cannot be imported"):
         output_type(name)
+
+
+def test_no_module_is_imported_that_defines_no_model():
+    home = "transformers.models.llava"
+    before = set(sys.modules)
+    import_output_types(f'"type": "{home}.convert_llava_weights_to_hf.X" "type": "os.path.X"')
+    assert set(sys.modules) == before
+    with pytest.raises(ValueError, match=r"modeling_gone, which defines the model's outputs, cannot be imported"):
+        import_output_types(f'"type": "{home}.modeling_gone.X"')
