@@ -55,5 +55,7 @@ def _restore_transposes(graph: ir.Graph, node: ir.Node) -> None:
         transposed = ir.node("Transpose", [operand], {"perm": order})
         graph.insert_before(node, transposed)
         moved = transposed.outputs[0]
+        assert operand is not None
+        assert operand.shape is not None  # its rank is known
         moved.shape, moved.type = ir.Shape([operand.shape[dim] for dim in order]), operand.type
         node.replace_input_with(index, moved)

@@ -7,7 +7,7 @@ squeeze(x, [0, 1]) of x [1, T, D]  ->  squeeze(x, [0])
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -45,10 +45,10 @@ def _superfluous(node: fx.Node) -> list[int] | None:
     """The dimensions that go where the node names others too, else None."""
     if node.target not in (aten.squeeze.dim, aten.squeeze.dims):
         return None
-    x, named = node.args
+    x, named = cast(tuple[Any, Any], node.args)
     before, after = (one.meta.get("val") if isinstance(one, fx.Node) else None for one in (x, node))
     if not isinstance(before, Tensor) or not isinstance(after, Tensor) or not before.dim():
         return None
-    every = {int(dim) % before.dim() for dim in (named if isinstance(named, (list, tuple)) else [named])}  # type: ignore[call-overload]
+    every = {int(dim) % before.dim() for dim in (named if isinstance(named, (list, tuple)) else [named])}
     ones = sorted(dim for dim in every if isinstance(before.shape[dim], int) and before.shape[dim] == 1)
     return ones if len(ones) < len(every) and before.dim() - len(ones) == after.dim() else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.frontends.base import FrontEnd
+from lobcq_fx.frontends.output_types import import_output_types
 from lobcq_fx.frontends.roles import roles_of
 from lobcq_fx.frontends.saved_config import config_of
 from lobcq_fx.frontends.transformers_trace import made_up_inputs, trace_pretrained, traced_flags
@@ -63,13 +62,7 @@ class EncoderFrontEnd(FrontEnd):
 
     def load(self, saved: Checkpoint, directory: Path) -> QuantizedModel:
         """The same."""
-        _import_output_types(saved.calling)
+        import_output_types(str(saved.calling.get("outputs")))
         graphs = saved.traced({MAIN: ModuleCall.from_dict})
         config = config_of(saved, directory)
         return QuantizedModel(self, graphs, saved.refused, saved.lobcq_config, saved.inventory, config)
-
-
-def _import_output_types(calling: Mapping[str, Any]) -> None:
-    """Output classes of transformers register themselves when their module is imported. No other module is imported."""
-    for module in re.findall(r'"type": "(transformers(?:\.\w+)+)\.\w+"', str(calling.get("outputs"))):
-        importlib.import_module(module)
