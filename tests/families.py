@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 import transformers
@@ -14,6 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 import lobcq_fx
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, matmul, universal_codebooks
+from lobcq_fx.frontends import front_end_of
+from lobcq_fx.tracing.trace import MAIN, TracedModel
+from lobcq_fx.tracing.wrappers import unwrapped
 
 VOCABULARY = 96
 # Feed-forward 172 and hidden 72 leave tails of 44 and 8 columns after the last whole block array of 64.
@@ -123,3 +127,9 @@ def _forward(
 
 def quantized_layers(q: nn.Module) -> list[str]:
     return [record.layer for record in q.inventory.quantized]
+
+
+def trace_main(model: nn.Module, example_inputs: Any = None) -> TracedModel:
+    """A model's main graph, as `quantize` traces it."""
+    model = unwrapped(model)
+    return front_end_of(model).trace(model, example_inputs, static_cache=False).graphs[MAIN]

@@ -106,11 +106,10 @@ LAYERS = {
     "model.layers.0.self_attn.q_proj": None,
     "model.layers.0.mlp.gate_proj": None,
     "lm_head": "excluded by pattern '*lm_head'",
-    "model.embed_tokens": "excluded by pattern '*embed*'",
-    "bert.embeddings.word_embeddings": "excluded by pattern '*embed*'",
+    "time_embed.linear_1": None,  # what only sounds like an embedding or a norm is a matmul like others
+    "transformer_blocks.0.norm1.linear": None,
     "model.layers.3.mlp.gate": "excluded by pattern '*.gate'",
     "model.layers.3.mlp.router": "excluded by pattern '*router*'",
-    "model.layers.0.input_layernorm": "excluded by pattern '*norm*'",
     "classifier": "excluded by pattern '*classifier'",
     "score": "excluded by pattern '*score'",
 }

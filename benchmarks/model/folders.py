@@ -26,7 +26,7 @@ NAMES = (TORCH_FP32, TORCH_BF16, W4A4, W4A4_HEAD, W4A16, ORT_FP32, ORT_INT4)
 CONFIGS = {
     W4A4: lobcq_fx.LobcqConfig(),
     W4A4_HEAD: lobcq_fx.LobcqConfig(
-        exclude=tuple(pattern for pattern in DEFAULT_EXCLUDE if pattern != "*lm_head"),
+        exclude=tuple(pattern for pattern in DEFAULT_EXCLUDE if pattern not in ("@head", "*lm_head")),
         overrides={"*lm_head": {"mode": "w4a16"}},
     ),
     W4A16: lobcq_fx.LobcqConfig(mode="w4a16"),

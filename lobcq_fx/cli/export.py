@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,8 +107,8 @@ def _values(summary: ExportSummary, seconds: float) -> dict[str, Any]:
         "difference_with_library": summary.differences.library,
         "moved_codes": summary.differences.moved_codes,
         "fused_attentions": summary.fused_attentions,
-        "unfused_attentions": list(summary.unfused_attentions),
-        "left_in_float": [{"layer": layer, "reason": reason} for layer, reason in summary.left_in_float],
+        "unfused_attentions": [asdict(refusal) for refusal in summary.unfused_attentions],
+        "left_in_float": [{"layer": one.layer, "reason": one.reason} for one in summary.left_in_float],
         "genai": summary.genai,
         "seconds": round(seconds, 2),
     }
@@ -143,8 +144,8 @@ def _print(summary: ExportSummary, result: dict[str, Any], *, causal: bool) -> N
     console.print(types)
     if summary.left_in_float:
         left = Table(title="Left in float", title_justify="left", show_header=False)
-        for layer, reason in summary.left_in_float:
-            left.add_row(escape(layer), escape(reason))
+        for refusal in summary.left_in_float:
+            left.add_row(escape(refusal.layer), escape(refusal.reason))
         console.print(left)
     console.print(f"Saved to [bold]{escape(str(summary.path))}[/].", soft_wrap=True)
     if causal:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -18,10 +18,14 @@ from torch import Tensor, fx
 
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.graph.attributes import named_arguments
+from lobcq_fx.graph.matmuls import module_path
 from lobcq_fx.passes.group_query_heads import keeps_everything
 from lobcq_fx.passes.infra import GraphPass
+from lobcq_fx.refusal import Refusal
 
 aten = torch.ops.aten
+
+ATTENTION = aten.scaled_dot_product_attention.default
 
 OPERATOR = "com.microsoft::GroupQueryAttention"
 WIDTH_MULTIPLE = 8
@@ -50,7 +54,7 @@ class _Match:
 class UseGroupQueryAttention(GraphPass):
     """Rewrite every attention of a language model's graph that the operator can express, after `GroupQueryHeads`.
 
-    `fused` is filled with the names of those that were, `refusals` with the reason of each that stays as it is.
+    It refuses those that stay as they are.
 
     Args:
         calling: of the model, whose caches come last among the graph's inputs.
@@ -59,26 +63,23 @@ class UseGroupQueryAttention(GraphPass):
     name: ClassVar[str] = "use_group_query_attention"
 
     calling: CausalLMCall
-    fused: list[str] = field(default_factory=list, compare=False)
-    refusals: list[str] = field(default_factory=list, compare=False)
 
-    def transform(self, graph_module: fx.GraphModule) -> bool:
+    def attempt(self, graph_module: fx.GraphModule) -> tuple[bool, list[Refusal]]:
         """Replace each, and the grown cache with it wherever that is read."""
-        graph, before = graph_module.graph, len(self.fused)
+        graph, modified, refusals = graph_module.graph, False, list[Refusal]()
         widths = [width for _, *both in self.calling.cache_heads for width in both]
         states = [node for node in graph.nodes if node.op == "placeholder"][-len(widths) :]
         caches = dict(zip(states, widths, strict=True))
-        for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        for node in graph.find_nodes(op="call_function", target=ATTENTION):
             match = _match(node, caches)
             if isinstance(match, str):
-                self.refusals.append(match)
+                refusals.append(Refusal(self.name, module_path(node) or node.name, match))
                 continue
             _replace(node, match)
-            self.fused.append(node.name)
-        if len(self.fused) == before:
-            return False
-        graph.eliminate_dead_code()
-        return True
+            modified = True
+        if modified:
+            graph.eliminate_dead_code()
+        return modified, refusals
 
 
 def _replace(node: fx.Node, match: _Match) -> None:

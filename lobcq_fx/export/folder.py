@@ -14,7 +14,7 @@ import onnx_ir as ir
 from torch import fx
 
 from lobcq_fx.errors import ExportError
-from lobcq_fx.export.attention import UseGroupQueryAttention
+from lobcq_fx.export.attention import ATTENTION, UseGroupQueryAttention
 from lobcq_fx.export.convert import to_onnx
 from lobcq_fx.export.flat_module import FlatModule
 from lobcq_fx.export.genai import GENAI_CONFIG, write_genai_files
@@ -30,6 +30,7 @@ from lobcq_fx.model import QuantizedModel
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.group_query_heads import GroupQueryHeads
 from lobcq_fx.passes.infra import Sequential
+from lobcq_fx.refusal import Refusal
 from lobcq_fx.storage.atomic_folder import replace_folder
 
 DATA = f"{MODEL}.data"
@@ -64,8 +65,8 @@ class ExportSummary:
     size: int
     differences: Differences
     fused_attentions: int
-    unfused_attentions: tuple[str, ...]
-    left_in_float: tuple[tuple[str, str], ...]
+    unfused_attentions: tuple[Refusal, ...]
+    left_in_float: tuple[Refusal, ...]
     genai: str | None
 
 
@@ -98,7 +99,7 @@ def write_folder(
     reference = copy.deepcopy(graph)
     if target == "matmulnbits":
         Sequential((LowerToMatMulNBits(q.graph_module), EliminateDeadCode()))(graph)
-    fused, unfused = _fuse_attention(graph, q) if fuse else ([], [])
+    fused, unfused = _fuse_attention(graph, q) if fuse else (0, ())
     model = to_onnx(FlatModule(graph), signature, fuse=fuse)
     model.metadata_props.update(metadata_of(q, one_sequence=bool(fused), last_logits_only=last_logits_only))
     progress("convert", 1, 1)
@@ -116,20 +117,21 @@ def write_folder(
         library_nodes=sum(count for name, count in nodes.items() if name.startswith(f"{DOMAIN}::")),
         size=size,
         differences=differences,
-        fused_attentions=len(fused),
-        unfused_attentions=tuple(unfused),
-        left_in_float=tuple((record.layer, str(record.reason)) for record in q.inventory.left_alone),
+        fused_attentions=fused,
+        unfused_attentions=unfused,
+        left_in_float=tuple(Refusal("quantize", record.layer, str(record.reason)) for record in q.inventory.left_alone),
         genai=genai,
     )
 
 
-def _fuse_attention(graph: fx.GraphModule, q: QuantizedModel) -> tuple[list[str], list[str]]:
-    """Names of a language model's attentions that became ONNX Runtime's own, and for each that did not, why."""
+def _fuse_attention(graph: fx.GraphModule, q: QuantizedModel) -> tuple[int, tuple[Refusal, ...]]:
+    """How many of a language model's attentions became ONNX Runtime's own, and why each other did not."""
     if not isinstance(q.calling, CausalLMCall):
-        return [], []
-    attention = UseGroupQueryAttention(q.calling)
-    Sequential((GroupQueryHeads(), attention))(graph)
-    return attention.fused, attention.refusals
+        return 0, ()
+    GroupQueryHeads()(graph)
+    before = len(list(graph.graph.find_nodes(op="call_function", target=ATTENTION)))
+    refusals = UseGroupQueryAttention(q.calling)(graph).refusals
+    return before - len(refusals), refusals
 
 
 def _save(model: ir.Model, folder: Path) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,7 +12,8 @@ from lobcq_fx.format import FormatSpec
 from lobcq_fx.format.codes import entries_of
 from lobcq_fx.format.packing import unpack_codes, unpack_selectors
 from lobcq_fx.format.spec import BLOCK_SIZE
-from lobcq_fx.graph.attributes import get_attribute, named_arguments, register_attribute
+from lobcq_fx.graph.attributes import get_attribute, register_attribute
+from lobcq_fx.graph.stored_linear import StoredLinear, stored_linears
 from lobcq_fx.passes.infra import GraphPass
 
 ops = torch.ops.lobcq
@@ -21,9 +21,6 @@ ops = torch.ops.lobcq
 OPERATOR = "com.microsoft::MatMulNBits"
 ZERO_POINT = 128
 """MatMulNBits' default for 8 bits: what an entry of 0 is stored as."""
-
-INTEGER_PARTS = ("w_codes", "w_selectors", "w_scales", "w_codebooks")
-WEIGHT_PARTS = (*INTEGER_PARTS[:3], "w_tensor_scale", INTEGER_PARTS[3])
 
 
 @dataclass(frozen=True)
@@ -35,20 +32,15 @@ class UseFloatActivations(GraphPass):
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Replace each; what encoded the activations then goes."""
         graph = graph_module.graph
-        linears = list(graph.find_nodes(op="call_function", target=ops.linear.default))
-        for node in linears:
-            arguments = named_arguments(node)
-            part = arguments["codes"]
-            assert part.target is operator.getitem, "an encoded activation comes from quantize_activation"
-            x = named_arguments(part.args[0])["x"]
-            weight = [arguments[name] for name in WEIGHT_PARTS]
-            with graph.inserting_before(node):
-                y = graph.call_function(
-                    ops.linear.float_activation, (x, *weight, arguments["bias"], arguments["array_size"])
-                )
-                y = graph.call_function(torch.ops.aten.to.dtype, (y, arguments["dtype"]))
-            node.replace_all_uses_with(y)
-            graph.erase_node(node)
+        linears = [linear for linear in stored_linears(graph) if linear.encodes_activation]
+        for linear in linears:
+            assert linear.activation is not None, "an encoded activation comes from quantize_activation"
+            args = (linear.activation, *linear.weight_nodes, linear.bias, linear.array_size)
+            with graph.inserting_before(linear.node):
+                y = graph.call_function(ops.linear.float_activation, args)
+                y = graph.call_function(torch.ops.aten.to.dtype, (y, linear.arguments["dtype"]))
+            linear.node.replace_all_uses_with(y)
+            graph.erase_node(linear.node)
         if linears:
             graph.eliminate_dead_code()
         return bool(linears)
@@ -68,30 +60,30 @@ class LowerToMatMulNBits(GraphPass):
 
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Replace each, with its weight beside the packed one; that is left to `EliminateDeadCode`."""
-        linears = list(graph_module.graph.find_nodes(op="call_function", target=ops.linear.float_activation))
-        for node in linears:
-            self._lower(graph_module, node)
+        linears = [linear for linear in stored_linears(graph_module.graph) if not linear.encodes_activation]
+        for linear in linears:
+            self._lower(graph_module, linear)
         if linears:
             graph_module.graph.eliminate_dead_code()
         return bool(linears)
 
-    def _lower(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
-        graph, arguments = graph_module.graph, named_arguments(node)
-        name = str(arguments["w_codes"].target).removesuffix(".codes")
-        parts = [get_attribute(graph_module, str(arguments[part].target)) for part in INTEGER_PARTS]
-        blocks, scales = integer_weight(*parts, array_size=arguments["array_size"])
+    def _lower(self, graph_module: fx.GraphModule, linear: StoredLinear) -> None:
+        graph, name = graph_module.graph, linear.weight
+        codes, selectors, scales, tensor_scale, codebooks = linear.weight_nodes
+        parts = [get_attribute(graph_module, str(one.target)) for one in (codes, selectors, scales, codebooks)]
+        blocks, block_scales = integer_weight(*parts, array_size=linear.array_size)
         columns = get_attribute(self.quantized, name).columns
-        with graph.inserting_before(node):
+        with graph.inserting_before(linear.node):
             stored = []
-            for key, tensor in ((f"{name}.blocks", blocks), (f"{name}.block_scales", scales)):
+            for key, tensor in ((f"{name}.blocks", blocks), (f"{name}.block_scales", block_scales)):
                 register_attribute(graph_module, key, tensor)
                 stored.append(graph.get_attr(key))
-            y = graph.call_function(matmul_nbits, (arguments["x"], *stored, columns))
-            y = graph.call_function(torch.ops.aten.mul.Tensor, (y, arguments["w_tensor_scale"]))
-            if arguments["bias"] is not None:
-                y = graph.call_function(torch.ops.aten.add.Tensor, (y, arguments["bias"]))
-        node.replace_all_uses_with(y)
-        graph.erase_node(node)
+            y = graph.call_function(matmul_nbits, (linear.activation, *stored, columns))
+            y = graph.call_function(torch.ops.aten.mul.Tensor, (y, tensor_scale))
+            if linear.bias is not None:
+                y = graph.call_function(torch.ops.aten.add.Tensor, (y, linear.bias))
+        linear.node.replace_all_uses_with(y)
+        graph.erase_node(linear.node)
 
 
 def integer_weight(

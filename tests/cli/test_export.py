@@ -22,7 +22,7 @@ def test_summary(exported: tuple[Path, dict[str, Any]]) -> None:
     assert found["bytes"] == sum((out / name).stat().st_size for name in ("model.onnx",))
     assert found["library_nodes"] == found["nodes"]["lobcq::Linear"] + found["nodes"]["lobcq::QuantizeActivation"]
     assert found["difference_with_function_bodies"] < 1e-3
-    assert {"layer": "lm_head", "reason": "excluded by pattern '*lm_head'"} in found["left_in_float"]
+    assert {"layer": "lm_head", "reason": "excluded by pattern '@head'"} in found["left_in_float"]
     assert found["genai"] is None
 
 

@@ -22,11 +22,13 @@ aten = torch.ops.aten
 def use_group_query_attention(graph_module, calling):
     """How many attentions were fused, and why others were not. A second run finds nothing more."""
     GroupQueryHeads()(graph_module)
-    one, again = UseGroupQueryAttention(calling), UseGroupQueryAttention(calling)
-    assert one(graph_module).modified == bool(one.fused)
-    assert_unchanged(again, graph_module)
-    assert again.refusals == one.refusals
-    return len(one.fused), tuple(one.refusals)
+    before = len(list(attentions(graph_module)))
+    result = UseGroupQueryAttention(calling)(graph_module)
+    fused = before - len(list(attentions(graph_module)))
+    assert result.modified == bool(fused)
+    again = assert_unchanged(UseGroupQueryAttention(calling), graph_module)
+    assert again.refusals == result.refusals
+    return fused, tuple(refusal.reason for refusal in result.refusals)
 
 
 def attentions(graph_module):

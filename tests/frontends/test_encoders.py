@@ -8,8 +8,7 @@ import transformers
 
 import lobcq_fx
 from lobcq_fx.errors import CallError, TraceError
-from lobcq_fx.pipeline import trace
-from tests.families import LLAMA, TOKENS, VOCABULARY, fake_quantized, quantized_layers
+from tests.families import LLAMA, TOKENS, VOCABULARY, fake_quantized, quantized_layers, trace_main
 
 BERT = {"hidden_size": 72, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -162,8 +161,8 @@ def test_other_models_that_say_encoder_decoder_and_are_called_once(make):
     model, call = make()
     assert model.eval().config.is_encoder_decoder
     with pytest.raises(TraceError, match=rf"{model.main_input_name}.*pass example_inputs=\{{'{model.main_input_name}'"):
-        trace(model)
-    traced = trace(model, call)
+        trace_main(model)
+    traced = trace_main(model, call)
     other = {name: value.flip(0) + 0.5 for name, value in call.items()}
     outputs = traced.graph_module(*traced.calling.flatten((), other))
     actual, expected = traced.calling.unflatten(outputs, (), other), model(**other)

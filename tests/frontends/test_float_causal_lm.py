@@ -9,8 +9,7 @@ import transformers
 import lobcq_fx
 from lobcq_fx.errors import CallError, TraceError
 from lobcq_fx.frontends.transformers_trace import trace_causal_lm, trace_static_cache
-from lobcq_fx.pipeline import trace
-from tests.families import LLAMA, TOKENS
+from tests.families import LLAMA, TOKENS, trace_main
 from tests.frontends.test_output_settings import IDS, call
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, **TOKENS}
@@ -54,7 +53,7 @@ class Logits(torch.nn.Module):
 def test_the_remedy_for_other_caches_works():
     torch.manual_seed(0)
     model = HYBRIDS["keeps a LinearAttentionLayer"]().eval()
-    traced = trace(Logits(model), {"input_ids": IDS})
+    traced = trace_main(Logits(model), {"input_ids": IDS})
     longer = torch.arange(3, 36).view(3, 11)
     torch.testing.assert_close(call(traced, longer), model(longer).logits)
 

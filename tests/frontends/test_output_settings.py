@@ -12,8 +12,7 @@ import lobcq_fx
 from lobcq_fx.errors import CallError, TraceError
 from lobcq_fx.frontends.output_types import import_output_types, output_type
 from lobcq_fx.frontends.transformers_trace import trace_causal_lm
-from lobcq_fx.pipeline import trace
-from tests.families import LLAMA, VOCABULARY, causal_lm
+from tests.families import LLAMA, VOCABULARY, causal_lm, trace_main
 
 IDS = torch.arange(3, 13).view(2, 5)
 FLAGS = ("output_hidden_states", "output_attentions", "use_cache", "return_dict")
@@ -60,7 +59,7 @@ def test_a_bert_returns_what_its_configuration_says(flags):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = transformers.BertConfig(**sizes, vocab_size=VOCABULARY, max_position_embeddings=32)
     model = transformers.BertModel(flagged(config, **flags)).eval()
-    expected, actual = model(IDS), call(trace(model), IDS)
+    expected, actual = model(IDS), call(trace_main(model), IDS)
     assert type(actual) is type(expected)
     torch.testing.assert_close(tuple(actual.values() if isinstance(actual, dict) else actual), expected[:])
     assert getattr(model.config, next(iter(flags))) == next(iter(flags.values()))

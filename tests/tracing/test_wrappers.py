@@ -11,9 +11,9 @@ from torch import fx, nn
 
 import lobcq_fx
 from lobcq_fx.errors import TraceError
-from lobcq_fx.pipeline import trace
 from lobcq_fx.tracing.trace import trace_module
 from lobcq_fx.tracing.wrappers import unwrapped
+from tests.families import trace_main
 from tests.passes.graphs import Function, linear, values
 
 X = values(3, 64)
@@ -95,7 +95,7 @@ def test_outputs_of_an_unknown_type_are_named():
     with pytest.raises(
         TraceError, match=r"class '.*\.Pair'> in output.*Remedy: return tensors, or tuples, lists and dicts"
     ):
-        trace(model, X)
+        trace_main(model, X)
 
 
 def conditional(m, x):
