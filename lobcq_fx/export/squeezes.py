@@ -45,10 +45,11 @@ def _superfluous(node: fx.Node) -> list[int] | None:
     """The dimensions that go where the node names others too, else None."""
     if node.target not in (aten.squeeze.dim, aten.squeeze.dims):
         return None
-    x, named = node.args
+    args: Any = node.args
+    x, named = args
     before, after = (one.meta.get("val") if isinstance(one, fx.Node) else None for one in (x, node))
     if not isinstance(before, Tensor) or not isinstance(after, Tensor) or not before.dim():
         return None
-    every = {int(dim) % before.dim() for dim in (named if isinstance(named, (list, tuple)) else [named])}  # type: ignore[call-overload]
+    every = {int(dim) % before.dim() for dim in (named if isinstance(named, (list, tuple)) else [named])}
     ones = sorted(dim for dim in every if isinstance(before.shape[dim], int) and before.shape[dim] == 1)
     return ones if len(ones) < len(every) and before.dim() - len(ones) == after.dim() else None
