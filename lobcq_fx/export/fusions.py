@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 
 from lobcq_fx.integrations.transformers_onnx import fuse_for_cpu
@@ -43,14 +45,16 @@ def _restore_transposes(graph: ir.Graph, node: ir.Node) -> None:
     """ONNX Runtime's FusedMatMul moves an operand's first dimension behind the others (`transBatchA`) only where both
     operands are of one rank, 3 or more; the fusion asks for it whatever the other operand is, say a matrix.
     """
-    ranks = [None if value is None or value.shape is None else len(value.shape) for value in node.inputs]
-    if None in ranks or (ranks[0] == ranks[1] and ranks[0] > 2):  # type: ignore[operator]
+    operands: list[Any] = list(node.inputs)
+    if any(operand.shape is None for operand in operands):
         return
-    for index, side in enumerate("AB"):
-        operand = node.inputs[index]
+    ranks = [len(operand.shape) for operand in operands]
+    if ranks[0] == ranks[1] and ranks[0] > 2:
+        return
+    for index, (operand, side) in enumerate(zip(operands, "AB", strict=True)):
         if not node.attributes.pop(f"transBatch{side}", None):
             continue
-        first, *others, last = range(ranks[index])  # type: ignore[arg-type]
+        first, *others, last = range(ranks[index])
         order = [*others, first, last]  # `transA` swaps the last two after that, and may stay
         transposed = ir.node("Transpose", [operand], {"perm": order})
         graph.insert_before(node, transposed)

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from lobcq_fx.errors import LobcqError
 from lobcq_fx.kernels.cpu.installed import SWITCH, cpu_core
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 LIBRARY_COPY = {"darwin": "liblobcq.dylib", "win32": "lobcq.dll"}.get(sys.platform, "liblobcq.so")
 """Name of the copy that goes with an exported model."""
+
+
+_registered: WeakSet[SessionOptions] = WeakSet()
+"""Options that have the ops. ONNX Runtime refuses sessions of those that were given them twice."""
 
 
 def get_library_path() -> str:
@@ -41,13 +46,15 @@ def is_available() -> bool:
 
 
 def register(session_options: SessionOptions) -> None:
-    """Add the `lobcq` ops to a session's options.
+    """Add the `lobcq` ops to a session's options, once however often it is called with them.
 
     Raises:
         LobcqError: there is no op library.
         RuntimeError: this ONNX Runtime is too old for it.
     """
-    session_options.register_custom_ops_library(get_library_path())
+    if session_options not in _registered:
+        session_options.register_custom_ops_library(get_library_path())
+        _registered.add(session_options)
 
 
 def copy_library(folder: Path) -> str:

@@ -7,7 +7,7 @@ squeeze(x, [0, 1]) of x [1, T, D]  ->  squeeze(x, [0])
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -45,7 +45,8 @@ def _superfluous(node: fx.Node) -> list[int] | None:
     """The dimensions that go where the node names others too, else None."""
     if node.target not in (aten.squeeze.dim, aten.squeeze.dims):
         return None
-    x, named = cast(tuple[Any, Any], node.args)
+    args: Any = node.args
+    x, named = args
     before, after = (one.meta.get("val") if isinstance(one, fx.Node) else None for one in (x, node))
     if not isinstance(before, Tensor) or not isinstance(after, Tensor) or not before.dim():
         return None

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lobcq_fx.errors import CheckpointError
@@ -14,7 +14,8 @@ from lobcq_fx.errors import CheckpointError
 
 @contextmanager
 def replace_folder(target: Path, is_ours: Callable[[Path], bool], parts: Container[str] = ()) -> Iterator[Path]:
-    """Yield an empty folder beside `target`; when the block ends well it becomes `target`, else it is deleted.
+    """Yield an empty folder beside `target`; when the block ends well it becomes `target`, else it is deleted, and so
+    are the folders above it that there were not before.
 
     Files of an old folder that the block did not write again (a tokenizer, notes) are carried over, but for those that
     `parts` names, which belong to what was replaced.
@@ -27,6 +28,7 @@ def replace_folder(target: Path, is_ours: Callable[[Path], bool], parts: Contain
         raise CheckpointError(f"{target} is a file: name a folder")
     if target.is_dir() and any(target.iterdir()) and not is_ours(target):
         raise CheckpointError(f"{target} holds files that are not a quantized model: choose a new or empty folder")
+    new = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
@@ -36,6 +38,9 @@ def replace_folder(target: Path, is_ours: Callable[[Path], bool], parts: Contain
         _swap(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        with suppress(OSError):  # from the innermost out, up to one that holds something
+            for folder in new:
+                folder.rmdir()
 
 
 def _carry_over(old: Path, fresh: Path, parts: Container[str]) -> None:

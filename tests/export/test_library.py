@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx
 import onnxruntime
 import pytest
 
@@ -26,6 +27,23 @@ def test_registers_with_onnxruntime() -> None:
         pytest.skip("the CPU core was not built, or is switched off")
     assert Path(library.get_library_path()).is_file()
     library.register(onnxruntime.SessionOptions())
+
+
+def test_registers_once() -> None:
+    if cpu_core() is None:
+        pytest.skip("the CPU core was not built, or is switched off")
+    x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2])
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    for times in (1, 2):
+        options = onnxruntime.SessionOptions()
+        for _ in range(times):
+            library.register(options)
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    options.register_custom_ops_library(library.get_library_path())  # what would happen without
+    with pytest.raises(Exception, match="Domain already set in registry"):
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,12 @@ from lobcq_fx.errors import ExportError
 from lobcq_fx.export import export_onnx, folder
 from lobcq_fx.export.hidden import find_hidden
 from lobcq_fx.export.self_check import _agreement, _difference
+from lobcq_fx.export.signature import signature_of
+from lobcq_fx.export.stored_module import stored_module
 from lobcq_fx.format import FormatSpec, universal_codebooks
 from lobcq_fx.tracing.trace import trace_module
 from tests.export.sessions import Session
+from tests.families import quantized_causal_lm
 
 
 class Windows(nn.Module):
@@ -64,6 +67,22 @@ def test_a_fault_beside_hidden_rows_is_found(padded, tmp_path, monkeypatch):
     monkeypatch.setattr(folder, "_save", save_wrong)
     with pytest.raises(ExportError, match="output output differs by"):
         export_onnx(q, tmp_path / "out", example)
+
+
+def test_language_models_are_checked_on_padded_prompts():
+    """Of the padding nothing counts, of the tokens everything."""
+    _, q = quantized_causal_lm("gpt-neox")
+    signature = signature_of(q, None)
+    prompt = dict(zip(signature.inputs, signature.samples[0], strict=True))
+    assert prompt["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
+    hidden = find_hidden(stored_module(q), signature.samples[0])
+    logits = hidden.values[signature.outputs.index("logits")]
+    assert logits.all(-1).tolist() == [[True, True, False], [False, False, False]]
+    assert not logits[0, 2].any()
+    assert not logits[1].any()
+    for rows in hidden.rows.values():
+        assert not rows.view(2, 3)[0, 2]
+        assert not rows.view(2, 3)[1].any()
 
 
 class Attention(nn.Module):

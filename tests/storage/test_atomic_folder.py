@@ -40,6 +40,19 @@ def test_a_new_folder_with_its_parents(tmp_path):
     assert leftovers(tmp_path / "a" / "b") == []
 
 
+def test_a_failure_leaves_no_new_parents(tmp_path):
+    (tmp_path / "old").mkdir()
+
+    def fail():
+        with replace_folder(tmp_path / "old" / "new" / "newer" / "q", is_ours) as folder:
+            (folder / "mark").write_text("1")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail()
+    assert [path.name for path in tmp_path.rglob("*")] == ["old"]
+
+
 def test_an_empty_folder_is_taken(tmp_path):
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty", "1")
