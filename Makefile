@@ -49,7 +49,8 @@ default-dtype: $(VENV)/.installed
 	LOBCQ_TEST_DEFAULT_DTYPE=float16 LOBCQ_CPU_CORE=0 $(BIN)/python -m pytest -k "not fake_kernels" tests/ops
 
 # The core's tests once more, on a build with AddressSanitizer and UBSan, whose reports go to the process's stderr.
-# Python itself leaks at exit.
+# Python itself leaks at exit. Left out is what runs no such build: Triton, and the core that is emulated.
+UNSANITIZED := tests/kernels/triton tests/kernels/test_bind_triton.py tests/kernels/cpu/test_neon.py
 SANITIZED := build/sanitized_core.so
 sanitize: $(VENV)/.installed
 	@mkdir -p build
@@ -57,7 +58,7 @@ sanitize: $(VENV)/.installed
 	  CXX=g++ $(BIN)/python -m lobcq_fx.kernels.cpu.build $(SANITIZED) --sanitize; \
 	  LOBCQ_CPU_CORE=$(abspath $(SANITIZED)) ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(BIN)/python -m pytest --capture=sys --ignore=tests/kernels/triton tests/kernels; fi
+	  $(BIN)/python -m pytest --capture=sys $(addprefix --ignore=,$(UNSANITIZED)) tests/kernels; fi
 
 # The op library and the function bodies once more, in the oldest ONNX Runtime that opens our exports; and the GPU
 # kernels compiled by the oldest Triton, which the interpreter does not show.

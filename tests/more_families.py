@@ -224,30 +224,35 @@ DISTINCT: dict[str, Family] = {
     **families(
         LanguageModel,
         "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo olmo2 nemotron stablelm starcoder2 cohere2"
-        " granite helium smollm3 glm4 persimmon apertus arcee ernie4_5 exaone4 hunyuan_v1_dense diffllama bitnet jais2"
+        " granite helium smollm3 glm4 persimmon apertus exaone4 hunyuan_v1_dense diffllama bitnet"
         " nanochat doge",
         **GROUPED,
     ),
-    **families(LanguageModel, "gpt2 gpt_neox gpt_bigcode opt falcon bloom mpt biogpt xglm gpt_neox_japanese"),
-    **families(LanguageModel, "gptj codegen", rotary_dim=8),
+    **families(LanguageModel, "gpt2 gpt_neox gpt_bigcode opt falcon bloom mpt biogpt xglm"),
+    **families(LanguageModel, "gptj", rotary_dim=8),
     **families(LanguageModel, "gpt_neo", attention_types=[[["local"], 1]], window_size=4),
-    **families(LanguageModel, "mixtral qwen2_moe qwen3_moe olmoe", **EXPERTS),
+    **families(LanguageModel, "mixtral qwen2_moe qwen3_moe", **EXPERTS),
     **families(
         TextEncoder,
-        "bert roberta distilbert electra albert deberta-v2 mpnet modernbert nomic_bert convbert esm roformer rembert"
-        " xlm-roberta-xl eurobert clip_text_model",
+        "bert roberta distilbert electra albert deberta-v2 mpnet modernbert nomic_bert convbert esm roformer"
+        " eurobert clip_text_model",
     ),
-    **families(EncoderOfTwoParts, "t5 mt5", d_kv=16),
+    **families(EncoderOfTwoParts, "t5", d_kv=16),
     **families(ImageEncoder, "vit beit dinov2 dinov3_vit clip_vision_model siglip_vision_model", **IMAGES),
     **families(SpeechEncoder, "wav2vec2 hubert", **SOUND),
 }
 TWINS: dict[str, Family] = {
     **families(
         LanguageModel,
-        "ministral ministral3 internlm3 iquestcoder hyperclovax seed_oss vaultgemma olmo3 cohere glm",
+        "ministral ministral3 internlm3 iquestcoder hyperclovax seed_oss vaultgemma olmo3 cohere glm arcee"
+        " ernie4_5 jais2",
         **GROUPED,
     ),
-    **families(TextEncoder, "xlm-roberta camembert data2vec-text ernie"),
+    **families(LanguageModel, "gpt_neox_japanese"),
+    **families(LanguageModel, "codegen", rotary_dim=8),
+    **families(LanguageModel, "olmoe", **EXPERTS),
+    **families(TextEncoder, "xlm-roberta xlm-roberta-xl camembert data2vec-text ernie rembert"),
+    **families(EncoderOfTwoParts, "mt5", d_kv=16),
     **families(ImageEncoder, "deit ijepa data2vec-vision", **IMAGES),
     **families(SpeechEncoder, "unispeech-sat", **SOUND),
 }

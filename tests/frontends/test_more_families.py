@@ -34,4 +34,4 @@ def test_a_family_computes_what_its_fake_quantized_original_does(name, tmp_path)
 
 
 def test_at_least_sixty_families_are_tested():
-    assert len(FAMILIES) >= 60
+    assert len(set(DISTINCT) | IN_DEPTH) >= 60
