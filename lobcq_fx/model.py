@@ -16,6 +16,7 @@ from lobcq_fx.errors import LobcqError
 from lobcq_fx.graph.run_on_zeros import run_on_zeros
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.kernels.bind import rows_to_warm, weight_layout
+from lobcq_fx.modules.not_pickled import NotPickled
 from lobcq_fx.modules.packed_weight import WeightLayout
 from lobcq_fx.ops.schemas import NO_GRADIENT
 from lobcq_fx.passes.order import lower
@@ -23,6 +24,7 @@ from lobcq_fx.passes.prepack import Prepack, restore_weights, weights_as_stored
 from lobcq_fx.passes.retarget_device import RetargetDevice
 from lobcq_fx.refusal import Refusal
 from lobcq_fx.storage.checkpoint import Checkpoint, StoredGraph, saved_folder
+from lobcq_fx.storage.keywords import check_keywords
 from lobcq_fx.tracing.autocast import without_autocast
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.trace import MAIN, TracedModel
@@ -52,7 +54,7 @@ class FrontEnd(Protocol):
         """The model that a folder holds."""
 
 
-class QuantizedModel(nn.Module):
+class QuantizedModel(NotPickled):
     """A model whose matmuls run in LO-BCQ. Inference only.
 
     graphs: all on the same tensors, by name; `MAIN` serves every call that no other one is made for.
@@ -156,17 +158,21 @@ class QuantizedModel(nn.Module):
             one.graph_module.graph = one.stored
         self.inventory = replace(self.inventory, refusals=())
 
-    def save_pretrained(self, directory: str | Path, tokenizer: Any = None) -> None:
+    def save_pretrained(self, directory: str | Path, tokenizer: Any = None, **keywords: Any) -> None:
         """Write a folder that `lobcq_fx.load` opens without the float weights.
 
         Args:
             directory: new, empty, or a folder written by this method, which is replaced as a whole.
             tokenizer: saved beside the weights if given.
+            **keywords: Hugging Face's, where they change nothing here: `push_to_hub=False`, but not `True`.
 
         Raises:
-            CheckpointError: the folder holds something else, or the written files do not read back equal.
+            CheckpointError: the folder holds something else, the written files do not read back equal, or a keyword
+                asks for something else.
             OSError: the disk is full or not writable; an existing folder stays as it was.
         """
+        tensors = [*self.graph_module.parameters(), *self.graph_module.buffers()]
+        check_keywords(keywords, sum(tensor.nbytes for tensor in tensors))
         companions = [one for one in (getattr(self, "generation_config", None), tokenizer) if one is not None]
         with saved_folder(self.checkpoint(), Path(directory), companions) as (folder, saved):
             self.front_end.load(saved, folder)  # what cannot be loaded is not left behind
