@@ -23,7 +23,12 @@ from lobcq_fx.tracing.trace import TracedModel
 
 
 class CausalLMForward:
-    """The `forward` that Hugging Face's `generate()` reads and calls; the next class has one that takes keywords."""
+    """The `forward` that Hugging Face's `generate()` reads and calls; the next class has one that takes keywords.
+
+    config: the model's Hugging Face configuration.
+    """
+
+    config: Any
 
     def forward(
         self,
@@ -57,19 +62,30 @@ class CausalLMForward:
         Raises:
             CallError: the traced graph cannot serve the call.
         """
-        settings = self.config.get_text_config()  # type: ignore[attr-defined]
+        if use_cache is None:
+            use_cache = getattr(self.config.get_text_config(), "use_cache", None)
         call = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "past_key_values": past_key_values,
             "labels": labels,
-            "use_cache": getattr(settings, "use_cache", None) if use_cache is None else use_cache,
+            "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
-            "return_dict": self.config.return_dict if return_dict is None else return_dict,  # type: ignore[attr-defined]
+            "return_dict": self.config.return_dict if return_dict is None else return_dict,
             **kwargs,
         }
         return super().forward(**call)  # type: ignore[misc]
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """What `generate()` calls `forward` with; where the original class has a way of its own, this is it."""
+        prepare = delegated(self.config.model_type, PREPARE, CausalLMForward)
+        inputs: dict[str, Any]
+        if prepare is None:
+            inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        else:
+            inputs = prepare(self, input_ids, **kwargs)
+        return inputs
 
 
 def graph_config(config: Any) -> Any:
@@ -104,16 +120,6 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         self._assemble(graph_module, calling, lobcq_config, inventory, variants, refused_variants)
         if generation_config is not None:
             self.generation_config = generation_config
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """What `generate()` calls `forward` with; where the original class has a way of its own, this is it."""
-        prepare = delegated(self.config.model_type, PREPARE, QuantizedCausalLM)
-        inputs: dict[str, Any]
-        if prepare is None:
-            inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        else:
-            inputs = prepare(self, input_ids, **kwargs)
-        return inputs
 
     def static_cache(self, max_cache_len: int, batch_size: int | None = None) -> StaticCache:
         """A cache of a fixed length, for `past_key_values`; the calls write their keys and values into it.
