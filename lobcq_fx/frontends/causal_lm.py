@@ -19,7 +19,12 @@ from lobcq_fx.model import ModelGraph, QuantizedModel
 
 
 class CausalLMForward:
-    """The `forward` that Hugging Face's `generate()` reads and calls; the next class has one that takes keywords."""
+    """The `forward` that Hugging Face's `generate()` reads and calls; the next class has one that takes keywords.
+
+    config: the model's Hugging Face configuration.
+    """
+
+    config: Any
 
     def forward(
         self,
@@ -55,21 +60,32 @@ class CausalLMForward:
         Raises:
             CallError: the traced graph cannot serve the call.
         """
-        settings = self.config.get_text_config()  # type: ignore[attr-defined]
         if cache is not None and past_key_values is not None:
             raise CallError("past_key_values and cache are two names of the same argument: pass one of them")
+        if use_cache is None:
+            use_cache = getattr(self.config.get_text_config(), "use_cache", None)
         call = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "past_key_values": past_key_values if cache is None else cache,
             "labels": labels,
-            "use_cache": getattr(settings, "use_cache", None) if use_cache is None else use_cache,
+            "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
-            "return_dict": self.config.return_dict if return_dict is None else return_dict,  # type: ignore[attr-defined]
+            "return_dict": self.config.return_dict if return_dict is None else return_dict,
             **kwargs,
         }
         return super().forward(**call)  # type: ignore[misc]
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """What `generate()` calls `forward` with; where the original class has a way of its own, this is it."""
+        prepare = delegated(self.config.model_type, PREPARE, CausalLMForward)
+        inputs: dict[str, Any]
+        if prepare is None:
+            inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)  # type: ignore[misc]
+        else:
+            inputs = prepare(self, input_ids, **kwargs)
+        return inputs
 
 
 def graph_config(config: Any) -> Any:
@@ -90,16 +106,6 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
 
     def _base_arguments(self, config: Any) -> tuple[Any, ...]:
         return (config,)
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """What `generate()` calls `forward` with; where the original class has a way of its own, this is it."""
-        prepare = delegated(self.config.model_type, PREPARE, QuantizedCausalLM)
-        inputs: dict[str, Any]
-        if prepare is None:
-            inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        else:
-            inputs = prepare(self, input_ids, **kwargs)
-        return inputs
 
     def static_cache(self, max_cache_len: int, batch_size: int | None = None) -> StaticCache:
         """A cache of a fixed length, for `past_key_values`; the calls write their keys and values into it.

@@ -50,6 +50,8 @@ def _remedy(model: Any) -> str | None:
         return "torch.export has captured it already. Remedy: pass the Python module that it was exported from"
     if type(model).__module__.partition(".")[0] == "peft":
         return "it is an adapter around a model. Remedy: merge it in, and pass model.merge_and_unload()"
+    if hasattr(model, "lobcq_config"):
+        return "it is quantized already. Remedy: pass the float model"
     if isinstance(model, type):
         return "it is a class. Remedy: pass an instance of it, with its weights"
     if not isinstance(model, nn.Module):

@@ -13,7 +13,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 import lobcq_fx
 from lobcq_fx.errors import TraceError
-from lobcq_fx.frontends.causal_lm import QuantizedCausalLM
+from lobcq_fx.frontends.causal_lm import CausalLMForward
 from lobcq_fx.frontends.generation_overrides import GENERATION, check_overrides, delegated, lost_overrides, overrides
 from tests.families import LLAMA, causal_lm, fake_quantized, quantized_layers
 
@@ -135,9 +135,9 @@ def test_phi3_recomputes_its_cache_where_longrope_switches(tmp_path):
 
 
 def test_an_adopted_method_s_super_looks_behind_the_quantized_class():
-    adopted = delegated("phimoe", PREPARE, QuantizedCausalLM)
+    adopted = delegated("phimoe", PREPARE, CausalLMForward)
     original = transformers.PhimoeForCausalLM.prepare_inputs_for_generation
     assert adopted.__code__ is original.__code__
-    assert adopted.__closure__[0].cell_contents is QuantizedCausalLM
-    assert delegated("llama", PREPARE, QuantizedCausalLM) is None
-    assert delegated("phimoe", "generate", QuantizedCausalLM) is None
+    assert adopted.__closure__[0].cell_contents is CausalLMForward
+    assert delegated("llama", PREPARE, CausalLMForward) is None
+    assert delegated("phimoe", "generate", CausalLMForward) is None

@@ -72,6 +72,10 @@ REFUSED = {
         r"0\.weight is on the meta device, without values\. Remedy: load the weights first",
     ),
     "peft": (Adapter, r"Adapter: it is an adapter around a model\. .*model\.merge_and_unload\(\)"),
+    "quantized": (
+        lambda: lobcq_fx.quantize(linear(32, 64), example_inputs=X),
+        "QuantizedModel: it is quantized already. Remedy: pass the float model",
+    ),
     "function": (lambda: torch.relu, r"it is no torch\.nn\.Module\. Remedy"),
     "class": (lambda: nn.Linear, r"it is a class\. Remedy: pass an instance"),
 }
