@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 OUT := demo-output
 TEXT := lobcq_fx/assets/default_model/heldout.txt
 
-.PHONY: demo test lint unit unit-export unit-rest sanitize oldest transformers clean
+.PHONY: demo test lint differential unit unit-export unit-rest sanitize oldest transformers clean
 
 demo: $(VENV)/.installed
 	@# The text only measures the activations here: universal codebooks and per-token scales need no calibration.
@@ -38,6 +38,12 @@ unit-export: $(VENV)/.installed
 
 unit-rest: $(VENV)/.installed
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(EXPORT_TESTS))
+
+# Every night: random modules at random sizes, against the modules themselves. Prints a summary, and writes the counts.
+MODULES := 20000
+SEED := 0
+differential: $(VENV)/.installed
+	$(BIN)/python -W ignore -m tests.differential --modules $(MODULES) --seed $(SEED) --out build/differential.json
 
 # The core's tests once more, on a build with AddressSanitizer and UBSan, whose reports go to the process's stderr.
 # Python itself leaks at exit.
