@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 OUT := demo-output
 TEXT := lobcq_fx/assets/default_model/heldout.txt
 
-.PHONY: demo test lint unit unit-export unit-rest default-dtype sanitize oldest transformers families clean
+.PHONY: demo test lint unit unit-export unit-rest default-dtype differential sanitize oldest transformers families clean
 
 demo: $(VENV)/.installed
 	@# The text only measures the activations here: universal codebooks and per-token scales need no calibration.
@@ -47,6 +47,12 @@ default-dtype: $(VENV)/.installed
 	LOBCQ_TEST_DEFAULT_DTYPE=bfloat16 LOBCQ_CPU_CORE=$(wildcard lobcq_fx/kernels/cpu/_core.*) \
 	  $(BIN)/python -m pytest -k "not memory and not fake_kernels and not opcheck and not gil" $(TENSOR_TESTS)
 	LOBCQ_TEST_DEFAULT_DTYPE=float16 LOBCQ_CPU_CORE=0 $(BIN)/python -m pytest -k "not fake_kernels" tests/ops
+
+# Every night: random modules at random sizes, against the modules themselves. Prints a summary, and writes the counts.
+MODULES := 20000
+SEED := 0
+differential: $(VENV)/.installed
+	$(BIN)/python -W ignore -m tests.differential --modules $(MODULES) --seed $(SEED) --out build/differential.json
 
 # The core's tests once more, on a build with AddressSanitizer and UBSan, whose reports go to the process's stderr.
 # Python itself leaks at exit. Left out is what runs no such build: Triton, and the core that is emulated.

@@ -22,6 +22,7 @@ from lobcq_fx.graph.written import module_kept, own_written_tensors
 from lobcq_fx.tracing.assumptions import SizeDecisions
 from lobcq_fx.tracing.calling import CallingConvention, ModuleCall, Structure, bind_arguments
 from lobcq_fx.tracing.higher_order import refuse_higher_order
+from lobcq_fx.tracing.names import rename_for_fx
 from lobcq_fx.tracing.remedies import remedy_for
 from lobcq_fx.tracing.sizes import fixed_size, size_oblivious
 
@@ -105,6 +106,7 @@ def flatten_program(
 
 def plain_graph_module(program: ExportedProgram) -> fx.GraphModule:
     """The program as a graph module with parameters, a flat signature, and none of export's run-time assertions."""
+    rename_for_fx(program)
     graph_module = refuse_higher_order(program.module(check_guards=False))
     graph_module.graph.set_codegen(fx.graph.CodeGen())
     return own_graph_module(graph_module)
