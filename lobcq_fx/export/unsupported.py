@@ -53,6 +53,6 @@ def _nearest_layer(node: fx.Node, names: Mapping[str, str]) -> str | None:
         name = names.get(current.name, "").removeprefix(PREFIX)
         if name and not name.startswith("lobcq."):  # codebooks belong to no layer
             return re.sub(r"\.(weight|bias)(\.\w+)?$", "", name)
-        queue.extend(set(current.all_input_nodes) - seen)
+        queue.extend(one for one in current.all_input_nodes if one not in seen)
         seen.update(current.all_input_nodes)
     return None
