@@ -28,7 +28,7 @@ CHECKS = ("saved", "compiled", "exported")
 def main() -> None:
     """Rewrite or check."""
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
-    rows = found["families"]
+    rows = dict(sorted(found["families"].items(), key=lambda item: (KINDS[item[1]["kind"]], item[0])))
     keep_page(
         PAGE,
         {"families": served(rows, found["versions"]), "failures": failures(rows), "refused": refused(rows)},
@@ -75,8 +75,8 @@ def refused(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def cell(reason: str) -> str:
-    """A reason that breaks no table."""
-    return reason.replace("|", "\\|")
+    """A reason, without its remedy, that breaks no table."""
+    return reason.partition(" Remedy:")[0].replace("|", "\\|")
 
 
 if __name__ == "__main__":
