@@ -231,9 +231,7 @@ def bind_arguments(
         TraceError: the arguments do not fit forward, or forward takes *args.
     """
     signature = inspect.signature(model.forward)
-    kinds = {parameter.kind for parameter in signature.parameters.values()}
-    if inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.POSITIONAL_ONLY in kinds:
-        raise TraceError(f"{type(model).__name__}.forward takes unnamed arguments; wrap it in a module that names them")
+    _refuse_unnamed(model, signature, len(args))
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -260,3 +258,20 @@ def _distinct(inputs: dict[str, Any]) -> dict[str, Any]:
 
     distinct: dict[str, Any] = pytree.tree_map_only(Tensor, own, inputs)
     return distinct
+
+
+def _refuse_unnamed(model: nn.Module, signature: inspect.Signature, count: int) -> None:
+    """Refuse *args, and what stands before a `/`: calls and graphs know their inputs by name."""
+    parameters = signature.parameters.values()
+    unnamed = [p for p in parameters if p.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)]
+    if not unnamed:
+        return
+    last = unnamed[-1]
+    if last.kind is inspect.Parameter.VAR_POSITIONAL:
+        names = ", ".join(f"{last.name}_{place}" for place in range(max(1, count)))
+    else:
+        names = ", ".join(parameter.name for parameter in unnamed)
+    raise TraceError(
+        f"{type(model).__name__}.forward{signature} takes unnamed arguments; wrap it in a module that names them, whose"
+        f" forward is `def forward(self, {names}): return self.model({names})`"
+    )

@@ -10,6 +10,8 @@ from functools import cache
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from lobcq_fx.calibration.codebook_sets import MODULE
+
 _PART = re.compile(r"[\w-]+")
 """List indices and hyphens are fine: FX writes them as strings."""
 
@@ -31,7 +33,7 @@ def rename_for_fx(program: ExportedProgram) -> None:
 def usable_name(name: str) -> str:
     """A dotted name as a graph module can have it, the same where it can."""
     first, *rest = name.split(".")
-    first = f"{first}_" if first in _attributes_of_fx() else first
+    first = f"{first}_" if first in _reserved() else first
     return ".".join(_usable_part(part) for part in (first, *rest))
 
 
@@ -42,8 +44,8 @@ def _usable_part(part: str) -> str:
 
 
 @cache
-def _attributes_of_fx() -> frozenset[str]:
-    return frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
+def _reserved() -> frozenset[str]:
+    return frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) | {MODULE}
 
 
 def _free(name: str, taken: Collection[str]) -> str:

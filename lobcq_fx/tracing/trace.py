@@ -9,7 +9,9 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -155,14 +157,16 @@ class tracing:  # noqa: N801  (a context manager, used like a function)
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.kept = module_kept(model)
+        self.contexts = ExitStack()
 
     def __enter__(self) -> None:
-        self.kept.__enter__()
+        self.contexts.enter_context(module_kept(self.model))
+        if any(tensor.is_inference() for tensor in chain(self.model.parameters(), self.model.buffers())):
+            self.contexts.enter_context(torch.inference_mode())  # outside of it export cannot prepare such tensors
         self.model.eval()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self.kept.__exit__(None, None, None)
+        self.contexts.close()
         if isinstance(error, Exception) and not isinstance(error, TraceError):
             raise TraceError(_explain(self.model, error)) from error
 

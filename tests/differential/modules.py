@@ -194,7 +194,8 @@ def with_mean(m: Generated, rng: Random) -> Step:
 
 
 def weighted(m: Generated, rng: Random) -> Step:
-    return lambda m, x: x * (torch.arange(x.shape[1]) < rng.choice((2, 5)))[None, :, None]
+    count = rng.choice((2, 5))
+    return lambda m, x: x * (torch.arange(x.shape[1]) < count)[None, :, None]
 
 
 def averaged(m: Generated, rng: Random) -> Step:

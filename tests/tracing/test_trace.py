@@ -153,6 +153,43 @@ def test_unnamed_arguments_are_refused(model):
         trace_module(model, (values(2, 2),))
 
 
+def test_the_remedy_for_unnamed_arguments_is_a_forward_that_works():
+    class Wrapped(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, tensors_0, tensors_1):
+            return self.model(tensors_0, tensors_1)
+
+    x = values(2, 2)
+    with pytest.raises(TraceError, match=r"`def forward\(self, x\): return self.model\(x\)`"):
+        trace_module(PositionalOnly(), (x,))
+    with pytest.raises(
+        TraceError, match=r"forward\(self, tensors_0, tensors_1\): return self.model\(tensors_0, tensors_1"
+    ):
+        trace_module(Unnamed(), (x, x))
+    assert torch.equal(run(trace_module(Wrapped(Unnamed()), (x, x)).graph_module, x, x), x)
+
+
+@pytest.mark.parametrize("made_in_it", [True, False])
+@pytest.mark.parametrize("traced_in_it", [True, False])
+def test_models_made_and_traced_in_inference_mode(made_in_it, traced_in_it):
+    with torch.inference_mode(made_in_it):
+        model = nn.Sequential(linear(32, 64), nn.BatchNorm1d(32)).eval()
+    with torch.inference_mode(traced_in_it):
+        traced = trace_module(model, (values(4, 64),))
+    x = values(3, 64)
+    torch.testing.assert_close(run(traced.graph_module, x), run(model, x))
+
+
+def test_a_default_device_changes_nothing():
+    model, x = linear(32, 64), values(4, 64)
+    with torch.device("meta"):
+        graph_module = trace_module(model, (x,)).graph_module
+    torch.testing.assert_close(run(graph_module, x), model(x))
+
+
 def test_examples_that_do_not_fit_are_refused():
     with pytest.raises(TraceError, match="missing a required argument: 'pair'"):
         trace_module(Calls(), ({},))
