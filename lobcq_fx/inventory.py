@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lobcq_fx.refusal import Refusal
+
 
 @dataclass(frozen=True)
 class MatmulRecord:
@@ -59,12 +61,14 @@ class Inventory:
 
     model_parameters: scalars in all parameters of the traced model.
     model_float_bytes, model_packed_bytes: bytes of all parameters before and after.
+    refusals: what the passes for the device that the model is on left as it was, and why.
     """
 
     records: tuple[MatmulRecord, ...]
     model_parameters: int
     model_float_bytes: int
     model_packed_bytes: int
+    refusals: tuple[Refusal, ...] = ()
 
     def __iter__(self) -> Iterator[MatmulRecord]:
         return iter(self.records)
@@ -116,7 +120,8 @@ class Inventory:
             MatmulRecord(**{**record, "shape": tuple(record["shape"]) if record["shape"] else None})
             for record in values["records"]
         )
-        return cls(**{**values, "records": records})
+        refusals = tuple(Refusal(**refusal) for refusal in values.get("refusals", ()))
+        return cls(**{**values, "records": records, "refusals": refusals})
 
     def _distinct_weights(self) -> list[MatmulRecord]:
         # A tied weight serves several matmuls and is stored once: only its first record carries bytes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -60,8 +60,7 @@ class QuantizedModel(NotPickled):
     graphs: all on the same tensors, by name; `MAIN` serves every call that no other one is made for.
     refused_graphs: why there is no such graph, by name.
     lobcq_config: the settings it was quantized with.
-    inventory: every matmul, what became of it, and why.
-    lowering_refusals: what the passes for this device left as it was, and why.
+    inventory: every matmul, what became of it, and why; and what the passes for this device left as it was.
     config: the Hugging Face configuration, None for other modules.
     """
 
@@ -83,7 +82,6 @@ class QuantizedModel(NotPickled):
         self.refused_graphs = dict(refused_graphs)
         self.lobcq_config = lobcq_config
         self.inventory = inventory
-        self.lowering_refusals: tuple[Refusal, ...] = ()
         self.graph_module = graphs[MAIN].graph_module  # the owner of every tensor
         # State dicts carry the float model's names: `model.norm.weight`, `...q_proj.weight.codes`.
         self.register_state_dict_post_hook(_strip_prefix)
@@ -130,7 +128,7 @@ class QuantizedModel(NotPickled):
         """Where the device has kernels of its own, run graphs that are lowered to them."""
         layout = weight_layout(self.device)
         if layout is not None:
-            self.lowering_refusals = self._lower(layout, self.device)
+            self.inventory = replace(self.inventory, refusals=self._lower(layout, self.device))
 
     def _lower(self, layout: WeightLayout, device: torch.device) -> tuple[Refusal, ...]:
         """Run copies of the stored graphs that are lowered to a device's kernels; what its passes left alone."""
@@ -158,7 +156,7 @@ class QuantizedModel(NotPickled):
         restore_weights(self.graph_module)
         for one in self.graphs.values():
             one.graph_module.graph = one.stored
-        self.lowering_refusals = ()
+        self.inventory = replace(self.inventory, refusals=())
 
     def save_pretrained(self, directory: str | Path, tokenizer: Any = None, **keywords: Any) -> None:
         """Write a folder that `lobcq_fx.load` opens without the float weights.

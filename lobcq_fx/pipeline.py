@@ -21,8 +21,10 @@ from lobcq_fx.errors import CalibrationError, ConfigError, TraceError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.frontends import front_end_of
 from lobcq_fx.frontends.base import FrontEnd
+from lobcq_fx.graph.aliasing import writes_inputs, written_attributes
 from lobcq_fx.graph.attributes import get_attribute
 from lobcq_fx.graph.shared_tensors import drop_shared, share
+from lobcq_fx.graph.written import kept, state_of
 from lobcq_fx.inventory import Inventory, MatmulRecord
 from lobcq_fx.kernels.bind import bind_cpu_core
 from lobcq_fx.model import QuantizedModel
@@ -32,6 +34,7 @@ from lobcq_fx.passes.order import NORMALIZE, emitting
 from lobcq_fx.plan import QuantizationPlan
 from lobcq_fx.tracing.autocast import no_autocast
 from lobcq_fx.tracing.examples import calibration_inputs
+from lobcq_fx.tracing.progress import counted_calls
 from lobcq_fx.tracing.trace import MAIN, TracedModel
 from lobcq_fx.tracing.wrappers import unwrapped
 from lobcq_fx.trial import check_quantized, differing, expected_of
@@ -91,9 +94,10 @@ def quantize(
     front_end = front_end_of(model)
     example_inputs, data = _example(front_end, example_inputs, calibration_data)
     count, float_bytes = _size(model.parameters())
-    traced = front_end.trace(model, example_inputs, static_cache=static_cache, tick=partial(report, "trace"))
+    with counted_calls(model, partial(report, "trace")):
+        traced = front_end.trace(model, example_inputs, static_cache=static_cache)
     trials = front_end.trials(model, example_inputs, traced)
-    expected = expected_of(model, trials[MAIN])
+    expected = expected_of(model, trials[MAIN], written_attributes(traced.graphs[MAIN].graph_module.graph))
     unlike = differing(traced, trials, expected)
     plan, others = make_plan(traced.graph_modules, config, front_end.roles(model))
     unlike |= others
@@ -204,7 +208,8 @@ def fit_shared_codebooks(
     model = unwrapped(model)
     front_end = front_end_of(model)
     example_inputs, data = _example(front_end, example_inputs, calibration_data)
-    traced = front_end.trace(model, example_inputs, static_cache=False, tick=partial(report, "trace"))
+    with counted_calls(model, partial(report, "trace")):
+        traced = front_end.trace(model, example_inputs, static_cache=False)
     plan, _ = make_plan(traced.graph_modules, config, front_end.roles(model))
     main = traced.graphs[MAIN]
     InsertObservers(plan)(main.graph_module)
@@ -233,12 +238,14 @@ def _calibrate(traced: TracedModel, data: Iterable[Any], report: Progress) -> No
     """Run the observed graph over the data; only statistics are kept."""
     total = len(data) if isinstance(data, Sized) else None
     device = next(iter(traced.graph_module.parameters())).device
+    written = writes_inputs(traced.graph_module.graph)
     done = 0
-    for done, item in enumerate(data, start=1):
-        inputs = calibration_inputs(traced.calling, item, device)
-        with torch.inference_mode():
-            traced.graph_module(*inputs)
-        report("calibrate", done, total)
+    with kept(state_of(traced.graph_module)):
+        for done, item in enumerate(data, start=1):
+            inputs = calibration_inputs(traced.calling, item, device)
+            with torch.inference_mode():
+                traced.graph_module(*(value.clone() if written else value for value in inputs))
+            report("calibrate", done, total)
     if done == 0:
         raise CalibrationError("calibration_data is empty: pass at least one model input")
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lobcq_fx.errors import LobcqError, TraceError
-from lobcq_fx.graph.aliasing import written_attributes
-from lobcq_fx.graph.attributes import get_attribute
+from lobcq_fx.graph.written import kept, module_kept, state_of
 from lobcq_fx.tracing.trace import MAIN, TracedGraphs, TracedModel
 
 logger = logging.getLogger(__name__)
@@ -76,24 +74,25 @@ def traced_callee(traced: TracedModel) -> Callee:
     return call
 
 
-def expected_of(model: nn.Module, trial: Trial) -> Outcome:
+def expected_of(model: nn.Module, trial: Trial, written: Collection[str] = ()) -> Outcome:
     """What the float model gives; it is left as it was, its buffers and its mode too.
+
+    Args:
+        model: of any mode.
+        trial: a call.
+        written: names of parameters that its forward is known to write to.
 
     Raises:
         TraceError: the model itself fails on the call.
     """
-    training = [module for module in model.modules() if module.training]
     try:
-        with _kept(list(model.buffers())):
+        with module_kept(model, written):
             return _run(trial, model.eval())
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} itself fails on the example: {type(error).__name__}: {error}. Remedy: pass"
             " example_inputs that the model can be called with"
         ) from error
-    finally:
-        for module in training:
-            module.training = True
 
 
 def differing(traced: TracedGraphs, trials: Mapping[str, Trial], expected: Outcome) -> dict[str, str]:
@@ -119,7 +118,7 @@ def differing(traced: TracedGraphs, trials: Mapping[str, Trial], expected: Outco
 def _difference_of_traced(traced: TracedModel, trial: Trial, expected: Outcome) -> str | None:
     """What the traced graph does otherwise than the float model, or None."""
     try:
-        with _kept(_state(traced.graph_module)):
+        with kept(state_of(traced.graph_module)):
             outcome = _run(trial, traced_callee(traced))
     except Exception as error:
         return f"it fails on the call that it was traced for: {type(error).__name__}: {error}"
@@ -144,7 +143,7 @@ def check_quantized(callee: nn.Module, graph_module: fx.GraphModule, trial: Tria
     """
     name = type(callee).__name__
     try:
-        with _kept(_state(graph_module)):
+        with kept(state_of(graph_module)):
             outcome = _run(trial, callee)
     except Exception as error:
         raise LobcqError(f"the {name} fails on the example: {type(error).__name__}: {error}") from error
@@ -195,21 +194,3 @@ def _is_bad(want: Tensor, have: Tensor) -> bool:
     if bool((have.isnan() & number).any()):
         return True
     return not bool(want.isinf().any()) and bool((have.isinf() & number).any())
-
-
-def _state(graph_module: fx.GraphModule) -> list[Tensor]:
-    """What a graph writes to besides its inputs."""
-    return [get_attribute(graph_module, name) for name in written_attributes(graph_module.graph)]
-
-
-@contextmanager
-def _kept(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Tensors that a call writes to have their old values afterwards."""
-    before = [tensor.clone() for tensor in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, old in zip(tensors, before, strict=True):
-                if not torch.equal(tensor, old):
-                    tensor.copy_(old)

@@ -71,10 +71,10 @@ def causal_lm(family: str, **changes: int) -> PreTrainedModel:
 
 
 @cache
-def quantized_causal_lm(family: str) -> tuple[PreTrainedModel, lobcq_fx.QuantizedModel]:
-    """A family's float and quantized model, for tests that leave both as they are."""
+def quantized_causal_lm(family: str, static_cache: bool = True) -> tuple[PreTrainedModel, lobcq_fx.QuantizedModel]:
+    """A family's float and quantized model, for tests that leave both as they are; the second graph takes its time."""
     model = causal_lm(family)
-    return model, lobcq_fx.quantize(model)
+    return model, lobcq_fx.quantize(model, static_cache=static_cache)
 
 
 @contextmanager
@@ -87,7 +87,7 @@ def fake_quantized(
     the tensor scales are applied after the product, as the format's matmul does, so that not even rounding differs.
     """
     spec = spec or FormatSpec()
-    modules = [model.get_submodule(layer) for layer in layers]
+    modules = [model.get_submodule(layer) for layer in dict.fromkeys(layers)]  # one may run twice, as in ALBERT
     for module in modules:
         weight = module.weight.detach()
         weight = weight.t() if isinstance(module, Conv1D) else weight

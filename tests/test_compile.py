@@ -28,7 +28,7 @@ def ids(batch, length):
 @torch.no_grad()
 @pytest.mark.parametrize(("mode", "backend"), [("w4a4", "inductor"), ("w4a16", "aot_eager")])
 def test_a_causal_lm_compiles_whole(mode, backend):
-    q = lobcq_fx.quantize(causal_lm("llama"), config=lobcq_fx.LobcqConfig(mode=mode))
+    q = lobcq_fx.quantize(causal_lm("llama"), config=lobcq_fx.LobcqConfig(mode=mode), static_cache=False)
     compiled = torch.compile(q, fullgraph=True, dynamic=True, backend=backend)
     tokens = ids(2, 9)
     prefill = compiled(input_ids=tokens[:, :6], attention_mask=torch.ones(2, 6, dtype=torch.long))

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from lobcq_fx.inventory import Inventory, MatmulRecord
+from lobcq_fx.refusal import Refusal
 
 RECORDS = (
     MatmulRecord("q", "linear", (10, 20), format="8x64", mode="w4a4", float_bytes=800, packed_bytes=150),
@@ -15,7 +16,8 @@ RECORDS = (
     MatmulRecord("gate", "linear", (5, 20), reason="excluded by pattern '*.gate'", float_bytes=400, packed_bytes=400),
     MatmulRecord("attention", "matmul", None, reason="activation x activation, no constant weight"),
 )
-INVENTORY = Inventory(RECORDS, model_parameters=1000, model_float_bytes=4000, model_packed_bytes=1400)
+REFUSALS = (Refusal("fuse_residual", "q", "its bias is computed"),)
+INVENTORY = Inventory(RECORDS, 1000, model_float_bytes=4000, model_packed_bytes=1400, refusals=REFUSALS)
 
 
 def test_split_in_order():
@@ -38,3 +40,23 @@ def test_json_round_trip():
 def test_empty():
     empty = Inventory((), 0, 0, 0)
     assert (empty.parameter_coverage, empty.mac_coverage, empty.bits_per_scalar) == (0, 0, 0)
+
+
+def test_counted_multiply_adds_win_over_the_weights_size_and_exclusions_can_be_left_out():
+    records = (
+        MatmulRecord("q", "linear", (10, 20), format="8x64", mode="w4a4", packed_bytes=150, multiply_adds=600),
+        MatmulRecord("conv", "conv2d", None, reason="a convolution, not a matmul", multiply_adds=200),
+        MatmulRecord("head", "linear", (30, 20), reason="excluded", multiply_adds=1200, excluded=True),
+    )
+    inventory = Inventory(records, 1000, 4000, 1400)
+    assert inventory.mac_coverage == pytest.approx(600 / 2000)
+    assert inventory.asked_coverage == pytest.approx(600 / 800)
+    assert inventory.parameter_coverage == pytest.approx(200 / 1000)
+
+
+def test_folders_that_counted_neither_are_read():
+    values = json.loads(json.dumps(INVENTORY.to_dict()))
+    del values["refusals"]
+    for record in values["records"]:
+        del record["multiply_adds"], record["excluded"]
+    assert Inventory.from_dict(values).records == RECORDS

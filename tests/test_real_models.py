@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,17 +30,23 @@ def folder(name):
     return lobcq_fx.default_model_path() if name == "default" else Path(str(DATA)) / "models" / name
 
 
+@cache
+def quantized(name, mode):
+    """The float and the quantized model, which nothing here changes."""
+    model = AutoModelForCausalLM.from_pretrained(folder(name), dtype=torch.float32).eval()
+    return model, lobcq_fx.quantize(model, config=lobcq_fx.LobcqConfig(mode=mode), static_cache=False)
+
+
 @pytest.mark.parametrize(
     "name",
     ["default", pytest.param("stories260K", marks=needs_data), pytest.param("tinystories-656k", marks=needs_data)],
 )
 @torch.no_grad()
 def test_generates_the_tokens_of_the_fake_quantized_model(name):
-    model = AutoModelForCausalLM.from_pretrained(folder(name), dtype=torch.float32).eval()
+    model, q = quantized(name, "w4a4")
     tokenizer = AutoTokenizer.from_pretrained(folder(name), padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    q = lobcq_fx.quantize(model)
     inputs = tokenizer(PROMPTS[name], return_tensors="pt", padding=True, return_token_type_ids=False)
     settings = {"max_new_tokens": 48, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     with fake_quantized(model, quantized_layers(q)):
@@ -49,14 +56,13 @@ def test_generates_the_tokens_of_the_fake_quantized_model(name):
 
 @torch.no_grad()
 def test_the_embedded_model_stays_close_to_its_float_self():
-    name = lobcq_fx.default_model_path()
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    ids = tokenizer((name / "heldout.txt").read_text(encoding="utf-8")[:12000], return_tensors="pt")["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(folder("default"))
+    text = (folder("default") / "heldout.txt").read_text(encoding="utf-8")
+    ids = tokenizer(text[:12000], return_tensors="pt")["input_ids"]
     ids = ids[:, : ids.shape[1] // 256 * 256].view(-1, 256)
-    losses = {"float": model(ids, labels=ids).loss}
+    losses = {"float": quantized("default", "w4a4")[0](ids, labels=ids).loss}
     for mode in ("w4a16", "w4a4"):
-        losses[mode] = lobcq_fx.quantize(model, config=lobcq_fx.LobcqConfig(mode=mode))(ids, labels=ids).loss
+        losses[mode] = quantized("default", mode)[1](ids, labels=ids).loss
     assert losses["float"] < losses["w4a4"] < losses["float"] + 0.1
     assert losses["w4a16"] < losses["w4a4"]
 

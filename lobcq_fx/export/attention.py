@@ -1,4 +1,4 @@
-"""Attention over a growing cache as one node of ONNX Runtime's GroupQueryAttention.
+"""Pass: attention over a growing cache as one node of ONNX Runtime's GroupQueryAttention.
 
 cat(past, new) for keys and values, then scaled_dot_product_attention  ->  com.microsoft::GroupQueryAttention, which
 appends to the cache itself and reads each key and value head where it lies. ONNX Runtime has it on the CPU with a mask
@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.graph.attributes import named_arguments
-from lobcq_fx.passes.group_query_heads import GroupQueryHeads, keeps_everything
+from lobcq_fx.passes.group_query_heads import keeps_everything
+from lobcq_fx.passes.infra import GraphPass
 
 aten = torch.ops.aten
 
@@ -44,31 +46,49 @@ class _Match:
         return keys[1], values[1], keys[0], values[0]
 
 
-def use_group_query_attention(graph_module: fx.GraphModule, calling: CausalLMCall) -> tuple[int, tuple[str, ...]]:
-    """Rewrite every attention of a language model's graph that the operator can express.
+@dataclass(frozen=True)
+class UseGroupQueryAttention(GraphPass):
+    """Rewrite every attention of a language model's graph that the operator can express, after `GroupQueryHeads`.
 
-    Returns:
-        How many there were, and for each that stays as it is the reason.
+    `fused` is filled with the names of those that were, `refusals` with the reason of each that stays as it is.
+
+    Args:
+        calling: of the model, whose caches come last among the graph's inputs.
     """
-    GroupQueryHeads()(graph_module)
-    graph, fused, refused = graph_module.graph, 0, []
-    widths = [width for _, *both in calling.cache_heads for width in both]
-    states = [node for node in graph.nodes if node.op == "placeholder"][-len(widths) :]
-    caches = dict(zip(states, widths, strict=True))
-    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
-        match = _match(node, caches)
-        if isinstance(match, str):
-            refused.append(match)
-            continue
-        with graph.inserting_before(node):
-            result = graph.call_function(group_query_attention, (match.query, *match.states, match.mask, match.scale))
-            parts = [graph.call_function(operator.getitem, (result, index)) for index in range(3)]
-        for old, new in zip((node, match.keys, match.values), parts, strict=True):
-            old.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: _comes_after(user, new))
-        fused += 1
-    graph.eliminate_dead_code()
-    graph_module.recompile()
-    return fused, tuple(refused)
+
+    name: ClassVar[str] = "use_group_query_attention"
+
+    calling: CausalLMCall
+    fused: list[str] = field(default_factory=list, compare=False)
+    refusals: list[str] = field(default_factory=list, compare=False)
+
+    def transform(self, graph_module: fx.GraphModule) -> bool:
+        """Replace each, and the grown cache with it wherever that is read."""
+        graph, before = graph_module.graph, len(self.fused)
+        widths = [width for _, *both in self.calling.cache_heads for width in both]
+        states = [node for node in graph.nodes if node.op == "placeholder"][-len(widths) :]
+        caches = dict(zip(states, widths, strict=True))
+        for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+            match = _match(node, caches)
+            if isinstance(match, str):
+                self.refusals.append(match)
+                continue
+            _replace(node, match)
+            self.fused.append(node.name)
+        if len(self.fused) == before:
+            return False
+        graph.eliminate_dead_code()
+        return True
+
+
+def _replace(node: fx.Node, match: _Match) -> None:
+    graph = node.graph
+    with graph.inserting_before(node):
+        result = graph.call_function(group_query_attention, (match.query, *match.states, match.mask, match.scale))
+        parts = [graph.call_function(operator.getitem, (result, index)) for index in range(3)]
+    for old, new in zip((node, match.keys, match.values), parts, strict=True):
+        old.replace_all_uses_with(new, delete_user_cb=partial(_comes_after, new))
+    graph.erase_node(node)
 
 
 def group_query_attention(
@@ -143,6 +163,6 @@ def _appended(node: Any, caches: Mapping[fx.Node, int]) -> fx.Node | None:
     return node if along_sequence and len(states) == 2 and states[0] in caches else None
 
 
-def _comes_after(user: fx.Node, node: fx.Node) -> bool:
+def _comes_after(node: fx.Node, user: fx.Node) -> bool:
     """Not what leads to the new node: the attention that it replaces, and views of the cache for that."""
     return node < user

@@ -14,12 +14,12 @@ from torch.export import Dim
 
 from lobcq_fx.errors import ExportError
 from lobcq_fx.export.exact_constants import exact_constants
+from lobcq_fx.export.flat_module import PREFIX, FlatModule
 from lobcq_fx.export.functions import function_body
 from lobcq_fx.export.functions.body import OPSET
 from lobcq_fx.export.fusions import use_runtime_operators
 from lobcq_fx.export.schemas import DOMAIN, VERSION
 from lobcq_fx.export.signature import Signature
-from lobcq_fx.export.stored_module import PREFIX, FlatModule
 from lobcq_fx.export.translation import translation_table
 from lobcq_fx.export.unsupported import explain
 from lobcq_fx.integrations.transformers_onnx import conversion_fixes, fix_onnx_program

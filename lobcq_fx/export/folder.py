@@ -11,20 +11,25 @@ from typing import Any, Literal
 
 import onnx
 import onnx_ir as ir
+from torch import fx
 
 from lobcq_fx.errors import ExportError
-from lobcq_fx.export.attention import use_group_query_attention
+from lobcq_fx.export.attention import UseGroupQueryAttention
 from lobcq_fx.export.convert import to_onnx
+from lobcq_fx.export.flat_module import FlatModule
 from lobcq_fx.export.genai import GENAI_CONFIG, write_genai_files
 from lobcq_fx.export.library import LIBRARY_COPY, copy_library, get_library_path
-from lobcq_fx.export.matmulnbits import lower_linears, use_float_activations
+from lobcq_fx.export.matmulnbits import LowerToMatMulNBits, UseFloatActivations
 from lobcq_fx.export.metadata import MODEL, is_export, metadata_of
 from lobcq_fx.export.schemas import DOMAIN
 from lobcq_fx.export.self_check import Differences, check_sessions
 from lobcq_fx.export.signature import signature_of
-from lobcq_fx.export.stored_module import FlatModule, stored_module
+from lobcq_fx.export.stored_module import stored_module
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.model import QuantizedModel
+from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
+from lobcq_fx.passes.group_query_heads import GroupQueryHeads
+from lobcq_fx.passes.infra import Sequential
 from lobcq_fx.storage.atomic_folder import replace_folder
 
 DATA = f"{MODEL}.data"
@@ -86,22 +91,21 @@ def write_folder(
     if include_library:
         get_library_path()  # there is none? say so before the long work
     signature = signature_of(q, example_inputs)
-    progress("convert", 0, 1)
+    progress("convert", 0, None)
     graph = stored_module(q, last_logits_only=last_logits_only)
     if target == "matmulnbits":
-        use_float_activations(graph)
+        UseFloatActivations()(graph)
     reference = copy.deepcopy(graph)
     if target == "matmulnbits":
-        lower_linears(graph, q.graph_module)
-    causal = q.calling if isinstance(q.calling, CausalLMCall) else None
-    fused, unfused = use_group_query_attention(graph, causal) if fuse and causal else (0, ())
+        Sequential((LowerToMatMulNBits(q.graph_module), EliminateDeadCode()))(graph)
+    fused, unfused = _fuse_attention(graph, q) if fuse else ([], [])
     model = to_onnx(FlatModule(graph), signature, fuse=fuse)
     model.metadata_props.update(metadata_of(q, one_sequence=bool(fused), last_logits_only=last_logits_only))
     progress("convert", 1, 1)
     with replace_folder(out, is_export, PARTS) as folder:
         size = _save(model, folder)
         genai = _write_causal_lm_files(q, folder, tokenizer, include_library=include_library)
-        progress("check", 0, 1)
+        progress("check", 0, None)
         onnx.checker.check_model(str(folder / MODEL), full_check=True)
         differences = check_sessions(folder / MODEL, signature, reference)
         progress("check", 1, 1)
@@ -112,11 +116,20 @@ def write_folder(
         library_nodes=sum(count for name, count in nodes.items() if name.startswith(f"{DOMAIN}::")),
         size=size,
         differences=differences,
-        fused_attentions=fused,
-        unfused_attentions=unfused,
+        fused_attentions=len(fused),
+        unfused_attentions=tuple(unfused),
         left_in_float=tuple((record.layer, str(record.reason)) for record in q.inventory.left_alone),
         genai=genai,
     )
+
+
+def _fuse_attention(graph: fx.GraphModule, q: QuantizedModel) -> tuple[list[str], list[str]]:
+    """Names of a language model's attentions that became ONNX Runtime's own, and for each that did not, why."""
+    if not isinstance(q.calling, CausalLMCall):
+        return [], []
+    attention = UseGroupQueryAttention(q.calling)
+    Sequential((GroupQueryHeads(), attention))(graph)
+    return attention.fused, attention.refusals
 
 
 def _save(model: ir.Model, folder: Path) -> int:

@@ -1,9 +1,10 @@
-"""`target="matmulnbits"`: each packed weight as ONNX Runtime's 8-bit MatMulNBits, activations in float."""
+"""Passes for `target="matmulnbits"`: packed weights as ONNX Runtime's 8-bit MatMulNBits, activations in float."""
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +14,7 @@ from lobcq_fx.format.codes import entries_of
 from lobcq_fx.format.packing import unpack_codes, unpack_selectors
 from lobcq_fx.format.spec import BLOCK_SIZE
 from lobcq_fx.graph.attributes import get_attribute, named_arguments, register_attribute
+from lobcq_fx.passes.infra import GraphPass
 
 ops = torch.ops.lobcq
 
@@ -24,34 +26,61 @@ INTEGER_PARTS = ("w_codes", "w_selectors", "w_scales", "w_codebooks")
 WEIGHT_PARTS = (*INTEGER_PARTS[:3], "w_tensor_scale", INTEGER_PARTS[3])
 
 
-def use_float_activations(graph_module: fx.GraphModule) -> None:
+@dataclass(frozen=True)
+class UseFloatActivations(GraphPass):
     """Put `linear.float_activation` in the place of every `linear`: the same weights, the activation as it was."""
-    graph = graph_module.graph
-    for node in graph.find_nodes(op="call_function", target=ops.linear.default):
-        arguments = named_arguments(node)
-        part = arguments["codes"]
-        assert part.target is operator.getitem, "an encoded activation comes from quantize_activation"
-        x = named_arguments(part.args[0])["x"]
-        weight = [arguments[name] for name in WEIGHT_PARTS]
-        with graph.inserting_before(node):
-            y = graph.call_function(
-                ops.linear.float_activation, (x, *weight, arguments["bias"], arguments["array_size"])
-            )
-            y = graph.call_function(torch.ops.aten.to.dtype, (y, arguments["dtype"]))
-        node.replace_all_uses_with(y)
-        graph.erase_node(node)
-    _clean(graph_module)
+
+    name: ClassVar[str] = "use_float_activations"
+
+    def transform(self, graph_module: fx.GraphModule) -> bool:
+        """Replace each; what encoded the activations then goes."""
+        graph = graph_module.graph
+        linears = list(graph.find_nodes(op="call_function", target=ops.linear.default))
+        for node in linears:
+            arguments = named_arguments(node)
+            part = arguments["codes"]
+            assert part.target is operator.getitem, "an encoded activation comes from quantize_activation"
+            x = named_arguments(part.args[0])["x"]
+            weight = [arguments[name] for name in WEIGHT_PARTS]
+            with graph.inserting_before(node):
+                y = graph.call_function(
+                    ops.linear.float_activation, (x, *weight, arguments["bias"], arguments["array_size"])
+                )
+                y = graph.call_function(torch.ops.aten.to.dtype, (y, arguments["dtype"]))
+            node.replace_all_uses_with(y)
+            graph.erase_node(node)
+        if linears:
+            graph.eliminate_dead_code()
+        return bool(linears)
 
 
-def lower_linears(graph_module: fx.GraphModule, quantized: nn.Module) -> None:
-    """Put MatMulNBits in the place of every `linear.float_activation`; `quantized` holds the same weights, packed."""
-    graph = graph_module.graph
-    for node in graph.find_nodes(op="call_function", target=ops.linear.float_activation):
-        arguments = named_arguments(node)
+@dataclass(frozen=True)
+class LowerToMatMulNBits(GraphPass):
+    """Put MatMulNBits in the place of every `linear.float_activation`.
+
+    Args:
+        quantized: a module that holds the same weights, packed.
+    """
+
+    name: ClassVar[str] = "lower_to_matmulnbits"
+
+    quantized: nn.Module
+
+    def transform(self, graph_module: fx.GraphModule) -> bool:
+        """Replace each, with its weight beside the packed one; that is left to `EliminateDeadCode`."""
+        linears = list(graph_module.graph.find_nodes(op="call_function", target=ops.linear.float_activation))
+        for node in linears:
+            self._lower(graph_module, node)
+        if linears:
+            graph_module.graph.eliminate_dead_code()
+        return bool(linears)
+
+    def _lower(self, graph_module: fx.GraphModule, node: fx.Node) -> None:
+        graph, arguments = graph_module.graph, named_arguments(node)
         name = str(arguments["w_codes"].target).removesuffix(".codes")
         parts = [get_attribute(graph_module, str(arguments[part].target)) for part in INTEGER_PARTS]
         blocks, scales = integer_weight(*parts, array_size=arguments["array_size"])
-        columns = get_attribute(quantized, name).columns
+        columns = get_attribute(self.quantized, name).columns
         with graph.inserting_before(node):
             stored = []
             for key, tensor in ((f"{name}.blocks", blocks), (f"{name}.block_scales", scales)):
@@ -63,7 +92,6 @@ def lower_linears(graph_module: fx.GraphModule, quantized: nn.Module) -> None:
                 y = graph.call_function(torch.ops.aten.add.Tensor, (y, arguments["bias"]))
         node.replace_all_uses_with(y)
         graph.erase_node(node)
-    _clean(graph_module)
 
 
 def integer_weight(
@@ -92,9 +120,3 @@ def matmul_nbits(x: Tensor, blocks: Tensor, scales: Tensor, columns: int) -> Ten
         version=1,
     )
     return y
-
-
-def _clean(graph_module: fx.GraphModule) -> None:
-    graph_module.graph.eliminate_dead_code()
-    graph_module.delete_all_unused_submodules()
-    graph_module.recompile()

@@ -11,8 +11,8 @@ import onnx
 
 import lobcq_fx
 from lobcq_fx.errors import ExportError
+from lobcq_fx.export.kept_positions import KEPT
 from lobcq_fx.export.schemas import VERSION
-from lobcq_fx.export.stored_module import KEPT
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.model import QuantizedModel
 

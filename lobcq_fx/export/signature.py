@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lobcq_fx.errors import ExportError
 from lobcq_fx.export.float32 import NARROW
-from lobcq_fx.export.stored_module import KEPT
+from lobcq_fx.export.kept_positions import KEPT
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.tracing.calling import ModuleCall, Structure

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Mapping
 
 from torch import fx
 from torch.export import ExportedProgram
 
-from lobcq_fx.export.stored_module import PREFIX
+from lobcq_fx.export.flat_module import PREFIX
+from lobcq_fx.graph.matmuls import module_path
+
+REMEDY = "or leave the module that calls it out and export those around it"
 
 
 def explain(error: Exception, program: ExportedProgram) -> str:
@@ -19,17 +23,30 @@ def explain(error: Exception, program: ExportedProgram) -> str:
         return f"the graph cannot be converted to ONNX: {reason}"
     nodes = {node.name: node for node in program.graph.nodes}
     mentioned = (nodes[name] for name in re.findall(r"%(\w+)", reason) if name in nodes)
-    layer = next((layer for node in mentioned if (layer := _nearest_layer(node, program))), None)
+    names = program.graph_signature.inputs_to_buffers
+    layer = next((layer for node in mentioned if (layer := _nearest_layer(node, names))), None)
     where = f", which follows {layer}," if layer else ""
     return (
         f"ONNX has no operator for {operator[1]}{where} and torch.onnx cannot express it by others. Remedy: compute it"
-        " by other torch functions, or leave the module that calls it out and export those around it"
+        f" by other torch functions, {REMEDY}"
     )
 
 
-def _nearest_layer(node: fx.Node, program: ExportedProgram) -> str | None:
-    """The module whose tensors are the first to be read on the way up from a node."""
-    names = program.graph_signature.inputs_to_buffers
+def explain_complex(node: fx.Node) -> str:
+    """Name what is computed in complex numbers and cannot be in real ones, and where."""
+    what = {"placeholder": f"takes {node.target}", "output": "returns some of its outputs"}
+    found = what.get(node.op, f"computes {node.target}")
+    names = {one.name: str(one.target) for one in node.graph.find_nodes(op="get_attr")}
+    layer = _nearest_layer(node, names)
+    where = f" in {module_path(node)}" if module_path(node) else f", which follows {layer}," if layer else ""
+    return (
+        f"the model {found}{where} in complex numbers, which ONNX does not have; products, sums and views of them"
+        f" are exported in real ones, this is not. Remedy: write it with real tensors, {REMEDY}"
+    )
+
+
+def _nearest_layer(node: fx.Node, names: Mapping[str, str]) -> str | None:
+    """The module whose tensors are the first to be read on the way up from a node; `names` has them by node."""
     seen, queue = {node}, deque([node])
     while queue:
         current = queue.popleft()

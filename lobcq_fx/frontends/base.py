@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,18 @@ from lobcq_fx.storage.checkpoint import Checkpoint
 from lobcq_fx.tracing.trace import TracedGraphs, TracedModel
 from lobcq_fx.trial import Trial
 
-Tick = Callable[[int, int], None]
-"""Called with (graphs traced, graphs in all)."""
-
 
 class FrontEnd(ABC):
     """One kind of model: how it is traced, which roles its layers have, how it is built and loaded."""
 
     @abstractmethod
-    def trace(self, model: nn.Module, example_inputs: Any, *, static_cache: bool, tick: Tick) -> TracedGraphs:
+    def trace(self, model: nn.Module, example_inputs: Any, *, static_cache: bool) -> TracedGraphs:
         """Every graph of the model.
 
         Args:
             model: of this kind.
             example_inputs: one call, or None.
             static_cache: whether a language model gets a graph for static caches.
-            tick: called as graphs are traced.
 
         Raises:
             TraceError: the model cannot be captured.

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import TraceError
 from lobcq_fx.frontends import causal_lm_trial
-from lobcq_fx.frontends.base import FrontEnd, Tick
+from lobcq_fx.frontends.base import FrontEnd
 from lobcq_fx.frontends.causal_lm import QuantizedCausalLM, graph_config
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.roles import roles_of
@@ -32,13 +32,10 @@ logger = logging.getLogger(__name__)
 class CausalLMFrontEnd(FrontEnd):
     """A language model that generates."""
 
-    def trace(self, model: nn.Module, example_inputs: Any, *, static_cache: bool, tick: Tick) -> TracedGraphs:
+    def trace(self, model: nn.Module, example_inputs: Any, *, static_cache: bool) -> TracedGraphs:
         """No example is needed. A model without a graph for static caches is quantized all the same."""
         assert isinstance(model, PreTrainedModel)
-        count = 1 + static_cache
-        tick(0, count)
         main = trace_causal_lm(model)
-        tick(1, count)
         if not static_cache:
             return TracedGraphs({MAIN: main}, {STATIC_CACHE: "quantize() was called with static_cache=False"})
         assert isinstance(main.calling, CausalLMCall)
@@ -47,8 +44,6 @@ class CausalLMFrontEnd(FrontEnd):
         except TraceError as error:
             logger.warning("the quantized model will refuse static caches: %s", error)
             return TracedGraphs({MAIN: main}, {STATIC_CACHE: str(error)})
-        finally:
-            tick(2, count)
         return TracedGraphs({MAIN: main, STATIC_CACHE: static})
 
     def trials(self, model: nn.Module, example_inputs: Any, traced: TracedGraphs) -> dict[str, Trial]:

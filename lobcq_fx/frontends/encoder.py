@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lobcq_fx.config import LobcqConfig
-from lobcq_fx.frontends.base import FrontEnd, Tick
+from lobcq_fx.frontends.base import FrontEnd
+from lobcq_fx.frontends.output_types import import_output_types
 from lobcq_fx.frontends.roles import roles_of
 from lobcq_fx.frontends.saved_config import config_of
 from lobcq_fx.frontends.transformers_trace import made_up_inputs, trace_pretrained, traced_flags
@@ -28,13 +27,11 @@ from lobcq_fx.trial import Trial, call_trial
 class EncoderFrontEnd(FrontEnd):
     """One graph with dynamic batch and length, called by keyword as the original."""
 
-    def trace(self, model: nn.Module, example_inputs: Any, *, static_cache: bool, tick: Tick) -> TracedGraphs:
+    def trace(self, model: nn.Module, example_inputs: Any, *, static_cache: bool) -> TracedGraphs:
         """One graph; without an example one is made up from the configuration."""
         assert isinstance(model, PreTrainedModel)
-        tick(0, 1)
-        traced = trace_pretrained(model, *(call_of(example_inputs) if example_inputs is not None else ((), None)))
-        tick(1, 1)
-        return TracedGraphs({MAIN: traced})
+        call = call_of(example_inputs) if example_inputs is not None else ((), None)
+        return TracedGraphs({MAIN: trace_pretrained(model, *call)})
 
     def example_of(self, item: Any) -> Any:
         """The item without labels, which only a loss needs."""
@@ -65,13 +62,7 @@ class EncoderFrontEnd(FrontEnd):
 
     def load(self, saved: Checkpoint, directory: Path) -> QuantizedModel:
         """The same."""
-        _import_output_types(saved.calling)
+        import_output_types(str(saved.calling.get("outputs")))
         graphs = saved.traced({MAIN: ModuleCall.from_dict})
         config = config_of(saved, directory)
         return QuantizedModel(self, graphs, saved.refused, saved.lobcq_config, saved.inventory, config)
-
-
-def _import_output_types(calling: Mapping[str, Any]) -> None:
-    """Output classes of transformers register themselves when their module is imported. No other module is imported."""
-    for module in re.findall(r'"type": "(transformers(?:\.\w+)+)\.\w+"', str(calling.get("outputs"))):
-        importlib.import_module(module)

@@ -15,6 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lobcq_fx.errors import TraceError
 from lobcq_fx.frontends.output_types import CACHE_NAME
+from lobcq_fx.frontends.plain_outputs import FORM, plain_outputs
 
 # Every size is different and at least 2: export bakes dimensions of 0 or 1 in and may identify equal ones.
 BATCH, PAST, QUERY, KEPT, CACHE = 2, 5, 3, 2, 11
@@ -83,14 +84,15 @@ def positions_from_mask(model: PreTrainedModel) -> bool:
 def has_shifted_loss(model: PreTrainedModel, vocab_size: int) -> bool:
     """Whether labels give the cross-entropy with the next token (BART's decoders shift nothing, experts may add to it).
 
-    The model's configuration is to be as its owner left it: settings may add terms to the loss.
+    Of the model's configuration all counts that may add terms to the loss.
     """
     if not _takes(model, "labels"):
         return False
     ids, _ = padded_prompt(model)
-    output = model(input_ids=ids, labels=ids, use_cache=False, return_dict=True)
+    with plain_outputs(model, FORM):
+        output = model(input_ids=ids, labels=ids, use_cache=False, return_dict=True)
     expected = ForCausalLMLoss(output.logits, ids, vocab_size)
-    return torch.allclose(output.loss.float(), expected.float(), rtol=1e-3, atol=1e-3)
+    return torch.allclose(output.loss.float(), expected.float(), rtol=1e-5, atol=1e-6)
 
 
 def check_cache_layers(model: PreTrainedModel) -> None:
@@ -99,9 +101,10 @@ def check_cache_layers(model: PreTrainedModel) -> None:
     Raises:
         TraceError: names what it keeps instead.
     """
-    name = type(model).__name__
-    if not (_takes(model, "past_key_values") or _takes(model, CACHE_NAME)):
-        states = [one for one in inspect.signature(model.forward).parameters if STATES.search(one)]
+    name, accepted = type(model).__name__, inspect.signature(model.forward).parameters
+    states = [argument for argument in accepted if STATES.search(argument) and argument != CACHE_NAME]
+    passed_on = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in accepted.values()) and not states
+    if not {"past_key_values", CACHE_NAME} & accepted.keys() and not passed_on:
         raise TraceError(f"{name} takes no past_key_values, but {', '.join(states) or 'no cache'}. {CACHE_REMEDY}")
     for layer in DynamicCache(config=model.config).layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from dataclasses import fields
+from types import ModuleType
 
 from transformers import modeling_outputs
 from transformers.utils import ModelOutput
@@ -30,13 +31,7 @@ def output_type(name: str) -> type[ModelOutput]:
         ValueError: it names no output class of transformers.
     """
     home, _, last = name.rpartition(".")
-    home = home or COMMON
-    found = None
-    if HOMES.fullmatch(home):
-        try:
-            found = getattr(importlib.import_module(home), last, None)
-        except ImportError as error:
-            raise ValueError(f"output_type is {name!r}, whose module cannot be imported here: {error}") from None
+    found = getattr(_module(home or COMMON), last, None)
     if not (isinstance(found, type) and issubclass(found, ModelOutput)):
         raise ValueError(f"output_type is {name!r}, no output class of transformers")
     return found
@@ -68,3 +63,27 @@ def causal_lm_output_name(model: str, output: object) -> str:
             f"{model} returns a {name}; saved models may name output classes of transformers alone. {remedy}"
         ) from None
     return name
+
+
+def import_output_types(structure: str) -> None:
+    """Import what a saved structure of outputs names: classes of transformers register themselves when imported.
+
+    Raises:
+        ValueError: one cannot be imported.
+    """
+    for home in re.findall(r'"type": "(transformers(?:\.\w+)+)\.\w+"', structure):
+        _module(home)
+
+
+def _module(name: str) -> ModuleType | None:
+    """A module that defines output classes; None for a name of anything else, which is not imported.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    if not HOMES.fullmatch(name):
+        return None
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"{name}, which defines the model's outputs, cannot be imported: {error}") from None

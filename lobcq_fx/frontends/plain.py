@@ -10,7 +10,7 @@ from torch import nn
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import TraceError
-from lobcq_fx.frontends.base import FrontEnd, Tick
+from lobcq_fx.frontends.base import FrontEnd
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.storage.checkpoint import Checkpoint
@@ -23,14 +23,11 @@ from lobcq_fx.trial import Trial, call_trial
 class PlainFrontEnd(FrontEnd):
     """A module of the user's own: one graph, called as in the example."""
 
-    def trace(self, model: nn.Module, example_inputs: Any, *, static_cache: bool, tick: Tick) -> TracedGraphs:
+    def trace(self, model: nn.Module, example_inputs: Any, *, static_cache: bool) -> TracedGraphs:
         """One graph, dynamic where the example's sizes allow."""
         if example_inputs is None:
             raise TraceError(f"tracing {type(model).__name__} needs example_inputs: pass the arguments of one call")
-        tick(0, 1)
-        traced = trace_module(model, *call_of(example_inputs))
-        tick(1, 1)
-        return TracedGraphs({MAIN: traced})
+        return TracedGraphs({MAIN: trace_module(model, *call_of(example_inputs))})
 
     def trials(self, model: nn.Module, example_inputs: Any, traced: TracedGraphs) -> dict[str, Trial]:
         """The example."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,15 +15,23 @@ FORM = frozenset({"use_cache", "return_dict"})
 """Settings that take outputs away, or their names."""
 
 
+PLAIN: Mapping[str, bool] = dict.fromkeys(EXTRA_OUTPUTS, False) | dict.fromkeys(FORM, True)
+
+
 @contextmanager
-def plain_outputs(model: PreTrainedModel) -> Iterator[None]:
-    """Within, the model returns logits and cache by name unless a call asks for something else."""
+def plain_outputs(model: PreTrainedModel, settings: Collection[str] = PLAIN.keys()) -> Iterator[None]:
+    """Within, the model returns logits and cache by name unless a call asks for something else.
+
+    Args:
+        model: its configurations are as they were afterwards.
+        settings: which of them to make plain.
+    """
     saved = []
     for config in _configs(model):
         values = vars(config)
-        saved.append((values, {name: values[name] for name in (EXTRA_OUTPUTS | FORM) & values.keys()}))
-        values.update(dict.fromkeys(EXTRA_OUTPUTS & values.keys(), False))
-        values.update(dict.fromkeys(FORM & values.keys(), True))
+        names = values.keys() & settings
+        saved.append((values, {name: values[name] for name in names}))
+        values.update({name: PLAIN[name] for name in names})
     try:
         yield
     finally:

@@ -25,6 +25,13 @@ _UNDECLARED = (
 one stands for all: `broadcast_tensors`."""
 
 
+_UNDECLARED_WRITES = {
+    aten.batch_norm.default: ("training", ("running_mean", "running_var")),
+    aten.instance_norm.default: ("use_input_stats", ("running_mean", "running_var")),
+}
+"""Operators that write to arguments where a flag is set, and do not declare it."""
+
+
 class Writes:
     """How often the memory behind a node has been written to, counted as a pass walks through the graph in order.
 
@@ -56,12 +63,24 @@ def written_between(first: fx.Node, last: fx.Node, values: Iterable[fx.Node]) ->
 
 def written_attributes(graph: fx.Graph) -> list[str]:
     """Names of the parameters and buffers that the graph writes to."""
-    owners = [_owner(argument) for node in graph.nodes for argument in _written(node)]
-    return list(dict.fromkeys(str(owner.target) for owner in owners if owner.op == "get_attr"))
+    return list(dict.fromkeys(str(owner.target) for owner in _written_owners(graph) if owner.op == "get_attr"))
+
+
+def writes_inputs(graph: fx.Graph) -> bool:
+    """Whether the graph writes to a tensor that is passed to it."""
+    return any(owner.op == "placeholder" for owner in _written_owners(graph))
+
+
+def _written_owners(graph: fx.Graph) -> list[fx.Node]:
+    return [_owner(argument) for node in graph.nodes for argument in _written(node)]
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
     """The arguments that the node changes in place."""
+    if node.target in _UNDECLARED_WRITES:
+        flag, names = _UNDECLARED_WRITES[node.target]
+        given = named_arguments(node)
+        return [given[name] for name in names if given[flag] and isinstance(given[name], fx.Node)]
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return []
     given = named_arguments(node)

@@ -90,14 +90,17 @@ def named_arguments(node: fx.Node) -> dict[str, Any]:
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
-def add_call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+def add_call(
+    graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, kwargs: dict[str, Any] | None = None
+) -> fx.Node:
     """A new `call_function` node at the insertion point, its provenance taken from `like` and its value computed."""
-    node = graph.call_function(target, args)
+    node = graph.call_function(target, args, kwargs)
     node.meta = {key: value for key, value in like.meta.items() if key != "val"}
     mode = fake_mode(graph)
     if mode is not None:
         with mode:
-            node.meta["val"] = target(*fx.node.map_arg(args, lambda arg: arg.meta["val"]))
+            values, named = fx.node.map_arg((args, kwargs or {}), lambda arg: arg.meta["val"])
+            node.meta["val"] = target(*values, **named)
     return node
 
 

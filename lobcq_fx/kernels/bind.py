@@ -30,6 +30,7 @@ from lobcq_fx.kernels.cpu.weight_layout import CpuWeightLayout
 from lobcq_fx.kernels.stored_linears import StoredLinears
 from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
 from lobcq_fx.ops import schemas
+from lobcq_fx.ops.quantize_activation import check_static_scale
 
 logger = logging.getLogger(__name__)
 
@@ -71,22 +72,9 @@ def bind_triton_kernels() -> bool:
     if reason:
         logger.warning("%s, the ops on CUDA tensors run through plain torch", reason)
         return False
-    from lobcq_fx.kernels.triton import torch_ops  # imports triton
+    from lobcq_fx.kernels.triton.torch_ops import IMPLEMENTATIONS  # imports triton
 
-    implementations: dict[str, Callable[..., Any]] = {
-        schemas.QUANTIZE_ACTIVATION: torch_ops.quantize_activation,
-        schemas.LINEAR: torch_ops.linear,
-        schemas.LINEAR_FLOAT_ACTIVATION: torch_ops.linear_float_activation,
-        schemas.LINEAR_PREPACKED: torch_ops.linear_prepacked,
-        schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION: torch_ops.linear_prepacked_float_activation,
-        schemas.LINEAR_PREPACKED_RESIDUAL: torch_ops.linear_prepacked_residual,
-        schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION_RESIDUAL: torch_ops.linear_prepacked_float_activation_residual,
-        schemas.LINEAR_PREPACKED_SILU_MUL: torch_ops.linear_prepacked_silu_mul,
-        schemas.LINEAR_PREPACKED_RMS_NORM: torch_ops.linear_prepacked_rms_norm,
-        schemas.LINEAR_PREPACKED_ADD_RMS_NORM: torch_ops.linear_prepacked_add_rms_norm,
-        schemas.LINEAR_PREPACKED_LAYER_NORM: torch_ops.linear_prepacked_layer_norm,
-    }
-    for name, implementation in implementations.items():
+    for name, implementation in IMPLEMENTATIONS.items():
         torch.library.impl(name, "CUDA", _on_its_device(implementation))
     return True
 
@@ -129,6 +117,7 @@ def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
 def _quantize_activation(
     x: Tensor, codebooks: Tensor, array_size: int, static_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_static_scale(static_scale)
     core, leading = _core(), x.shape[:-1]
     rows = x.detach().reshape(leading.numel(), x.shape[-1]).contiguous()
     scale = None if static_scale is None else static_scale.float().view(1, 1).repeat(rows.shape[0], 1)

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import FormatSpec, absmax_row_scale, encode
 from lobcq_fx.ops.schemas import QUANTIZE_ACTIVATION
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def check_static_scale(scale: Tensor | None) -> None:
+    """Refuse a static scale that no calibration gives. One on a GPU is not looked at, which would wait for the GPU.
+
+    Raises:
+        LobcqError: not one number, or not positive and finite (says it).
+    """
+    if scale is None or scale.device.type != "cpu":
+        return
+    if scale.numel() != 1 or not 0 < scale.item() < math.inf:
+        raise LobcqError(f"static_scale is {scale.tolist()}: it must be one positive finite number, a calibrated scale")
 
 
 def quantize_activation(x: Tensor, codebooks: Tensor, array_size: int, static_scale: Tensor | None = None) -> Packed:
@@ -23,7 +38,11 @@ def quantize_activation(x: Tensor, codebooks: Tensor, array_size: int, static_sc
     Returns:
         codes uint8 [..., Kp/2], selectors uint8 [..., ceil(Kp/8 * log2(N_c) / 8)], scales float8_e4m3fn [..., Kp/L_A],
         tensor_scale fp32 [..., 1]. A row that holds NaN or infinity gets a NaN tensor scale.
+
+    Raises:
+        LobcqError: a static scale that is not positive and finite.
     """
+    check_static_scale(static_scale)
     leading = x.shape[:-1]
     rows = x.reshape(leading.numel(), x.shape[-1])
     row_scale = absmax_row_scale(rows) if static_scale is None else static_scale.expand(rows.shape[0], 1)

@@ -245,4 +245,18 @@ def bind_arguments(
     if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(inputs)):
         raise TraceError(f"example_inputs hold no tensor for {type(model).__name__}.forward{signature}")
     names = tuple(n for n, p in signature.parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD)
-    return names, inputs
+    return names, _distinct(inputs)
+
+
+def _distinct(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with a tensor of its own in each place: torch.export would take one passed twice for one input."""
+    seen: set[int] = set()
+
+    def own(tensor: Tensor) -> Tensor:
+        if id(tensor) in seen:
+            return tensor.clone()
+        seen.add(id(tensor))
+        return tensor
+
+    distinct: dict[str, Any] = pytree.tree_map_only(Tensor, own, inputs)
+    return distinct

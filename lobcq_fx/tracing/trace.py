@@ -18,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lobcq_fx.errors import CallError, TraceError
+from lobcq_fx.graph.written import module_kept, own_written_tensors
 from lobcq_fx.tracing.assumptions import SizeDecisions
 from lobcq_fx.tracing.calling import CallingConvention, ModuleCall, Structure, bind_arguments
 from lobcq_fx.tracing.higher_order import refuse_higher_order
@@ -127,6 +128,7 @@ def own_graph_module(graph_module: fx.GraphModule) -> fx.GraphModule:
             continue
         # The same memory, but parameters of its own: what happens to them does not happen to the model's.
         setattr(plain.get_submodule(owner), last, nn.Parameter(parameter.detach(), requires_grad=False))
+    own_written_tensors(plain)
     return plain
 
 
@@ -147,18 +149,18 @@ def _traced_shapes(graph_module: fx.GraphModule) -> tuple[tuple[int | None, ...]
 
 
 class tracing:  # noqa: N801  (a context manager, used like a function)
-    """Put the model in eval mode and turn whatever stops the capture into a TraceError."""
+    """Put the model in eval mode and turn whatever stops the capture into a TraceError; the model stays as it was."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.training = [module for module in model.modules() if module.training]
+        self.kept = module_kept(model)
 
     def __enter__(self) -> None:
+        self.kept.__enter__()
         self.model.eval()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        for module in self.training:
-            module.training = True
+        self.kept.__exit__(None, None, None)
         if isinstance(error, Exception) and not isinstance(error, TraceError):
             raise TraceError(_explain(self.model, error)) from error
 

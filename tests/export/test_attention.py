@@ -8,14 +8,25 @@ import onnx
 import pytest
 import torch
 
-import lobcq_fx
 from lobcq_fx.export import export_onnx
-from lobcq_fx.export.attention import use_group_query_attention
+from lobcq_fx.export.attention import UseGroupQueryAttention
 from lobcq_fx.export.stored_module import stored_module
+from lobcq_fx.passes.group_query_heads import GroupQueryHeads
 from tests.export.sessions import Session
-from tests.families import causal_lm
+from tests.families import quantized_causal_lm
+from tests.passes.graphs import assert_unchanged
 
 aten = torch.ops.aten
+
+
+def use_group_query_attention(graph_module, calling):
+    """How many attentions were fused, and why others were not. A second run finds nothing more."""
+    GroupQueryHeads()(graph_module)
+    one, again = UseGroupQueryAttention(calling), UseGroupQueryAttention(calling)
+    assert one(graph_module).modified == bool(one.fused)
+    assert_unchanged(again, graph_module)
+    assert again.refusals == one.refusals
+    return len(one.fused), tuple(one.refusals)
 
 
 def attentions(graph_module):
@@ -24,11 +35,11 @@ def attentions(graph_module):
 
 @pytest.fixture(scope="module")
 def gpt_neox():
-    return lobcq_fx.quantize(causal_lm("gpt-neox"))
+    return quantized_causal_lm("gpt-neox", static_cache=False)[1]
 
 
 def test_narrow_heads_stay(gpt_neox):
-    q = lobcq_fx.quantize(causal_lm("llama"))
+    q = quantized_causal_lm("llama", static_cache=False)[1]
     graph_module = stored_module(q)
     fused, refused = use_group_query_attention(graph_module, q.calling)
     assert (fused, len(refused), len(attentions(graph_module))) == (0, 2, 2)
@@ -85,7 +96,7 @@ def test_fused_equals_unfused(gpt_neox, tmp_path):
 
 def test_a_fused_graph_is_read_by_the_checker(gpt_neox, tmp_path):
     """ONNX Runtime's own norms lie in ONNX's domain, where the checker knows none."""
-    q = lobcq_fx.quantize(causal_lm("qwen3"))
+    q = quantized_causal_lm("qwen3", static_cache=False)[1]
     summary = export_onnx(q, tmp_path / "out")
     assert "SimplifiedLayerNormalization" not in summary.nodes
     assert summary.nodes["com.microsoft::SkipSimplifiedLayerNormalization"] > 0

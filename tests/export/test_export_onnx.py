@@ -18,7 +18,7 @@ from lobcq_fx.export import OnnxCausalLM, export_onnx, folder, self_check
 from lobcq_fx.format import decode
 from lobcq_fx.modules.packed_weight import PackedWeight
 from tests.export.sessions import Session
-from tests.families import VOCABULARY, causal_lm
+from tests.families import VOCABULARY, causal_lm, quantized_causal_lm
 
 
 class Mlp(nn.Module):
@@ -115,7 +115,7 @@ def test_bert(tmp_path):
 @pytest.mark.parametrize("family", ["gemma3", "phi3", "opt", "bloom", "falcon"])  # others: test_parity.py
 def test_other_families_export(family, tmp_path):
     """The self-check compares a prompt, a token after it, and several tokens after a cache."""
-    q = lobcq_fx.quantize(causal_lm(family))
+    q = quantized_causal_lm(family, static_cache=False)[1]
     summary = export_onnx(q, tmp_path / "out")
     assert summary.differences.functions < 1e-3
     names = [value.name for value in Session(tmp_path / "out").inner.get_outputs()]
@@ -126,7 +126,7 @@ def test_other_families_export(family, tmp_path):
 def test_matmulnbits(tmp_path):
     """Greedy tokens are W4A16's, in stock operators alone; a graph in W4A4 leaves its activations in float as well."""
     model = causal_lm("gpt2")
-    q = lobcq_fx.quantize(model, config=lobcq_fx.LobcqConfig(mode="w4a16"))
+    q = lobcq_fx.quantize(model, config=lobcq_fx.LobcqConfig(mode="w4a16"), static_cache=False)
     summary = export_onnx(q, tmp_path / "out", target="matmulnbits")
     assert summary.library_nodes == 0
     assert summary.nodes["com.microsoft::MatMulNBits"] == 8
@@ -134,7 +134,7 @@ def test_matmulnbits(tmp_path):
     settings = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = q.generate(ids, **settings)
     assert torch.equal(OnnxCausalLM(tmp_path / "out", use_library=False).generate(ids, **settings), expected)
-    export_onnx(lobcq_fx.quantize(model), tmp_path / "w4a4", target="matmulnbits")
+    export_onnx(quantized_causal_lm("gpt2", static_cache=False)[1], tmp_path / "w4a4", target="matmulnbits")
     assert torch.equal(OnnxCausalLM(tmp_path / "w4a4", use_library=False).generate(ids, **settings), expected)
 
 
@@ -158,7 +158,7 @@ def test_matmulnbits_holds_the_decoded_weight_exactly(tmp_path):
 
 
 def test_last_logits_only(tmp_path):
-    q = lobcq_fx.quantize(causal_lm("llama"))
+    q = quantized_causal_lm("llama", static_cache=False)[1]
     export_onnx(q, tmp_path / "out", last_logits_only=True)
     ids = torch.arange(12).view(2, 6)
     call = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(6).expand(2, 6)}
@@ -221,7 +221,7 @@ def deep():
     """Ten layers, after which a single moved code has changed the logits by percents."""
     torch.manual_seed(0)
     model = causal_lm("llama", num_hidden_layers=10, hidden_size=128, head_dim=32)
-    return lobcq_fx.quantize(model)
+    return lobcq_fx.quantize(model, static_cache=False)
 
 
 def test_the_self_check_knows_rounding_from_faults(deep, tmp_path, monkeypatch):
@@ -327,7 +327,7 @@ def test_missing_and_old_packages_are_named(mlp, tmp_path, monkeypatch):
 
 
 def test_genai_config_points_into_the_folder(tmp_path):
-    q = lobcq_fx.quantize(causal_lm("gpt-neox"))
+    q = quantized_causal_lm("gpt-neox", static_cache=False)[1]
     export_onnx(q, tmp_path / "out", include_library=True)
     config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
     decoder = config["model"]["decoder"]

@@ -6,10 +6,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
-import lobcq_fx
 from lobcq_fx.errors import ExportError
 from lobcq_fx.export import OnnxCausalLM, export_onnx
-from tests.families import causal_lm
+from tests.families import quantized_causal_lm
 
 FUSED_FROM, EIGHT_BITS_FROM = (1, 22), (1, 23)
 RELEASE = tuple(int(part) for part in ort.__version__.split(".")[:2])
@@ -17,7 +16,7 @@ RELEASE = tuple(int(part) for part in ort.__version__.split(".")[:2])
 
 @pytest.fixture(scope="module")
 def q():
-    return lobcq_fx.quantize(causal_lm("gpt-neox"))
+    return quantized_causal_lm("gpt-neox", static_cache=False)[1]
 
 
 def test_an_export_without_fusions(q, tmp_path):

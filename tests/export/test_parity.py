@@ -41,7 +41,7 @@ class Exported:
             self.tokenizer = AutoTokenizer.from_pretrained(lobcq_fx.default_model_path())
         else:
             model, self.tokenizer = causal_lm(name), None
-        self.name, self.q = name, lobcq_fx.quantize(model)
+        self.name, self.q = name, lobcq_fx.quantize(model, static_cache=name == "default")
         self.packed, self.onnx = folder / "packed", folder / "onnx"
         self.q.save_pretrained(self.packed)
         self.summary = export_onnx(self.q, self.onnx, tokenizer=self.tokenizer, include_library=True)

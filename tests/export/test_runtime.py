@@ -10,12 +10,12 @@ from torch import nn
 import lobcq_fx
 from lobcq_fx.errors import CallError, ExportError
 from lobcq_fx.export import OnnxCausalLM, export_onnx
-from tests.families import causal_lm
+from tests.families import quantized_causal_lm
 
 
 @pytest.fixture(scope="module")
 def q():
-    return lobcq_fx.quantize(causal_lm("gpt-neox"))
+    return quantized_causal_lm("gpt-neox", static_cache=False)[1]
 
 
 @pytest.fixture(scope="module")

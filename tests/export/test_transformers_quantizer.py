@@ -39,7 +39,7 @@ INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 def test_both_exporters_compute_what_quantize_does(config):
     model = causal_lm("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    q = lobcq_fx.quantize(model, config=config)
+    q = lobcq_fx.quantize(model, config=config, static_cache=False)
     expected = q(**INPUTS, use_cache=False).logits
     program = DynamoExporter().export(
         model, INPUTS, config=DynamoConfig(dynamic=True, quantizer=LobcqQuantizer(config))
@@ -63,7 +63,7 @@ def test_static_scales_are_calibrated():
         causal_lm("llama"),
         [{"input_ids": IDS + offset, "attention_mask": INPUTS["attention_mask"]} for offset in (0, 9)],
     )
-    expected = lobcq_fx.quantize(model, data, config)(**INPUTS, use_cache=False).logits
+    expected = lobcq_fx.quantize(model, data, config, static_cache=False)(**INPUTS, use_cache=False).logits
     quantizer = LobcqQuantizer(config, calibration_dataset=data)
     program = DynamoExporter().export(model, INPUTS, config=DynamoConfig(dynamic=True, quantizer=quantizer))
     torch.testing.assert_close(program(**INPUTS).logits, expected, rtol=1e-4, atol=1e-5)

@@ -7,8 +7,9 @@ import torch
 import transformers
 
 import lobcq_fx
-from lobcq_fx.errors import TraceError
-from tests.families import VOCABULARY, fake_quantized, quantized_layers
+from lobcq_fx.errors import CallError, TraceError
+from lobcq_fx.pipeline import trace
+from tests.families import LLAMA, TOKENS, VOCABULARY, fake_quantized, quantized_layers
 
 BERT = {"hidden_size": 72, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -110,3 +111,81 @@ def test_an_encoder_decoder_is_refused_with_what_to_quantize_instead():
     config = transformers.T5Config(d_model=16, d_ff=32, d_kv=4, num_heads=4, num_layers=1, vocab_size=VOCABULARY)
     with pytest.raises(TraceError, match="encoder-decoder, which is not supported yet"):
         lobcq_fx.quantize(transformers.T5ForConditionalGeneration(config))
+
+
+def bart():
+    torch.manual_seed(0)
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
+    config = transformers.BartConfig(d_model=64, vocab_size=VOCABULARY, **sizes, **heads, pad_token_id=0)
+    return transformers.BartForConditionalGeneration(config).eval()
+
+
+@torch.no_grad()
+def test_the_encoder_of_an_encoder_decoder_is_quantized_and_generates_with_the_rest_of_it(tmp_path):
+    model = bart()
+    encoder = model.get_encoder()
+    q = lobcq_fx.quantize(encoder)
+    q.save_pretrained(tmp_path / "q")
+    call = tokens(3, 7)
+    with fake_quantized(encoder, quantized_layers(q), exact=True):
+        expected = encoder(**call)
+        words = model.generate(**call, max_new_tokens=4, do_sample=False)
+    for one in (q, lobcq_fx.load(tmp_path / "q")):
+        output = one(**call)
+        torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, rtol=1e-3, atol=1e-3)
+        given = {"attention_mask": call["attention_mask"], "encoder_outputs": output}
+        assert torch.equal(model.generate(**given, max_new_tokens=4, do_sample=False), words)
+
+
+def whisper_encoder():
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_mel_bins": 8}
+    config = transformers.WhisperConfig(d_model=64, max_source_positions=20, **sizes, **heads, **TOKENS)
+    return transformers.WhisperModel(config).get_encoder(), {"input_features": torch.randn(2, 8, 40)}
+
+
+def detr():
+    backbone = transformers.ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 16], depths=[1, 1], out_features=["stage2"], layer_type="basic"
+    )
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "d_model": 64}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "num_queries": 5}
+    config = transformers.DetrConfig(use_timm_backbone=False, backbone_config=backbone, **sizes, **heads)
+    return transformers.DetrForObjectDetection(config), {"pixel_values": torch.randn(2, 3, 32, 32)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [whisper_encoder, detr])
+def test_other_models_that_say_encoder_decoder_and_are_called_once(make):
+    torch.manual_seed(0)
+    model, call = make()
+    assert model.eval().config.is_encoder_decoder
+    with pytest.raises(TraceError, match=rf"{model.main_input_name}.*pass example_inputs=\{{'{model.main_input_name}'"):
+        trace(model)
+    traced = trace(model, call)
+    other = {name: value.flip(0) + 0.5 for name, value in call.items()}
+    outputs = traced.graph_module(*traced.calling.flatten((), other))
+    actual, expected = traced.calling.unflatten(outputs, (), other), model(**other)
+    assert type(actual) is type(expected)
+    torch.testing.assert_close(actual[0], expected[0])
+
+
+def test_a_classifier_without_a_padding_token_is_refused_with_what_to_set():
+    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**{**LLAMA, "pad_token_id": None}))
+    with pytest.raises(TraceError, match=r"no padding token is defined\. Remedy: set model\.config\.pad_token_id"):
+        lobcq_fx.quantize(model, example_inputs={"input_ids": torch.arange(5)[None]})
+
+
+@torch.no_grad()
+def test_labels_are_ignored_in_calibration_data():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=VOCABULARY, **sizes)).eval()
+    config = lobcq_fx.LobcqConfig(activation_scale="static")
+    plain = [tokens(2, 5), tokens(3, 7)]
+    labelled = [{**batch, "labels": torch.zeros(len(batch["input_ids"]), dtype=torch.long)} for batch in plain]
+    q, expected = (lobcq_fx.quantize(model, data, config) for data in (labelled, plain))
+    assert torch.equal(q(**plain[0]).logits, expected(**plain[0]).logits)
+    with pytest.raises(CallError, match="argument 'labels' was not in the traced call"):
+        q(**labelled[0])

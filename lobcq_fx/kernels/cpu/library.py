@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lobcq_fx.format.spec import FormatSpec
+from lobcq_fx.format.spec import CODEBOOK_SIZE, FormatSpec
 from lobcq_fx.kernels.cpu.operands import (
     CProduct,
     KernelActivation,
@@ -23,6 +23,7 @@ from lobcq_fx.kernels.cpu.operands import (
     c_matrix,
     c_packed,
     c_weight,
+    require,
 )
 
 ABI_VERSION = 2
@@ -82,6 +83,7 @@ class Core:
     def tables(self, codebooks: Tensor) -> Tables:
         """Tables of codebooks int8 [N_c, 16]."""
         codebooks = codebooks.contiguous()
+        require("codebooks", codebooks, torch.int8, (codebooks.shape[0], CODEBOOK_SIZE))
         data = _buffer(self._lib.lobcq_tables_bytes())
         self._call("tables_init", _pointer(codebooks), codebooks.shape[0], _pointer(data))
         return Tables(data, codebooks.shape[0])
@@ -123,9 +125,7 @@ class Core:
     def pack_weight(self, packed: PackedOperand) -> KernelWeight:
         """Kernel layout of a packed weight [N, K] with one tensor scale."""
         rows, spec = packed.codes.shape[0], packed.spec
-        size = self._lib.lobcq_weight_bytes(
-            ctypes.c_int64(rows), ctypes.c_int64(packed.columns), spec.num_codebooks, spec.array_size
-        )
+        size = self._weight_bytes(rows, packed.columns, spec)
         weight = KernelWeight(_buffer(size), rows, packed.columns, spec, float(packed.tensor_scale))
         operand, out = c_packed(packed), c_weight(weight)
         self._call("weight_pack", ctypes.byref(operand), ctypes.byref(out), self._parallel())
@@ -133,6 +133,7 @@ class Core:
 
     def unpack_weight(self, weight: KernelWeight) -> PackedOperand:
         """The packed bytes that `pack_weight` was given."""
+        self._check_weight(weight)
         scale = _floats(()).fill_(weight.tensor_scale)
         packed = PackedOperand.empty(weight.rows, weight.columns, weight.spec, scale)
         source, out = c_weight(weight), c_packed(packed)
@@ -145,6 +146,8 @@ class Core:
         """Encode x [M, K] for W4A4 linears, tensor scales as in `encode`."""
         rule = _scale_rule(tensor_scale)
         scale = None if tensor_scale is None else tensor_scale.to(torch.float32).contiguous()
+        if scale is not None:
+            require("tensor_scale", scale, torch.float32, (), (x.shape[0], 1))
         matrix = c_matrix(x)
         activation = self._new_activation(x.shape[0], x.shape[1], array_size, _ENCODED)
         out = c_activation(activation)
@@ -181,12 +184,23 @@ class Core:
         out = torch.empty((activation.rows, weight.rows), dtype=dtype, device="cpu")
         matrix, w, a = c_matrix(out), c_weight(weight), c_activation(activation)
         bias = None if bias is None else bias.to(torch.float32).contiguous()
+        if bias is not None:
+            require("bias", bias, torch.float32, (weight.rows,))
+        self._check_weight(weight)
         product = CProduct(
             tables.data.data_ptr(), ctypes.pointer(w), weight.tensor_scale,
             None if bias is None else bias.data_ptr(), ctypes.pointer(matrix),
         )  # fmt: skip
         self._call("linear", ctypes.byref(product), ctypes.c_int64(1), ctypes.byref(a), self._parallel())
         return out
+
+    def _weight_bytes(self, rows: int, columns: int, spec: FormatSpec) -> int:
+        sizes = (ctypes.c_int64(rows), ctypes.c_int64(columns), spec.num_codebooks, spec.array_size)
+        return int(self._lib.lobcq_weight_bytes(*sizes))
+
+    def _check_weight(self, weight: KernelWeight) -> None:
+        size = self._weight_bytes(weight.rows, weight.columns, weight.spec)
+        require("the weight in kernel layout", weight.data, torch.uint8, (size,))
 
     def _new_activation(self, rows: int, columns: int, array_size: int, kind: int) -> KernelActivation:
         size = self._lib.lobcq_activation_bytes(ctypes.c_int64(rows), ctypes.c_int64(columns), array_size, kind)

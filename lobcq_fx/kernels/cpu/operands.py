@@ -147,6 +147,18 @@ def c_matrix(x: Tensor) -> CMatrix:
     return CMatrix(x.data_ptr(), rows, columns, stride, _DTYPES[x.dtype])
 
 
+def require(name: str, tensor: Tensor, dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:
+    """Refuse what the core, which is given an address alone, would read or write beyond.
+
+    Raises:
+        ValueError: not on the CPU, of another dtype or none of the shapes, or not contiguous.
+    """
+    fits = tensor.dtype == dtype and tuple(tensor.shape) in shapes
+    if not fits or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        actual = f"{tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+        raise ValueError(f"{name} is {actual}: expected contiguous {dtype} of {shapes[-1]} on the CPU")
+
+
 def c_packed(packed: PackedOperand) -> CPacked:
     """The structure of a packed operand.
 
@@ -160,9 +172,8 @@ def c_packed(packed: PackedOperand) -> CPacked:
         "scales": spec.num_arrays(packed.columns),
     }
     for name, width in expected.items():
-        tensor: Tensor = getattr(packed, name)
-        if tensor.dtype != torch.uint8 or tuple(tensor.shape) != (rows, width) or not tensor.is_contiguous():
-            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: expected contiguous uint8 {rows, width}")
+        require(name, getattr(packed, name), torch.uint8, (rows, width))
+    require("tensor_scale", packed.tensor_scale, torch.float32, (), (rows, 1))
     pointers = (packed.codes, packed.selectors, packed.scales, packed.tensor_scale)
     return CPacked(
         *(p.data_ptr() for p in pointers), packed.tensor_scale.numel(), rows, packed.columns, spec.num_codebooks,

@@ -6,8 +6,9 @@ look up tables by the codebooks' values, which they wait for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from lobcq_fx.kernels.triton.operands import Activation, Epilogue, Linear
 from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
 from lobcq_fx.kernels.triton.prologues import AddRmsNorm, LayerNorm, Prologue, RmsNorm, SiluMul
 from lobcq_fx.kernels.triton.weight_layout import WeightTiles
+from lobcq_fx.ops import schemas
 from lobcq_fx.ops.fused import check_operand
 from lobcq_fx.ops.schemas import NO_GRADIENT
 
@@ -40,98 +42,6 @@ class Linears(NamedTuple):
     biases: list[Tensor]
     out_features: list[int]
     array_size: int
-
-
-def linear_prepacked(
-    x: Tensor, activation_tables: Tensor, static_scale: Tensor | None, weights: list[Tensor],
-    tensor_scales: list[Tensor], weight_tables: Tensor, biases: list[Tensor], out_features: list[int], array_size: int,
-    dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
-    """`lobcq::linear_prepacked` (W4A4)."""
-    _refuse_gradients(x)
-    linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
-    return _encode_and_multiply(x, None, activation_tables, static_scale, linears, None, dtype)
-
-
-def linear_prepacked_residual(
-    x: Tensor, activation_tables: Tensor, static_scale: Tensor | None, weights: list[Tensor],
-    tensor_scales: list[Tensor], weight_tables: Tensor, biases: list[Tensor], out_features: list[int], array_size: int,
-    residuals: list[Tensor], dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
-    """`linear_prepacked`, and each rounded result plus its residual [..., N], [0] for none."""
-    _refuse_gradients(x, *residuals)
-    linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
-    return _encode_and_multiply(x, None, activation_tables, static_scale, linears, residuals, dtype)
-
-
-def linear_prepacked_rms_norm(
-    x: Tensor, norm_weight: Tensor | None, eps: float, offset: float, round_first: bool, activation_tables: Tensor,
-    static_scale: Tensor | None, weights: list[Tensor], tensor_scales: list[Tensor], weight_tables: Tensor,
-    biases: list[Tensor], out_features: list[int], array_size: int, dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
-    """`linear_prepacked` of `rms_norm(x, ...)`."""
-    _refuse_gradients(x, norm_weight)
-    norm = RmsNorm(norm_weight, eps, offset, round_first)
-    linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
-    return _encode_and_multiply(x, norm, activation_tables, static_scale, linears, None, dtype)
-
-
-def linear_prepacked_add_rms_norm(
-    x: Tensor, residual: Tensor, norm_weight: Tensor | None, eps: float, offset: float, round_first: bool,
-    activation_tables: Tensor, static_scale: Tensor | None, weights: list[Tensor], tensor_scales: list[Tensor],
-    weight_tables: Tensor, biases: list[Tensor], out_features: list[int], array_size: int, dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
-    """`x + residual`, and `linear_prepacked` of its `rms_norm`: first the sum [..., K], then the results."""
-    _refuse_gradients(x, residual, norm_weight)
-    check_operand("residual", residual, x.shape, x.dtype)
-    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    norm = AddRmsNorm(_rows(residual), _rows(total), RmsNorm(norm_weight, eps, offset, round_first))
-    linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
-    return [total, *_encode_and_multiply(x, norm, activation_tables, static_scale, linears, None, dtype)]
-
-
-def linear_prepacked_layer_norm(
-    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, activation_tables: Tensor,
-    static_scale: Tensor | None, weights: list[Tensor], tensor_scales: list[Tensor], weight_tables: Tensor,
-    biases: list[Tensor], out_features: list[int], array_size: int, dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
-    """`linear_prepacked` of `layer_norm(x, ...)`."""
-    _refuse_gradients(x, norm_weight, norm_bias)
-    norm = LayerNorm(norm_weight, norm_bias, eps)
-    linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
-    return _encode_and_multiply(x, norm, activation_tables, static_scale, linears, None, dtype)
-
-
-def linear_prepacked_silu_mul(
-    gate: Tensor, up: Tensor, activation_tables: Tensor, static_scale: Tensor | None, weights: list[Tensor],
-    tensor_scales: list[Tensor], weight_tables: Tensor, biases: list[Tensor], out_features: list[int], array_size: int,
-    residuals: list[Tensor], dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
-    """`linear_prepacked_residual` of `silu_mul(gate, up)`."""
-    _refuse_gradients(gate, up, *residuals)
-    check_operand("up", up, gate.shape, gate.dtype)
-    linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
-    return _encode_and_multiply(gate, SiluMul(_rows(up)), activation_tables, static_scale, linears, residuals, dtype)
-
-
-def linear_prepacked_float_activation(
-    x: Tensor, weights: list[Tensor], tensor_scales: list[Tensor], weight_tables: Tensor, biases: list[Tensor],
-    out_features: list[int], array_size: int,
-) -> list[Tensor]:  # fmt: skip
-    """`lobcq::linear_prepacked.float_activation` (W4A16)."""
-    _refuse_gradients(x)
-    linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
-    return _multiply(x, Activation(_rows(x)), linears, None, x.dtype)
-
-
-def linear_prepacked_float_activation_residual(
-    x: Tensor, weights: list[Tensor], tensor_scales: list[Tensor], weight_tables: Tensor, biases: list[Tensor],
-    out_features: list[int], array_size: int, residuals: list[Tensor],
-) -> list[Tensor]:  # fmt: skip
-    """`linear_prepacked_float_activation`, and each rounded result plus its residual [..., N], [0] for none."""
-    _refuse_gradients(x, *residuals)
-    linears = Linears(weights, tensor_scales, weight_tables, biases, out_features, array_size)
-    return _multiply(x, Activation(_rows(x)), linears, residuals, x.dtype)
 
 
 def quantize_activation(x: Tensor, codebooks: Tensor, array_size: int, static_scale: Tensor | None = None) -> Packed:
@@ -214,6 +124,52 @@ _STORED = StoredLinears(_scaled_entries)
 linear, linear_float_activation = _STORED.linear, _STORED.linear_float_activation
 
 
+def _rms_norm(given: dict[str, Any]) -> RmsNorm:
+    return RmsNorm(*(given[name] for name in ("norm_weight", "eps", "offset", "round_first")))
+
+
+def _add_rms_norm(given: dict[str, Any]) -> AddRmsNorm:
+    x, residual = given["x"], given["residual"]
+    check_operand("residual", residual, x.shape, x.dtype)
+    total = torch.empty((x.shape[:-1].numel(), x.shape[-1]), dtype=x.dtype, device=x.device)
+    return AddRmsNorm(_rows(residual), total, _rms_norm(given))
+
+
+def _layer_norm(given: dict[str, Any]) -> LayerNorm:
+    return LayerNorm(given["norm_weight"], given["norm_bias"], given["eps"])
+
+
+def _silu_mul(given: dict[str, Any]) -> SiluMul:
+    check_operand("up", given["up"], given["gate"].shape, given["gate"].dtype)
+    return SiluMul(_rows(given["up"]))
+
+
+def _overload(name: str, prologue: Callable[[dict[str, Any]], Prologue] | None = None) -> Callable[..., list[Tensor]]:
+    """The implementation of an overload of `lobcq::linear_prepacked`, its arguments bound by the schema's names.
+
+    Args:
+        name: of the overload.
+        prologue: what the encoder begins with, from the arguments; None where it encodes x itself.
+    """
+    schema = getattr(torch.ops.lobcq.linear_prepacked, name.partition(".")[2] or "default")._schema
+    names = [argument.name for argument in schema.arguments]
+
+    def run(*arguments: Any) -> list[Tensor]:
+        given = dict(zip(names, arguments, strict=True))
+        residuals = given.get("residuals")
+        _refuse_gradients(*(one for one in arguments if isinstance(one, Tensor)), *(residuals or ()))
+        x = given["gate"] if "gate" in given else given["x"]
+        linears = Linears(*(given[field] for field in Linears._fields))
+        if "activation_tables" not in given:
+            return _multiply(x, Activation(_rows(x)), linears, residuals, x.dtype)
+        before = None if prologue is None else prologue(given)
+        tables, scale, dtype = given["activation_tables"], given["static_scale"], given["dtype"]
+        results = _encode_and_multiply(x, before, tables, scale, linears, residuals, dtype)
+        return [before.sums.view(x.shape), *results] if isinstance(before, AddRmsNorm) else results
+
+    return run
+
+
 def _lookup(codebooks: Tensor) -> Lookup:
     return _cached_lookup(tuple(codebooks.flatten().tolist()), tuple(codebooks.shape), codebooks.device)
 
@@ -227,3 +183,23 @@ def _refuse_gradients(*tensors: Tensor | None) -> None:
     """No autograd formula stands between the dispatcher and the prepacked ops: one would run on every call."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise LobcqError(NO_GRADIENT)
+
+
+_PROLOGUES: dict[str, Callable[[dict[str, Any]], Prologue] | None] = {
+    schemas.LINEAR_PREPACKED: None,
+    schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION: None,
+    schemas.LINEAR_PREPACKED_RESIDUAL: None,
+    schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION_RESIDUAL: None,
+    schemas.LINEAR_PREPACKED_SILU_MUL: _silu_mul,
+    schemas.LINEAR_PREPACKED_RMS_NORM: _rms_norm,
+    schemas.LINEAR_PREPACKED_ADD_RMS_NORM: _add_rms_norm,
+    schemas.LINEAR_PREPACKED_LAYER_NORM: _layer_norm,
+}
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    schemas.QUANTIZE_ACTIVATION: quantize_activation,
+    schemas.LINEAR: linear,
+    schemas.LINEAR_FLOAT_ACTIVATION: linear_float_activation,
+    **{name: _overload(name, prologue) for name, prologue in _PROLOGUES.items()},
+}
+"""What CUDA tensors run, by op."""

@@ -58,6 +58,16 @@ def encode_rows(x: Tensor, spec: FormatSpec) -> Encoded:
     return encode(x, spec, codebooks(spec), absmax_row_scale(x))
 
 
+def at_offset(x: Tensor, offset: int) -> Tensor:
+    """A copy that starts `offset` bytes behind an address that 64 divides, whatever its elements' size."""
+    if x.numel() == 0:
+        return x
+    memory = bytearray(x.nbytes + 64 + offset)
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 64 + offset
+    memory[start : start + x.nbytes] = bytes(x.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=start).view(x.shape)
+
+
 def assert_product(out: Tensor, a: Tensor, w: Encoded, bias: Tensor | None = None) -> None:
     """`out` is `a @ decode(w).T + bias` to fp32 rounding, and to one rounding more where out is not fp32."""
     a64, w64 = a.double(), decode(w).double()

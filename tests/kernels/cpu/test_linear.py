@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode
 from lobcq_fx.kernels.cpu.library import Core
 from tests.format.cases import ALL_SPECS, PROPERTY
-from tests.kernels.cpu.operands import activation, assert_product, codebooks, encode_rows, packed, weight
+from tests.kernels.cpu.operands import activation, assert_product, at_offset, codebooks, encode_rows, packed, weight
 
 SHAPES = [(1, 1, 1), (2, 37, 200), (8, 16, 1000), (31, 70, 777)]
 """M, N, K: one row to several micro-kernels, tails in every direction."""
@@ -114,6 +114,18 @@ def test_a_non_finite_row_gives_nan_and_disturbs_no_other(core: Core, rows: int,
     for out, expected in zip(products(dirty), products(clean), strict=True):
         assert bool(out[rows // 2].isnan().all())
         assert torch.equal(out[others], expected[others])
+
+
+@pytest.mark.parametrize("offset", [1, 4, 16, 32])
+@pytest.mark.parametrize("array_size", [16, 64])
+def test_a_weight_may_lie_anywhere(core: Core, array_size: int, offset: int) -> None:
+    """As where it was compiled into a program."""
+    w, x = weight(core, FormatSpec(8, array_size), 50, 300), activation(40, 300)
+    moved = replace(w.kernel, data=at_offset(w.kernel.data, offset))
+    assert torch.equal(core.unpack_weight(moved).codes, w.encoded.codes)
+    for rows in (1, 3, 40):
+        for a in (core.encode_activation(w.tables, x[:rows], array_size), core.split_activation(x[:rows], array_size)):
+            assert torch.equal(core.linear(w.tables, moved, a), core.linear(w.tables, w.kernel, a))
 
 
 def test_a_row_does_not_depend_on_its_neighbours(core: Core) -> None:

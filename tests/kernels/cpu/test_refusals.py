@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +111,34 @@ def test_matrices_that_the_core_cannot_read_are_refused(core: Core) -> None:
     for bad in (cube, double, transposed, repeated):
         with pytest.raises(ValueError, match=r"pass a CPU matrix|must be contiguous"):
             core.encode(tables, bad, 64)
+
+
+def test_operands_that_the_core_would_misread_are_refused(core: Core) -> None:
+    """The core gets addresses alone: what they lead to is checked before."""
+    w = weight(core, FormatSpec(), 32, 256)
+    x, operand = torch.randn(4, 256), packed(w.encoded)
+    a = core.encode_activation(w.tables, x, 64)
+    short = replace(w.kernel, data=w.kernel.data[:-64])
+    refused: dict[str, Callable[[], object]] = {
+        "tensor_scale is torch.bfloat16": lambda: core.decode(
+            w.tables, replace(operand, tensor_scale=operand.tensor_scale.bfloat16())
+        ),
+        r"tensor_scale is torch.float32 \(3, 1\)": lambda: core.encode(w.tables, x, 64, torch.ones(3, 1)),
+        r"tensor_scale is torch.float32 \(1, 1\)": lambda: core.encode_activation(w.tables, x, 64, torch.ones(1, 1)),
+        "scales is torch.float8_e4m3fn": lambda: core.pack_weight(replace(operand, scales=w.encoded.scales)),
+        r"codes is .* with strides \(0, 0\)": lambda: core.pack_weight(
+            replace(operand, codes=operand.codes[:1, :1].expand_as(operand.codes))
+        ),
+        "codes is .* on meta": lambda: core.pack_weight(replace(operand, codes=operand.codes.to("meta"))),
+        r"bias is torch.float32 \(31,\)": lambda: core.linear(w.tables, w.kernel, a, torch.ones(31)),
+        r"kernel layout is torch.uint8 \(\d+,\)": lambda: core.linear(w.tables, short, a),
+        "the weight in kernel layout is": lambda: core.unpack_weight(short),
+        "codebooks is torch.int32": lambda: core.tables(codebooks(FormatSpec()).int()),
+        r"codebooks is torch.int8 \(8, 15\)": lambda: core.tables(codebooks(FormatSpec())[:, :15]),
+    }
+    for message, call in refused.items():
+        with pytest.raises(ValueError, match=f"{message}.*: expected contiguous"):
+            call()
 
 
 def test_exports_only_its_own_names_and_links_no_framework(core_file: Path) -> None:

@@ -30,11 +30,12 @@ bool valid_format(int32_t num_codebooks, int32_t array_size) {
     return valid_num_codebooks(num_codebooks) && valid_array_size(array_size);
 }
 
-bool valid_tables(const void* tables) {
-    return aligned(tables, kAlign) && static_cast<const Tables*>(tables)->magic == kTablesMagic;
-}
-
 const Tables& as_tables(const void* tables) { return *static_cast<const Tables*>(tables); }
+
+bool valid_tables(const void* tables) {
+    return aligned(tables, kAlign) && as_tables(tables).magic == kTablesMagic &&
+           valid_num_codebooks(as_tables(tables).num_codebooks);
+}
 
 int32_t check_packed(const lobcq_packed* p, bool with_tensor_scale) {
     if (!p) return LOBCQ_INVALID_ARGUMENT;
@@ -52,7 +53,7 @@ int32_t check_packed(const lobcq_packed* p, bool with_tensor_scale) {
 int32_t check_weight(const lobcq_weight* w) {
     if (!w) return LOBCQ_INVALID_ARGUMENT;
     if (!valid_format(w->num_codebooks, w->array_size)) return LOBCQ_INVALID_FORMAT;
-    return valid_shape(w->rows, w->columns) && aligned(w->data, kAlign) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
+    return valid_shape(w->rows, w->columns) && w->data ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
 }
 
 int32_t check_activation(const lobcq_activation* a) {

@@ -30,7 +30,7 @@ class Decoder {
         selectors_ += 8 * group_bits_;
     }
 
-    __m256i codes(int half, int j) const { return _mm256_load_si256(at256(codes_ + half * kChunk + j * 32)); }
+    __m256i codes(int half, int j) const { return _mm256_loadu_si256(at256(codes_ + half * kChunk + j * 32)); }
 
     // The next block of [half][j], its codes in the low nibbles.
     __m256i next_block(__m256i codes, int half, int j) {

@@ -56,7 +56,7 @@ class Decoder {
     void next(int pair, Block* low, Block* high) {
         __m512i w[2][2];
         for (int half = 0; half < 2; ++half) {
-            const __m512i codes = _mm512_load_si512(codes_ + half * kChunk);
+            const __m512i codes = _mm512_loadu_si512(codes_ + half * kChunk);
             w[half][0] = look_up(codes, half, 2 * pair);
             w[half][1] = look_up(_mm512_srli_epi16(codes, 4), half, 2 * pair + 1);
         }

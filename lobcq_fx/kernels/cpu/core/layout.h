@@ -45,6 +45,7 @@ T* part_of(void* data, int64_t offset) {
     return data ? reinterpret_cast<T*>(static_cast<uint8_t*>(data) + offset) : nullptr;
 }
 
+// Nothing here may be loaded as if it were aligned: weights compiled into a program start where that puts them.
 struct WeightView {
     uint8_t *codes, *selectors, *scales;
     int64_t rows, panels, chunks, arrays;

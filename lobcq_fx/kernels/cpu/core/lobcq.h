@@ -8,9 +8,10 @@
  * Contract of every function
  * - Returns LOBCQ_OK or one of the codes below; on any other value than LOBCQ_OK the outputs' contents are unspecified.
  * - Sizes are in elements unless a name says bytes; all are int64_t and at least 0. Rows or columns of 0 are allowed.
- * - "Opaque" buffers (tables, weight, activation) belong to the caller, must start on a multiple of 64 bytes, hold at
- *   least the stated number of bytes, are read and written only by this library, and are valid only within the process
- *   that made them (their layout may depend on the instruction set). Moving them with memcpy is fine.
+ * - "Opaque" buffers (tables, weight, activation) belong to the caller, must start on a multiple of 64 bytes (a weight
+ *   should, but may start anywhere), hold at least the stated number of bytes, are read and written only by this
+ *   library, and are valid only within the process that made them (their layout may depend on the instruction set).
+ *   Moving them with memcpy is fine.
  * - Other pointers need the natural alignment of their element type. No output may overlap an input or another output.
  * - Inputs are never written. Calls are reentrant: any number of threads may share tables, weights and activations.
  * - `parallel` may be NULL: everything then runs on the calling thread. The number of threads changes no result bit.

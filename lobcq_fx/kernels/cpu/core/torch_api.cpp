@@ -1,7 +1,5 @@
 #include "torch_api.h"
 
-#include <numeric>
-
 namespace lobcq::torch {
 
 Api api;
@@ -29,8 +27,15 @@ int32_t Tensor::dtype() const {
 }
 
 int64_t Tensor::numel() const {
-    const std::vector<int64_t> all = sizes();
-    return std::accumulate(all.begin(), all.end(), int64_t{1}, std::multiplies<>());
+    int64_t elements = 0;
+    check(api.aoti_torch_get_numel(handle_, &elements), "get_numel");
+    return elements;
+}
+
+bool Tensor::is_contiguous() const {
+    bool contiguous = false;
+    check(api.aoti_torch_is_contiguous(handle_, &contiguous), "is_contiguous");
+    return contiguous;
 }
 
 std::vector<int64_t> Tensor::numbers(int32_t (*get)(void*, int64_t**)) const {

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -28,6 +29,8 @@ struct Api {
     int32_t (*aoti_torch_get_sizes)(void* tensor, int64_t** sizes);
     int32_t (*aoti_torch_get_strides)(void* tensor, int64_t** strides);
     int32_t (*aoti_torch_get_dtype)(void* tensor, int32_t* dtype);
+    int32_t (*aoti_torch_get_numel)(void* tensor, int64_t* elements);
+    int32_t (*aoti_torch_is_contiguous)(void* tensor, bool* contiguous);
     int32_t (*aoti_torch_empty_strided)(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                                         int32_t device_type, int32_t device_index, void** tensor);
     int32_t (*aoti_torch_new_tensor_handle)(void* tensor, void** reference);
@@ -86,6 +89,15 @@ class Tensor {
     std::vector<int64_t> sizes() const { return numbers(api.aoti_torch_get_sizes); }
     std::vector<int64_t> strides() const { return numbers(api.aoti_torch_get_strides); }
     int64_t numel() const;
+    bool is_contiguous() const;
+
+    // The first element, wherever it lies in memory.
+    template <class T>
+    T first() const {
+        T value;
+        std::memcpy(&value, data<void>(), sizeof value);
+        return value;
+    }
 
   private:
     std::vector<int64_t> numbers(int32_t (*get)(void*, int64_t**)) const;

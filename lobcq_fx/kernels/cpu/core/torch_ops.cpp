@@ -1,7 +1,10 @@
 // lobcq::linear_prepacked and lobcq::linear_prepacked.float_activation for CPU tensors.
 #include <dlfcn.h>
 
+#include <cmath>
+
 #include "half.h"
+#include "layout.h"
 #include "lobcq_torch.h"
 #include "torch_api.h"
 
@@ -19,6 +22,26 @@ int32_t dtype_of(int32_t torch_dtype) {
     if (torch_dtype == api.aoti_torch_dtype_bfloat16()) return LOBCQ_BF16;
     if (torch_dtype == api.aoti_torch_dtype_float16()) return LOBCQ_FP16;
     refuse("a tensor is not in fp32, bf16 or fp16");
+}
+
+bool aligned(const void* data, uintptr_t to) { return reinterpret_cast<uintptr_t>(data) % to == 0; }
+
+// Refuses an operand of another dtype or size, with gaps between its elements, or whose memory was given back. Its
+// device is the dispatcher's business: a tensor of another one takes the call to that one's kernel.
+void require(const Tensor& operand, const char* name, int32_t dtype, const char* dtype_name, int64_t elements,
+             const char* meaning) {
+    if (operand.numel() != elements) refuse(meaning);
+    if (operand.dtype() != dtype || !operand.is_contiguous() || (elements && !operand.data<void>()))
+        refuse(std::string(name) + " is not contiguous " + dtype_name);
+}
+
+void require_bytes(const Tensor& operand, const char* name, int64_t bytes, const char* meaning) {
+    require(operand, name, api.aoti_torch_dtype_uint8(), "uint8", bytes, meaning);
+}
+
+float scalar(const Tensor& operand, const char* name) {
+    require(operand, name, api.aoti_torch_dtype_float32(), "fp32", 1, "a scale does not have one element");
+    return operand.first<float>();
 }
 
 // The stable interface has no requires_grad. A view of a tensor that requires a gradient is no leaf.
@@ -46,13 +69,13 @@ struct Call {
         weight_tables = Tensor(stack[2]);
         biases = take_tensors(stack[3]);
         out_features = take_integers(stack[4]);
-        array_size = static_cast<int32_t>(stack[5]);
+        array_size = stack[5] > INT32_MAX ? 0 : static_cast<int32_t>(stack[5]);  // 0 is refused
     }
 
     std::vector<Tensor> run();
 
   private:
-    void check_lists() const;
+    void check_operands() const;
     lobcq_matrix rows();
     Tensor encoded(const lobcq_matrix& rows, lobcq_activation* activation) const;
 };
@@ -75,11 +98,20 @@ Tensor contiguous(Tensor x) {
     return Tensor(stack[0]);
 }
 
+// The same elements where `align` bytes divide their address: a compiled program's constants, say, start anywhere.
+Tensor realigned(Tensor x, uintptr_t align) {
+    if (aligned(x.data<void>(), align)) return x;
+    Value stack[2] = {x.release(), 0};  // 0: no memory format, that of x
+    check(api.torch_call_dispatcher("aten::clone", "", stack, kVersion), "aten::clone");
+    return Tensor(stack[0]);
+}
+
 // x as a matrix, copied where its strides are none of a matrix.
 lobcq_matrix Call::rows() {
     const std::vector<int64_t> sizes = x.sizes();
     if (sizes.empty()) refuse("x has no dimension");
     if (!is_matrix(sizes, x.strides())) x = contiguous(std::move(x));
+    x = realigned(std::move(x), dtype_of(x.dtype()) == LOBCQ_FP32 ? 4 : 2);
     const std::vector<int64_t> strides = x.strides();
     const int64_t columns = sizes.back();
     int64_t count = 1, stride = columns;
@@ -100,44 +132,53 @@ Tensor Call::encoded(const lobcq_matrix& rows, lobcq_activation* activation) con
         return buffer;
     }
     const auto* tables = activation_tables.data<void>();
-    const float* scale = static_scale ? static_scale.data<float>() : nullptr;
-    if (!scale) {
+    if (!static_scale) {
         check_core(lobcq_activation_encode(tables, &rows, LOBCQ_ABSMAX_SCALES, nullptr, activation,
                                            api.torch_parallel_for));
         return buffer;
     }
+    const float scale = scalar(static_scale, "static_scale");
+    if (!(scale > 0 && std::isfinite(scale)))
+        refuse("static_scale is " + std::to_string(scale) + ": it must be positive and finite");
     // Given for each row, the rule that makes NaN of a whole row with NaN or infinity in it.
-    const std::vector<float> scales(static_cast<size_t>(rows.rows), *scale);
+    const std::vector<float> scales(static_cast<size_t>(rows.rows), scale);
     check_core(lobcq_activation_encode(tables, &rows, LOBCQ_ROW_SCALES, scales.data(), activation,
                                        api.torch_parallel_for));
     return buffer;
 }
 
-void Call::check_lists() const {
+void Call::check_operands() const {
     const size_t count = weights.size();
     if (tensor_scales.size() != count || biases.size() != count || out_features.size() != count)
         refuse("weights, tensor_scales, biases and out_features differ in length");
-    const auto bytes = static_cast<int64_t>(lobcq_tables_bytes());
-    if (weight_tables.numel() != bytes || (activation_tables && activation_tables.numel() != bytes))
-        refuse("tables were not made by this core");
+    for (const Tensor* tables : {&weight_tables, &activation_tables})
+        if (*tables)
+            require_bytes(*tables, "a set of tables", lobcq_tables_bytes(), "tables were not made by this core");
 }
 
-// A bias in fp32: as it lies, or converted into `buffer`. No elements: no bias.
+// A bias in fp32: as it lies, or converted or moved into `buffer`. No elements: no bias.
 const float* float_bias(const Tensor& bias, int64_t outputs, std::vector<float>* buffer) {
     const int64_t count = bias.numel();
     if (count == 0) return nullptr;
-    if (count != outputs) refuse("a bias does not have one element for each output");
     const int32_t dtype = dtype_of(bias.dtype());
-    if (dtype == LOBCQ_FP32) return bias.data<float>();
-    const auto* half = bias.data<uint16_t>();
-    for (int64_t i = 0; i < count; ++i)
-        buffer->push_back(dtype == LOBCQ_BF16 ? bf16_to_float(half[i]) : fp16_to_float(half[i]));
+    require(bias, "a bias", bias.dtype(), "floats", outputs, "a bias does not have one element for each output");
+    const auto* data = bias.data<uint8_t>();
+    if (dtype == LOBCQ_FP32 && aligned(data, sizeof(float))) return bias.data<float>();
+    buffer->resize(static_cast<size_t>(count));
+    if (dtype == LOBCQ_FP32) std::memcpy(buffer->data(), data, static_cast<size_t>(count) * sizeof(float));
+    for (int64_t i = 0; dtype != LOBCQ_FP32 && i < count; ++i) {
+        uint16_t half;
+        std::memcpy(&half, data + i * 2, sizeof half);
+        (*buffer)[static_cast<size_t>(i)] = dtype == LOBCQ_BF16 ? bf16_to_float(half) : fp16_to_float(half);
+    }
     return buffer->data();
 }
 
 std::vector<Tensor> Call::run() {
     if (requires_grad(x)) refuse("the lobcq:: ops are inference only and have no gradient");
-    check_lists();
+    check_operands();
+    weight_tables = realigned(std::move(weight_tables), kAlign);
+    if (activation_tables) activation_tables = realigned(std::move(activation_tables), kAlign);
     const lobcq_matrix matrix = rows();
     lobcq_activation activation;
     const Tensor buffer = encoded(matrix, &activation);
@@ -152,12 +193,12 @@ std::vector<Tensor> Call::run() {
     std::vector<int64_t> sizes = x.sizes();
     for (size_t i = 0; i < count; ++i) {
         const int64_t n = sizes.back() = out_features[i];
-        if (weights[i].numel() != lobcq_weight_bytes(n, matrix.columns, codebooks, array_size))
-            refuse("a weight was packed for another shape or format than that of this call");
+        require_bytes(weights[i], "a weight", lobcq_weight_bytes(n, matrix.columns, codebooks, array_size),
+                      "a weight was packed for another shape or format than that of this call");
         outputs.push_back(Tensor::empty(sizes, dtype));
         kernel_weights[i] = {weights[i].data<void>(), n, matrix.columns, codebooks, array_size};
         matrices[i] = {outputs[i].data<void>(), matrix.rows, n, n, dtype_of(dtype)};
-        products[i] = {tables, &kernel_weights[i], *tensor_scales[i].data<float>(),
+        products[i] = {tables, &kernel_weights[i], scalar(tensor_scales[i], "a tensor scale"),
                        float_bias(biases[i], n, &bias_buffers[i]), &matrices[i]};
     }
     check_core(lobcq_linear(products.data(), static_cast<int64_t>(count), &activation, api.torch_parallel_for));
@@ -195,6 +236,7 @@ bool find_all(void* torch) {
            LOBCQ_FIND(torch_call_dispatcher) && LOBCQ_FIND(aoti_torch_get_data_ptr) &&
            LOBCQ_FIND(aoti_torch_get_dim) && LOBCQ_FIND(aoti_torch_get_sizes) &&
            LOBCQ_FIND(aoti_torch_get_strides) && LOBCQ_FIND(aoti_torch_get_dtype) &&
+           LOBCQ_FIND(aoti_torch_get_numel) && LOBCQ_FIND(aoti_torch_is_contiguous) &&
            LOBCQ_FIND(aoti_torch_empty_strided) && LOBCQ_FIND(aoti_torch_new_tensor_handle) &&
            LOBCQ_FIND(aoti_torch_delete_tensor_object) && LOBCQ_FIND(aoti_torch_grad_mode_is_enabled) &&
            LOBCQ_FIND(torch_new_list_reserve_size) && LOBCQ_FIND(torch_list_size) &&

@@ -1,0 +1,83 @@
+"""Put what benchmarks/quality/families.py found into docs/families.md, between its markers.
+
+python -m benchmarks.pages.families           # rewrite the page
+python -m benchmarks.pages.families --check   # exit with 1 if it differs
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pages.markdown import keep_page, table
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "families.md"
+RESULTS = ROOT / "benchmarks" / "results" / "families.json"
+KINDS = {
+    "LanguageModel": "language model",
+    "TextEncoder": "text encoder",
+    "EncoderOfTwoParts": "text encoder",
+    "ImageEncoder": "image encoder",
+    "SpeechEncoder": "speech encoder",
+}
+CHECKS = ("saved", "compiled", "exported")
+
+
+def main() -> None:
+    """Rewrite or check."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    rows = found["families"]
+    keep_page(
+        PAGE,
+        {"families": served(rows, found["versions"]), "failures": failures(rows), "refused": refused(rows)},
+        "families",
+        __doc__,
+    )
+
+
+def served(rows: dict[str, dict[str, Any]], versions: dict[str, str]) -> str:
+    """One line for each family that is quantized."""
+    header = ["family", "kind", "multiply-adds quantized", "median", "largest", "save, load", "compile", "ONNX"]
+    lines = [
+        [
+            f"`{name}`",
+            KINDS[row["kind"]],
+            f"{row['coverage']:.0%}",
+            *(f"{row[key]:.0e}" for key in ("median", "largest")),
+            *("yes" if row[check] == "yes" else "**no**" for check in CHECKS),
+        ]
+        for name, row in rows.items()
+        if "refused" not in row
+    ]
+    made_with = ", ".join(f"{package} {version}" for package, version in versions.items())
+    return f"{len(lines)} families, {made_with}:\n\n{table(header, lines)}"
+
+
+def failures(rows: dict[str, dict[str, Any]]) -> str:
+    """Why there is a "no" above."""
+    lines = [
+        [f"`{name}`", check, cell(row[check])]
+        for name, row in rows.items()
+        for check in CHECKS
+        if row.get(check, "yes") != "yes"
+    ]
+    return table(["family", "not", "because"], lines) if lines else "None."
+
+
+def refused(rows: dict[str, dict[str, Any]]) -> str:
+    """Families that are not quantized."""
+    return table(
+        ["family", "because"],
+        [[f"`{name}`", cell(row["refused"])] for name, row in rows.items() if "refused" in row],
+    )
+
+
+def cell(reason: str) -> str:
+    """A reason that breaks no table."""
+    return reason.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    main()

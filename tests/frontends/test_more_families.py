@@ -1,0 +1,37 @@
+"""Many more families, each by one call, a prompt and steps on its cache, saved and loaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lobcq_fx
+from tests.families import CAUSAL_LMS, quantized_layers
+from tests.more_families import DISTINCT, FAMILIES, agreement, linears_that_run
+
+IN_DEPTH = {config().model_type for config in CAUSAL_LMS.values()} | {"bert", "vit", "t5"}
+"""These go through tests of their own; `make families` runs all of `FAMILIES`."""
+
+
+@pytest.mark.parametrize("name", [name for name in DISTINCT if name not in IN_DEPTH])
+def test_a_family_computes_what_its_fake_quantized_original_does(name, tmp_path):
+    family = FAMILIES[name]
+    model = family.model()
+    assert model.num_parameters() < 1_000_000  # the configuration took the sizes it was given
+    q = family.quantized(model)
+    linears = linears_that_run(family, model)
+    assert set(quantized_layers(q)) <= linears <= {record.layer for record in q.inventory}
+    found = agreement(family, model, q)
+    # Rounding differs; where that moves a scalar to another code, a result changes by far less than its spread.
+    assert found.median < 1e-5
+    assert max(found.largest, found.by_steps) < 0.1
+    assert found.effect > 1e-3
+
+    q.save_pretrained(tmp_path / "q")
+    loaded, call = lobcq_fx.load(tmp_path / "q"), family.call(model)
+    with torch.no_grad():
+        assert torch.equal(family.results(loaded, call), family.results(q, call))
+
+
+def test_at_least_sixty_families_are_tested():
+    assert len(FAMILIES) >= 60

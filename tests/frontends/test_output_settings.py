@@ -1,0 +1,146 @@
+"""What a configuration says about outputs, and output classes of a model's own."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import transformers
+
+import lobcq_fx
+from lobcq_fx.errors import CallError, TraceError
+from lobcq_fx.frontends.output_types import import_output_types, output_type
+from lobcq_fx.frontends.transformers_trace import trace_causal_lm
+from lobcq_fx.pipeline import trace
+from tests.families import LLAMA, VOCABULARY, causal_lm
+
+IDS = torch.arange(3, 13).view(2, 5)
+FLAGS = ("output_hidden_states", "output_attentions", "use_cache", "return_dict")
+
+
+def call(traced, *args, **kwargs):
+    outputs = traced.graph_module(*traced.calling.flatten(args, kwargs))
+    return traced.calling.unflatten(outputs, args, kwargs)
+
+
+def flagged(config, **flags):
+    config._attn_implementation = "eager"
+    for name, value in flags.items():
+        setattr(config, name, value)
+    return config
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [True, False])
+def test_a_llama_returns_what_its_configuration_says_of_cache_and_form(value):
+    model = causal_lm("llama")
+    flagged(model.config, **dict.fromkeys(FLAGS, value))
+    q = lobcq_fx.quantize(model, static_cache=False)
+    assert [getattr(model.config, name) for name in FLAGS] == [value] * len(FLAGS)  # as its owner left it
+    assert not q.config.output_hidden_states
+    assert not q.config.output_attentions
+    # The float model cannot be called with return_dict=False in its configuration: it reads its own parts by name.
+    flagged(model.config, output_hidden_states=False, output_attentions=False, return_dict=True)
+    expected, actual = model(IDS, return_dict=value), q(IDS)
+    assert type(actual) is type(expected)
+    assert len(actual) == len(expected) == (2 if value else 1)
+    assert actual[0].shape == expected[0].shape == (2, 5, VOCABULARY)
+    assert (actual[0] - expected[0]).norm() < 0.5 * expected[0].norm()
+    assert len(q(IDS, use_cache=True)) == 2
+    assert q(IDS, return_dict=True, use_cache=True).past_key_values.get_seq_length() == 5
+    settings = {"max_new_tokens": 3, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
+    assert q.generate(IDS, **settings, use_cache=True).shape == (2, 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flags", [{name: value} for name in FLAGS for value in (True, False)], ids=str)
+def test_a_bert_returns_what_its_configuration_says(flags):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.BertConfig(**sizes, vocab_size=VOCABULARY, max_position_embeddings=32)
+    model = transformers.BertModel(flagged(config, **flags)).eval()
+    expected, actual = model(IDS), call(trace(model), IDS)
+    assert type(actual) is type(expected)
+    torch.testing.assert_close(tuple(actual.values() if isinstance(actual, dict) else actual), expected[:])
+    assert getattr(model.config, next(iter(flags))) == next(iter(flags.values()))
+
+
+@torch.no_grad()
+def test_a_loss_that_settings_add_to_is_refused_and_routers_logits_are_left_out():
+    torch.manual_seed(0)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+    config = transformers.MixtralConfig(**{**LLAMA, "num_hidden_layers": 1}, **experts)
+    model = transformers.MixtralForCausalLM(config).eval()
+    traced = trace_causal_lm(model)
+    assert model.config.output_router_logits
+    torch.testing.assert_close(call(traced, IDS).logits, model(IDS).logits)
+    with pytest.raises(CallError, match="labels: the float model's loss is not that of the next token"):
+        call(traced, IDS, labels=IDS)
+
+
+def llava():
+    torch.manual_seed(0)
+    vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            text_config=transformers.LlamaConfig(**LLAMA),
+            vision_config=transformers.CLIPVisionConfig(**vision, image_size=16, patch_size=8),
+            image_token_index=90,
+        )
+    ).eval()
+
+
+@torch.no_grad()
+def test_a_vision_language_model_serves_text_in_its_own_output_class_and_refuses_pictures(tmp_path):
+    model = llava()
+    q = lobcq_fx.quantize(model, static_cache=False)
+    q.save_pretrained(tmp_path / "q")
+    expected = model(IDS)
+    picture = {"pixel_values": torch.zeros(2, 3, 16, 16)}
+    for one in (q, lobcq_fx.load(tmp_path / "q")):
+        actual = one(IDS)
+        assert type(actual) is type(expected) is transformers.models.llava.modeling_llava.LlavaCausalLMOutputWithPast
+        assert (actual.logits - expected.logits).norm() < 0.5 * expected.logits.norm()
+        with pytest.raises(CallError, match="argument 'pixel_values'"):
+            one(IDS, **picture)
+        with pytest.raises((CallError, ValueError), match="pixel_values"):
+            one.generate(IDS, **picture, max_new_tokens=2)
+
+
+def test_a_model_with_outputs_that_would_be_lost_is_refused():
+    class Talkative(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.hidden_states = (output.logits,)
+            return output
+
+    with pytest.raises(TraceError, match="Talkative returns hidden_states besides logits and cache, which would be"):
+        lobcq_fx.quantize(Talkative(transformers.LlamaConfig(**LLAMA)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Tensor",
+        "os.path",
+        "torch.nn.Linear",
+        "transformers.utils.ModelOutput",
+        "transformers.models.llava.modeling_llava.LlavaModel",
+        "transformers.models.llava.modeling_llava",
+        "transformers.models.no_such.modeling_no_such.Output",
+        "transformers.models.llava.modeling_llava.LlavaCausalLMOutputWithPast.x",
+    ],
+)
+def test_only_output_classes_of_transformers_are_looked_up(name):
+    with pytest.raises(ValueError, match=r"output_type is |cannot be imported"):
+        output_type(name)
+
+
+def test_no_module_is_imported_that_defines_no_model():
+    home = "transformers.models.llava"
+    before = set(sys.modules)
+    import_output_types(f'"type": "{home}.convert_llava_weights_to_hf.X" "type": "os.path.X"')
+    assert set(sys.modules) == before
+    with pytest.raises(ValueError, match=r"modeling_gone, which defines the model's outputs, cannot be imported"):
+        import_output_types(f'"type": "{home}.modeling_gone.X"')

@@ -1,0 +1,265 @@
+"""A tiny random model of each family of transformers that is tested, by the model type of its configuration.
+
+The families of `tests.families` are among them: those go through every test, all of these through one short one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    MT5EncoderModel,
+    PreTrainedModel,
+    T5EncoderModel,
+    UMT5EncoderModel,
+)
+from transformers.pytorch_utils import Conv1D
+
+import lobcq_fx
+from tests.families import VOCABULARY, fake_quantized, quantized_layers
+
+LENGTH, PROMPT = 9, 6
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 100,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
+EXPERTS = {
+    **GROUPED,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 100,
+    "shared_expert_intermediate_size": 100,
+}
+IMAGES = {"image_size": 16, "patch_size": 4, "num_channels": 3}
+SOUND = {
+    "conv_dim": (32,) * 3,
+    "conv_stride": (5, 2, 2),
+    "conv_kernel": (10, 3, 3),
+    "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+SAMPLES = 400
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model. changes: what its configuration has beside, or instead of, `TINY`."""
+
+    model_type: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Any:
+        return AutoConfig.for_model(self.model_type, **{**TINY, **self.changes})
+
+    def model(self) -> PreTrainedModel:
+        """With larger weights than at first, which make all results alike, and with biases and norms that differ."""
+        torch.manual_seed(0)
+        model = self.untrained().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(4)
+                else:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        return model
+
+    def untrained(self) -> PreTrainedModel:
+        return AutoModel.from_config(self.config)
+
+    def quantized(self, model: PreTrainedModel) -> lobcq_fx.QuantizedModel:
+        return lobcq_fx.quantize(model)
+
+    def call(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def results(self, called: nn.Module, call: Mapping[str, Tensor]) -> Tensor:
+        """What a call gives, where nothing is masked."""
+        return unmasked(called(**call)[0], call)
+
+
+class LanguageModel(Family):
+    def untrained(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(self.config)
+
+    def quantized(self, model: PreTrainedModel) -> lobcq_fx.QuantizedModel:
+        return lobcq_fx.quantize(model, static_cache=False)
+
+    def call(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        return tokens(padded=slice(0, 2))
+
+    def results(self, called: nn.Module, call: Mapping[str, Tensor]) -> Tensor:
+        return unmasked(called(**call, **positions(called, call)).logits, call)
+
+    def results_by_steps(self, q: nn.Module, call: Mapping[str, Tensor]) -> Tensor:
+        """The same by a prompt, and then token by token on its cache."""
+        given, cache, logits = {**call, **positions(q, call)}, None, []
+        for start, stop in ((0, PROMPT), *((i, i + 1) for i in range(PROMPT, LENGTH))):
+            part = {name: value[:, start:stop] for name, value in given.items()}
+            part["attention_mask"] = call["attention_mask"][:, :stop]
+            out = q(**part, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits)
+        return unmasked(torch.cat(logits, dim=1), call)
+
+
+class TextEncoder(Family):
+    def call(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        return tokens(padded=slice(PROMPT, None))
+
+
+class EncoderOfTwoParts(TextEncoder):
+    """The encoder alone of a model that has a decoder too."""
+
+    def untrained(self) -> PreTrainedModel:
+        classes = {"t5": T5EncoderModel, "mt5": MT5EncoderModel, "umt5": UMT5EncoderModel}
+        return classes[self.model_type](self.config)
+
+
+class ImageEncoder(Family):
+    def call(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        size = (model.config.image_size,) * 2 if isinstance(model.config.image_size, int) else model.config.image_size
+        return {"pixel_values": noise(3, 3, *size)}
+
+
+class SpeechEncoder(Family):
+    def call(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        return {"input_values": noise(3, SAMPLES)}
+
+    def quantized(self, model: PreTrainedModel) -> lobcq_fx.QuantizedModel:
+        return lobcq_fx.quantize(model, example_inputs={"input_values": noise(2, SAMPLES)})
+
+
+def tokens(padded: slice) -> dict[str, Tensor]:
+    """Three sequences, the first of them padded."""
+    ids = torch.randint(3, VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    ids[0, padded] = mask[0, padded] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def positions(called: nn.Module, call: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For models that take them, positions that count from the first token that is not masked."""
+    takes = called.calling.inputs if hasattr(called, "calling") else inspect.signature(called.forward).parameters
+    return {"position_ids": (call["attention_mask"].cumsum(-1) - 1).clamp(min=0)} if "position_ids" in takes else {}
+
+
+def unmasked(values: Tensor, call: Mapping[str, Tensor]) -> Tensor:
+    mask = call.get("attention_mask")
+    return values if mask is None or values.shape[:2] != mask.shape else values[mask.bool()]
+
+
+@torch.no_grad()
+def linears_that_run(family: Family, model: PreTrainedModel) -> set[str]:
+    """Names of the linears that a call runs."""
+    seen: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: seen.add(name))
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    ]
+    family.results(model, family.call(model))
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Differences over the spread of the float model with fake-quantized layers.
+
+    median, largest: of the quantized model. by_steps: the largest with a cache. effect: of the float model, in norm.
+    """
+
+    median: float
+    largest: float
+    by_steps: float
+    effect: float
+
+
+@torch.no_grad()
+def agreement(family: Family, model: PreTrainedModel, q: lobcq_fx.QuantizedModel) -> Agreement:
+    call = family.call(model)
+    original, actual = family.results(model, call), family.results(q, call)
+    with fake_quantized(model, quantized_layers(q)):
+        expected = family.results(model, call)
+    stepwise = family.results_by_steps(q, call) if isinstance(family, LanguageModel) else actual
+    spread = expected.std()
+    difference = (actual - expected).abs() / spread
+    return Agreement(
+        median=float(difference.median()),
+        largest=float(difference.max()),
+        by_steps=float((stepwise - expected).abs().max() / spread),
+        effect=float((original - expected).norm() / expected.norm()),
+    )
+
+
+def families(kind: type[Family], names: str, **changes: Any) -> dict[str, Family]:
+    return {name: kind(name, changes) for name in names.split()}
+
+
+DISTINCT: dict[str, Family] = {
+    **families(
+        LanguageModel,
+        "llama mistral qwen2 qwen3 gemma gemma2 gemma3_text phi phi3 olmo olmo2 nemotron stablelm starcoder2 cohere2"
+        " granite helium smollm3 glm4 persimmon apertus arcee ernie4_5 exaone4 hunyuan_v1_dense diffllama bitnet jais2"
+        " nanochat doge",
+        **GROUPED,
+    ),
+    **families(LanguageModel, "gpt2 gpt_neox gpt_bigcode opt falcon bloom mpt biogpt xglm gpt_neox_japanese"),
+    **families(LanguageModel, "gptj codegen", rotary_dim=8),
+    **families(LanguageModel, "gpt_neo", attention_types=[[["local"], 1]], window_size=4),
+    **families(LanguageModel, "mixtral qwen2_moe qwen3_moe olmoe", **EXPERTS),
+    **families(
+        TextEncoder,
+        "bert roberta distilbert electra albert deberta-v2 mpnet modernbert nomic_bert convbert esm roformer rembert"
+        " xlm-roberta-xl eurobert clip_text_model",
+    ),
+    **families(EncoderOfTwoParts, "t5 mt5", d_kv=16),
+    **families(ImageEncoder, "vit beit dinov2 dinov3_vit clip_vision_model siglip_vision_model", **IMAGES),
+    **families(SpeechEncoder, "wav2vec2 hubert", **SOUND),
+}
+TWINS: dict[str, Family] = {
+    **families(
+        LanguageModel,
+        "ministral ministral3 internlm3 iquestcoder hyperclovax seed_oss vaultgemma olmo3 cohere glm",
+        **GROUPED,
+    ),
+    **families(TextEncoder, "xlm-roberta camembert data2vec-text ernie"),
+    **families(ImageEncoder, "deit ijepa data2vec-vision", **IMAGES),
+    **families(SpeechEncoder, "unispeech-sat", **SOUND),
+}
+"""Their graphs are those of families above, to a detail."""
+FAMILIES = DISTINCT | TWINS
+
+REFUSED: dict[str, Family] = {
+    **families(
+        LanguageModel,
+        "mamba mamba2 falcon_mamba recurrent_gemma jamba bamba zamba2 falcon_h1 nemotron_h qwen3_next lfm2",
+        **GROUPED,
+    ),
+    **families(EncoderOfTwoParts, "umt5", d_kv=16),
+}
+"""Families that are not supported yet."""
