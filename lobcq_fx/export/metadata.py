@@ -40,8 +40,10 @@ def metadata_of(q: QuantizedModel, *, one_sequence: bool, last_logits_only: bool
     metadata = {"lobcq_fx.version": lobcq_fx.__version__, OP_VERSION: str(VERSION)}
     metadata |= {ONE_SEQUENCE: str(int(one_sequence)), LAST_LOGITS_ONLY: str(int(last_logits_only))}
     if isinstance(q.calling, CausalLMCall):
-        inputs = tuple(name for name in q.calling.inputs if name != KEPT)
-        calling = dataclasses.replace(q.calling, inputs=inputs, cache_dtype="float32")
+        inputs, guards = q.calling.inputs, q.calling.guards
+        if KEPT in inputs:
+            inputs, guards = tuple(name for name in inputs if name != KEPT), guards.without(inputs.index(KEPT))
+        calling = dataclasses.replace(q.calling, inputs=inputs, guards=guards, cache_dtype="float32")
         metadata[CALLING] = json.dumps(calling.to_dict())
     return metadata
 

@@ -84,6 +84,11 @@ class SizeGuards:
         """The conditions that are about the first `count` inputs alone."""
         return SizeGuards(tuple(tree for tree in self.conditions if all(place < count for place, _ in _sizes(tree))))
 
+    def without(self, place: int) -> SizeGuards:
+        """For a graph without the input at `place`: conditions about it go, inputs behind it move up."""
+        others = [tree for tree in self.conditions if all(one != place for one, _ in _sizes(tree))]
+        return SizeGuards(tuple(_moved_up(tree, place) for tree in others))
+
     def to_list(self) -> list[Any]:
         """JSON-ready conditions."""
         return list(self.conditions)
@@ -98,6 +103,15 @@ class SizeGuards:
         if not isinstance(trees, list):
             raise ValueError(f"size guards are {trees!r}, no list")
         return cls(tuple(trees))
+
+
+def _moved_up(tree: Any, place: int) -> Any:
+    match tree:
+        case int():
+            return tree
+        case [head, int(one), int(dim)] if head == SIZE:
+            return [head, one - (one > place), dim]
+    return [tree[0], *(_moved_up(part, place) for part in tree[1:])]
 
 
 def describe(tree: Any, name: Callable[[int], str]) -> str:

@@ -326,3 +326,9 @@ def test_a_call_of_a_module_keeps_its_guards_in_json():
     restored = ModuleCall.from_dict(json.loads(json.dumps(calling.to_dict())))
     assert restored.guards == calling.guards
     assert calling.guards.conditions
+
+
+def test_a_graph_without_one_of_its_inputs_keeps_what_is_about_the_others():
+    about = ["==", ["size", 0, 1], 4], [">=", ["size", 1, 0], 2], ["==", ["size", 2, 0], ["+", ["size", 0, 0], 1]]
+    kept = SizeGuards(about).without(1)
+    assert kept.conditions == (["==", ["size", 0, 1], 4], ["==", ["size", 1, 0], ["+", ["size", 0, 0], 1]])
