@@ -101,7 +101,8 @@ def group_query_attention(
     if not mask.is_floating_point():
         zero = query.new_zeros(())
         mask = torch.where(mask, zero, query.new_full((), torch.finfo(query.dtype).min))
-    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": groups}
+    # Numbers of heads that a reshape has left to be computed (-1) are the same in every call.
+    attributes: dict[str, Any] = {"num_heads": int(heads), "kv_num_heads": int(groups)}
     if scale is not None:
         attributes["scale"] = scale
     grown = [batch, groups, total, width]

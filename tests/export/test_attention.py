@@ -7,7 +7,9 @@ import dataclasses
 import onnx
 import pytest
 import torch
+import transformers
 
+import lobcq_fx
 from lobcq_fx.export import export_onnx
 from lobcq_fx.export.attention import UseGroupQueryAttention
 from lobcq_fx.export.stored_module import stored_module
@@ -94,6 +96,15 @@ def test_fused_equals_unfused(gpt_neox, tmp_path):
     torch.testing.assert_close(
         fused(**call, **one_sequence)["logits"], plain(**call, **one_sequence)["logits"], rtol=1e-4, atol=1e-5
     )
+
+
+def test_numbers_of_heads_that_a_reshape_leaves_to_be_computed(tmp_path):
+    """GPT-2's: the exported model is compared with torch, as every one is."""
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 32, "vocab_size": 96}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    q = lobcq_fx.quantize(transformers.GPT2LMHeadModel(config).eval(), static_cache=False)
+    assert export_onnx(q, tmp_path / "gpt2").fused_attentions == 1
 
 
 def test_a_fused_graph_is_read_by_the_checker(gpt_neox, tmp_path):
