@@ -52,7 +52,7 @@ def quantize(
     exclude: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="PATTERN", help="Leave matching layers in float, besides heads, embeddings and routers; repeatable."
+            metavar="PATTERN", help="Leave matching layers in float, besides output heads and routers; repeatable."
         ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Type of what stays in float; auto is the checkpoint's.")] = Dtype.auto,
