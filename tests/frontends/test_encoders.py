@@ -92,7 +92,7 @@ def test_a_call_may_leave_out_what_the_model_has_defaults_for():
 def test_what_stays_in_float_is_listed_with_its_reason():
     q = lobcq_fx.quantize(vit().eval())
     reasons = {record.layer: record.reason for record in q.inventory.left_alone}
-    assert reasons["classifier"] == "excluded by pattern '*classifier'"
+    assert reasons["classifier"] == "excluded by pattern '@head'"
     assert "convolution" in reasons["vit.embeddings.patch_embeddings.projection"]
     assert any("activation x activation" in reason for reason in reasons.values())
 

@@ -297,7 +297,7 @@ q = lobcq_fx.load(folder)
 torch.save(q(torch.ones(2, 172)), folder.parent / "out.pt")
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
-checkpoint._self_check = die
+checkpoint._compare = die
 q.save_pretrained(folder)
 """
 

@@ -304,12 +304,12 @@ def test_a_language_model_refuses_sizes_that_do_not_belong_together():
     q = quantized_causal_lm("gpt2")[1]
     ids = torch.arange(3, 9).view(2, 3)
     cache = q(ids).past_key_values
-    for call, name in (
-        ({"input_ids": ids[:, :1], "attention_mask": torch.ones(3, 4, dtype=torch.long)}, "attention_mask"),
-        ({"input_ids": ids[:1, :1]}, r"past_key_values.layers\[0\].keys"),
-    ):
-        with pytest.raises(CallError, match=f"argument {name} has size . in dimension 0 and argument input_ids"):
-            q(**call, past_key_values=copy.deepcopy(cache))
+    mask = torch.ones(3, 4, dtype=torch.long)
+    with pytest.raises(CallError, match=r"attention_mask has shape \[3, 4\]: pass \[2, 4\]"):
+        q(ids[:, :1], attention_mask=mask, past_key_values=copy.deepcopy(cache))
+    keys = r"argument past_key_values.layers\[0\].keys has size . in dimension 0 and argument input_ids"
+    with pytest.raises(CallError, match=keys):
+        q(ids[:1, :1], past_key_values=copy.deepcopy(cache))
     q(input_ids=ids[:, :1], past_key_values=cache)
 
 
