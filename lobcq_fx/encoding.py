@@ -155,4 +155,4 @@ def _activation_sqnr_db(
         return None
     sample = scaled_sample(statistics, matmul.config.activation_scale)
     spec = matmul.config.format
-    return sqnr_db(sample, encode(sample, spec, codebooks.activations[spec], torch.tensor(1.0, dtype=torch.float32)))
+    return sqnr_db(sample, encode(sample, spec, codebooks.activations[spec], sample.new_ones(())))

@@ -190,12 +190,14 @@ def linears_that_run(family: Family, model: PreTrainedModel) -> set[str]:
 class Agreement:
     """Differences over the spread of the float model with fake-quantized layers.
 
-    median, largest: of the quantized model. by_steps: the largest with a cache. effect: of the float model, in norm.
+    median, largest: of the quantized model. by_steps: the largest with a cache. beyond: share of tokens whose results
+    differ by more than a tenth of the spread, in the call or by steps. effect: of the float model, in norm.
     """
 
     median: float
     largest: float
     by_steps: float
+    beyond: float
     effect: float
 
 
@@ -207,11 +209,12 @@ def agreement(family: Family, model: PreTrainedModel, q: lobcq_fx.QuantizedModel
         expected = family.results(model, call)
     stepwise = family.results_by_steps(q, call) if isinstance(family, LanguageModel) else actual
     spread = expected.std()
-    difference = (actual - expected).abs() / spread
+    difference, by_steps = ((result - expected).abs() / spread for result in (actual, stepwise))
     return Agreement(
         median=float(difference.median()),
         largest=float(difference.max()),
-        by_steps=float((stepwise - expected).abs().max() / spread),
+        by_steps=float(by_steps.max()),
+        beyond=float((torch.maximum(difference, by_steps).amax(-1) > 0.1).float().mean()),
         effect=float((original - expected).norm() / expected.norm()),
     )
 

@@ -52,7 +52,7 @@ def test_a_language_model(dtype: torch.dtype) -> None:
     assert str(under.stored_graph) == str(q.stored_graph)
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
     if dtype == torch.bfloat16:
-        graphs = [str(model.stored_variants["static_cache"]) for model in (under, q)]
+        graphs = [str(model.graphs["static_cache"].stored) for model in (under, q)]
         assert graphs[0] == graphs[1]
 
 

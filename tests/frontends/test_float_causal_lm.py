@@ -8,7 +8,7 @@ import transformers
 
 import lobcq_fx
 from lobcq_fx.errors import CallError, TraceError
-from lobcq_fx.frontends.transformers_trace import trace_causal_lm, trace_static_cache
+from lobcq_fx.frontends.transformers_trace import trace_causal_lm
 from tests.families import LLAMA, TOKENS, trace_main
 from tests.frontends.test_output_settings import IDS, call
 
@@ -76,8 +76,10 @@ def test_a_static_cache_with_which_the_model_computes_something_else_is_refused(
     model = larger(transformers.GPTNeoForCausalLM(config))
     traced = trace_causal_lm(model)
     torch.testing.assert_close(call(traced, IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
-    with pytest.raises(TraceError, match="the graph for static caches gives other logits than GPTNeoForCausalLM does"):
-        trace_static_cache(model, traced.calling)
+    q = lobcq_fx.quantize(model)
+    assert "its results differ from the model's" in q.refused_graphs["static_cache"]
+    with pytest.raises(CallError, match="no graph for static caches: its results differ from the model's"):
+        q(IDS, past_key_values=q.static_cache(8))
 
 
 @torch.no_grad()
