@@ -22,7 +22,7 @@ def test_a_family_computes_what_its_fake_quantized_original_does(name, tmp_path)
     linears = linears_that_run(family, model)
     assert set(quantized_layers(q)) <= linears <= {record.layer for record in q.inventory}
     found = agreement(family, model, q)
-    # Rounding differs; where that moves a scalar to another code, the results of one token change by part of the spread.
+    # Rounding differs; where that moves a scalar to another code, one token's results change by part of the spread.
     assert found.median < 1e-5
     assert found.beyond < 0.1
     assert found.effect > 1e-3
