@@ -83,14 +83,7 @@ def write_folder(
     progress: Progress,
 ) -> ExportSummary:
     """See `lobcq_fx.export.export_onnx`."""
-    if q.device.type != "cpu":
-        raise ExportError(f"the model is on {q.device}: export it from the CPU, q.to('cpu')")
-    if target not in ("custom", "matmulnbits"):
-        raise ExportError(f"target is {target!r}: it may be 'custom' or 'matmulnbits'")
-    if include_library and target != "custom":
-        raise ExportError(f"target {target!r} needs no op library: leave include_library out")
-    if include_library:
-        get_library_path()  # there is none? say so before the long work
+    _check_request(q, target, include_library=include_library)
     signature = signature_of(q, example_inputs)
     progress("convert", 0, None)
     graph = stored_module(q, last_logits_only=last_logits_only)
@@ -122,6 +115,18 @@ def write_folder(
         left_in_float=tuple(Refusal("quantize", record.layer, str(record.reason)) for record in q.inventory.left_alone),
         genai=genai,
     )
+
+
+def _check_request(q: QuantizedModel, target: str, *, include_library: bool) -> None:
+    """Refuse before the long work what would fail after it."""
+    if q.device.type != "cpu":
+        raise ExportError(f"the model is on {q.device}: export it from the CPU, q.to('cpu')")
+    if target not in ("custom", "matmulnbits"):
+        raise ExportError(f"target is {target!r}: it may be 'custom' or 'matmulnbits'")
+    if include_library and target != "custom":
+        raise ExportError(f"target {target!r} needs no op library: leave include_library out")
+    if include_library:
+        get_library_path()
 
 
 def _fuse_attention(graph: fx.GraphModule, q: QuantizedModel) -> tuple[int, tuple[Refusal, ...]]:
