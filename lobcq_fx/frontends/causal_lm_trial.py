@@ -31,7 +31,7 @@ def static(model: PreTrainedModel, calling: CausalLMCall) -> Trial:
 
 def _trial(model: PreTrainedModel, make_cache: Callable[[], Cache]) -> Trial:
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    ids = torch.arange(BATCH * (PROMPT + 1), device=model.device).view(BATCH, PROMPT + 1) % 7
+    ids = torch.arange(BATCH * (PROMPT + 1), dtype=torch.long, device=model.device).view(BATCH, PROMPT + 1) % 7
     mask = torch.ones_like(ids)
     mask[0, :PADDING] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -49,14 +49,14 @@ def continuation(model: PreTrainedModel) -> tuple[dict[str, Any], Any]:
     if _takes(model, "position_ids"):
         inputs["position_ids"] = counted(mask)[:, -QUERY:]
     if _takes(model, "logits_to_keep"):
-        inputs["logits_to_keep"] = torch.arange(QUERY - KEPT, QUERY, device=model.device)
+        inputs["logits_to_keep"] = torch.arange(QUERY - KEPT, QUERY, dtype=torch.long, device=model.device)
     inputs["past_key_values"] = cache
     return inputs, output
 
 
 def padded_prompt(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Ids [BATCH, PAST] and a mask [BATCH, PAST + QUERY] that hides the first two of the first row."""
-    ids = torch.arange(BATCH * PAST, device=model.device).view(BATCH, PAST) % 7
+    ids = torch.arange(BATCH * PAST, dtype=torch.long, device=model.device).view(BATCH, PAST) % 7
     mask = torch.ones((BATCH, PAST + QUERY), dtype=torch.long, device=model.device)
     mask[0, :2] = 0
     return ids, mask
@@ -75,7 +75,7 @@ def positions_from_mask(model: PreTrainedModel) -> bool:
     default = model(input_ids=ids, attention_mask=mask).logits
     by_mask = model(input_ids=ids, attention_mask=mask, position_ids=counted(mask)).logits
     by_index = model(
-        input_ids=ids, attention_mask=mask, position_ids=torch.arange(PAST, device=ids.device)[None]
+        input_ids=ids, attention_mask=mask, position_ids=torch.arange(PAST, dtype=torch.long, device=ids.device)[None]
     ).logits
     last = (0, -1)
     return bool((default[last] - by_mask[last]).abs().max() < (default[last] - by_index[last]).abs().max())

@@ -57,7 +57,7 @@ def _positions(model: PreTrainedModel, traced: TracedModel) -> dict[str, Tensor]
 
 
 def _example(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    ids = (torch.arange(ROWS * LENGTH, device=model.device).view(ROWS, LENGTH) * 5 + 3) % 11
+    ids = (torch.arange(ROWS * LENGTH, dtype=torch.long, device=model.device).view(ROWS, LENGTH) * 5 + 3) % 11
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
     return ids, mask
