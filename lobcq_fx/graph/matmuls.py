@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lobcq_fx.graph.operands import constant_weight, constants_behind
+from lobcq_fx.graph.operands import constant_nodes, constant_weight, made_of
 
 aten = torch.ops.aten
 
@@ -85,19 +85,21 @@ class Matmul:
 
 def find_matmuls(graph_module: fx.GraphModule) -> list[Matmul]:
     """Every matmul of the graph in execution order, and all else that multiplies by weights."""
-    found = []
+    found, constant = [], constant_nodes(graph_module.graph)
     for node in graph_module.graph.nodes:
         if node.op != "call_function":
             continue
         unsupported = _unsupported(node)
         if node.target is aten.linear.default:
-            found.append(_linear(node))
+            found.append(_linear(node, constant))
         elif node.target is aten.scaled_dot_product_attention.default:  # its mask may be constant, and is no weight
             found.append(Matmul(node, module_path(node), None, False, _ATTENTION, ()))
         elif node.target in _PRODUCTS:
-            found.append(_left_alone(node, node.args[_PRODUCTS[node.target]], _product_obstacle(node)))
+            found.append(
+                _left_alone(node, node.args[_PRODUCTS[node.target]], _product_obstacle(node, constant), constant)
+            )
         elif unsupported is not None:
-            found.append(_left_alone(node, [node.args, node.kwargs], unsupported))
+            found.append(_left_alone(node, [node.args, node.kwargs], unsupported, constant))
     return found
 
 
@@ -109,26 +111,26 @@ def _unsupported(node: fx.Node) -> str | None:
     return _UNSUPPORTED.get(node.target._schema.name.removeprefix("aten::"))
 
 
-def _left_alone(node: fx.Node, operands: Any, obstacle: str) -> Matmul:
+def _left_alone(node: fx.Node, operands: Any, obstacle: str, constant: set[fx.Node]) -> Matmul:
     read: list[fx.Node] = []
-    fx.node.map_arg(operands, lambda operand: read.extend(constants_behind(operand)))
-    matrices = tuple(dict.fromkeys(one for one in read if one.meta["val"].dim() > 1))
+    fx.node.map_arg(operands, lambda operand: read.extend(made_of(operand) if operand in constant else ()))
+    attributes = [one for one in read if one.op == "get_attr"]
+    matrices = tuple(dict.fromkeys(one for one in attributes if one.meta["val"].dim() > 1))
     return Matmul(node, module_path(node), matrices[0] if matrices else None, False, obstacle, matrices)
 
 
-def _product_obstacle(node: fx.Node) -> str:
+def _product_obstacle(node: fx.Node, constant: set[fx.Node]) -> str:
     assert isinstance(node.target, torch._ops.OpOverload)
     operands = node.args[_PRODUCTS[node.target]]
     if node.target is aten.addmm.default and constant_weight(operands[-1]):
         return _SCALED_ADDMM
-    constant = [one for operand in operands if isinstance(operand, fx.Node) for one in constants_behind(operand)]
-    return _OTHER_FORM if constant else _ATTENTION
+    return _OTHER_FORM if any(operand in constant for operand in operands) else _ATTENTION
 
 
-def _linear(node: fx.Node) -> Matmul:
+def _linear(node: fx.Node, constant: set[fx.Node]) -> Matmul:
     found = constant_weight(node.args[1])
     if found is None:
-        return _left_alone(node, node.args[1], "its weight is computed in the graph, not constant")
+        return _left_alone(node, node.args[1], "its weight is computed in the graph, not constant", constant)
     weight, flipped = found
     return Matmul(node, _layer_name(node, str(weight.target)), weight, flipped, None, (weight,))
 

@@ -25,14 +25,26 @@ def constant_weight(node: object) -> tuple[fx.Node, bool] | None:
     return None
 
 
-def constants_behind(node: fx.Node) -> list[fx.Node]:
-    """The `get_attr` nodes that a node is computed from alone; none where an input of the graph takes part."""
-    if node.op == "get_attr":
-        return [node]
-    if node.op != "call_function" or not node.all_input_nodes:
-        return []
-    parts = [constants_behind(one) for one in node.all_input_nodes]
-    return list(dict.fromkeys(one for part in parts for one in part)) if all(parts) else []
+def constant_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The `get_attr` nodes of a graph, and what is computed from such alone. One walk, however deep the graph is."""
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr" or (node.op == "call_function" and inputs and constant.issuperset(inputs)):
+            constant.add(node)
+    return constant
+
+
+def made_of(node: fx.Node) -> list[fx.Node]:
+    """A node and all that it is computed from, each once, in the order of its operands."""
+    found: dict[fx.Node, None] = {}
+    waiting = [node]
+    while waiting:
+        one = waiting.pop()
+        if one not in found:
+            found[one] = None
+            waiting.extend(reversed(one.all_input_nodes))
+    return list(found)
 
 
 def operation_name(node: fx.Node) -> str:

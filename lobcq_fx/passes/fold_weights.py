@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.graph.aliasing import written_attributes
 from lobcq_fx.graph.attributes import add_get_attr, free_name, get_attribute, register_attribute
-from lobcq_fx.graph.operands import constant_weight, constants_behind
+from lobcq_fx.graph.operands import constant_nodes, constant_weight, made_of
 from lobcq_fx.passes.infra import GraphPass
 
 aten = torch.ops.aten
@@ -41,12 +41,12 @@ class FoldWeights(GraphPass):
 
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Compute each such weight once, whichever matmuls read it."""
-        written = set(written_attributes(graph_module.graph))
+        written, constant = set(written_attributes(graph_module.graph)), constant_nodes(graph_module.graph)
         folded: dict[fx.Node, fx.Node] = {}
         for node in list(graph_module.graph.nodes):
             for position in _WEIGHT_OPERANDS.get(node.target, ()) if node.op == "call_function" else ():
-                weight = _computed(node.args[position])
-                if weight is None or not _can_fold(weight, written):
+                weight = _computed(node.args[position], constant)
+                if weight is None or not all(_can_fold(one, written) for one in made_of(weight)):
                     continue
                 if weight not in folded:
                     folded[weight] = _fold(graph_module, weight)
@@ -56,10 +56,11 @@ class FoldWeights(GraphPass):
         return bool(folded)
 
 
-def _computed(operand: Any) -> fx.Node | None:
+def _computed(operand: Any, constant: set[fx.Node]) -> fx.Node | None:
     """The operand, if it is a matrix computed of constants; None for a constant, or where inputs take part."""
-    if not isinstance(operand, fx.Node) or constant_weight(operand) is not None or not constants_behind(operand):
+    if operand not in constant or constant_weight(operand) is not None:
         return None
+    assert isinstance(operand, fx.Node)
     value = operand.meta.get("val")
     return operand if isinstance(value, Tensor) and value.dim() == 2 else None
 
@@ -67,17 +68,17 @@ def _computed(operand: Any) -> fx.Node | None:
 def _can_fold(node: fx.Node, written: set[str]) -> bool:
     if node.op == "get_attr":
         return str(node.target) not in written
-    pure = node.target is operator.getitem or (
+    return node.target is operator.getitem or (
         isinstance(node.target, torch._ops.OpOverload)
         and not node.target._schema.is_mutable
         and torch.Tag.nondeterministic_seeded not in node.target.tags
     )
-    return pure and all(_can_fold(one, written) for one in node.all_input_nodes)
 
 
 def _fold(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
     value = _value(graph_module, node, {})
-    owner, _, last = str(constants_behind(node)[0].target).rpartition(".")
+    first = next(one for one in made_of(node) if one.op == "get_attr")
+    owner, _, last = str(first.target).rpartition(".")
     name = free_name(graph_module, owner, f"{last}_part")
     constant = value.detach().clone(memory_format=torch.contiguous_format)
     register_attribute(graph_module, name, nn.Parameter(constant, requires_grad=False))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from lobcq_fx.config import LobcqConfig
-from tests.passes.graphs import Function, linear, normalized, parameter, rewritten, values
+from lobcq_fx.graph.matmuls import find_matmuls
+from lobcq_fx.passes.fold_weights import FoldWeights
+from tests.passes.graphs import Function, aten, linear, normalized, parameter, rewritten, values
 
 W = {"w": parameter(64, 32)}
 FORM = "its constant operand is not a 2-D weight on the right"
@@ -108,3 +110,17 @@ def test_every_supported_dtype_is_taken_and_stays_the_result_s(dtype):
     assert result.modified
     assert record.reason is None
     assert graph_module(values(3, 64).to(dtype))[0].dtype == dtype
+
+
+def test_a_deep_graph_takes_one_walk_however_its_residuals_branch():
+    """As many ways lead back to the input as there are subsets of its layers, and more than Python nests calls."""
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    for _ in range(1500):
+        node = graph.call_function(aten.add.Tensor, (node, node))
+    product = graph.call_function(aten.matmul.default, (node, node))
+    graph.output((product,))
+    graph_module = fx.GraphModule(nn.Module(), graph)
+    (matmul,) = find_matmuls(graph_module)
+    assert matmul.obstacle == PRODUCT
+    assert not FoldWeights()(graph_module).modified
