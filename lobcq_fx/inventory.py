@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -94,8 +94,11 @@ class Inventory:
 
         Convolutions, recurrent layers and experts count too, by what they do in the traced example.
         """
-        total = sum(record.macs for record in self.records)
-        return sum(record.macs for record in self.quantized) / max(1, total)
+        return self.mac_share(self.quantized)
+
+    def mac_share(self, records: Iterable[MatmulRecord]) -> float:
+        """Share of the model's multiply-adds with a weight that some of its matmuls do, from 0 to 1."""
+        return sum(record.macs for record in records) / max(1, sum(record.macs for record in self.records))
 
     @property
     def asked_coverage(self) -> float:

@@ -51,6 +51,7 @@ def test_counted_multiply_adds_win_over_the_weights_size_and_exclusions_can_be_l
     inventory = Inventory(records, 1000, 4000, 1400)
     assert inventory.mac_coverage == pytest.approx(600 / 2000)
     assert inventory.asked_coverage == pytest.approx(600 / 800)
+    assert [inventory.mac_share([record]) for record in records] == pytest.approx([0.3, 0.1, 0.6])
     assert inventory.parameter_coverage == pytest.approx(200 / 1000)
 
 

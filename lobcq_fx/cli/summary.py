@@ -35,7 +35,7 @@ def summary(inventory: Inventory, config: LobcqConfig, output: Path, seconds: fl
             for r in worst_layers(inventory, WORST)
         ],
         "left_in_float": [
-            {"reason": reason, "layers": [record.layer for record in records], "macs": sum(r.macs for r in records)}
+            {"reason": reason, "layers": [r.layer for r in records], "mac_share": inventory.mac_share(records)}
             for reason, records in left_alone_by_reason(inventory).items()
         ],
         "seconds": round(seconds, 2),
@@ -90,11 +90,13 @@ def _left_in_float(result: dict[str, Any]) -> Table:
     table = Table(title="Left in float", title_justify="left")
     table.add_column("Reason")
     table.add_column("Matmuls", overflow="fold")
-    table.add_column("Multiply-adds a token", justify="right")
+    table.add_column("Multiply-adds", justify="right")
     for row in result["left_in_float"]:
         names = row["layers"]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        table.add_row(escape(row["reason"]), names[0] + more, f"{row['macs']:,}" if row["macs"] else "-")
+        table.add_row(
+            escape(row["reason"]), names[0] + more, f"{100 * row['mac_share']:.1f} %" if row["mac_share"] else "-"
+        )
     return table
 
 

@@ -36,6 +36,7 @@ def test_the_summary_agrees_with_the_float_model(quantized_llama: tuple[Path, di
     assert found["bits_per_scalar"] == pytest.approx(bits / packed)
     assert found["packed_bytes"] == 4 * (parameters - packed) + bits / 8
     assert {reason["reason"] for reason in found["left_in_float"]} >= {"excluded by pattern '@head'"}
+    assert found["mac_coverage"] + sum(row["mac_share"] for row in found["left_in_float"]) == pytest.approx(1)
 
 
 def test_the_worst_layers_come_first_and_were_measured(quantized_llama: tuple[Path, dict[str, Any]]) -> None:
