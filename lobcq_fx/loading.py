@@ -26,7 +26,5 @@ def load(directory: str | Path) -> QuantizedModel:
     if not directory.is_dir():
         raise CheckpointError(f"{directory} is no folder: pass one written by save_pretrained")
     saved = load_checkpoint(directory)
-    try:
-        return front_end_for(saved).load(saved, directory)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{directory}/graph.json: the calling convention is damaged: {error}") from None
+    front_end = front_end_for(saved)
+    return front_end.build(front_end.read(saved, directory))

@@ -47,11 +47,27 @@ class ModelGraph:
     calling: CallingConvention
 
 
-class FrontEnd(Protocol):
+@dataclass(frozen=True)
+class ModelParts:
+    """What a quantized model is built of, by `quantize` or from a folder.
+
+    graphs: emitted, all on the same tensors, by name. refused_graphs: why there is no such graph, by name.
+    config, generation_config: of Hugging Face, None for other modules.
+    """
+
+    graphs: Mapping[str, TracedModel]
+    refused_graphs: Mapping[str, str]
+    lobcq_config: LobcqConfig
+    inventory: Inventory
+    config: Any = None
+    generation_config: Any = None
+
+
+class Reader(Protocol):
     """What a model needs of its front end (`lobcq_fx.frontends`)."""
 
-    def load(self, saved: Checkpoint, directory: Path) -> QuantizedModel:
-        """The model that a folder holds."""
+    def read(self, saved: Checkpoint, directory: Path) -> ModelParts:
+        """The parts of the model that a folder holds."""
 
 
 class QuantizedModel(NotPickled):
@@ -66,23 +82,20 @@ class QuantizedModel(NotPickled):
 
     def __init__(
         self,
-        front_end: FrontEnd,
-        graphs: Mapping[str, TracedModel],
-        refused_graphs: Mapping[str, str],
-        lobcq_config: LobcqConfig,
-        inventory: Inventory,
-        config: Any = None,
+        front_end: Reader,
+        parts: ModelParts,
     ) -> None:
-        super().__init__(*self._base_arguments(config))
-        self.config = config
+        super().__init__(*self._base_arguments(parts))
+        self.config = parts.config
         self.front_end = front_end
         self.graphs = {
-            name: ModelGraph(one.graph_module, one.graph_module.graph, one.calling) for name, one in graphs.items()
+            name: ModelGraph(one.graph_module, one.graph_module.graph, one.calling)
+            for name, one in parts.graphs.items()
         }
-        self.refused_graphs = dict(refused_graphs)
-        self.lobcq_config = lobcq_config
-        self.inventory = inventory
-        self.graph_module = graphs[MAIN].graph_module  # the owner of every tensor
+        self.refused_graphs = dict(parts.refused_graphs)
+        self.lobcq_config = parts.lobcq_config
+        self.inventory = parts.inventory
+        self.graph_module = parts.graphs[MAIN].graph_module  # the owner of every tensor
         # State dicts carry the float model's names: `model.norm.weight`, `...q_proj.weight.codes`.
         self.register_state_dict_post_hook(_strip_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
@@ -92,7 +105,7 @@ class QuantizedModel(NotPickled):
         self.training = False
         self._prepack()
 
-    def _base_arguments(self, config: Any) -> tuple[Any, ...]:
+    def _base_arguments(self, parts: ModelParts) -> tuple[Any, ...]:
         """Of the next class's constructor."""
         return ()
 
@@ -175,7 +188,7 @@ class QuantizedModel(NotPickled):
         check_keywords(keywords, sum(tensor.nbytes for tensor in tensors))
         companions = [one for one in (getattr(self, "generation_config", None), tokenizer) if one is not None]
         with saved_folder(self.checkpoint(), Path(directory), companions) as (folder, saved):
-            self.front_end.load(saved, folder)  # what cannot be loaded is not left behind
+            self.front_end.read(saved, folder)  # what cannot be loaded is not left behind
 
     def checkpoint(self) -> Checkpoint:
         """What a folder holds of the model."""

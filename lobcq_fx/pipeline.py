@@ -27,7 +27,7 @@ from lobcq_fx.graph.shared_tensors import drop_shared, share
 from lobcq_fx.graph.written import kept, state_of
 from lobcq_fx.inventory import Inventory, MatmulRecord
 from lobcq_fx.kernels.bind import bind_cpu_core
-from lobcq_fx.model import QuantizedModel
+from lobcq_fx.model import ModelParts, QuantizedModel
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.insert_observers import InsertObservers, observed
 from lobcq_fx.passes.order import NORMALIZE, emitting
@@ -110,7 +110,8 @@ def quantize(
     inventory = Inventory(records, count, float_bytes, float_bytes - saved)
     _warn_of_leftovers(inventory)
     graphs = {name: TracedModel(one, traced.graphs[name].calling) for name, one in emitted.items()}
-    q = front_end.build(model, graphs, {**traced.refusals, **unlike}, config, inventory)
+    refused = {**traced.refusals, **unlike}
+    q = front_end.build(ModelParts(graphs, refused, config, inventory, **front_end.configs(model)))
     for name, graph in q.graphs.items():
         check_quantized(q, graph.graph_module, trials[name], expected)
     return q

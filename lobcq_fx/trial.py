@@ -132,11 +132,8 @@ def _difference_of_traced(traced: TracedModel, trial: Trial, expected: Outcome) 
     return None
 
 
-def check_quantized(callee: nn.Module, graph_module: fx.GraphModule, trial: Trial, expected: Outcome) -> float:
-    """Run the quantized model, whose graph for this trial is `graph_module`, and say how close it is.
-
-    Returns:
-        The relative RMS error.
+def check_quantized(callee: nn.Module, graph_module: fx.GraphModule, trial: Trial, expected: Outcome) -> None:
+    """Run the quantized model, whose graph for this trial is `graph_module`, and log how close it is.
 
     Raises:
         LobcqError: it fails, gives another structure, or NaN or infinity where the float model gives numbers.
@@ -153,7 +150,6 @@ def check_quantized(callee: nn.Module, graph_module: fx.GraphModule, trial: Tria
     error_ = relative_error(expected, outcome)
     level = logging.WARNING if error_ > SUSPICIOUS else logging.INFO
     logger.log(level, "on the example the quantized model differs by %.3g %% (relative RMS)", 100 * error_)
-    return error_
 
 
 def relative_error(expected: Outcome, actual: Outcome) -> float:

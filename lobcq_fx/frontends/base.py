@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from lobcq_fx.config import LobcqConfig
-from lobcq_fx.inventory import Inventory
-from lobcq_fx.model import QuantizedModel
-from lobcq_fx.storage.checkpoint import Checkpoint
-from lobcq_fx.tracing.trace import TracedGraphs, TracedModel
+from lobcq_fx.errors import CheckpointError
+from lobcq_fx.model import ModelParts, QuantizedModel
+from lobcq_fx.storage.checkpoint import Callings, Checkpoint
+from lobcq_fx.tracing.trace import TracedGraphs
 from lobcq_fx.trial import Trial
 
 
@@ -48,22 +47,39 @@ class FrontEnd(ABC):
         """Module path -> role, for patterns such as `@head`; nothing is known of a plain module."""
         return {}
 
-    @abstractmethod
-    def build(
-        self,
-        model: nn.Module,
-        graphs: Mapping[str, TracedModel],
-        refusals: Mapping[str, str],
-        lobcq_config: LobcqConfig,
-        inventory: Inventory,
-    ) -> QuantizedModel:
-        """The quantized model, from the emitted graphs of `model`."""
+    def configs(self, model: nn.Module) -> dict[str, Any]:
+        """The `config` and `generation_config` of `ModelParts`; a plain module has none."""
+        return {}
 
-    @abstractmethod
-    def load(self, saved: Checkpoint, directory: Path) -> QuantizedModel:
-        """The quantized model, from a folder that was read already.
+    def build(self, parts: ModelParts) -> QuantizedModel:
+        """The quantized model, called as the float one was."""
+        return QuantizedModel(self, parts)
+
+    def read(self, saved: Checkpoint, directory: Path) -> ModelParts:
+        """The parts of a model, from a folder whose files were read already.
 
         Raises:
             CheckpointError: what the folder says of the model is damaged, or not known here.
-            KeyError, TypeError, ValueError: the calling convention is damaged.
         """
+        try:
+            graphs = saved.traced(self.callings(saved))
+            configs = self.saved_configs(saved, directory)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{directory}/graph.json: the calling convention is damaged: {error}") from None
+        return ModelParts(graphs, saved.refused, saved.lobcq_config, saved.inventory, **configs)
+
+    @abstractmethod
+    def callings(self, saved: Checkpoint) -> Callings:
+        """What reads the calling convention of each graph that a folder may hold.
+
+        Raises:
+            KeyError, TypeError, ValueError: one is damaged.
+        """
+
+    def saved_configs(self, saved: Checkpoint, directory: Path) -> dict[str, Any]:
+        """What `configs` was when the folder was written.
+
+        Raises:
+            CheckpointError: a configuration is not known here.
+        """
+        return {}

@@ -15,7 +15,7 @@ from lobcq_fx.frontends.generation_overrides import PREPARE, delegated
 from lobcq_fx.frontends.output_types import CACHE_NAME
 from lobcq_fx.frontends.plain_outputs import without_extra_outputs
 from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static, static_cache
-from lobcq_fx.model import ModelGraph, QuantizedModel
+from lobcq_fx.model import ModelGraph, ModelParts, QuantizedModel, Reader
 
 
 class CausalLMForward:
@@ -104,8 +104,13 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
     parameters, `forward`, casts and saving are `QuantizedModel`'s.
     """
 
-    def _base_arguments(self, config: Any) -> tuple[Any, ...]:
-        return (config,)
+    def __init__(self, front_end: Reader, parts: ModelParts) -> None:
+        super().__init__(front_end, parts)
+        if parts.generation_config is not None:
+            self.generation_config = parts.generation_config
+
+    def _base_arguments(self, parts: ModelParts) -> tuple[Any, ...]:
+        return (parts.config,)
 
     def static_cache(self, max_cache_len: int, batch_size: int | None = None) -> StaticCache:
         """A cache of a fixed length, for `past_key_values`; the calls write their keys and values into it.

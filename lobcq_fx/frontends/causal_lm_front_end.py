@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import TraceError
 from lobcq_fx.frontends import causal_lm_trial
 from lobcq_fx.frontends.base import FrontEnd
@@ -20,10 +19,9 @@ from lobcq_fx.frontends.roles import roles_of
 from lobcq_fx.frontends.saved_config import config_of
 from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, StaticCacheCall
 from lobcq_fx.frontends.transformers_trace import trace_causal_lm, trace_static_cache
-from lobcq_fx.inventory import Inventory
-from lobcq_fx.model import QuantizedModel
-from lobcq_fx.storage.checkpoint import Checkpoint
-from lobcq_fx.tracing.trace import MAIN, TracedGraphs, TracedModel
+from lobcq_fx.model import ModelParts, QuantizedModel
+from lobcq_fx.storage.checkpoint import Callings, Checkpoint
+from lobcq_fx.tracing.trace import MAIN, TracedGraphs
 from lobcq_fx.trial import Trial
 
 logger = logging.getLogger(__name__)
@@ -58,28 +56,20 @@ class CausalLMFrontEnd(FrontEnd):
         assert isinstance(model, PreTrainedModel)
         return roles_of(model)
 
-    def build(
-        self,
-        model: nn.Module,
-        graphs: Mapping[str, TracedModel],
-        refusals: Mapping[str, str],
-        lobcq_config: LobcqConfig,
-        inventory: Inventory,
-    ) -> QuantizedModel:
-        """A model with `generate()`."""
-        assert isinstance(model, PreTrainedModel)
-        q = QuantizedCausalLM(self, graphs, refusals, lobcq_config, inventory, graph_config(model.config))
-        if model.generation_config is not None:
-            q.generation_config = model.generation_config
-        return q
+    def configs(self, model: nn.Module) -> dict[str, Any]:
+        """The model's configuration, and how it generates."""
+        return {"config": graph_config(model.config), "generation_config": model.generation_config}
 
-    def load(self, saved: Checkpoint, directory: Path) -> QuantizedModel:
-        """The same."""
+    def build(self, parts: ModelParts) -> QuantizedModel:
+        """A model with `generate()`."""
+        return QuantizedCausalLM(self, parts)
+
+    def callings(self, saved: Checkpoint) -> Callings:
+        """Those for growing and for static caches."""
         causal = CausalLMCall.from_dict(saved.calling)
-        graphs = saved.traced(
-            {MAIN: CausalLMCall.from_dict, STATIC_CACHE: lambda values: StaticCacheCall.from_dict(values, causal)}
-        )
-        config = graph_config(config_of(saved, directory))
-        q = QuantizedCausalLM(self, graphs, saved.refused, saved.lobcq_config, saved.inventory, config)
-        q.generation_config = GenerationConfig.from_pretrained(directory)
-        return q
+        return {MAIN: lambda _: causal, STATIC_CACHE: lambda values: StaticCacheCall.from_dict(values, causal)}
+
+    def saved_configs(self, saved: Checkpoint, directory: Path) -> dict[str, Any]:
+        """The same."""
+        config, generation_config = config_of(saved, directory), GenerationConfig.from_pretrained(directory)
+        return {"config": graph_config(config), "generation_config": generation_config}

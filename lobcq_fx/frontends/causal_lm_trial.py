@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
-from lobcq_fx.frontends.float_causal_lm import as_named_by
+from lobcq_fx.frontends.float_causal_lm import as_named_by, counted, takes
 from lobcq_fx.frontends.output_types import CACHE_NAME
 from lobcq_fx.frontends.static_cache_call import static_cache
 from lobcq_fx.trial import Callee, Outcome, Trial
@@ -30,11 +29,11 @@ def static(model: PreTrainedModel, calling: CausalLMCall) -> Trial:
 
 
 def _trial(model: PreTrainedModel, make_cache: Callable[[], Cache]) -> Trial:
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    takes_positions = takes(model, "position_ids")
     ids = torch.arange(BATCH * (PROMPT + 1), dtype=torch.long, device=model.device).view(BATCH, PROMPT + 1) % 7
     mask = torch.ones_like(ids)
     mask[0, :PADDING] = 0
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    positions = counted(mask)
 
     def call(callee: Callee, cache: Cache, start: int, stop: int) -> Any:
         tokens: dict[str, Any] = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}

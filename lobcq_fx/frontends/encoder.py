@@ -9,18 +9,15 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from lobcq_fx.config import LobcqConfig
 from lobcq_fx.frontends.base import FrontEnd
 from lobcq_fx.frontends.output_types import import_output_types
 from lobcq_fx.frontends.roles import roles_of
 from lobcq_fx.frontends.saved_config import config_of
 from lobcq_fx.frontends.transformers_trace import made_up_inputs, trace_pretrained, traced_flags
-from lobcq_fx.inventory import Inventory
-from lobcq_fx.model import QuantizedModel
-from lobcq_fx.storage.checkpoint import Checkpoint
+from lobcq_fx.storage.checkpoint import Callings, Checkpoint
 from lobcq_fx.tracing.calling import ModuleCall
 from lobcq_fx.tracing.examples import call_of, without_labels
-from lobcq_fx.tracing.trace import MAIN, TracedGraphs, TracedModel
+from lobcq_fx.tracing.trace import MAIN, TracedGraphs
 from lobcq_fx.trial import Trial, call_trial
 
 
@@ -49,20 +46,15 @@ class EncoderFrontEnd(FrontEnd):
         assert isinstance(model, PreTrainedModel)
         return roles_of(model)
 
-    def build(
-        self,
-        model: nn.Module,
-        graphs: Mapping[str, TracedModel],
-        refusals: Mapping[str, str],
-        lobcq_config: LobcqConfig,
-        inventory: Inventory,
-    ) -> QuantizedModel:
-        """A module that is called as `model` was, with its configuration."""
-        return QuantizedModel(self, graphs, refusals, lobcq_config, inventory, model.config)
+    def configs(self, model: nn.Module) -> dict[str, Any]:
+        """The model's configuration."""
+        return {"config": model.config}
 
-    def load(self, saved: Checkpoint, directory: Path) -> QuantizedModel:
-        """The same."""
+    def callings(self, saved: Checkpoint) -> Callings:
+        """That of its one graph, once its output class is known."""
         import_output_types(str(saved.calling.get("outputs")))
-        graphs = saved.traced({MAIN: ModuleCall.from_dict})
-        config = config_of(saved, directory)
-        return QuantizedModel(self, graphs, saved.refused, saved.lobcq_config, saved.inventory, config)
+        return {MAIN: ModuleCall.from_dict}
+
+    def saved_configs(self, saved: Checkpoint, directory: Path) -> dict[str, Any]:
+        """The same."""
+        return {"config": config_of(saved, directory)}

@@ -46,9 +46,9 @@ def continuation(model: PreTrainedModel) -> tuple[dict[str, Any], Any]:
     output = model(**as_named_by(model, prompt), use_cache=True, return_dict=True)
     _check_cache(model, output)
     inputs: dict[str, Any] = {"input_ids": ids[:, :QUERY], "attention_mask": mask}
-    if _takes(model, "position_ids"):
+    if takes(model, "position_ids"):
         inputs["position_ids"] = counted(mask)[:, -QUERY:]
-    if _takes(model, "logits_to_keep"):
+    if takes(model, "logits_to_keep"):
         inputs["logits_to_keep"] = torch.arange(QUERY - KEPT, QUERY, dtype=torch.long, device=model.device)
     inputs["past_key_values"] = cache
     return inputs, output
@@ -69,7 +69,7 @@ def counted(mask: Tensor) -> Tensor:
 
 def positions_from_mask(model: PreTrainedModel) -> bool:
     """Whether the model, called without position_ids, counts positions along the mask (OPT does) or from 0 on."""
-    if not _takes(model, "position_ids"):
+    if not takes(model, "position_ids"):
         return False
     ids, mask = (value[:1, :PAST] for value in padded_prompt(model))
     default = model(input_ids=ids, attention_mask=mask).logits
@@ -86,7 +86,7 @@ def has_shifted_loss(model: PreTrainedModel, vocab_size: int) -> bool:
 
     Of the model's configuration all counts that may add terms to the loss.
     """
-    if not _takes(model, "labels"):
+    if not takes(model, "labels"):
         return False
     ids, _ = padded_prompt(model)
     with plain_outputs(model, FORM):
@@ -114,11 +114,12 @@ def check_cache_layers(model: PreTrainedModel) -> None:
 
 def as_named_by(model: PreTrainedModel, call: Mapping[str, Any]) -> dict[str, Any]:
     """A call with the cache under the name that the model has for it."""
-    name = CACHE_NAME if _takes(model, CACHE_NAME) else "past_key_values"
+    name = CACHE_NAME if takes(model, CACHE_NAME) else "past_key_values"
     return {name if argument == "past_key_values" else argument: value for argument, value in call.items()}
 
 
-def _takes(model: PreTrainedModel, argument: str) -> bool:
+def takes(model: PreTrainedModel, argument: str) -> bool:
+    """Whether the model's forward names an argument."""
     return argument in inspect.signature(model.forward).parameters
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import TraceError
 from lobcq_fx.frontends.base import FrontEnd
-from lobcq_fx.inventory import Inventory
-from lobcq_fx.model import QuantizedModel
-from lobcq_fx.storage.checkpoint import Checkpoint
+from lobcq_fx.storage.checkpoint import Callings, Checkpoint
 from lobcq_fx.tracing.calling import ModuleCall
 from lobcq_fx.tracing.examples import call_of
-from lobcq_fx.tracing.trace import MAIN, TracedGraphs, TracedModel, trace_module
+from lobcq_fx.tracing.trace import MAIN, TracedGraphs, trace_module
 from lobcq_fx.trial import Trial, call_trial
 
 
@@ -33,18 +28,6 @@ class PlainFrontEnd(FrontEnd):
         """The example."""
         return {MAIN: call_trial(*call_of(example_inputs))}
 
-    def build(
-        self,
-        model: nn.Module,
-        graphs: Mapping[str, TracedModel],
-        refusals: Mapping[str, str],
-        lobcq_config: LobcqConfig,
-        inventory: Inventory,
-    ) -> QuantizedModel:
-        """A module that is called as `model` was."""
-        return QuantizedModel(self, graphs, refusals, lobcq_config, inventory)
-
-    def load(self, saved: Checkpoint, directory: Path) -> QuantizedModel:
-        """The same."""
-        graphs = saved.traced({MAIN: ModuleCall.from_dict})
-        return QuantizedModel(self, graphs, saved.refused, saved.lobcq_config, saved.inventory)
+    def callings(self, saved: Checkpoint) -> Callings:
+        """That of its one graph."""
+        return {MAIN: ModuleCall.from_dict}

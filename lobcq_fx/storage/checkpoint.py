@@ -48,6 +48,10 @@ NOTICE = "a LO-BCQ model, which transformers does not open: call lobcq_fx.load(f
 MAPPED = tuple(f".{part}" for part in PARTS if part != "tensor_scale")
 
 
+Callings = Mapping[str, Callable[[dict[str, Any]], CallingConvention]]
+"""What reads the calling convention of a graph, by the graph's name."""
+
+
 @dataclass(frozen=True)
 class StoredGraph:
     """A graph on stored weights, and how it is called, as it is written down."""
@@ -76,7 +80,7 @@ class Checkpoint:
         """How the main graph is called."""
         return self.graphs[MAIN].calling
 
-    def traced(self, callings: Mapping[str, Callable[[dict[str, Any]], CallingConvention]]) -> dict[str, TracedModel]:
+    def traced(self, callings: Callings) -> dict[str, TracedModel]:
         """Each graph that `callings` has a reader for, ready to run. Graphs of a kind unknown here are left out."""
         known = {name: one for name, one in self.graphs.items() if name in callings and _names_its_kind(name, one)}
         return {
