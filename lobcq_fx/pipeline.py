@@ -182,7 +182,7 @@ def quantize_graphs(
     emitted = {name: root if name == MAIN else share(one, root) for name, one in graph_modules.items()}
     for graph_module in emitted.values():
         emitting(plan, codebooks)(graph_module)
-    EliminateDeadCode(tuple(one.graph for one in emitted.values() if one is not root))(root)
+    EliminateDeadCode(tuple(one for one in emitted.values() if one is not root))(root)
     return emitted, records_of(plan, encoded, codebooks, statistics)
 
 

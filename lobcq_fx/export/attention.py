@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.graph.attributes import named_arguments
+from lobcq_fx.graph.dead_code import erase_dead_nodes
 from lobcq_fx.graph.matmuls import module_path
 from lobcq_fx.passes.group_query_heads import keeps_everything
 from lobcq_fx.passes.infra import GraphPass
@@ -78,7 +79,7 @@ class UseGroupQueryAttention(GraphPass):
             _replace(node, match)
             modified = True
         if modified:
-            graph.eliminate_dead_code()
+            erase_dead_nodes(graph)
         return modified, refusals
 
 

@@ -13,6 +13,7 @@ from lobcq_fx.format.codes import entries_of
 from lobcq_fx.format.packing import unpack_codes, unpack_selectors
 from lobcq_fx.format.spec import BLOCK_SIZE
 from lobcq_fx.graph.attributes import get_attribute, register_attribute
+from lobcq_fx.graph.dead_code import erase_dead_nodes
 from lobcq_fx.graph.stored_linear import StoredLinear, stored_linears
 from lobcq_fx.passes.infra import GraphPass
 
@@ -42,7 +43,7 @@ class UseFloatActivations(GraphPass):
             linear.node.replace_all_uses_with(y)
             graph.erase_node(linear.node)
         if linears:
-            graph.eliminate_dead_code()
+            erase_dead_nodes(graph)
         return bool(linears)
 
 
@@ -64,7 +65,7 @@ class LowerToMatMulNBits(GraphPass):
         for linear in linears:
             self._lower(graph_module, linear)
         if linears:
-            graph_module.graph.eliminate_dead_code()
+            erase_dead_nodes(graph_module.graph)
         return bool(linears)
 
     def _lower(self, graph_module: fx.GraphModule, linear: StoredLinear) -> None:

@@ -43,7 +43,7 @@ class Writes:
 
     def visit(self, node: fx.Node) -> None:
         """Count what `node` writes."""
-        self._counts.update(_owner(argument) for argument in _written(node))
+        self._counts.update(_owner(argument) for argument in written_arguments(node))
 
     def before(self, node: fx.Node) -> int:
         """Writes so far to the memory that `node` looks at."""
@@ -55,7 +55,7 @@ def written_between(first: fx.Node, last: fx.Node, values: Iterable[fx.Node]) ->
     owners = {_owner(value) for value in values}
     node = first.next
     while node is not last:
-        if any(_owner(argument) in owners for argument in _written(node)):
+        if any(_owner(argument) in owners for argument in written_arguments(node)):
             return True
         node = node.next
     return False
@@ -72,10 +72,10 @@ def writes_inputs(graph: fx.Graph) -> bool:
 
 
 def _written_owners(graph: fx.Graph) -> list[fx.Node]:
-    return [_owner(argument) for node in graph.nodes for argument in _written(node)]
+    return [_owner(argument) for node in graph.nodes for argument in written_arguments(node)]
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
+def written_arguments(node: fx.Node) -> list[fx.Node]:
     """The arguments that the node changes in place."""
     if node.target in _UNDECLARED_WRITES:
         flag, names = _UNDECLARED_WRITES[node.target]

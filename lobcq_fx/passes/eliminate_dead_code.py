@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
-from lobcq_fx.graph.attributes import delete_attribute, named_arguments
+from lobcq_fx.graph.attributes import delete_attribute
+from lobcq_fx.graph.dead_code import erase_dead_nodes
 from lobcq_fx.passes.infra import GraphPass
 
 
@@ -17,17 +17,21 @@ class EliminateDeadCode(GraphPass):
     """Dead nodes go, then what only they referred to. Placeholders stay: they are the graph's signature.
 
     Args:
-        others: graphs on the same tensors, which keep what they refer to.
+        others: graphs on the same tensors; theirs go too, and what they refer to stays.
     """
 
     name: ClassVar[str] = "eliminate_dead_code"
 
-    others: tuple[fx.Graph, ...] = ()
+    others: tuple[fx.GraphModule, ...] = ()
 
     def transform(self, graph_module: fx.GraphModule) -> bool:
-        """Erase from the last node to the first, so that chains go in one run."""
-        modified = bool(graph_module.graph.eliminate_dead_code(_has_effects))
-        graphs = (graph_module.graph, *self.others)
+        """Nodes first: what they alone referred to goes in the same run."""
+        modified = erase_dead_nodes(graph_module.graph)
+        for other in self.others:
+            if erase_dead_nodes(other.graph):
+                other.recompile()
+                modified = True
+        graphs = [one.graph for one in (graph_module, *self.others)]
         used = {str(n.target) for graph in graphs for n in graph.nodes if n.op in ("get_attr", "call_module")}
         tensors = [name for name, _ in graph_module.named_parameters(remove_duplicate=False)]
         tensors += [name for name, _ in graph_module.named_buffers(remove_duplicate=False)]
@@ -48,10 +52,3 @@ class EliminateDeadCode(GraphPass):
                 delete_attribute(graph_module, name)
                 modified = True
         return modified
-
-
-def _has_effects(node: fx.Node) -> bool:
-    """torch takes every attention for a random one, which advances the generator; without dropout it is not."""
-    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-        return bool(named_arguments(node).get("dropout_p"))
-    return bool(node.is_impure())

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.graph.aliasing import written_attributes
 from lobcq_fx.graph.attributes import add_get_attr, free_name, get_attribute, register_attribute
+from lobcq_fx.graph.dead_code import erase_dead_nodes
 from lobcq_fx.graph.operands import constant_nodes, constant_weight, made_of
 from lobcq_fx.passes.infra import GraphPass
 
@@ -52,7 +53,7 @@ class FoldWeights(GraphPass):
                     folded[weight] = _fold(graph_module, weight)
                 node.replace_input_with(weight, folded[weight])
         if folded:
-            graph_module.graph.eliminate_dead_code()
+            erase_dead_nodes(graph_module.graph)
         return bool(folded)
 
 

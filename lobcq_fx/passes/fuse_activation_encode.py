@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from lobcq_fx.graph.aliasing import written_between
+from lobcq_fx.graph.dead_code import erase_dead_nodes
 from lobcq_fx.graph.prepacked_calls import (
     NO_METADATA,
     PrepackedCall,
@@ -63,7 +64,7 @@ class FuseActivationEncode(GraphPass):
             call.replace(linear_prepacked.silu_mul, {"gate": gate, "up": up, "residuals": residuals})
             modified = True
         if modified:
-            graph.eliminate_dead_code()
+            erase_dead_nodes(graph)
         return modified, refusals
 
 

@@ -17,6 +17,7 @@ from torch import fx
 
 from lobcq_fx.graph.aliasing import written_between
 from lobcq_fx.graph.attributes import add_call
+from lobcq_fx.graph.dead_code import erase_dead_nodes
 from lobcq_fx.graph.norms import LayerNorm, RmsNorm, match_norm
 from lobcq_fx.graph.prepacked_calls import (
     PrepackedCall,
@@ -57,7 +58,7 @@ class FuseNormEncode(GraphPass):
                 _replace(graph, call, found, views)
                 modified = True
         if modified:
-            graph.eliminate_dead_code()
+            erase_dead_nodes(graph)
         return modified, refusals
 
 

@@ -13,6 +13,7 @@ from torch import fx
 
 from lobcq_fx.graph.aliasing import written_between
 from lobcq_fx.graph.attributes import add_call
+from lobcq_fx.graph.dead_code import erase_dead_nodes
 from lobcq_fx.graph.prepacked_calls import (
     NO_METADATA,
     PrepackedCall,
@@ -67,7 +68,7 @@ class FuseResidual(GraphPass):
                 self._replace(graph_module, call, wanted)
                 modified = True
         if modified:
-            graph.eliminate_dead_code()
+            erase_dead_nodes(graph)
         return modified, refusals
 
     def _replace(self, graph_module: fx.GraphModule, call: PrepackedCall, sums: dict[int, _Sum]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from lobcq_fx.graph.attributes import add_call
+from lobcq_fx.graph.dead_code import erase_dead_nodes
 from lobcq_fx.passes.infra import GraphPass
 
 aten = torch.ops.aten
@@ -46,7 +47,7 @@ class GroupQueryHeads(GraphPass):
             node.kwargs = {**node.kwargs, "enable_gqa": True}
             modified = True
         if modified:
-            graph.eliminate_dead_code()
+            erase_dead_nodes(graph)
         return modified
 
 
