@@ -171,10 +171,47 @@ def unmasked(values: Tensor, call: Mapping[str, Tensor]) -> Tensor:
     return values if mask is None or values.shape[:2] != mask.shape else values[mask.bool()]
 
 
+class AttentionOfLinears(nn.Module):
+    """What an nn.MultiheadAttention computes whose keys are its values, by linears called as the parts of its weight.
+
+    attention: batch first, with biases; q has its weight in two parts, one for queries, one for keys and values.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.heads, width = attention.num_heads, attention.embed_dim
+        weights, biases = (one.split([width, 2 * width]) for one in (attention.in_proj_weight, attention.in_proj_bias))
+        self.in_proj_weight_part, self.in_proj_weight_part_1 = map(_linear, weights, biases)
+        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, None]:
+        assert key is value
+        keys, values = self.in_proj_weight_part_1(key).chunk(2, dim=-1)
+        heads = (
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.in_proj_weight_part(query), keys, values)
+        )
+        attended = nn.functional.scaled_dot_product_attention(*heads)
+        return self.out_proj(attended.transpose(1, 2).flatten(2)), None
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+    return linear
+
+
+def of_linears(model: PreTrainedModel) -> None:
+    """Change the model in place, so that its projections are all linears."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.MultiheadAttention):
+            model.set_submodule(name, AttentionOfLinears(module))
+
+
 @torch.no_grad()
 def linears_that_run(family: Family, model: PreTrainedModel) -> set[str]:
     """Names of the linears that a call runs."""
     seen: set[str] = set()
+    of_linears(model)
     hooks = [
         module.register_forward_pre_hook(lambda *_, name=name: seen.add(name))
         for name, module in model.named_modules()
@@ -203,6 +240,7 @@ class Agreement:
 
 @torch.no_grad()
 def agreement(family: Family, model: PreTrainedModel, q: lobcq_fx.QuantizedModel) -> Agreement:
+    of_linears(model)
     call = family.call(model)
     original, actual = family.results(model, call), family.results(q, call)
     with fake_quantized(model, quantized_layers(q)):

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.float_causal_lm import as_named_by, counted, takes
 from lobcq_fx.frontends.output_types import CACHE_NAME
+from lobcq_fx.frontends.plain_outputs import FORM, plain_outputs
 from lobcq_fx.frontends.static_cache_call import static_cache
 from lobcq_fx.trial import Callee, Outcome, Trial
 
@@ -40,7 +41,10 @@ def _trial(model: PreTrainedModel, make_cache: Callable[[], Cache]) -> Trial:
         if takes_positions:
             tokens["position_ids"] = positions[:, start:stop]
         kept = {**tokens, "past_key_values": cache, "use_cache": True, "return_dict": True}
-        return callee(**(as_named_by(callee, kept) if isinstance(callee, PreTrainedModel) else kept))
+        if not isinstance(callee, PreTrainedModel):
+            return callee(**kept)
+        with plain_outputs(callee, FORM):
+            return callee(**as_named_by(callee, kept))
 
     def run(callee: Callee) -> Outcome:
         prompt = call(callee, make_cache(), 0, PROMPT)
