@@ -22,6 +22,7 @@ from lobcq_fx.export.schemas import DOMAIN, VERSION
 from lobcq_fx.export.signature import Signature
 from lobcq_fx.export.translation import translation_table
 from lobcq_fx.export.unsupported import explain
+from lobcq_fx.graph.fake_tensors import uncached_fake_tensors
 from lobcq_fx.integrations.transformers_onnx import conversion_fixes, fix_onnx_program
 
 OUTPUT = "lobcq_output."
@@ -83,7 +84,7 @@ def add_function_bodies(model: ir.Model) -> None:
 def _export(module: FlatModule, signature: Signature) -> torch.export.ExportedProgram:
     inputs = list(signature.inputs.values())
     shapes = [_dynamic(tensor, signature.dynamic[name]) for name, tensor in signature.inputs.items()]
-    with torch.no_grad():
+    with torch.no_grad(), uncached_fake_tensors():
         return torch.export.export(module, (inputs,), dynamic_shapes=(shapes,), strict=False)
 
 

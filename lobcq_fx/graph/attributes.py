@@ -7,8 +7,8 @@ from itertools import chain, count
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from lobcq_fx.graph.fake_tensors import fake_mode
 from lobcq_fx.modules.packed_weight import PackedWeight
 
 
@@ -102,12 +102,3 @@ def add_call(
             values, named = fx.node.map_arg((args, kwargs or {}), lambda arg: arg.meta["val"])
             node.meta["val"] = target(*values, **named)
     return node
-
-
-def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
-    """The mode that made the graph's metadata, or None where there is none."""
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, FakeTensor):
-            return value.fake_mode
-    return None

@@ -15,7 +15,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from lobcq_fx.graph.attributes import fake_mode
+from lobcq_fx.graph.fake_tensors import fake_mode, uncached_fake_tensors
 from lobcq_fx.passes.infra import GraphPass
 from lobcq_fx.tracing.autocast import no_autocast
 from lobcq_fx.tracing.example import InputExample
@@ -43,7 +43,8 @@ class AnnotateValues(GraphPass):
         known = [example for example in examples if example is not None]
         if fake_mode(graph_module.graph) is not None or len(known) < len(examples):
             return False
-        mode = FakeTensorMode(shape_env=ShapeEnv())
+        with uncached_fake_tensors():
+            mode = FakeTensorMode(shape_env=ShapeEnv())
         try:
             inputs = [example.fake(mode, self.device) for example in known]
             with no_autocast():

@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lobcq_fx.errors import CallError, TraceError
+from lobcq_fx.graph.fake_tensors import uncached_fake_tensors
 from lobcq_fx.graph.written import module_kept, own_written_tensors
 from lobcq_fx.tracing.assumptions import SizeDecisions
 from lobcq_fx.tracing.calling import CallingConvention, ModuleCall, Structure, bind_arguments
@@ -161,6 +162,7 @@ class tracing:  # noqa: N801  (a context manager, used like a function)
 
     def __enter__(self) -> None:
         self.contexts.enter_context(module_kept(self.model))
+        self.contexts.enter_context(uncached_fake_tensors())
         if any(tensor.is_inference() for tensor in chain(self.model.parameters(), self.model.buffers())):
             self.contexts.enter_context(torch.inference_mode())  # outside of it export cannot prepare such tensors
         self.model.eval()

@@ -11,12 +11,12 @@ from lobcq_fx.graph.attributes import (
     add_call,
     add_get_attr,
     delete_attribute,
-    fake_mode,
     free_name,
     get_attribute,
     has_attribute,
     register_attribute,
 )  # fmt: skip
+from lobcq_fx.graph.fake_tensors import fake_mode
 from lobcq_fx.modules.packed_weight import PackedWeight
 from tests.passes.graphs import aten, graph_of, linear, nodes, values
 
