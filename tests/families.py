@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
@@ -75,10 +76,17 @@ def causal_lm(family: str, **changes: int) -> PreTrainedModel:
 
 
 @cache
-def quantized_causal_lm(family: str, static_cache: bool = True) -> tuple[PreTrainedModel, lobcq_fx.QuantizedModel]:
+def quantized_causal_lm(
+    family: str, static_cache: bool = True, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, lobcq_fx.QuantizedModel]:
     """A family's float and quantized model, for tests that leave both as they are; the second graph takes its time."""
-    model = causal_lm(family)
+    model = causal_lm(family).to(dtype)
     return model, lobcq_fx.quantize(model, static_cache=static_cache)
+
+
+def own_causal_lm(family: str, dtype: torch.dtype = torch.float32) -> lobcq_fx.QuantizedModel:
+    """A quantized model with both graphs, for a test that changes it."""
+    return deepcopy(quantized_causal_lm(family, dtype=dtype)[1])
 
 
 @contextmanager

@@ -293,7 +293,7 @@ TWINS: dict[str, Family] = {
     **families(LanguageModel, "codegen", rotary_dim=8),
     **families(LanguageModel, "olmoe", **EXPERTS),
     **families(TextEncoder, "xlm-roberta xlm-roberta-xl camembert data2vec-text ernie rembert"),
-    **families(EncoderOfTwoParts, "mt5", d_kv=16),
+    **families(EncoderOfTwoParts, "mt5 umt5", d_kv=16),
     **families(ImageEncoder, "deit ijepa data2vec-vision", **IMAGES),
     **families(SpeechEncoder, "unispeech-sat", **SOUND),
 }
@@ -306,6 +306,5 @@ REFUSED: dict[str, Family] = {
         "mamba mamba2 falcon_mamba recurrent_gemma jamba bamba zamba2 falcon_h1 nemotron_h qwen3_next lfm2",
         **GROUPED,
     ),
-    **families(EncoderOfTwoParts, "umt5", d_kv=16),
 }
 """Families that are not supported yet."""

@@ -12,7 +12,7 @@ import lobcq_fx
 from lobcq_fx import LobcqConfig
 from lobcq_fx.errors import CallError, LobcqError
 from lobcq_fx.modules.packed_weight import PARTS
-from tests.families import VOCABULARY, causal_lm, quantized_causal_lm
+from tests.families import VOCABULARY, own_causal_lm, quantized_causal_lm
 from tests.passes.graphs import values
 
 
@@ -200,7 +200,7 @@ def test_asking_for_device_and_dtype_takes_no_state_dict():
 
 
 def test_generation_takes_no_state_dict():
-    lm = lobcq_fx.quantize(causal_lm("llama"))
+    lm = own_causal_lm("llama")
     taken = state_dicts_taken(lm)
     for settings in ({}, {"num_beams": 2}, {"cache_implementation": "static", "disable_compile": True}):
         lm.generate(torch.arange(3, 9).view(1, 6), max_new_tokens=3, eos_token_id=None, **settings)
@@ -236,7 +236,7 @@ def test_wrong_calls_name_the_argument(q):
 
 @torch.no_grad()
 def test_a_causal_lm_behaves_the_same():
-    lm = lobcq_fx.quantize(causal_lm("llama"))
+    lm = own_causal_lm("llama")
     ids = torch.arange(3, 9).view(1, 6) % VOCABULARY
     expected = lm(ids).logits
     for change in (lambda: lm.half(), lambda: Outer(lm).half(), lambda: lm.train()):

@@ -98,7 +98,9 @@ def test_static_scales_are_what_the_model_encodes_with():
 
 
 def test_siblings_share_one_encoded_activation_with_static_scales_too():
-    q = lobcq_fx.quantize(causal_lm("llama"), token_batches(), LobcqConfig(activation_scale="static"))
+    q = lobcq_fx.quantize(
+        causal_lm("llama"), token_batches(), LobcqConfig(activation_scale="static"), static_cache=False
+    )
     nodes = [n for n in q.stored_graph.nodes if n.target is torch.ops.lobcq.quantize_activation.default]
     assert len(nodes) == 2 * 4  # q/k/v, o, gate/up, down in each of two layers
 
@@ -142,7 +144,7 @@ def test_codebooks_of_a_file(tmp_path):
 
 def test_tokenizer_outputs_calibrate_a_language_model():
     batch = transformers.BatchEncoding(token_batches()[0])
-    q = lobcq_fx.quantize(causal_lm("llama"), [batch])
+    q = lobcq_fx.quantize(causal_lm("llama"), [batch], static_cache=False)
     assert all(record.activation_sqnr_db is not None for record in q.inventory.quantized)
 
 

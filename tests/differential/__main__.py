@@ -5,46 +5,72 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
-import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from tests.differential.compare import DifferentError, compare
 
+CHUNK = 20
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--modules", type=int, default=20000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the first module; the next has the next one")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("build/differential.json"))
+    parser.add_argument("--resume", action="store_true", help="go on after the modules that the file already counts")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
-    failures = []
-    start = time.monotonic()
-    for seed in range(options.seed, options.seed + options.modules):
-        try:
-            counts += compare(seed)
-        except Exception as error:
-            counts["modules"] += 1
-            kind = "different modules" if isinstance(error, DifferentError) else "broken modules"
-            counts[kind] += 1
-            failures.append(f"seed {seed}: {type(error).__name__}: {error}")
-            sys.stdout.write(failures[-1][:600] + "\n")
-        if seed % 20 == 0 or seed == options.seed + options.modules - 1:
-            result = {"seed": options.seed, "seconds": round(time.monotonic() - start, 1)}
-            options.out.write_text(
-                json.dumps({**result, "counts": dict(counts), "failures": failures}, indent=1) + "\n"
-            )
-            torch._dynamo.reset()
+    failures: list[str] = []
+    if options.resume and options.out.exists():
+        before = json.loads(options.out.read_text(encoding="utf-8"))
+        counts, failures = Counter(before["counts"]), before["failures"]
+    first, end = options.seed + counts["modules"], options.seed + options.modules
+    chunks = [range(seed, min(seed + CHUNK, end)) for seed in range(first, end, CHUNK)]
+    with ProcessPoolExecutor(options.jobs, get_context("spawn"), initializer=prepare, max_tasks_per_child=50) as pool:
+        for found, failed in pool.map(run, chunks):
+            counts += found
+            failures += failed
+            for failure in failed:
+                sys.stdout.write(failure[:600] + "\n")
+            result = {
+                "versions": {package: version(package) for package in ("torch",)},
+                "seed": options.seed,
+                "counts": dict(sorted(counts.items())),
+                "failures": failures,
+            }
+            options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, count in sorted(counts.items()):
         sys.stdout.write(f"{count:8} {name}\n")
     sys.exit(1 if failures else 0)
+
+
+def prepare() -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+
+
+def run(seeds: range) -> tuple[Counter[str], list[str]]:
+    counts: Counter[str] = Counter()
+    failures = []
+    for seed in seeds:
+        try:
+            counts += compare(seed)
+        except Exception as error:
+            kind = "different modules" if isinstance(error, DifferentError) else "broken modules"
+            counts += Counter({"modules": 1, kind: 1})
+            failures.append(f"seed {seed}: {type(error).__name__}: {error}")
+    torch._dynamo.reset()
+    return counts, failures
 
 
 if __name__ == "__main__":

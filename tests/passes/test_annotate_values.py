@@ -13,7 +13,7 @@ from lobcq_fx.passes.annotate_values import AnnotateValues
 from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
 from lobcq_fx.tracing.example import EXAMPLE, InputExample
 from lobcq_fx.tracing.sizes import fixed_size
-from tests.families import VOCABULARY, causal_lm
+from tests.families import VOCABULARY, own_causal_lm
 from tests.passes.graphs import assert_metadata, assert_unchanged, linear, quantized, values
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def sizes(value: Tensor) -> list[int]:
 
 def stored(family: str, dtype: torch.dtype = torch.float32) -> lobcq_fx.QuantizedModel:
     """On the graph that files hold."""
-    q = lobcq_fx.quantize(causal_lm(family).to(dtype), static_cache=False)
+    q = own_causal_lm(family, dtype)
     q._restore()
     return q
 

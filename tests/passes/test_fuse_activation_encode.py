@@ -11,7 +11,7 @@ from lobcq_fx.graph.prepacked_calls import NO_METADATA
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.ops.prologues import silu_mul
 from lobcq_fx.passes.fuse_activation_encode import FuseActivationEncode
-from tests.families import VOCABULARY, causal_lm
+from tests.families import VOCABULARY, own_causal_lm
 from tests.passes.graphs import (
     assert_metadata,
     assert_unchanged,
@@ -140,7 +140,7 @@ def test_float_activations_are_not_encoded():
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_a_whole_model(family):
-    q = lobcq_fx.quantize(causal_lm(family).bfloat16())
+    q = own_causal_lm(family, torch.bfloat16)
     ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
     expected = q(ids).logits
     assert FuseActivationEncode()(q.graph_module).modified

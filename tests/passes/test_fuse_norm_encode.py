@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import fx, nn
 
-import lobcq_fx
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.graph.norms import SEVERAL_DIMENSIONS
 from lobcq_fx.graph.prepacked_calls import NO_METADATA
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.ops.prologues import layer_norm, rms_norm
 from lobcq_fx.passes.fuse_norm_encode import FuseNormEncode
-from tests.families import VOCABULARY, causal_lm
+from tests.families import VOCABULARY, own_causal_lm
 from tests.passes.graphs import (
     assert_metadata,
     assert_unchanged,
@@ -325,7 +324,7 @@ def test_linears_in_two_formats_share_a_norm():
 
 @torch.no_grad()
 def test_a_whole_model():
-    q = lobcq_fx.quantize(causal_lm("llama").bfloat16())
+    q = own_causal_lm("llama", torch.bfloat16)
     ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
     expected = q(ids).logits
     assert FuseNormEncode()(q.graph_module).modified

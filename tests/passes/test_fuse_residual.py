@@ -11,7 +11,7 @@ from lobcq_fx.graph.prepacked_calls import NO_METADATA
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.passes.fuse_activation_encode import FuseActivationEncode
 from lobcq_fx.passes.fuse_residual import FuseResidual
-from tests.families import CAUSAL_LMS, VOCABULARY, causal_lm
+from tests.families import CAUSAL_LMS, VOCABULARY, own_causal_lm
 from tests.passes.graphs import (
     assert_metadata,
     assert_unchanged,
@@ -173,7 +173,7 @@ def test_what_is_no_residual_is_not_worth_a_word(block):
 def test_whole_models(family, fused):
     """Gemma norms what it adds; in GPT-NeoX the second of two parallel branches takes the first one's result."""
     assert family in CAUSAL_LMS
-    q = lobcq_fx.quantize(causal_lm(family).bfloat16())
+    q = own_causal_lm(family, torch.bfloat16)
     ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
     expected = q(ids).logits
     assert FuseResidual()(q.graph_module).modified == bool(fused)

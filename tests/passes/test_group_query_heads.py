@@ -10,7 +10,7 @@ from torch import nn
 import lobcq_fx
 from lobcq_fx.passes.group_query_heads import GroupQueryHeads
 from lobcq_fx.tracing.trace import trace_module
-from tests.families import causal_lm
+from tests.families import own_causal_lm, quantized_causal_lm
 from tests.passes.graphs import assert_metadata, assert_unchanged, aten, nodes, run, targets, values
 
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -113,7 +113,7 @@ def test_a_repeated_tensor_that_is_read_elsewhere_stays_for_that_reader():
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_a_quantized_model_runs_it_on_the_cpu_and_stores_what_was_traced(family):
-    q = lobcq_fx.quantize(causal_lm(family))
+    q = quantized_causal_lm(family)[1]
     stored = [node for node in q.stored_graph.nodes if node.target is ATTENTION]
     running = nodes(q.graph_module, ATTENTION)
     assert stored
@@ -135,7 +135,7 @@ def test_a_length_that_is_broadcast_stays_right():
 
 
 def test_a_loaded_model_runs_it_too(tmp_path):
-    q = lobcq_fx.quantize(causal_lm("llama"))
+    q = quantized_causal_lm("llama")[1]
     q.save_pretrained(tmp_path / "saved")
     loaded = lobcq_fx.load(tmp_path / "saved")
     of = [[node.kwargs for node in nodes(one.graph_module, ATTENTION)] for one in (q, loaded)]
@@ -144,7 +144,7 @@ def test_a_loaded_model_runs_it_too(tmp_path):
 
 @torch.no_grad()
 def test_padding_and_a_cache_change_nothing():
-    q = lobcq_fx.quantize(causal_lm("llama"))
+    q = own_causal_lm("llama")
     tokens = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0

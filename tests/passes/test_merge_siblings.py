@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import lobcq_fx
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.passes.merge_siblings import MergeSiblings
 from lobcq_fx.passes.prepack import Prepack
-from tests.families import causal_lm
+from tests.families import quantized_causal_lm
 from tests.passes.graphs import assert_metadata, assert_unchanged, linear, lobcq, nodes, quantized, run, values
 
 LAYOUT = weight_layout(torch.device("cpu"))
@@ -104,5 +103,5 @@ def test_linears_of_different_activations_are_no_siblings():
 
 
 def test_a_whole_model():
-    graph = lobcq_fx.quantize(causal_lm("llama")).graph_module
+    graph = quantized_causal_lm("llama")[1].graph_module
     assert [len(call.args[3]) for call in nodes(graph, OPS["w4a4"])] == [3, 1, 2, 1] * 2

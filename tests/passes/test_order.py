@@ -13,7 +13,7 @@ import torch
 import lobcq_fx
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.passes.annotate_values import AnnotateValues
-from tests.families import CAUSAL_LMS, VOCABULARY, causal_lm
+from tests.families import CAUSAL_LMS, VOCABULARY, own_causal_lm
 from tests.passes.graphs import aten, lobcq, nodes, targets
 
 LAYOUT = weight_layout(torch.device("cpu"))
@@ -43,7 +43,7 @@ def lowered(q, device=GPU) -> tuple:
 @torch.no_grad()
 @pytest.mark.parametrize("family", CAUSAL_LMS)
 def test_every_family_writes_the_same_tokens(family):
-    q = lobcq_fx.quantize(causal_lm(family), static_cache=False)
+    q = own_causal_lm(family)
     ids = torch.randint(3, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -64,7 +64,7 @@ def test_every_family_writes_the_same_tokens(family):
 
 @pytest.mark.parametrize("family", FUSED)
 def test_what_is_fused(family):
-    q = lobcq_fx.quantize(causal_lm(family), static_cache=False)
+    q = own_causal_lm(family)
     lowered(q)
     overloads = [getattr(op, name) for name in op.overloads()]
     found = {overload: len(nodes(q.graph_module, overload)) for overload in overloads}
@@ -72,7 +72,7 @@ def test_what_is_fused(family):
 
 
 def test_refusals_are_returned_and_logged(caplog):
-    q = lobcq_fx.quantize(causal_lm("gpt-neox"), static_cache=False)
+    q = own_causal_lm("gpt-neox")
     with caplog.at_level(logging.INFO, logger="lobcq_fx.passes.order"):
         refusals = lowered(q)
     wanted = "fuse_activation_encode: gpt_neox.layers.0.mlp.dense_4h_to_h: gelu is not fused, silu(gate) * up is"
@@ -81,7 +81,7 @@ def test_refusals_are_returned_and_logged(caplog):
 
 
 def test_the_cpu_fuses_nothing_and_does_not_repeat_heads():
-    q = lobcq_fx.quantize(causal_lm("llama"), static_cache=False)
+    q = own_causal_lm("llama")
     assert lowered(q, torch.device("cpu")) == ()
     assert {target for target in targets(q.graph_module) if "linear_prepacked" in str(target)} == {op.default}
     (first, _) = nodes(q.graph_module, aten.scaled_dot_product_attention.default)
@@ -91,7 +91,7 @@ def test_the_cpu_fuses_nothing_and_does_not_repeat_heads():
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_it_compiles_whole(family):
-    q = lobcq_fx.quantize(causal_lm(family), static_cache=False)
+    q = own_causal_lm(family)
     lowered(q)
     torch._dynamo.reset()
     compiled = torch.compile(q, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -103,7 +103,7 @@ def test_it_compiles_whole(family):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_a_loaded_model_is_lowered_as_the_one_that_was_traced(family, tmp_path, monkeypatch):
     """Both graphs of it. Files hold no metadata: it is made while the weights are as they were stored."""
-    traced = lobcq_fx.quantize(causal_lm(family).bfloat16())
+    traced = own_causal_lm(family, torch.bfloat16)
     traced.save_pretrained(tmp_path)
     loaded = lobcq_fx.load(tmp_path)
     on_the_cpu = AnnotateValues(torch.device("cpu"))
