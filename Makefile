@@ -48,11 +48,14 @@ default-dtype: $(VENV)/.installed
 	  $(BIN)/python -m pytest -k "not memory and not fake_kernels and not opcheck and not gil" $(TENSOR_TESTS)
 	LOBCQ_TEST_DEFAULT_DTYPE=float16 LOBCQ_CPU_CORE=0 $(BIN)/python -m pytest -k "not fake_kernels" tests/ops
 
-# Every night: random modules at random sizes, against the modules themselves. Prints a summary, and writes the counts.
+# Every night: random modules at random sizes, against the modules themselves. Prints a summary, and writes the counts
+# into docs/families.md.
 MODULES := 20000
 SEED := 0
 differential: $(VENV)/.installed
-	$(BIN)/python -W ignore -m tests.differential --modules $(MODULES) --seed $(SEED) --out build/differential.json
+	$(BIN)/python -W ignore -m tests.differential --modules $(MODULES) --seed $(SEED) \
+	  --out benchmarks/results/differential.json
+	$(BIN)/python -m benchmarks.pages.families
 
 # The core's tests once more, on a build with AddressSanitizer and UBSan, whose reports go to the process's stderr.
 # Python itself leaks at exit. Left out is what runs no such build: Triton, and the core that is emulated.

@@ -1,4 +1,4 @@
-"""Put what benchmarks/quality/families.py found into docs/families.md, between its markers.
+"""Put what benchmarks/quality/families.py and tests.differential found into docs/families.md, between its markers.
 
 python -m benchmarks.pages.families           # rewrite the page
 python -m benchmarks.pages.families --check   # exit with 1 if it differs
@@ -7,6 +7,7 @@ python -m benchmarks.pages.families --check   # exit with 1 if it differs
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from benchmarks.pages.markdown import keep_page, table
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "families.md"
-RESULTS = ROOT / "benchmarks" / "results" / "families.json"
+RESULTS = ROOT / "benchmarks" / "results"
 KINDS = {
     "LanguageModel": "language model",
     "TextEncoder": "text encoder",
@@ -27,11 +28,18 @@ CHECKS = ("saved", "compiled", "exported")
 
 def main() -> None:
     """Rewrite or check."""
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    found, modules = (
+        json.loads((RESULTS / name).read_text(encoding="utf-8")) for name in ("families.json", "differential.json")
+    )
     rows = dict(sorted(found["families"].items(), key=lambda item: (KINDS[item[1]["kind"]], item[0])))
     keep_page(
         PAGE,
-        {"families": served(rows, found["versions"]), "failures": failures(rows), "refused": refused(rows)},
+        {
+            "families": served(rows, found["versions"]),
+            "failures": failures(rows),
+            "refused": refused(rows),
+            "random": random_modules(modules),
+        },
         "families",
         __doc__,
     )
@@ -72,6 +80,22 @@ def refused(rows: dict[str, dict[str, Any]]) -> str:
         ["family", "because"],
         [[f"`{name}`", cell(row["refused"])] for name, row in rows.items() if "refused" in row],
     )
+
+
+def random_modules(found: dict[str, Any]) -> str:
+    """What became of the random modules and of their calls."""
+    counts = Counter(found["counts"])
+    rows = {
+        "modules": counts["modules"],
+        "not quantized, with an error that says why": counts["refused_modules"],
+        "that gave another result, or an error of another kind": counts["different modules"] + counts["broken modules"],
+        "calls that gave the module's result": counts["served"],
+        "calls refused with a CallError": counts["refused"],
+        "calls on which both fail": counts["failed, as the model does"] + counts["refused, as the model does"],
+    }
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    lines = [[what, f"{count:,}"] for what, count in rows.items()]
+    return f"Seeds from {found['seed']}, {versions}:\n\n{table(['', 'count'], lines)}"
 
 
 def cell(reason: str) -> str:

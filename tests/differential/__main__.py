@@ -1,10 +1,9 @@
-"""Run many random modules: `python -m tests.differential --modules 20000 --seed 0 --out build/differential.json`."""
+"""Run many random modules, and write what became of them: `python -m tests.differential --modules 20000`."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 from collections import Counter
@@ -13,9 +12,7 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
-import torch
-
-from tests.differential.compare import DifferentError, compare
+from tests.differential.chunks import prepare, run
 
 CHUNK = 20
 
@@ -25,7 +22,7 @@ def main() -> None:
     parser.add_argument("--modules", type=int, default=20000)
     parser.add_argument("--seed", type=int, default=0, help="of the first module; the next has the next one")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=Path("build/differential.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/differential.json"))
     parser.add_argument("--resume", action="store_true", help="go on after the modules that the file already counts")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -52,25 +49,6 @@ def main() -> None:
     for name, count in sorted(counts.items()):
         sys.stdout.write(f"{count:8} {name}\n")
     sys.exit(1 if failures else 0)
-
-
-def prepare() -> None:
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)
-
-
-def run(seeds: range) -> tuple[Counter[str], list[str]]:
-    counts: Counter[str] = Counter()
-    failures = []
-    for seed in seeds:
-        try:
-            counts += compare(seed)
-        except Exception as error:
-            kind = "different modules" if isinstance(error, DifferentError) else "broken modules"
-            counts += Counter({"modules": 1, kind: 1})
-            failures.append(f"seed {seed}: {type(error).__name__}: {error}")
-    torch._dynamo.reset()
-    return counts, failures
 
 
 if __name__ == "__main__":
