@@ -21,6 +21,7 @@ import torch
 import transformers
 
 import lobcq_fx
+from lobcq_fx.storage.graph_json import operators
 from tests.more_families import FAMILIES, REFUSED, Family, agreement
 
 RESULT = Path(__file__).parents[1] / "results" / "families.json"
@@ -58,6 +59,7 @@ def measure(family: Family) -> dict[str, Any]:
         return {**row, "refused": f"{type(error).__name__}: {first_line(error)}"}
     found = agreement(family, model, q)
     row |= {"coverage": q.inventory.mac_coverage, "median": found.median, "largest": max(found.largest, found.by_steps)}
+    row["operators"] = sorted(frozenset().union(*(operators(one.stored) for one in q.graphs.values())))
     checks = {"saved": saved, "compiled": compiled, "exported": exported}
     return row | {name: outcome(check, family, model, q) for name, check in checks.items()}
 

@@ -91,6 +91,11 @@ def graph_from_json(nodes: list[dict[str, Any]]) -> fx.Graph:
     return graph
 
 
+def operators(graph: fx.Graph) -> frozenset[str]:
+    """What the graph calls, as `graph_to_json` names it."""
+    return frozenset(_target_name(node) for node in graph.nodes if node.op == "call_function")
+
+
 def _example(node: fx.Node) -> dict[str, Any]:
     """What an input was in the traced example, from which the values of all nodes follow."""
     example = InputExample.of(node) if node.op == "placeholder" else None

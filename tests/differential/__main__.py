@@ -28,14 +28,16 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     failures: list[str] = []
+    operators: set[str] = set()
     if options.resume and options.out.exists():
         before = json.loads(options.out.read_text(encoding="utf-8"))
-        counts, failures = Counter(before["counts"]), before["failures"]
+        counts, failures, operators = Counter(before["counts"]), before["failures"], set(before["operators"])
     first, end = options.seed + counts["modules"], options.seed + options.modules
     chunks = [range(seed, min(seed + CHUNK, end)) for seed in range(first, end, CHUNK)]
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), initializer=prepare, max_tasks_per_child=50) as pool:
         for found, failed in pool.map(run, chunks):
-            counts += found
+            counts += found.counts
+            operators |= found.operators
             failures += failed
             for failure in failed:
                 sys.stdout.write(failure[:600] + "\n")
@@ -44,6 +46,7 @@ def main() -> None:
                 "seed": options.seed,
                 "counts": dict(sorted(counts.items())),
                 "failures": failures,
+                "operators": sorted(operators),
             }
             options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name, count in sorted(counts.items()):

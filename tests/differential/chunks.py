@@ -7,7 +7,7 @@ from collections import Counter
 
 import torch
 
-from tests.differential.compare import DifferentError, compare
+from tests.differential.compare import Compared, DifferentError, compare
 
 
 def prepare() -> None:
@@ -15,15 +15,18 @@ def prepare() -> None:
     logging.disable(logging.WARNING)
 
 
-def run(seeds: range) -> tuple[Counter[str], list[str]]:
+def run(seeds: range) -> tuple[Compared, list[str]]:
     counts: Counter[str] = Counter()
+    operators: set[str] = set()
     failures = []
     for seed in seeds:
         try:
-            counts += compare(seed)
+            found = compare(seed)
+            counts += found.counts
+            operators |= found.operators
         except Exception as error:
             kind = "different modules" if isinstance(error, DifferentError) else "broken modules"
             counts += Counter({"modules": 1, kind: 1})
             failures.append(f"seed {seed}: {type(error).__name__}: {error}")
     torch._dynamo.reset()
-    return counts, failures
+    return Compared(counts, frozenset(operators)), failures

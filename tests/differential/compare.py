@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from random import Random
 from tempfile import TemporaryDirectory
 
@@ -14,6 +15,7 @@ import lobcq_fx
 from lobcq_fx import FormatSpec, LobcqConfig
 from lobcq_fx.errors import CallError, ConfigError, TraceError
 from lobcq_fx.format import decode, encode, universal_codebooks
+from lobcq_fx.storage.graph_json import operators
 from lobcq_fx.tracing.names import usable_name
 from tests.differential.modules import WIDTH, Generated
 
@@ -27,8 +29,16 @@ class DifferentError(AssertionError):
     """A quantized module that gave what the module does not, or failed where it does not."""
 
 
-def compare(seed: int) -> Counter[str]:
-    """Counts of what became of the module and its calls.
+@dataclass(frozen=True)
+class Compared:
+    """Counts of what became of a module and its calls; the operators of its graph."""
+
+    counts: Counter[str]
+    operators: frozenset[str] = frozenset()
+
+
+def compare(seed: int) -> Compared:
+    """Make a module, quantize it, call both.
 
     Raises:
         DifferentError: a call gave something else than the model on decoded weights, silently or not.
@@ -39,7 +49,7 @@ def compare(seed: int) -> Counter[str]:
     try:
         q = lobcq_fx.quantize(model, config=CONFIG, example_inputs=_call(model, rng, *sizes))
     except (ConfigError, TraceError, CallError) as error:
-        return Counter(modules=1, refused_modules=1, **{f"refused: {type(error).__name__}": 1})
+        return Compared(Counter(modules=1, refused_modules=1, **{f"refused: {type(error).__name__}": 1}))
     if seed % 8 == 0:
         q = _saved_and_loaded(q)
     reference = decoded(Generated(seed).eval(), q)  # not a copy, whose steps would hold the layers of the first one
@@ -49,7 +59,7 @@ def compare(seed: int) -> Counter[str]:
         counts[_one_call(q, reference, _call(model, rng, batch, length), f"seed {seed}, {model.texts}, {sizes}")] += 1
     if counts["served"] == 0:
         counts["modules that served no call"] = 1
-    return counts
+    return Compared(counts, operators(q.stored_graph))
 
 
 def decoded(model: nn.Module, q: nn.Module) -> nn.Module:
