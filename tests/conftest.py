@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +57,25 @@ def _default_dtype() -> Iterator[None]:
     with TestsInFloat32():
         yield
     torch.set_default_dtype(before)
+
+
+TRACED: dict[tuple[object, ...], Any] = {}
+
+
+@pytest.fixture
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Language models of one configuration with the same weights are traced once a session: it takes its time."""
+    from lobcq_fx.frontends.causal_lm_front_end import CausalLMFrontEnd
+
+    trace = CausalLMFrontEnd.trace
+
+    def traced(self: CausalLMFrontEnd, model: Any, example_inputs: Any, *, static_cache: bool) -> Any:
+        weights = hashlib.sha256()
+        for value in model.state_dict().values():
+            weights.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        key = (type(model), model.config.to_json_string(), model.dtype, static_cache, weights.digest())
+        if key not in TRACED:
+            TRACED[key] = trace(self, model, example_inputs, static_cache=static_cache)
+        return deepcopy(TRACED[key])
+
+    monkeypatch.setattr(CausalLMFrontEnd, "trace", traced)

@@ -75,17 +75,25 @@ def causal_lm(family: str, **changes: int) -> PreTrainedModel:
     return model
 
 
-@cache
+WITH_STATIC_CACHE = ("llama", "mistral", "gemma2", "gemma3", "gpt2", "bloom", "opt", "phi3")
+"""Families that tests give both graphs: in what a cache, masks and positions are, the others are as one of these."""
+
+
 def quantized_causal_lm(
-    family: str, static_cache: bool = True, dtype: torch.dtype = torch.float32
+    family: str, static_cache: bool | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, lobcq_fx.QuantizedModel]:
-    """A family's float and quantized model, for tests that leave both as they are; the second graph takes its time."""
+    """A family's float and quantized model, for tests that leave both as they are."""
+    return _quantized(family, family in WITH_STATIC_CACHE if static_cache is None else static_cache, dtype)
+
+
+@cache
+def _quantized(family: str, static_cache: bool, dtype: torch.dtype) -> tuple[PreTrainedModel, lobcq_fx.QuantizedModel]:
     model = causal_lm(family).to(dtype)
     return model, lobcq_fx.quantize(model, static_cache=static_cache)
 
 
 def own_causal_lm(family: str, dtype: torch.dtype = torch.float32) -> lobcq_fx.QuantizedModel:
-    """A quantized model with both graphs, for a test that changes it."""
+    """A quantized model for a test that changes it."""
     return deepcopy(quantized_causal_lm(family, dtype=dtype)[1])
 
 

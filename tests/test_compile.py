@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 import lobcq_fx
-from tests.families import CAUSAL_LMS, VOCABULARY, causal_lm, quantized_causal_lm
+from tests.families import VOCABULARY, WITH_STATIC_CACHE, causal_lm, quantized_causal_lm
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +132,7 @@ class Inspected:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", CAUSAL_LMS)
+@pytest.mark.parametrize("family", WITH_STATIC_CACHE)
 def test_every_step_on_a_static_cache_is_one_graph_of_fixed_sizes(family):
     q = quantized_causal_lm(family)[1]
     inspected = Inspected()

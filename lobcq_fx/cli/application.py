@@ -17,6 +17,7 @@ from lobcq_fx.cli.failures import EXIT_CODES, explain, is_ours_to_explain
 from lobcq_fx.cli.generate import generate
 from lobcq_fx.cli.quantize import quantize
 from lobcq_fx.cli.report import report
+from lobcq_fx.cli.verify import verify
 
 HELP = "LO-BCQ for PyTorch models: 4.5 bits a scalar for weights and activations."
 
@@ -56,6 +57,7 @@ for name, command in (
     ("generate", generate),
     ("report", report),
     ("calibrate", calibrate),
+    ("verify", verify),
     ("bench", bench),
 ):
     app.command(name, epilog=EXIT_CODES)(command)

@@ -44,13 +44,13 @@ def calibrate(
     """
     from lobcq_fx.cli.console import print_json
     from lobcq_fx.cli.inputs import model_folder, read_text
-    from lobcq_fx.cli.outputs import check_output
+    from lobcq_fx.cli.outputs import check_file
     from lobcq_fx.cli.texts import CalibrationText
     from lobcq_fx.config import LobcqConfig
 
     config = LobcqConfig(format=format)  # type: ignore[arg-type]
     folder = model_folder(model)
-    check_output(output, overwrite=overwrite)
+    check_file(output, overwrite=overwrite)
     if output.suffix != ".json":
         raise typer.BadParameter(f"-o {output}: give the file a name that ends in .json")
     content, source = read_text(text)

@@ -57,7 +57,7 @@ def onnx(
     from lobcq_fx.cli.console import ProgressBars, print_json
     from lobcq_fx.cli.failures import InputError
     from lobcq_fx.cli.inputs import load_model, load_tokenizer, model_folder
-    from lobcq_fx.cli.outputs import check_output, writing
+    from lobcq_fx.cli.outputs import check_folder, writing
     from lobcq_fx.export import check_packages
 
     check_packages()
@@ -65,7 +65,7 @@ def onnx(
     if not folder.quantized:
         raise InputError(f"{folder.path} is a float model: quantize it first (`lobcq quantize {model} -o ...`)")
     packed = sum(file.stat().st_size for file in folder.path.glob("*.safetensors"))
-    check_output(output, overwrite=overwrite, needed_bytes=packed, replaceable=_is_export)
+    check_folder(output, overwrite=overwrite, needed_bytes=packed, replaceable=_is_export, source=folder.path)
     tokenizer = load_tokenizer(folder, required=False)
     started = time.perf_counter()
     with ProgressBars() as progress:

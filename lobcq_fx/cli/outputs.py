@@ -11,39 +11,55 @@ from lobcq_fx.cli.failures import OutputError
 from lobcq_fx.errors import CheckpointError
 
 
-def check_output(
-    path: Path,
-    *,
-    overwrite: bool,
-    needed_bytes: int = 0,
-    replaceable: Callable[[Path], bool] = Path.is_file,
-) -> None:
-    """Refuse a place that is taken or too small.
-
-    Args:
-        path: the file or folder that will be written.
-        overwrite: an existing one may be replaced.
-        needed_bytes: what will be written at least.
-        replaceable: whether what is there may be replaced at all: a file, or a folder of the kind that is written.
+def check_file(path: Path, *, overwrite: bool) -> None:
+    """Refuse a place for a file that is taken, or whose folder cannot be made.
 
     Raises:
-        OutputError: something is there, its parent cannot be made, or the disk has less room.
+        OutputError: says what is there.
     """
-    taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
-    if taken and not overwrite:
-        raise OutputError(f"{path} exists: pass --overwrite to replace it, or choose another place with -o")
-    if taken and not replaceable(path):
+    _check_free(path, path.exists(), overwrite=overwrite)
+    if path.exists() and not path.is_file():
         raise OutputError(f"{path} holds something else, which stays: choose another place with -o")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot create {path.parent}: {error.strerror}") from None
-    free = shutil.disk_usage(path.parent).free
+
+
+def check_folder(
+    path: Path, *, overwrite: bool, needed_bytes: int, replaceable: Callable[[Path], bool], source: Path
+) -> None:
+    """Refuse a place for a folder that is taken, cannot be written or is too small.
+
+    Args:
+        path: the folder that will be written.
+        overwrite: an existing one may be replaced.
+        needed_bytes: what will be written at least.
+        replaceable: whether what is there may be replaced at all: a folder of the kind that is written.
+        source: the folder that is read, which must not hold it.
+
+    Raises:
+        OutputError: says what is in the way, or how much room there is.
+    """
+    from rich.filesize import decimal
+
+    from lobcq_fx.storage.atomic_folder import check_target
+
+    _check_free(path, path.exists() and not (path.is_dir() and not any(path.iterdir())), overwrite=overwrite)
+    with writing(path):
+        check_target(path, replaceable, source)
+    disk = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(disk).free
     if free < needed_bytes:
         raise OutputError(
-            f"{path.parent} has {free / 2**20:.1f} MiB free and at least {needed_bytes / 2**20:.1f} MiB are needed:"
+            f"{disk} has {decimal(free)} free and at least {decimal(needed_bytes)} are needed:"
             " free some space or write to another disk"
         )
+
+
+def _check_free(path: Path, taken: bool, *, overwrite: bool) -> None:
+    if taken and not overwrite:
+        raise OutputError(f"{path} exists: pass --overwrite to replace it, or choose another place with -o")
 
 
 @contextmanager

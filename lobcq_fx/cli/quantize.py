@@ -86,7 +86,7 @@ def quantize(
 
 def _check(config: LobcqConfig, folder: ModelFolder, output: Path, calibrate: Path | None, *, overwrite: bool) -> None:
     """Refuse now what would fail after the long work."""
-    from lobcq_fx.cli.outputs import check_output
+    from lobcq_fx.cli.outputs import check_folder
     from lobcq_fx.codebook_choice import read_codebooks
     from lobcq_fx.config import CODEBOOKS
     from lobcq_fx.storage.checkpoint import is_checkpoint
@@ -95,7 +95,8 @@ def _check(config: LobcqConfig, folder: ModelFolder, output: Path, calibrate: Pa
         raise typer.BadParameter("static scales and fitted codebooks need a text: pass --calibrate TEXT")
     if config.codebooks not in CODEBOOKS:
         read_codebooks(Path(config.codebooks), config.format)
-    check_output(output, overwrite=overwrite, needed_bytes=_least_size(folder, config), replaceable=is_checkpoint)
+    needed = _least_size(folder, config)
+    check_folder(output, overwrite=overwrite, needed_bytes=needed, replaceable=is_checkpoint, source=folder.path)
 
 
 def _config(

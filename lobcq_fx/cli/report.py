@@ -24,7 +24,7 @@ def report(
     from lobcq_fx.cli.console import messages, print_json
     from lobcq_fx.cli.failures import InputError
     from lobcq_fx.cli.inputs import model_folder
-    from lobcq_fx.cli.outputs import check_output
+    from lobcq_fx.cli.outputs import check_file
     from lobcq_fx.report import write_report
 
     folder = model_folder(model)
@@ -32,7 +32,7 @@ def report(
         raise InputError(f"{folder.path} is a float model: quantize it first with `lobcq quantize {model} -o OUT`")
     if output.is_dir():
         raise typer.BadParameter(f"-o {output} is a folder: name a file, for example {output / 'report.html'}")
-    check_output(output, overwrite=overwrite)
+    check_file(output, overwrite=overwrite)
     with messages.status("Drawing"):
         write_report(folder.path, output)
     if json:

@@ -2,75 +2,204 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from lobcq_fx.errors import CheckpointError
+from lobcq_fx.storage.exchange import exchange
+from lobcq_fx.storage.terminations import terminations_unwind
+
+if sys.platform != "win32":  # there, what a killed process leaves stays
+    import fcntl
+
+logger = logging.getLogger(__name__)
+
+PARTIAL, OLD = ".partial", ".old"
+"""Ends of the names of what is not yet in place, and of what was, for as long as it takes to put the new one there."""
 
 
 @contextmanager
-def replace_folder(target: Path, is_ours: Callable[[Path], bool], parts: Container[str] = ()) -> Iterator[Path]:
+def replace_folder(target: Path, is_ours: Callable[[Path], bool], own: Container[str] = ()) -> Iterator[Path]:
     """Yield an empty folder beside `target`; when the block ends well it becomes `target`, else it is deleted, and so
-    are the folders above it that there were not before.
+    are the folders above it that there were not before. SIGTERM and SIGHUP end it as an exception would.
 
-    Files of an old folder that the block did not write again (a tokenizer, notes) are carried over, but for those that
-    `parts` names, which belong to what was replaced.
+    Whatever else an old folder holds (a tokenizer, notes, links, scripts) goes on in the new one as it is, but for what
+    the block has written again.
+
+    Args:
+        target: a new folder, an empty one, or one of ours.
+        is_ours: whether a folder may be replaced.
+        own: names of the files that belong to what is replaced.
 
     Raises:
-        CheckpointError: `target` is a file, or holds something that `is_ours` does not recognise.
+        CheckpointError: `target` cannot be written, or is not ours.
+        OSError: the disk is full, or fails.
     """
+    check_target(target, is_ours)
     target = target.resolve()  # a link stays a link, and "." has a name
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file: name a folder")
-    if target.is_dir() and any(target.iterdir()) and not is_ours(target):
-        raise CheckpointError(f"{target} holds files that are not a quantized model: choose a new or empty folder")
     new = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    with terminations_unwind(), ExitStack() as locks:
+        with _locked(target.parent):  # no other save takes for dead what is not locked yet
+            clear_leftovers(target)
+            fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=target.parent))
+            locks.enter_context(_locked(fresh))
+        try:
+            yield fresh
+            _give_permissions(fresh)
+            if target.is_dir():
+                _keep_the_rest(target, fresh, own)
+            _sync(fresh)
+            _put_in_place(fresh, target)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            with suppress(OSError):  # from the innermost out, up to one that holds something
+                for folder in new:
+                    folder.rmdir()
+
+
+def check_target(target: Path, is_ours: Callable[[Path], bool], source: Path | None = None) -> None:
+    """Refuse, before long work, what could not be written after it.
+
+    Args:
+        target: the folder to write.
+        is_ours: whether a folder may be replaced.
+        source: a folder that is read from, if any.
+
+    Raises:
+        CheckpointError: says what is in the way.
+    """
+    if target.is_symlink() and not target.exists():
+        raise CheckpointError(f"{target} is a link to {target.readlink()}, which is not there: name a folder")
+    resolved = target.resolve()
+    if resolved.exists() and not resolved.is_dir():
+        raise CheckpointError(f"{target} is a file: name a folder")
+    if resolved.is_dir() and any(resolved.iterdir()) and not is_ours(resolved):
+        raise CheckpointError(f"{target} holds files that are not a quantized model: choose a new or empty folder")
+    if source is not None and source.resolve() in (resolved, *resolved.parents):
+        raise CheckpointError(f"{target} is in {source}, which is read from: choose a folder outside of it")
+    parent = next(folder for folder in resolved.parents if folder.exists())
     try:
-        yield fresh
-        _carry_over(target, fresh, parts)
-        _sync(fresh)
-        _swap(fresh, target)
+        Path(tempfile.mkdtemp(prefix=f".{resolved.name}.", suffix=PARTIAL, dir=parent)).rmdir()
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error.strerror}: {parent}") from None
+
+
+def leftovers(target: Path) -> list[Path]:
+    """What saves to `target` that were killed have left beside it."""
+    target = target.resolve()
+    if not target.parent.is_dir():
+        return []
+    found = [one for one in target.parent.iterdir() if one.name.startswith(f".{target.name}.")]
+    return sorted(one for one in found if one.suffix in (PARTIAL, OLD) and one.is_dir() and not one.is_symlink())
+
+
+def clear_leftovers(target: Path) -> None:
+    """Delete them, but for those of saves that are still running; a model that had to make way comes back."""
+    for folder in leftovers(target):
+        if folder.suffix == OLD and not target.exists():
+            folder.rename(target)
+            logger.warning("%s was moved aside by a save that was killed: it is back", target)
+        elif not _is_locked(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            logger.info("deleted %s, left by a save that was killed", folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Within, `_is_locked` is true of it, in every process; the end of this one ends that too."""
+    if sys.platform == "win32":
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        with suppress(OSError):  # from the innermost out, up to one that holds something
-            for folder in new:
-                folder.rmdir()
+        os.close(descriptor)
 
 
-def _carry_over(old: Path, fresh: Path, parts: Container[str]) -> None:
-    for path in old.iterdir() if old.is_dir() else ():
-        if path.name not in parts and not (fresh / path.name).exists():
-            (shutil.copytree if path.is_dir() else shutil.copy2)(path, fresh / path.name)
+def _is_locked(folder: Path) -> bool:
+    if sys.platform == "win32":
+        return True
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
-def _sync(folder: Path) -> None:
-    """Flush every file, and give all the permissions that the user's umask grants (some writers make them private)."""
+def _give_permissions(folder: Path) -> None:
+    """All that the user's umask grants: some writers make their files private."""
     umask = os.umask(0)
     os.umask(umask)
     folder.chmod(0o777 & ~umask)
     for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(0o666 & ~umask)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def _swap(fresh: Path, target: Path) -> None:
-    """Two renames: POSIX has no portable exchange. Should the second fail, the first is undone."""
+def _keep_the_rest(old: Path, fresh: Path, own: Container[str]) -> None:
+    """Hard links: the same files, with their modes and times, under a second name until the old folder goes."""
+    for entry in os.scandir(old):
+        if entry.name not in own and not os.path.lexists(fresh / entry.name):
+            _link(entry, fresh / entry.name)
+    shutil.copystat(old, fresh)
+
+
+def _link(entry: os.DirEntry[str], place: Path) -> None:
+    if entry.is_dir(follow_symlinks=False):
+        place.mkdir()
+        for inner in os.scandir(entry.path):
+            _link(inner, place / inner.name)
+        shutil.copystat(entry.path, place)
+    else:
+        try:
+            os.link(entry.path, place, follow_symlinks=False)
+        except OSError:  # a file system without hard links
+            shutil.copy2(entry.path, place, follow_symlinks=False)
+
+
+def _sync(folder: Path) -> None:
+    """Flush every file and folder of it to the disk."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            continue
+        with suppress(PermissionError):  # of somebody else's files there is nothing new
+            flush(path)
+
+
+def flush(path: Path) -> None:
+    """What is written to a file, or the names in a folder, to the disk."""
+    if path.is_dir() and os.name == "nt":  # which opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(fresh: Path, target: Path) -> None:
+    """At once where the system can exchange two names; else by two renames, of which the first can be undone."""
     if not target.exists():
         fresh.rename(target)
-        return
-    old = fresh.with_suffix(".old")
-    target.rename(old)
-    try:
-        fresh.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old)
+    elif not exchange(fresh, target):
+        old = fresh.with_suffix(OLD)
+        target.rename(old)
+        try:
+            fresh.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    flush(target.parent)

@@ -4,19 +4,22 @@ config.json         the Hugging Face configuration (if any) with `quantization_c
 lobcq.safetensors   packed weights under the format's names, codebooks, and what stayed in float
 graph.json          the FX graph and the calling convention, the same of other graphs on these tensors
 inventory.json      every matmul and what became of it
+lobcq.index.json    a digest of each of these files, and of each tensor
 tokenizer files, generation_config.json where the model has them
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
@@ -28,10 +31,14 @@ from lobcq_fx.graph.shared_tensors import SharingGraphModule
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.modules.packed_weight import PARTS
 from lobcq_fx.storage.atomic_folder import replace_folder
+from lobcq_fx.storage.files import check_regular, json_object, read_bytes
 from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
+from lobcq_fx.storage.index import INDEX, FolderIndex, described, differing, digests_of, sha256
 from lobcq_fx.storage.validate import restore_packed_weights
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.trace import MAIN, TracedModel
+
+logger = logging.getLogger(__name__)
 
 QUANT_METHOD = "lobcq"
 FORMAT_VERSION = 2
@@ -44,6 +51,18 @@ WEIGHTS, WEIGHTS_OF_VERSION_1 = "lobcq.safetensors", "model.safetensors"
 
 NOTICE = "a LO-BCQ model, which transformers does not open: call lobcq_fx.load(folder), of the package lobcq-fx"
 """In place of a file name, under the key that transformers reads one from: `from_pretrained` raises with this text."""
+
+OWN = ("config.json", "graph.json", "inventory.json", WEIGHTS, INDEX, WEIGHTS_OF_VERSION_1)
+"""Files that belong to a model, and go with it when it is replaced; others are the user's."""
+
+SMALL = 4096
+"""Bytes of tensors that are always compared with their digests: tensor scales and biases tell two saves apart."""
+
+FILE_LIMIT = 64 * 2**20
+"""Bytes of a JSON file. The graphs of an 80-layer Llama take five million."""
+
+TRIES = 5
+"""Times a folder may be replaced while it is read."""
 
 MAPPED = tuple(f".{part}" for part in PARTS if part != "tensor_scale")
 
@@ -110,47 +129,111 @@ def saved_folder(
         The folder that is not in place yet, and what it holds.
     """
     tensors = stored_tensors(checkpoint.root, [one.graph for one in checkpoint.graphs.values()])
-    with replace_folder(directory, is_checkpoint) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        _write_json(folder / "config.json", _config(checkpoint))
-        _write_json(folder / "graph.json", _graph(checkpoint))
-        _write_json(folder / "inventory.json", checkpoint.inventory.to_dict())
+    described = {
+        "config.json": _json(_config(checkpoint)),
+        "graph.json": _json(_graph(checkpoint)),
+        "inventory.json": _json(checkpoint.inventory.to_dict()),
+    }
+    index = FolderIndex({name: sha256(content) for name, content in described.items()}, digests_of(tensors))
+    with replace_folder(directory, is_checkpoint, OWN) as folder:
+        _write_weights(tensors, folder / WEIGHTS)
+        for name, content in described.items():
+            (folder / name).write_bytes(content)
         for one in companions:
             one.save_pretrained(folder)
-        saved = load_checkpoint(folder)
-        _compare(saved, tensors)
-        yield folder, saved
+        index.write(folder)
+        yield folder, load_checkpoint(folder)
 
 
-def load_checkpoint(directory: Path) -> Checkpoint:
-    """Read and validate a folder written by `saved_folder`.
+def load_checkpoint(directory: Path, *, verify: bool = True) -> Checkpoint:
+    """Read and validate a folder written by `saved_folder`; one that is replaced meanwhile is read again.
+
+    Args:
+        directory: the folder.
+        verify: compare every tensor with its digest. The small ones, and the other files, are always compared, so that
+            a folder is always of one save.
 
     Raises:
         CheckpointError: names the file and what is wrong with it.
     """
-    config = _read_json(directory / "config.json")
+    for _ in range(TRIES):
+        before = _generation(directory)
+        try:
+            checkpoint = _load(directory, verify=verify)
+        except CheckpointError:
+            if _generation(directory) == before:
+                raise
+        else:
+            if _generation(directory) == before:
+                return checkpoint
+    raise CheckpointError(f"{directory} was replaced {TRIES} times while it was read: load it when that is over")
+
+
+def verify_folder(directory: Path) -> tuple[FolderIndex, list[str]]:
+    """The index of a folder, and all that is not as it says, whether or not it can be loaded.
+
+    Raises:
+        CheckpointError: the folder has no index, or a damaged one.
+    """
+    index = FolderIndex.parse(read_bytes(directory / INDEX, FILE_LIMIT), directory / INDEX)
+    problems = []
+    for name in index.files:
+        try:
+            index.check_file(directory / name, read_bytes(directory / name, FILE_LIMIT))
+        except CheckpointError as error:
+            problems.append(str(error))
+    try:
+        with _open_weights(directory / WEIGHTS) as file:
+            found = digests_of({name: file.get_tensor(name) for name in sorted(file.keys())})
+    except CheckpointError as error:
+        return index, [*problems, str(error)]
+    return index, problems + differing(index.tensors, found)
+
+
+def _generation(directory: Path) -> tuple[int, int] | None:
+    """Which folder stands there: a save replaces it as a whole."""
+    try:
+        found = directory.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _load(directory: Path, *, verify: bool) -> Checkpoint:
+    content = read_bytes(directory / "config.json", FILE_LIMIT)
+    config = json_object(content, directory / "config.json")
     settings = config.pop("quantization_config", None)
     config.pop("transformers_weights", None)
-    _check_version(directory, settings)
-    saved = _read_json(directory / "graph.json")
+    index = _index(directory, _version(directory, settings))
+
+    def read(name: str) -> dict[str, Any]:
+        content = read_bytes(directory / name, FILE_LIMIT)
+        if index is not None:
+            index.check_file(directory / name, content)
+        return json_object(content, directory / name)
+
+    if index is not None:
+        index.check_file(directory / "config.json", content)
+    saved = read("graph.json")
     try:
         graphs = {MAIN: StoredGraph(graph_from_json(saved["nodes"]), saved["calling"])}
         for name, entry in saved.get("variants", {}).items():
             graphs[name] = StoredGraph(graph_from_json(entry["nodes"]), entry["calling"])
         refused = {str(name): str(reason) for name, reason in saved.get("refused_variants", {}).items()}
-        inventory = Inventory.from_dict(_read_json(directory / "inventory.json"))
+        inventory = Inventory.from_dict(read("inventory.json"))
         lobcq_config = LobcqConfig.from_dict(settings["lobcq_config"])
         parameters = set(saved["parameters"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory} is damaged: {type(error).__name__}: {error}") from None
-    root = _root(directory, [one.graph for one in graphs.values()], parameters)
+    tensors = _read_tensors(directory, [one.graph for one in graphs.values()], index, verify=verify)
+    root = _root(tensors, [one.graph for one in graphs.values()], parameters)
     return Checkpoint(root, graphs, refused, lobcq_config, inventory, config or None)
 
 
-def _root(directory: Path, graphs: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
+def _root(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
     """A module that runs the first graph, with the tensors of all of them."""
     module = nn.Module()
-    for name, tensor in _read_tensors(directory, graphs).items():
+    for name, tensor in tensors.items():
         is_parameter = name in parameters and tensor.is_floating_point()
         register_attribute(module, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
     root = fx.GraphModule(module, graphs[0], class_name="LobcqGraph")
@@ -220,7 +303,7 @@ def _graph(checkpoint: Checkpoint) -> dict[str, Any]:
     return graph | {name: value for name, value in rest.items() if value}
 
 
-def _check_version(directory: Path, settings: Any) -> None:
+def _version(directory: Path, settings: Any) -> int:
     if not isinstance(settings, Mapping) or settings.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{directory} is not a quantized model of this package; write one with save_pretrained")
     version = settings.get("format_version")
@@ -229,49 +312,72 @@ def _check_version(directory: Path, settings: Any) -> None:
             f"{directory} has format version {version}, this release reads {' and '.join(map(str, READABLE_VERSIONS))}:"
             " update lobcq-fx, or quantize the model again"
         )
+    return int(version)
 
 
-def _read_tensors(directory: Path, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
+def _index(directory: Path, version: int) -> FolderIndex | None:
+    if version > 1:
+        return FolderIndex.parse(read_bytes(directory / INDEX, FILE_LIMIT), directory / INDEX)
+    logger.warning(
+        "%s was written by release 0.1, without digests: damage to it may go unnoticed. Save it again to have them",
+        directory,
+    )
+    return None
+
+
+def _read_tensors(
+    directory: Path, graphs: Sequence[fx.Graph], index: FolderIndex | None, *, verify: bool
+) -> dict[str, Tensor]:
     wanted = set(_names(graphs))
     path = weights_file(directory)
-    try:
-        with safe_open(path, framework="pt") as file:
-            missing = wanted - set(file.keys())
-            if missing:
-                raise CheckpointError(f"{path} lacks {sorted(missing)[0]} and {len(missing) - 1} more tensors")
-            tensors = {name: file.get_tensor(name) for name in sorted(wanted)}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
+    with _open_weights(path) as file:
+        missing = wanted - set(file.keys())
+        if missing:
+            raise CheckpointError(f"{path} lacks {sorted(missing)[0]} and {len(missing) - 1} more tensors")
+        tensors = {name: file.get_tensor(name) for name in sorted(wanted)}
+    if index is not None:
+        _check_tensors(path, tensors, index, verify=verify)
     # These look into the mapped file. Weights leave it when they are repacked; one tensor that stays would keep all of
     # it mapped, and resident.
     return {name: tensor if name.endswith(MAPPED) else tensor.clone() for name, tensor in tensors.items()}
 
 
-def _compare(saved: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
-    """What was read back against what was written, every byte."""
-    restored = stored_tensors(saved.root, [one.graph for one in saved.graphs.values()])
-    for name, tensor in tensors.items():
-        if not torch.equal(_bytes(restored[name]), _bytes(tensor)):
-            raise CheckpointError(
-                f"{name} reads back different from what was written: the disk or its driver is failing"
-            )
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], index: FolderIndex, *, verify: bool) -> None:
+    """Against their digests; without `verify`, those of large ones are taken for right if dtypes and shapes are."""
+    expected = {name: one for name, one in index.tensors.items() if name in tensors}
+    read = {name: tensor for name, tensor in tensors.items() if verify or tensor.nbytes <= SMALL}
+    found = digests_of(read) | {
+        name: replace(described(tensor), sha256=expected[name].sha256)
+        for name, tensor in tensors.items()
+        if name not in read and name in expected
+    }
+    problems = differing(expected, found)
+    if problems:
+        more = f", and {len(problems) - 1} more tensors differ" if len(problems) > 1 else ""
+        raise CheckpointError(
+            f"{path} is not what was saved: {problems[0]}{more}. Remedy: get the folder again; `lobcq verify` lists all"
+        )
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+@contextmanager
+def _open_weights(path: Path) -> Iterator[Any]:
+    check_regular(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: {path.parent} is no complete quantized model") from None
-    except (OSError, ValueError) as error:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch, which maps it, raises the second
         raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return value
+
+
+def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free", str(path.parent))
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

@@ -44,6 +44,11 @@ class Run:
         return " ".join(result.stderr.replace("│", " ").split())
 
 
+@pytest.fixture(autouse=True)
+def _traced_once(traced_once: None) -> None:
+    """Most commands here quantize one model."""
+
+
 @pytest.fixture(scope="session")
 def lobcq() -> Run:
     return Run()
@@ -119,8 +124,9 @@ def edited(tmp_path: Path) -> Callable[..., Path]:
         for pattern in without:
             for file in copy.glob(pattern):
                 file.unlink()
-        values = json.loads((copy / "config.json").read_text())
-        (copy / "config.json").write_text(json.dumps({**values, **config}))
+        if config:
+            values = json.loads((copy / "config.json").read_text())
+            (copy / "config.json").write_text(json.dumps({**values, **config}))
         return copy
 
     return edit

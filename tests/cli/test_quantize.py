@@ -112,7 +112,7 @@ def test_an_existing_folder_is_kept_unless_told_otherwise(lobcq: Run, llama: Pat
     assert "--overwrite" in message
     assert [file.name for file in output.iterdir()] == ["notes.txt"]
     # Even --overwrite replaces a quantized model only, never someone's folder.
-    assert "holds something else" in lobcq.refused("quantize", llama, "-o", output, "--overwrite", code=4)
+    assert "holds files that are not a" in lobcq.refused("quantize", llama, "-o", output, "--overwrite", code=4)
     assert (output / "notes.txt").read_text() == "mine"
 
 
@@ -129,11 +129,16 @@ def test_places_that_cannot_be_written(
     lobcq: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert "cannot create" in lobcq.refused("quantize", llama, "-o", tmp_path / "file" / "q", code=4)
+    assert "cannot be written: Not a directory" in lobcq.refused(
+        "quantize", llama, "-o", tmp_path / "file" / "q", code=4
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert re.search(
-        r"0.0 MiB free and at least 0.\d MiB are needed: free some space",
+        r"1.0 kB free and at least \d+\.\d kB are needed: free some space",
         lobcq.refused("quantize", llama, "-o", tmp_path / "q", code=4),
+    )
+    assert "which is read from: choose a folder outside of it" in lobcq.refused(
+        "quantize", llama, "-o", llama / "q", code=4
     )
     assert not (tmp_path / "q").exists()
 

@@ -14,13 +14,13 @@ from lobcq_fx.frontends.in_place_cache import InPlaceCache
 from lobcq_fx.frontends.output_types import CACHE_NAME
 from lobcq_fx.modules.packed_weight import PackedWeight
 from lobcq_fx.plan import QuantizationPlan
-from tests.families import CAUSAL_LMS, VOCABULARY, causal_lm, quantized_causal_lm
+from tests.families import VOCABULARY, WITH_STATIC_CACHE, causal_lm, quantized_causal_lm
 from tests.frontends.test_causal_lm_families import LENGTH, assert_logits_close, batch
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
-@pytest.fixture(params=list(CAUSAL_LMS))
+@pytest.fixture(params=WITH_STATIC_CACHE)
 def q(request):
     return quantized_causal_lm(request.param)[1]
 
@@ -216,6 +216,7 @@ SETTINGS = {
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_both_graphs_have_the_same_settings(settings):
     ids, mask = batch(3)

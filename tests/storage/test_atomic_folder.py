@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import shutil
 import signal
 import stat
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
+import lobcq_fx
 from lobcq_fx.errors import CheckpointError
+from lobcq_fx.storage import atomic_folder
 from lobcq_fx.storage.atomic_folder import replace_folder
+from lobcq_fx.storage.terminations import terminations_unwind
 
 
 def is_ours(folder):
@@ -97,6 +103,7 @@ def test_a_failing_second_rename_undoes_the_first(tmp_path, monkeypatch):
             raise OSError("no")
         return rename(self, to)
 
+    monkeypatch.setattr(atomic_folder, "exchange", lambda *_: False)
     monkeypatch.setattr(type(target), "rename", failing)
     with pytest.raises(OSError, match="no"):
         write(target, "2")
@@ -161,8 +168,8 @@ with atomic_folder.replace_folder(target, lambda folder: True) as folder:
 
 
 def test_kill_9_of_a_real_process_leaves_the_old_folder_whole(tmp_path):
-    """At every stage before the renames."""
-    moments = ("block", "_carry_over", "_sync", "_swap")
+    """At every stage before the exchange."""
+    moments = ("block", "_give_permissions", "_keep_the_rest", "_sync", "_put_in_place")
     targets = [tmp_path / moment / "q" for moment in moments]
     for target in targets:
         write(target, "1", weights="old")
@@ -171,6 +178,146 @@ def test_kill_9_of_a_real_process_leaves_the_old_folder_whole(tmp_path):
     for process, target in zip(processes, targets, strict=True):
         assert process.wait() == -signal.SIGKILL
         assert content(target) == {"mark": "1", "weights": "old"}
-        write(target, "3")  # and the next save works
+        assert atomic_folder.leftovers(target)
+        write(target, "3")  # and the next save works, and clears up
         assert content(target) == {"mark": "3", "weights": "old"}
-        shutil.rmtree(target.parent)
+        assert leftovers(target.parent) == []
+
+
+SAVING = """
+import sys, time
+from pathlib import Path
+from lobcq_fx.storage.atomic_folder import replace_folder
+with replace_folder(Path(sys.argv[1]), lambda folder: True) as folder:
+    (folder / "mark").write_text("2")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def saving(target):
+    command = [sys.executable, "-c", SAVING, target]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_process_that_is_asked_to_end_leaves_nothing(tmp_path, number):
+    target = tmp_path / "q"
+    write(target, "1")
+    with saving(target) as process:
+        process.send_signal(number)
+        assert process.wait(30) in (128 + number, -number)
+    assert content(target) == {"mark": "1"}
+    assert leftovers(tmp_path) == []
+
+
+def test_a_handler_of_the_program_s_own_stays():
+    taken = []
+    before = signal.signal(signal.SIGTERM, lambda *_: taken.append(1))
+    try:
+        with terminations_unwind():
+            signal.raise_signal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with terminations_unwind():
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert taken == [1]
+
+
+def test_a_save_that_still_runs_keeps_its_folder(tmp_path):
+    target = tmp_path / "q"
+    with saving(target):
+        (running,) = atomic_folder.leftovers(target)
+        write(target, "3")
+        assert running.is_dir()
+        assert content(target) == {"mark": "3"}
+
+
+def test_a_model_that_made_way_for_one_that_never_came_is_back(tmp_path, monkeypatch, caplog):
+    target = tmp_path / "q"
+    write(target, "1", notes="mine")
+    monkeypatch.setattr(atomic_folder, "exchange", lambda *_: False)
+    target.rename(tmp_path / ".q.abc.old")
+    with pytest.raises(CheckpointError, match=r"is no folder: .*A save that was killed has left .*\.q\.abc\.old"):
+        lobcq_fx.load(target)
+    write(target, "2")
+    assert content(target) == {"mark": "2", "notes": "mine"}
+    assert "it is back" in caplog.text
+    assert leftovers(tmp_path) == []
+
+
+def test_what_is_not_ours_stays_as_it_is(tmp_path):
+    target = tmp_path / "q"
+    write(target, "1", weights="old")
+    (target / "token.key").write_text("secret")
+    (target / "token.key").chmod(0o600)
+    (target / "run.sh").write_text("#!/bin/sh")
+    (target / "run.sh").chmod(0o755)
+    (target / "link").symlink_to("token.key")
+    (target / "dangling").symlink_to("/nowhere/at/all")
+    (target / "private").mkdir(0o700)
+    (target / "private" / "inner").write_text("i")
+    os.mkfifo(target / "pipe")
+    target.chmod(0o2750)
+    before = {path: path.lstat() for path in target.rglob("*") if path.name not in ("mark", "private")}
+    write(target, "2", weights="new")
+    for path, was in before.items():
+        if path.name != "weights":
+            assert path.lstat() == os.stat_result((*was[:9], path.lstat()[9])), path  # all but the time of its change
+    assert str((target / "dangling").readlink()) == "/nowhere/at/all"
+    assert stat.S_IMODE((target / "private").stat().st_mode) == 0o700
+    assert stat.S_IMODE(target.stat().st_mode) == 0o2750
+    assert (target / "weights").read_text() == "new"
+
+
+def test_at_no_time_is_the_folder_missing(tmp_path):
+    target = tmp_path / "q"
+    write(target, "0")
+    seen, done = set(), threading.Event()
+
+    def look():
+        while not done.is_set():
+            seen.add((target / "mark").read_text())
+
+    with ThreadPoolExecutor(1) as threads:
+        looking = threads.submit(look)
+        for number in range(1, 40):
+            write(target, str(number))
+        done.set()
+        looking.result()  # FileNotFoundError, had it been missing
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("way", ["dangling", "file", "inside", "itself", "foreign"])
+def test_what_cannot_be_written_is_refused_beforehand(tmp_path, way):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "thesis").write_text("t")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("f")
+    target, message = {
+        "dangling": (tmp_path / "dangling", "is a link to .*nowhere, which is not there"),
+        "file": (tmp_path / "file", "is a file"),
+        "inside": (source / "a" / "b", "is in .*source, which is read from"),
+        "itself": (source, "holds files that are not a quantized model"),
+        "foreign": (source, "holds files that are not a quantized model"),
+    }[way]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match=message):
+        atomic_folder.check_target(target, is_ours, source if way in ("inside", "itself") else None)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_place_that_cannot_be_written_is_refused_beforehand(tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkdtemp", read_only)
+    with pytest.raises(CheckpointError, match="cannot be written: Read-only file system"):
+        atomic_folder.check_target(tmp_path / "q", is_ours)

@@ -9,10 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -24,6 +26,7 @@ from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
 from lobcq_fx.storage.checkpoint import is_checkpoint
 from tests.families import quantized_causal_lm
 from tests.passes.graphs import Function, linear, parameter, values
+from tests.storage.reindex import reindex
 
 
 def model():
@@ -244,8 +247,13 @@ DAMAGES = {
 
 @pytest.mark.parametrize("case", DAMAGES)
 def test_damage_is_named(case, folder):
+    """Also where the digests fit it."""
     damage, message = DAMAGES[case]
     damage(folder)
+    with pytest.raises(CheckpointError, match=rf"is not what was saved|{message}"):
+        lobcq_fx.load(folder)
+    with suppress(OSError, SafetensorError):  # a file is gone, or is none any more
+        reindex(folder)
     with pytest.raises(CheckpointError, match=message):
         lobcq_fx.load(folder)
 
@@ -297,7 +305,7 @@ q = lobcq_fx.load(folder)
 torch.save(q(torch.ones(2, 172)), folder.parent / "out.pt")
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
-checkpoint._compare = die
+checkpoint.load_checkpoint = die
 q.save_pretrained(folder)
 """
 
@@ -322,6 +330,7 @@ def change_graph(folder, change):
     saved = json.loads((folder / "graph.json").read_text())
     change(saved)
     (folder / "graph.json").write_text(json.dumps(saved))
+    reindex(folder)
 
 
 @torch.no_grad()

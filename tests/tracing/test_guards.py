@@ -19,6 +19,7 @@ from lobcq_fx.tracing.guards import SizeGuards, describe
 from lobcq_fx.tracing.trace import trace_module
 from tests.families import quantized_causal_lm
 from tests.passes.graphs import linear, values
+from tests.storage.reindex import reindex
 
 
 class Sized(nn.Module):
@@ -213,6 +214,7 @@ def test_a_saved_folder_keeps_them_and_one_without_still_loads(tmp_path):
         calling = graph["graphs"]["main"]["calling"] if "graphs" in graph else graph["calling"]
         change(calling)
         path.write_text(json.dumps(graph))
+        reindex(tmp_path / "saved")
 
     for damaged in ([["eval", "x", 1]], [[">=", ["size", 7, 0], 1]], [[">=", ["size", 0, 3], 1]], {}):
         rewrite(lambda calling, damaged=damaged: calling.update(guards=damaged))

@@ -1,0 +1,128 @@
+"""What was written into a folder: a digest of each file and tensor, so that no other bytes pass for them.
+
+An index notices damage and mixtures, not malice: whoever can write the folder can write an index that fits. Compare
+`FolderIndex.digest` with one that came another way where that matters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lobcq_fx.errors import CheckpointError
+from lobcq_fx.storage.files import json_object
+
+INDEX = "lobcq.index.json"
+
+
+@dataclass(frozen=True)
+class TensorDigest:
+    """Of one tensor. sha256: of its bytes, row by row."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}, sha256 {self.sha256[:12]}..."
+
+
+@dataclass(frozen=True)
+class FolderIndex:
+    """Of one folder. files: sha256 by name. tensors: what the weights file holds, by name."""
+
+    files: Mapping[str, str]
+    tensors: Mapping[str, TensorDigest]
+
+    @property
+    def digest(self) -> str:
+        """Of the folder: all files and tensors."""
+        return _sha256_of({"files": dict(self.files), "tensors": {n: asdict(one) for n, one in self.tensors.items()}})
+
+    def write(self, folder: Path) -> None:
+        """Into `folder`, as the last of its files."""
+        found = {
+            "sha256": self.digest,
+            "files": dict(self.files),
+            "tensors": {name: asdict(one) for name, one in self.tensors.items()},
+        }
+        (folder / INDEX).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def parse(cls, content: bytes, path: Path) -> FolderIndex:
+        """What `write` has written.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        found = json_object(content, path)
+        try:
+            files = {str(name): str(digest) for name, digest in found["files"].items()}
+            tensors = {
+                str(name): TensorDigest(str(one["dtype"]), tuple(map(int, one["shape"])), str(one["sha256"]))
+                for name, one in found["tensors"].items()
+            }
+            expected = str(found["sha256"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+        index = cls(files, tensors)
+        if index.digest != expected:
+            raise CheckpointError(f"{path} is damaged: its digests do not add up to its own")
+        return index
+
+    def check_file(self, path: Path, content: bytes) -> None:
+        """That a file is the one that was written.
+
+        Raises:
+            CheckpointError: names the file.
+        """
+        if self.files.get(path.name) != sha256(content):
+            raise CheckpointError(
+                f"{path} is not what was saved: it was damaged or edited since. Remedy: get the folder again"
+            )
+
+
+def described(tensor: Tensor) -> TensorDigest:
+    """What the header of a weights file says of a tensor, no digest yet."""
+    return TensorDigest(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), "")
+
+
+def digests_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorDigest]:
+    """Of tensors on the CPU, in as many threads as there are cores."""
+
+    def one(item: tuple[str, Tensor]) -> tuple[str, TensorDigest]:
+        name, tensor = item
+        content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return name, replace(described(tensor), sha256=sha256(content.data))
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        largest_first = sorted(tensors.items(), key=lambda item: -item[1].nbytes)
+        found = dict(threads.map(one, largest_first))
+    return {name: found[name] for name in tensors}
+
+
+def differing(expected: Mapping[str, TensorDigest], found: Mapping[str, TensorDigest]) -> list[str]:
+    """What each tensor is that is not as expected, missing and unexpected ones included."""
+    return [
+        f"{name} is {found.get(name, 'missing')}; saved was {expected.get(name, 'none')}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+
+
+def sha256(content: Any) -> str:
+    """Of bytes, in hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _sha256_of(value: Any) -> str:
+    return sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())

@@ -1,0 +1,181 @@
+"""Digests: what is loaded is what was saved, of one save, from files that are files."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from random import Random
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import lobcq_fx
+from lobcq_fx.errors import CheckpointError
+from lobcq_fx.storage import checkpoint
+from lobcq_fx.storage.checkpoint import FILE_LIMIT, OWN, WEIGHTS, WEIGHTS_OF_VERSION_1
+from lobcq_fx.storage.index import INDEX, digests_of, sha256
+
+X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+FILES = [name for name in OWN if name != WEIGHTS_OF_VERSION_1]
+
+
+def quantized(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64), nn.Linear(64, 8)).eval()
+    return lobcq_fx.quantize(model, example_inputs=X)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return quantized(0), quantized(1)
+
+
+@pytest.fixture
+def folder(models, tmp_path):
+    models[0].save_pretrained(tmp_path / "q")
+    return tmp_path / "q"
+
+
+def test_digests_are_those_of_the_bytes(models, folder):
+    index = json.loads((folder / INDEX).read_text())
+    for name in ("config.json", "graph.json", "inventory.json"):
+        assert index["files"][name] == sha256((folder / name).read_bytes())
+    tensors = load_file(folder / WEIGHTS)
+    assert index["tensors"].keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        entry = index["tensors"][name]
+        assert (entry["dtype"], entry["shape"]) == (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+        assert entry["sha256"] == sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def test_digests_of_every_kind_of_tensor():
+    kinds = {
+        "scalar": torch.tensor(1.5),
+        "empty": torch.empty(0, 3),
+        "flags": torch.tensor([True, False]),
+        "view": torch.arange(6.0).view(2, 3).t(),
+        "bf16": torch.ones(3, dtype=torch.bfloat16),
+    }
+    found = digests_of(kinds)
+    assert list(found) == list(kinds)
+    assert found["scalar"].sha256 == sha256(kinds["scalar"].numpy().tobytes())
+    assert found["view"].sha256 == sha256(kinds["view"].contiguous().numpy().tobytes())
+    assert found["empty"].sha256 == sha256(b"")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_changed_byte_is_computed_with(models, folder, name):
+    """Every change is an error, or was in what means nothing, as a blank in a header."""
+    expected, content, rng = models[0](X), (folder / name).read_bytes(), Random(0)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        for _ in range(rng.choice((1, 1, 4))):
+            damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
+        (folder / name).write_bytes(damaged)
+        try:
+            loaded = lobcq_fx.load(folder)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert torch.equal(loaded(X), expected)
+    assert refused > 50
+
+
+def test_swapped_tensors_are_noticed_and_those_of_another_dtype_without_reading_them(models, folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SMALL", 16)
+    expected = models[0](X)
+    tensors = load_file(folder / WEIGHTS)
+    one, other = "0.weight.codes", "2.weight.codes"
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"0\.weight\.codes is .*; saved was .*, and 1 more tensors differ"):
+        lobcq_fx.load(folder)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(lobcq_fx.load(folder, verify=False)(X), expected)  # which is the price
+    tensors[one] = tensors[one].view(torch.int8)
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"0\.weight\.codes is int8"):
+        lobcq_fx.load(folder, verify=False)
+
+
+@pytest.mark.parametrize("name", ["inventory.json", WEIGHTS, INDEX])  # the rest is the same for one architecture
+@pytest.mark.parametrize("verify", [True, False])
+def test_files_of_two_saves_are_no_model(models, folder, tmp_path, name, verify):
+    models[1].save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / name, folder / name)
+    with pytest.raises(CheckpointError, match="is not what was saved"):
+        lobcq_fx.load(folder, verify=verify)
+
+
+def test_a_reader_beside_a_writer_sees_one_save(models, tmp_path):
+    target, results = tmp_path / "q", [q(X) for q in models]
+    models[0].save_pretrained(target)
+    with ThreadPoolExecutor(1) as threads:
+        saving = threads.submit(lambda: [q.save_pretrained(target) for q in models * 6])
+        loads = 0
+        while not saving.done() or not loads:
+            found = lobcq_fx.load(target)(X)
+            assert any(torch.equal(found, result) for result in results)
+            loads += 1
+        saving.result()
+
+
+def test_a_folder_that_is_always_replaced_is_given_up(folder, monkeypatch):
+    generations = iter(range(100))
+    monkeypatch.setattr(checkpoint, "_generation", lambda _: (0, next(generations)))
+    with pytest.raises(CheckpointError, match="was replaced 5 times while it was read"):
+        lobcq_fx.load(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_pipes_and_devices_are_no_files(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
+        lobcq_fx.load(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
+        lobcq_fx.load(folder)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != WEIGHTS])
+def test_files_have_a_size_that_they_may_be_of(folder, name):
+    with (folder / name).open("r+b") as file:
+        file.truncate(FILE_LIMIT + 1)  # sparse
+    with pytest.raises(CheckpointError, match=f"{name} is larger than 64 MiB"):
+        lobcq_fx.load(folder)
+
+
+@contextmanager
+def files_of_at_most(size):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[0][1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        signal.signal(signal.SIGXFSZ, before[1])
+
+
+@pytest.mark.parametrize("limit", [512, 8192], ids=["the weights", "the graph"])
+def test_a_disk_that_fills_up_is_an_os_error_and_the_old_model_stays(models, folder, limit):
+    with files_of_at_most(limit), pytest.raises(OSError, match="File too large"):
+        models[1].save_pretrained(folder)
+    assert torch.equal(lobcq_fx.load(folder)(X), models[0](X))
+    assert [path.name for path in folder.parent.iterdir()] == ["q"]
+
+
+def test_a_disk_without_room_is_told_before_it_is_written_to(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 7, 3))
+    with pytest.raises(OSError, match=r"[\d,]+ bytes are needed and 3 are free"):
+        models[0].save_pretrained(tmp_path / "q")
+    assert not list(tmp_path.iterdir())
