@@ -303,8 +303,11 @@ FAMILIES = DISTINCT | TWINS
 REFUSED: dict[str, Family] = {
     **families(
         LanguageModel,
-        "mamba mamba2 falcon_mamba recurrent_gemma jamba bamba zamba2 falcon_h1 nemotron_h qwen3_next lfm2",
+        "mamba falcon_mamba recurrent_gemma jamba bamba falcon_h1 nemotron_h qwen3_next",
         **GROUPED,
     ),
+    **families(LanguageModel, "mamba2", num_heads=8, head_dim=16),
+    **families(LanguageModel, "lfm2", layer_types=["conv"], **GROUPED),
+    **families(LanguageModel, "zamba2", layers_block_type=["hybrid"], **GROUPED),
 }
 """Families that are not supported yet."""

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import lobcq_fx
+from lobcq_fx.errors import LobcqError
 from tests.families import CAUSAL_LMS, quantized_layers
-from tests.more_families import DISTINCT, FAMILIES, agreement, linears_that_run
+from tests.more_families import DISTINCT, FAMILIES, REFUSED, agreement, linears_that_run
 
 IN_DEPTH = {config().model_type for config in CAUSAL_LMS.values()} | {"bert", "vit", "t5"}
 """These go through tests of their own; `make families` runs all of `FAMILIES`."""
@@ -35,3 +36,10 @@ def test_a_family_computes_what_its_fake_quantized_original_does(name, tmp_path)
 
 def test_at_least_sixty_families_are_tested():
     assert len(set(DISTINCT) | IN_DEPTH) >= 60
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(name):
+    model = REFUSED[name].model()
+    with pytest.raises(LobcqError, match=type(model).__name__):
+        REFUSED[name].quantized(model)
