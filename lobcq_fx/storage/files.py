@@ -1,4 +1,4 @@
-"""Files from strangers: regular ones, of bounded size."""
+"""Files that are read: regular ones, of bounded size."""
 
 from __future__ import annotations
 
