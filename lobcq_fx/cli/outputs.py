@@ -47,8 +47,7 @@ def check_folder(
 
     _check_free(path, path.exists() and not (path.is_dir() and not any(path.iterdir())), overwrite=overwrite)
     with writing(path):
-        check_target(path, replaceable, source)
-    disk = next(folder for folder in path.absolute().parents if folder.exists())
+        disk = check_target(path, replaceable, source)
     free = shutil.disk_usage(disk).free
     if free < needed_bytes:
         raise OutputError(

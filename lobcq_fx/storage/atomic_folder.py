@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -56,7 +57,8 @@ def replace_folder(target: Path, is_ours: Callable[[Path], bool], own: Container
             if target.is_dir():
                 _keep_the_rest(target, fresh, own)
             _sync(fresh)
-            _put_in_place(fresh, target)
+            with _locked(target.parent):  # nor takes a model that makes way for abandoned
+                _put_in_place(fresh, target)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
             with suppress(OSError):  # from the innermost out, up to one that holds something
@@ -64,13 +66,16 @@ def replace_folder(target: Path, is_ours: Callable[[Path], bool], own: Container
                     folder.rmdir()
 
 
-def check_target(target: Path, is_ours: Callable[[Path], bool], source: Path | None = None) -> None:
+def check_target(target: Path, is_ours: Callable[[Path], bool], source: Path | None = None) -> Path:
     """Refuse, before long work, what could not be written after it.
 
     Args:
         target: the folder to write.
         is_ours: whether a folder may be replaced.
         source: a folder that is read from, if any.
+
+    Returns:
+        The folder above it that there is already.
 
     Raises:
         CheckpointError: says what is in the way.
@@ -86,9 +91,11 @@ def check_target(target: Path, is_ours: Callable[[Path], bool], source: Path | N
         raise CheckpointError(f"{target} is in {source}, which is read from: choose a folder outside of it")
     parent = next(folder for folder in resolved.parents if folder.exists())
     try:
-        Path(tempfile.mkdtemp(prefix=f".{resolved.name}.", suffix=PARTIAL, dir=parent)).rmdir()
+        with _locked(parent):  # a save to `target` that starts now would clear it up
+            Path(tempfile.mkdtemp(prefix=f".{resolved.name}.", suffix=PARTIAL, dir=parent)).rmdir()
     except OSError as error:
         raise CheckpointError(f"{target} cannot be written: {error.strerror}: {parent}") from None
+    return parent
 
 
 def leftovers(target: Path) -> list[Path]:
@@ -96,8 +103,10 @@ def leftovers(target: Path) -> list[Path]:
     target = target.resolve()
     if not target.parent.is_dir():
         return []
-    found = [one for one in target.parent.iterdir() if one.name.startswith(f".{target.name}.")]
-    return sorted(one for one in found if one.suffix in (PARTIAL, OLD) and one.is_dir() and not one.is_symlink())
+    # mkdtemp puts no dot in the middle: with one it would be of another target, whose name begins like this one.
+    name = re.compile(rf"\.{re.escape(target.name)}\.[^.]+({re.escape(PARTIAL)}|{re.escape(OLD)})")
+    found = [one for one in target.parent.iterdir() if name.fullmatch(one.name)]
+    return sorted(one for one in found if one.is_dir() and not one.is_symlink())
 
 
 def clear_leftovers(target: Path) -> None:

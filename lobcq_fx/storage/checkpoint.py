@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,7 +53,9 @@ WEIGHTS, WEIGHTS_OF_VERSION_1 = "lobcq.safetensors", "model.safetensors"
 NOTICE = "a LO-BCQ model, which transformers does not open: call lobcq_fx.load(folder), of the package lobcq-fx"
 """In place of a file name, under the key that transformers reads one from: `from_pretrained` raises with this text."""
 
-OWN = ("config.json", "graph.json", "inventory.json", WEIGHTS, INDEX, WEIGHTS_OF_VERSION_1)
+DESCRIPTIONS = ("config.json", "graph.json", "inventory.json")
+
+OWN = (*DESCRIPTIONS, WEIGHTS, INDEX, WEIGHTS_OF_VERSION_1)
 """Files that belong to a model, and go with it when it is replaced; others are the user's."""
 
 SMALL = 4096
@@ -129,15 +132,12 @@ def saved_folder(
         The folder that is not in place yet, and what it holds.
     """
     tensors = stored_tensors(checkpoint.root, [one.graph for one in checkpoint.graphs.values()])
-    described = {
-        "config.json": _json(_config(checkpoint)),
-        "graph.json": _json(_graph(checkpoint)),
-        "inventory.json": _json(checkpoint.inventory.to_dict()),
-    }
-    index = FolderIndex({name: sha256(content) for name, content in described.items()}, digests_of(tensors))
+    values = (_config(checkpoint), _graph(checkpoint), checkpoint.inventory.to_dict())
+    descriptions = {name: _json(value) for name, value in zip(DESCRIPTIONS, values, strict=True)}
+    index = FolderIndex({name: sha256(content) for name, content in descriptions.items()}, digests_of(tensors))
     with replace_folder(directory, is_checkpoint, OWN) as folder:
         _write_weights(tensors, folder / WEIGHTS)
-        for name, content in described.items():
+        for name, content in descriptions.items():
             (folder / name).write_bytes(content)
         for one in companions:
             one.save_pretrained(folder)
@@ -177,7 +177,7 @@ def verify_folder(directory: Path) -> tuple[FolderIndex, list[str]]:
     """
     index = FolderIndex.parse(read_bytes(directory / INDEX, FILE_LIMIT), directory / INDEX)
     problems = []
-    for name in index.files:
+    for name in DESCRIPTIONS:
         try:
             index.check_file(directory / name, read_bytes(directory / name, FILE_LIMIT))
         except CheckpointError as error:
@@ -376,7 +376,8 @@ def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
 
 def _json(value: Any) -> bytes:

@@ -11,8 +11,8 @@ from typing import Any
 from lobcq_fx.errors import CheckpointError
 
 
-def check_regular(path: Path) -> int:
-    """That `path` is a file, not a pipe or a device, which would hang a reader or never end; its bytes.
+def check_regular(path: Path) -> None:
+    """That `path` is a file, not a pipe or a device, which would hang a reader or never end.
 
     Raises:
         CheckpointError: it is missing, unreadable or something else.
@@ -25,7 +25,6 @@ def check_regular(path: Path) -> int:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path} is no regular file")
-    return found.st_size
 
 
 def read_bytes(path: Path, limit: int) -> bytes:

@@ -46,16 +46,15 @@ class FolderIndex:
     @property
     def digest(self) -> str:
         """Of the folder: all files and tensors."""
-        return _sha256_of({"files": dict(self.files), "tensors": {n: asdict(one) for n, one in self.tensors.items()}})
+        return sha256(json.dumps(self._to_dict(), sort_keys=True, separators=(",", ":")).encode())
 
     def write(self, folder: Path) -> None:
         """Into `folder`, as the last of its files."""
-        found = {
-            "sha256": self.digest,
-            "files": dict(self.files),
-            "tensors": {name: asdict(one) for name, one in self.tensors.items()},
-        }
-        (folder / INDEX).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        content = json.dumps({"sha256": self.digest, **self._to_dict()}, indent=1)
+        (folder / INDEX).write_text(content + "\n", encoding="utf-8")
+
+    def _to_dict(self) -> dict[str, Any]:
+        return {"files": dict(self.files), "tensors": {name: asdict(one) for name, one in self.tensors.items()}}
 
     @classmethod
     def parse(cls, content: bytes, path: Path) -> FolderIndex:
@@ -72,7 +71,7 @@ class FolderIndex:
                 for name, one in found["tensors"].items()
             }
             expected = str(found["sha256"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
         index = cls(files, tensors)
         if index.digest != expected:
@@ -122,7 +121,3 @@ def differing(expected: Mapping[str, TensorDigest], found: Mapping[str, TensorDi
 def sha256(content: Any) -> str:
     """Of bytes, in hex."""
     return hashlib.sha256(content).hexdigest()
-
-
-def _sha256_of(value: Any) -> str:
-    return sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())

@@ -36,7 +36,7 @@ def main() -> None:
     sys.stdout.write(json.dumps(counts, indent=1) + "\n")
     if options.out:
         options.out.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
-    sys.exit(1 if counts["lost"] else 0)
+    sys.exit(1 if counts["lost"] or counts["leftovers after the next save"] else 0)
 
 
 def crash(target: Path, kills: int, seed: int) -> Counter[str]:
@@ -63,12 +63,17 @@ def quantized(seed: int) -> lobcq_fx.QuantizedModel:
 def kill_a_save(models: Sequence[lobcq_fx.QuantizedModel], target: Path, after: float) -> None:
     child = os.fork()
     if child == 0:
-        while True:
-            for model in reversed(models):
-                model.save_pretrained(target)
+        try:
+            while True:
+                for model in reversed(models):
+                    model.save_pretrained(target)
+        finally:
+            os._exit(1)  # and not up into the caller, which would clear up for two
     time.sleep(after)
     os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        raise RuntimeError("a save failed by itself")
 
 
 def stands(target: Path, results: Sequence[Tensor]) -> bool:

@@ -252,6 +252,33 @@ def test_a_model_that_made_way_for_one_that_never_came_is_back(tmp_path, monkeyp
     assert leftovers(tmp_path) == []
 
 
+def test_what_is_left_of_a_target_with_a_longer_name_is_its_own(tmp_path):
+    write(tmp_path / "q.v2", "1")
+    (tmp_path / "q.v2").rename(tmp_path / ".q.v2.abc.old")
+    (tmp_path / ".q.v2.abc.partial").mkdir()
+    assert atomic_folder.leftovers(tmp_path / "q") == []
+    write(tmp_path / "q", "2")
+    assert content(tmp_path / "q") == {"mark": "2"}
+    assert len(atomic_folder.leftovers(tmp_path / "q.v2")) == 2
+    write(tmp_path / "q.v2", "3")
+    assert leftovers(tmp_path) == []
+
+
+def test_nobody_clears_up_while_a_model_makes_way(tmp_path, monkeypatch):
+    write(tmp_path / "q", "1")
+    seen, rename = [], type(tmp_path).rename
+
+    def look(self, to):
+        seen.append(atomic_folder._is_locked(tmp_path))
+        return rename(self, to)
+
+    monkeypatch.setattr(atomic_folder, "exchange", lambda *_: False)
+    monkeypatch.setattr(type(tmp_path), "rename", look)
+    write(tmp_path / "q", "2")
+    assert seen == [True, True]
+    assert not atomic_folder._is_locked(tmp_path)
+
+
 def test_what_is_not_ours_stays_as_it_is(tmp_path):
     target = tmp_path / "q"
     write(target, "1", weights="old")

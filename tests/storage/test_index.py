@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ from random import Random
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -172,6 +174,24 @@ def test_a_disk_that_fills_up_is_an_os_error_and_the_old_model_stays(models, fol
         models[1].save_pretrained(folder)
     assert torch.equal(lobcq_fx.load(folder)(X), models[0](X))
     assert [path.name for path in folder.parent.iterdir()] == ["q"]
+
+
+def test_a_full_disk_has_its_number(models, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        models[0].save_pretrained(tmp_path / "q")
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_an_index_of_sizes_that_are_none_is_damaged(folder):
+    index = json.loads((folder / INDEX).read_text())
+    index["tensors"]["0.bias"]["shape"] = [float("inf")]
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="is damaged: OverflowError"):
+        lobcq_fx.load(folder)
 
 
 def test_a_disk_without_room_is_told_before_it_is_written_to(models, tmp_path, monkeypatch):
