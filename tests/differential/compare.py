@@ -130,6 +130,6 @@ def _check_equal(actual: object, expected: object, where: str) -> None:
         raise DifferentError(f"{where}: {spec} where the model returns {wanted_spec}")
     for one, other in zip(have, want, strict=True):
         try:
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * _largest(other))
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * _largest(other), equal_nan=True)
         except AssertionError as error:
             raise DifferentError(f"{where}: {error}") from None
