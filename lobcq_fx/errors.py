@@ -27,3 +27,7 @@ class CheckpointError(LobcqError):
 
 class ExportError(LobcqError):
     """A model cannot be exported as asked, or the exported one computes something else."""
+
+
+class ReportError(LobcqError):
+    """A report cannot be drawn: what draws it is not installed."""

@@ -11,8 +11,7 @@ from rich.table import Table
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.inventory import Inventory
-from lobcq_fx.report.plots import readable_size
-from lobcq_fx.report.render import left_alone_by_reason, worst_layers
+from lobcq_fx.report.layers import left_alone_by_reason, readable_size, worst_layers
 
 WORST = 5
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from lobcq_fx.errors import LobcqError
+from lobcq_fx.kernels.cpu.build import SUFFIX
 from lobcq_fx.kernels.cpu.installed import SWITCH, cpu_core
 
 if TYPE_CHECKING:
     from onnxruntime import SessionOptions
 
-LIBRARY_COPY = {"darwin": "liblobcq.dylib", "win32": "lobcq.dll"}.get(sys.platform, "liblobcq.so")
+LIBRARY_COPY = f"{'' if sys.platform == 'win32' else 'lib'}lobcq{SUFFIX}"
 """Name of the copy that goes with an exported model."""
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lobcq_fx.format.spec import ENTRY_MAX
 from lobcq_fx.inventory import Inventory, MatmulRecord
+from lobcq_fx.report.layers import readable_size
 
 # matplotlib wants numbers for colours and the page wants CSS variables: each stand-in below is drawn, then replaced.
 INK, MUTED, GRID, BAND = "#010201", "#010202", "#010203", "#010204"
@@ -124,13 +125,6 @@ def size_bars(inventory: Inventory) -> str:
         axes.axis("off")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, handlelength=1, handleheight=1)
         return _svg(figure, "size", {})
-
-
-def readable_size(count: int) -> str:
-    """A number of bytes for people: `"12.4 KiB"`, `"3.06 MiB"`, `"13.48 GiB"`."""
-    if count < 2**20:
-        return f"{count / 2**10:.1f} KiB"
-    return f"{count / 2**20:.2f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
 
 
 def block_of(layer: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lobcq_fx.format.spec import BLOCK_SIZE, CODE_BITS, SCALE_BITS
-from lobcq_fx.inventory import Inventory, MatmulRecord
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.report import plots
 from lobcq_fx.report.content import ReportContent
+from lobcq_fx.report.layers import left_alone_by_reason, parameters_outside_matmuls, readable_size, worst_layers
 
 TEMPLATE = "report.html.j2"
 
 
-def write_report(model: QuantizedModel | str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Write one HTML file that needs nothing else: plots, tables, style and script are inside it.
-
-    Args:
-        model: a quantized model, or the folder of a saved one (whose weights are not loaded).
-        path: the file; replaced as a whole if it exists.
-
-    Raises:
-        CheckpointError: the folder is not a quantized model, or is damaged.
-        OSError: the file cannot be written; an old one stays as it was.
-    """
+def write_page(model: QuantizedModel | str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """`write_report`, once what it needs is there."""
     content = (
         ReportContent.of_model(model) if isinstance(model, QuantizedModel) else ReportContent.of_folder(Path(model))
     )
@@ -53,7 +43,7 @@ def render(content: ReportContent) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(size=plots.readable_size, db=_decibels, percent=lambda share: f"{100 * share:.1f} %")
+    environment.filters.update(size=readable_size, db=_decibels, percent=lambda share: f"{100 * share:.1f} %")
     inventory = content.inventory
     return environment.get_template(TEMPLATE).render(
         content=content,
@@ -69,32 +59,6 @@ def render(content: ReportContent) -> str:
         size_plot=Markup(plots.size_bars(inventory)),
         codebook_plots={name: Markup(plots.codebook_strips(c)) for name, c in content.codebooks.items()},
     )
-
-
-def worst_layers(inventory: Inventory, count: int) -> list[MatmulRecord]:
-    """The quantized layers with the least SQNR, weights' and activations' taken together, worst first."""
-    measured = [record for record in inventory.quantized if _least_sqnr(record) < math.inf]
-    return sorted(measured, key=_least_sqnr)[:count]
-
-
-def left_alone_by_reason(inventory: Inventory) -> dict[str, list[MatmulRecord]]:
-    """The matmuls left in float under each reason, the reason with the most multiply-adds first."""
-    groups: dict[str, list[MatmulRecord]] = defaultdict(list)
-    for record in inventory.left_alone:
-        groups[record.reason or ""].append(record)
-    return dict(sorted(groups.items(), key=lambda item: -sum(record.macs for record in item[1])))
-
-
-def parameters_outside_matmuls(inventory: Inventory) -> int:
-    """Scalars in parameters that no matmul reads as its weight: embedding tables, norms, biases."""
-    # A weight that serves several matmuls carries its bytes in the first record only.
-    in_matmuls = sum(record.scalars for record in inventory.records if record.packed_bytes)
-    return max(0, inventory.model_parameters - in_matmuls)
-
-
-def _least_sqnr(record: MatmulRecord) -> float:
-    values = (record.weight_sqnr_db, record.activation_sqnr_db)
-    return min((value for value in values if value is not None), default=math.inf)
 
 
 def _decibels(value: float | None) -> str:

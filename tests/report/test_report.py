@@ -17,8 +17,9 @@ from lobcq_fx.format import universal_codebooks
 from lobcq_fx.inventory import Inventory, MatmulRecord
 from lobcq_fx.report import write_report
 from lobcq_fx.report.content import ReportContent
-from lobcq_fx.report.plots import block_of, codebook_strips, readable_size, size_bars, sqnr_by_layer
-from lobcq_fx.report.render import left_alone_by_reason, render, worst_layers
+from lobcq_fx.report.layers import left_alone_by_reason, readable_size, worst_layers
+from lobcq_fx.report.plots import block_of, codebook_strips, size_bars, sqnr_by_layer
+from lobcq_fx.report.render import render
 
 VOID = {"meta", "link", "br", "input", "img"}
 

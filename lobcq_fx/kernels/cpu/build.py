@@ -15,6 +15,9 @@ from pathlib import Path
 
 CORE = Path(__file__).parent / "core"
 
+SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+"""Of a shared library."""
+
 FLAGS = (
     "-std=c++20",
     "-O3",

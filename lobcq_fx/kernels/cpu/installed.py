@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lobcq_fx.format import FormatSpec, check_codebooks
 from lobcq_fx.kernels.cpu import library
+from lobcq_fx.kernels.cpu.build import SUFFIX
 from lobcq_fx.kernels.cpu.library import Core
 from lobcq_fx.kernels.cpu.operands import Tables
 
@@ -27,12 +28,12 @@ def cpu_core() -> Core | None:
     wanted = os.environ.get(SWITCH)
     if wanted == "0":
         return None
-    built = [Path(wanted)] if wanted else sorted(Path(library.__file__).parent.glob("_core.*"))
-    if not built:
+    path = Path(wanted) if wanted else Path(library.__file__).with_name(f"_core{SUFFIX}")
+    if not (wanted or path.exists()):
         logger.warning("the CPU core was not built, the ops run through plain torch: reinstall with a C++ compiler")
         return None
     try:
-        return Core(built[0], library.torch_parallel_for())
+        return Core(path, library.torch_parallel_for())
     except OSError as error:
         logger.warning("the CPU core cannot be loaded, the ops run through plain torch: %s", error)
         return None
