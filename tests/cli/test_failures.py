@@ -6,7 +6,6 @@ import os
 import pytest
 import torch
 import typer
-from safetensors import SafetensorError
 
 from lobcq_fx.cli.failures import InputError, OutputError, explain, is_ours_to_explain
 from lobcq_fx.errors import CalibrationError, CheckpointError, ConfigError, TraceError
@@ -30,7 +29,6 @@ def os_error(number: int, path: str = "/out/model") -> OSError:
         (os_error(errno.EACCES), 4, "no permission"),
         (os_error(errno.EROFS), 4, "no permission"),
         (os_error(errno.ENAMETOOLONG), 4, "File name too long"),
-        (SafetensorError("I/O error: No space left on device (os error 28)"), 4, "the disk is full"),
         (MemoryError(), 1, "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 1, "out of memory"),
         (

@@ -184,6 +184,23 @@ def test_missing_weights(lobcq: Run, llama: Path, edited: Callable[..., Path], t
     assert "cannot load" in lobcq("quantize", folder, "-o", tmp_path / "q", code=3).stderr
 
 
+@pytest.mark.parametrize("size", [5, 1000, -1])
+def test_weights_and_tokenizers_that_are_not_whole(
+    lobcq: Run, llama: Path, text_file: Path, edited: Callable[..., Path], tmp_path: Path, size: int
+) -> None:
+    """They are the user's files: named, and nothing to report."""
+    folder = edited(llama)
+    for name in ("model.safetensors", "tokenizer.json"):
+        file = folder / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:size])
+        message = lobcq.refused("quantize", folder, "-o", tmp_path / "q", "--calibrate", text_file, code=3)
+        assert "report" not in message
+        assert name in message or "cannot load the tokenizer" in message
+        file.write_bytes(whole)
+    assert not (tmp_path / "q").exists()
+
+
 def test_a_tokenizer_is_needed_only_for_text(
     lobcq: Run, llama: Path, text_file: Path, edited: Callable[..., Path], tmp_path: Path
 ) -> None:
