@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lobcq_fx.errors import ConfigError
 from lobcq_fx.format.spec import CODEBOOK_SIZE, FormatSpec
 from lobcq_fx.kernels.cpu.operands import (
     CProduct,
@@ -26,7 +27,7 @@ from lobcq_fx.kernels.cpu.operands import (
     require,
 )
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ALIGNMENT = 64
 """Bytes: where the core's opaque buffers start. torch's CPU allocator aligns to as much."""
 
@@ -53,6 +54,7 @@ class Core:
 
     Raises:
         OSError: the library cannot be loaded, or has another ABI version.
+        ConfigError: LOBCQ_CPU_ISA names no instruction set that this CPU runs (says which it does).
     """
 
     def __init__(self, path: Path, parallel_for: int | None = None) -> None:
@@ -66,6 +68,8 @@ class Core:
         version = self._lib.lobcq_abi_version()
         if version != ABI_VERSION:
             raise OSError(f"{path} has ABI version {version}, this package needs {ABI_VERSION}: rebuild it")
+        if status := self._lib.lobcq_check_isa():
+            raise ConfigError(self._lib.lobcq_status_text(status).decode())
 
     @property
     def isa(self) -> str:

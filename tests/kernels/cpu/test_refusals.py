@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,14 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from lobcq_fx.errors import ConfigError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.kernels.cpu import build
 from lobcq_fx.kernels.cpu.library import Core, CoreError
-from lobcq_fx.kernels.cpu.operands import KernelActivation
+from lobcq_fx.kernels.cpu.operands import CMatrix, KernelActivation
 from tests.format.cases import ALL_SPECS
 from tests.kernels.cpu.operands import codebooks, packed, weight
 
-CORRUPT = 4
+CORRUPT, UNKNOWN_ISA, OTHER_WEIGHT = 4, 7, 8
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
@@ -102,6 +105,97 @@ def test_arguments_that_disagree_are_refused(core: Core) -> None:
     ):
         with pytest.raises(CoreError, match="argument"):
             core.linear(tables, w.kernel, a)
+
+
+OTHERS = {
+    "its own": ((32, 256), FormatSpec(8, 64)),
+    "another array size": ((32, 256), FormatSpec(8, 128)),
+    "other codebooks": ((32, 256), FormatSpec(4, 64)),
+    "fewer columns in as many arrays": ((32, 250), FormatSpec(8, 64)),
+    "fewer rows in as many panels": ((31, 256), FormatSpec(8, 64)),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_weight_that_was_packed_for_another_shape_or_format_is_refused(core: Core, case: str) -> None:
+    """Where it has as many bytes, what it says of itself is all that tells."""
+    (rows, columns), spec = OTHERS[case]
+    w = weight(core, FormatSpec(8, 64), 32, 256)
+    claimed = replace(weight(core, spec, rows, columns).kernel, rows=32, columns=256, spec=FormatSpec(8, 64))
+    if claimed.data.numel() < w.kernel.data.numel():  # streams of less detail: as if its end had stayed where it was
+        stamp, gap = claimed.data[-64:], w.kernel.data.numel() - claimed.data.numel()
+        claimed = replace(claimed, data=torch.cat((claimed.data[:-64], torch.zeros(gap, dtype=torch.uint8), stamp)))
+    claimed = replace(claimed, data=claimed.data[: w.kernel.data.numel()])
+    a = core.encode_activation(w.tables, torch.randn(2, 256), 64)
+    if case == "its own":
+        core.linear(w.tables, claimed, a)
+        core.unpack_weight(claimed)
+        return
+    for call in (lambda: core.linear(w.tables, claimed, a), lambda: core.unpack_weight(claimed)):
+        with pytest.raises(CoreError, match="packed for another shape or format") as error:
+            call()
+        assert error.value.status == OTHER_WEIGHT
+
+
+@pytest.mark.parametrize("byte", range(32))
+def test_every_byte_of_a_weights_stamp_counts(core: Core, byte: int) -> None:
+    w = weight(core, FormatSpec(), 32, 256)
+    w.kernel.data[-64 + byte] ^= 1
+    with pytest.raises(CoreError, match="packed for another shape or format"):
+        core.unpack_weight(w.kernel)
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", [(2**16, 2**15), (2**16, 2**15 - 1), (3, 2**31 + 1), (2**31 + 1, 3), (2**20, 2**20)])
+def test_sizes_of_more_elements_than_32_bits_count(core: Core, spec: FormatSpec, shape: tuple[int, int]) -> None:
+    """Against Python's integers, which do not overflow; nothing is computed."""
+    rows, columns = shape
+    panels = -(-rows // 16)
+    kernel_columns = -(-columns // max(64, spec.array_size)) * max(64, spec.array_size)
+    streams = (kernel_columns // 2, kernel_columns // 8 * spec.selector_bits // 8, kernel_columns // spec.array_size)
+    least = panels * 16 * sum(streams)
+    assert 0 <= core._weight_bytes(rows, columns, spec) - least <= 3 * 64
+    activation_bytes = core._lib.lobcq_activation_bytes
+    arguments = (ctypes.c_int64(rows), ctypes.c_int64(columns), spec.array_size)
+    arrays, parts = kernel_columns // spec.array_size, max(1, spec.array_size // 64)
+    stride = (kernel_columns // 64 | 1) * 64
+    least = rows * (stride + 4 * arrays + 4 * arrays * parts) + 4 * rows
+    assert 0 <= activation_bytes(*arguments, 0) - least <= 4 * 64
+    assert activation_bytes(*arguments, 1) > least
+
+
+@pytest.mark.parametrize(
+    "shape", [(2**20 + 1, 2**20), (2**41, 1), (1, 2**41), (2**63 - 1, 2**63 - 1), (2**32, 2**32), (-1, 4), (4, -1)]
+)
+def test_sizes_that_no_memory_has_are_refused(core: Core, shape: tuple[int, int]) -> None:
+    rows, columns = shape
+    assert core._weight_bytes(rows, columns, FormatSpec()) == -1
+    sizes = (ctypes.c_int64(rows), ctypes.c_int64(columns))
+    assert core._lib.lobcq_activation_bytes(*sizes, 64, 0) == -1
+    data = torch.zeros(64)
+    matrix = CMatrix(data.data_ptr(), rows, columns, abs(columns), 0)
+    scale, bad = torch.zeros(1), (ctypes.c_int64 * 2)()
+    assert core._lib.lobcq_tensor_scale(ctypes.byref(matrix), ctypes.c_void_p(scale.data_ptr()), bad) == 1
+
+
+def test_rows_that_lie_beyond_any_memory_are_refused(core: Core) -> None:
+    data, scale, bad = torch.zeros(64), torch.zeros(1), (ctypes.c_int64 * 2)()
+    matrix = CMatrix(data.data_ptr(), 2**32, 1, 2**32, 0)
+    assert core._lib.lobcq_tensor_scale(ctypes.byref(matrix), ctypes.c_void_p(scale.data_ptr()), bad) == 1
+
+
+@pytest.mark.parametrize("name", ["avx3", "", "AVX2"])
+def test_an_instruction_set_that_does_not_exist_is_refused(
+    core_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("LOBCQ_CPU_ISA", name)
+    copy = Path(shutil.copy(core_file, tmp_path / "liblobcq.so"))
+    with pytest.raises(ConfigError, match=f"^LOBCQ_CPU_ISA is '{name}', this CPU runs: (\\w+, )*portable$"):
+        Core(copy)
+    books, tables = codebooks(FormatSpec()), torch.zeros(2**16, dtype=torch.uint8)
+    library = ctypes.CDLL(str(copy))
+    pointers = (ctypes.c_void_p(books.data_ptr()), 8, ctypes.c_void_p(tables.data_ptr()))
+    assert library.lobcq_tables_init(*pointers) == UNKNOWN_ISA
 
 
 def test_matrices_that_the_core_cannot_read_are_refused(core: Core) -> None:

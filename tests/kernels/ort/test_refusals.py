@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 from pathlib import Path
 
 import onnxruntime
@@ -162,6 +163,16 @@ def test_an_onnxruntime_that_is_too_old(core_file: Path) -> None:
     library.RegisterCustomOps.restype = ctypes.c_void_p
     assert library.RegisterCustomOps(None, ctypes.byref(base)) == 1234
     assert said == [b"lobcq: this is ONNX Runtime 1.16.3, the op library needs 1.17 or later"]
+
+
+def test_an_instruction_set_that_the_cpu_lacks(
+    core_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOBCQ_CPU_ISA", "avx3")
+    copy = shutil.copy(core_file, tmp_path / "liblobcq.so")
+    with pytest.raises(Exception, match="lobcq: LOBCQ_CPU_ISA is 'avx3', this CPU runs: ") as error:
+        onnxruntime.SessionOptions().register_custom_ops_library(str(copy))
+    assert type(error.value).__module__.startswith("onnxruntime")
 
 
 def test_a_library_serves_any_number_of_options(core_file: Path) -> None:

@@ -21,7 +21,8 @@ bool valid_shape(int64_t rows, int64_t columns) {
 }
 
 bool valid_matrix(const lobcq_matrix* m) {
-    if (!m || !valid_shape(m->rows, m->columns) || m->row_stride < m->columns || m->row_stride > kMaxSize) return false;
+    if (!m || !valid_shape(m->rows, m->columns) || m->row_stride < m->columns) return false;
+    if (m->rows > 1 && !valid_shape(m->rows, m->row_stride)) return false;
     if (m->dtype != LOBCQ_FP32 && m->dtype != LOBCQ_BF16 && m->dtype != LOBCQ_FP16) return false;
     return m->rows == 0 || m->columns == 0 || aligned(m->data, m->dtype == LOBCQ_FP32 ? 4 : 2);
 }
@@ -56,6 +57,15 @@ int32_t check_weight(const lobcq_weight* w) {
     return valid_shape(w->rows, w->columns) && w->data ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
 }
 
+WeightStamp stamp_of(const lobcq_weight& w) {
+    return {.rows = w.rows, .columns = w.columns, .num_codebooks = w.num_codebooks, .array_size = w.array_size};
+}
+
+int32_t check_packed_weight(const lobcq_weight* w) {
+    if (const int32_t status = check_weight(w)) return status;
+    return WeightView(*w).stamp() == stamp_of(*w) ? LOBCQ_OK : LOBCQ_OTHER_WEIGHT;
+}
+
 int32_t check_activation(const lobcq_activation* a) {
     if (!a || (a->kind != LOBCQ_ENCODED && a->kind != LOBCQ_FLOAT)) return LOBCQ_INVALID_ARGUMENT;
     if (!valid_array_size(a->array_size)) return LOBCQ_INVALID_FORMAT;
@@ -65,7 +75,7 @@ int32_t check_activation(const lobcq_activation* a) {
 int32_t check_product(const lobcq_product& p, const lobcq_activation& a) {
     if (!valid_tables(p.tables) || !valid_matrix(p.out) || (p.bias && !aligned(p.bias, 4)))
         return LOBCQ_INVALID_ARGUMENT;
-    if (const int32_t status = check_weight(p.weight)) return status;
+    if (const int32_t status = check_packed_weight(p.weight)) return status;
     const bool fits = p.weight->columns == a.columns && p.weight->array_size == a.array_size &&
                       p.weight->num_codebooks == as_tables(p.tables).num_codebooks && p.out->rows == a.rows &&
                       p.out->columns == p.weight->rows;
@@ -75,6 +85,13 @@ int32_t check_product(const lobcq_product& p, const lobcq_activation& a) {
 template <class A, class B>
 bool same_shape(const A& a, const B& b) {
     return a.rows == b.rows && a.columns == b.columns;
+}
+
+// Whether an operand's rows, filled up with zeros or not, are an activation's.
+template <class Operand>
+bool fills(const Operand& operand, const lobcq_activation& a) {
+    return operand.rows == a.rows &&
+           (operand.columns == a.columns || round_up(operand.columns, a.array_size) == a.columns);
 }
 
 int planes_of(int32_t kind) { return kind == LOBCQ_FLOAT ? isa().planes : 1; }
@@ -118,6 +135,8 @@ int32_t lobcq_abi_version(void) { return LOBCQ_ABI_VERSION; }
 
 const char* lobcq_isa(void) { return isa().name; }
 
+int32_t lobcq_check_isa(void) { return *isa_error() ? LOBCQ_UNKNOWN_ISA : LOBCQ_OK; }
+
 const char* lobcq_status_text(int32_t status) {
     switch (status) {
         case LOBCQ_OK: return "success";
@@ -127,6 +146,8 @@ const char* lobcq_status_text(int32_t status) {
         case LOBCQ_CORRUPT_DATA: return "the packed bytes are corrupt: a scale or selector that no encoder writes";
         case LOBCQ_NOT_FINITE: return "a value is NaN or infinite";
         case LOBCQ_PARALLEL_FAILED: return "the caller's parallel_for reported an error";
+        case LOBCQ_UNKNOWN_ISA: return isa_error();
+        case LOBCQ_OTHER_WEIGHT: return "a weight was packed for another shape or format than that of this call";
         default: return "unknown status";
     }
 }
@@ -134,6 +155,7 @@ const char* lobcq_status_text(int32_t status) {
 int64_t lobcq_tables_bytes(void) { return sizeof(Tables); }
 
 int32_t lobcq_tables_init(const int8_t* codebooks, int32_t num_codebooks, void* tables) {
+    if (const int32_t status = lobcq_check_isa()) return status;
     if (!codebooks || !aligned(tables, kAlign)) return LOBCQ_INVALID_ARGUMENT;
     if (!valid_num_codebooks(num_codebooks)) return LOBCQ_INVALID_FORMAT;
     for (int i = 0; i < num_codebooks * kCodebookSize; ++i) {
@@ -203,12 +225,13 @@ int32_t lobcq_weight_pack(const lobcq_packed* packed, lobcq_weight* weight, lobc
     const int32_t status = run(w.panels, 1, parallel, [&](int64_t begin, int64_t end) {
         if (!pack_weight(*packed, w, begin, end)) intact = false;
     });
+    w.set_stamp(stamp_of(*weight));
     return status == LOBCQ_OK && !intact ? LOBCQ_CORRUPT_DATA : status;
 }
 
 int32_t lobcq_weight_unpack(const lobcq_weight* weight, lobcq_packed* packed, lobcq_parallel_for parallel) {
     if (const int32_t status = check_packed(packed, false)) return status;
-    if (const int32_t status = check_weight(weight)) return status;
+    if (const int32_t status = check_packed_weight(weight)) return status;
     if (!same_shape(*packed, *weight) || packed->num_codebooks != weight->num_codebooks ||
         packed->array_size != weight->array_size)
         return LOBCQ_INVALID_ARGUMENT;
@@ -229,7 +252,7 @@ int32_t lobcq_activation_encode(const void* tables, const lobcq_matrix* x, int32
     if (scale_rule < LOBCQ_SHARED_SCALE || scale_rule > LOBCQ_ABSMAX_SCALES) return LOBCQ_INVALID_ARGUMENT;
     if (scale_rule != LOBCQ_ABSMAX_SCALES && x->rows > 0 && !aligned(tensor_scale, 4)) return LOBCQ_INVALID_ARGUMENT;
     if (const int32_t status = check_activation(activation)) return status;
-    if (!same_shape(*x, *activation) || activation->kind != LOBCQ_ENCODED) return LOBCQ_INVALID_ARGUMENT;
+    if (!fills(*x, *activation) || activation->kind != LOBCQ_ENCODED) return LOBCQ_INVALID_ARGUMENT;
     const ActivationView a = view(*activation);
     return run(x->rows, row_grain(x->columns), parallel, [&](int64_t begin, int64_t end) {
         encode_activation(as_tables(tables), *x, scale_rule, tensor_scale, a, begin, end);
@@ -241,7 +264,7 @@ int32_t lobcq_activation_load(const void* tables, const lobcq_packed* packed, lo
     if (!valid_tables(tables)) return LOBCQ_INVALID_ARGUMENT;
     if (const int32_t status = check_packed(packed, true)) return status;
     if (const int32_t status = check_activation(activation)) return status;
-    if (!same_shape(*packed, *activation) || packed->array_size != activation->array_size ||
+    if (!fills(*packed, *activation) || packed->array_size != activation->array_size ||
         packed->num_codebooks != as_tables(tables).num_codebooks || activation->kind != LOBCQ_ENCODED)
         return LOBCQ_INVALID_ARGUMENT;
     const ActivationView a = view(*activation);
@@ -253,7 +276,7 @@ int32_t lobcq_activation_load(const void* tables, const lobcq_packed* packed, lo
 int32_t lobcq_activation_split(const lobcq_matrix* x, lobcq_activation* activation, lobcq_parallel_for parallel) {
     if (!valid_matrix(x)) return LOBCQ_INVALID_ARGUMENT;
     if (const int32_t status = check_activation(activation)) return status;
-    if (!same_shape(*x, *activation) || activation->kind != LOBCQ_FLOAT) return LOBCQ_INVALID_ARGUMENT;
+    if (!fills(*x, *activation) || activation->kind != LOBCQ_FLOAT) return LOBCQ_INVALID_ARGUMENT;
     const ActivationView a = view(*activation);
     return run(x->rows, row_grain(x->columns), parallel,
                [&](int64_t begin, int64_t end) { split_activation(*x, a, begin, end); });

@@ -1,6 +1,7 @@
 // Chooses the instruction set, once per process.
-#include <atomic>
 #include <cstdlib>
+#include <string>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -41,32 +42,47 @@ bool runs_neon() {
 }
 #endif
 
-const Isa* choose() {
-    const char* wanted = std::getenv("LOBCQ_CPU_ISA");
+// What this CPU runs, the best first.
+std::vector<const Isa*> runnable() {
 #if defined(__x86_64__)
-    const Isa* usable[] = {runs_avx512() ? &kAvx512 : nullptr, runs_avx2() ? &kAvx2 : nullptr, &kPortable};
+    if (runs_avx512()) return {&kAvx512, &kAvx2, &kPortable};
+    if (runs_avx2()) return {&kAvx2, &kPortable};
 #elif defined(__aarch64__)
-    const Isa* usable[] = {runs_neon() ? &kNeon : nullptr, &kPortable};
-#else
-    const Isa* usable[] = {&kPortable};
+    if (runs_neon()) return {&kNeon, &kPortable};
 #endif
-    const Isa* best = nullptr;
+    return {&kPortable};
+}
+
+struct Choice {
+    const Isa* isa;
+    std::string error;  // empty where the environment's wish is met
+};
+
+Choice choose() {
+    const std::vector<const Isa*> usable = runnable();
+    const char* wanted = std::getenv("LOBCQ_CPU_ISA");
+    if (!wanted) return {usable[0], ""};
+    std::string names;
     for (const Isa* candidate : usable) {
-        if (!candidate) continue;
-        if (wanted && std::strcmp(wanted, candidate->name) == 0) return candidate;
-        if (!best) best = candidate;
+        if (std::strcmp(wanted, candidate->name) == 0) return {candidate, ""};
+        names += (names.empty() ? "" : ", ") + std::string(candidate->name);
     }
-    return best;
+    return {usable[0], "LOBCQ_CPU_ISA is '" + std::string(wanted) + "', this CPU runs: " + names};
+}
+
+// Never destroyed: threads may still compute while the process ends.
+const Choice& choice() {
+    static const Choice& chosen = *new Choice(choose());
+    return chosen;
 }
 
 }  // namespace
 
 const Isa& isa() {
-    // Two threads that come first together choose the same.
-    static std::atomic<const Isa*> chosen{nullptr};
-    const Isa* known = chosen.load(std::memory_order_relaxed);
-    if (!known) chosen.store(known = choose(), std::memory_order_relaxed);
-    return *known;
+    static const Isa& chosen = *choice().isa;
+    return chosen;
 }
+
+const char* isa_error() { return choice().error.c_str(); }
 
 }  // namespace lobcq

@@ -71,7 +71,10 @@ extern const Isa kNeon;
 // bottom of fp32's range.
 constexpr float kNarrow = 37.5f;
 
-// The best instruction set this CPU runs, or the one LOBCQ_CPU_ISA names.
+// The one that LOBCQ_CPU_ISA names; the best this CPU runs where it names none.
 const Isa& isa();
+
+// Why LOBCQ_CPU_ISA is not obeyed; empty where it is.
+const char* isa_error();
 
 }  // namespace lobcq

@@ -27,6 +27,16 @@ constexpr int kMaxPlanes = 4;
 constexpr int64_t kAlign = 64;
 constexpr int64_t kSlack = 64;  // bytes readable behind a buffer's last stream: kernels load whole vectors
 
+// What a weight's slack holds: what it was packed for. The layout's version is part of the magic number.
+struct WeightStamp {
+    uint64_t magic = 0x31304c2d51434f4c;
+    int64_t rows, columns;
+    int32_t num_codebooks, array_size;
+
+    bool operator==(const WeightStamp&) const = default;
+};
+static_assert(sizeof(WeightStamp) <= kSlack);
+
 // Row within the panel of half h (0, 1), place i (0..7) of a block pair.
 constexpr int row_at(int half, int place) { return 4 * (place >> 1) + 2 * half + (place & 1); }
 
@@ -64,6 +74,16 @@ struct WeightView {
     }
     explicit WeightView(const lobcq_weight& w)
         : WeightView(w.data, w.rows, w.columns, w.num_codebooks, w.array_size) {}
+
+    WeightStamp stamp() const {
+        WeightStamp stamp;
+        std::memcpy(&stamp, codes + bytes - kSlack, sizeof stamp);
+        return stamp;
+    }
+    void set_stamp(const WeightStamp& stamp) const {
+        std::memset(codes + bytes - kSlack, 0, kSlack);
+        std::memcpy(codes + bytes - kSlack, &stamp, sizeof stamp);
+    }
 
     int64_t chunk_selectors() const { return 2 * kBlock * bits; }  // bytes
     uint8_t* codes_at(int64_t panel, int64_t chunk) const { return codes + (panel * chunks + chunk) * kChunkCodes; }

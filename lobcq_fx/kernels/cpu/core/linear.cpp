@@ -79,10 +79,11 @@ int64_t LinearGroup::tasks() const {
 }
 
 int64_t LinearGroup::grain() const {
-    int64_t outputs = 0;
-    for (int64_t i = 0; i < count; ++i) outputs += products[i].weight->rows;
-    const int64_t all = a.rows * a.planes * outputs * a.arrays * a.array_size, each = all / (tasks() + 1) + 1;
-    return ceil_div(kGrainProducts, each);
+    double outputs = 0;  // in floats: M * N * K of sizes that are allowed may exceed int64
+    for (int64_t i = 0; i < count; ++i) outputs += static_cast<double>(products[i].weight->rows);
+    const double all = outputs * static_cast<double>(a.rows * a.planes) * static_cast<double>(a.arrays * a.array_size);
+    const double each = all / static_cast<double>(tasks() + 1) + 1;
+    return each < kGrainProducts ? ceil_div(kGrainProducts, static_cast<int64_t>(each)) : 1;
 }
 
 void LinearGroup::run(int64_t begin, int64_t end) const {

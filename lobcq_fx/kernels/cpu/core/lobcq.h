@@ -32,7 +32,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a declaration in this header changes its meaning. */
-#define LOBCQ_ABI_VERSION 2
+#define LOBCQ_ABI_VERSION 3
 
 enum lobcq_status {
     LOBCQ_OK = 0,
@@ -41,7 +41,9 @@ enum lobcq_status {
     LOBCQ_INVALID_CODEBOOKS = 3,/* an entry outside [-31, 31], or a codebook not sorted ascending */
     LOBCQ_CORRUPT_DATA = 4,     /* packed bytes that no encoder writes */
     LOBCQ_NOT_FINITE = 5,       /* NaN or infinity where a finite number is needed */
-    LOBCQ_PARALLEL_FAILED = 6   /* `parallel` returned an error */
+    LOBCQ_PARALLEL_FAILED = 6,  /* `parallel` returned an error */
+    LOBCQ_UNKNOWN_ISA = 7,      /* LOBCQ_CPU_ISA names an instruction set that does not exist or that this CPU lacks */
+    LOBCQ_OTHER_WEIGHT = 8      /* a weight in kernel layout was packed for another shape or format */
 };
 
 enum lobcq_dtype { LOBCQ_FP32 = 0, LOBCQ_BF16 = 1, LOBCQ_FP16 = 2 };
@@ -106,10 +108,14 @@ LOBCQ_API int32_t lobcq_abi_version(void);
 
 /* "portable", "avx2", "avx512" or "neon" (Armv8 with byte dot products; run in an emulator only, its speed was never
  * measured): the best this CPU runs, or what the environment variable LOBCQ_CPU_ISA named at the first call of any
- * function (a name that is unknown or that this CPU cannot run is ignored). Static storage. */
+ * function. Static storage. */
 LOBCQ_API const char* lobcq_isa(void);
 
-/* One English sentence on a status. Static storage. */
+/* LOBCQ_UNKNOWN_ISA: LOBCQ_CPU_ISA named none that this CPU runs. lobcq_tables_init says so too: without tables there
+ * is no product. */
+LOBCQ_API int32_t lobcq_check_isa(void);
+
+/* One English sentence on a status; on LOBCQ_UNKNOWN_ISA, what was named and what this CPU runs. Static storage. */
 LOBCQ_API const char* lobcq_status_text(int32_t status);
 
 /* Look-up tables of one codebook set, opaque, lobcq_tables_bytes() bytes: made once, then passed to what encodes or
@@ -136,7 +142,8 @@ LOBCQ_API int32_t lobcq_decode(const void* tables, const lobcq_packed* packed, l
                                lobcq_parallel_for parallel);
 
 /* Kernel layout of a weight and back; the tensor scale is no part of it. `weight_bytes` returns -1 for an invalid
- * shape, and is the packed size but for padding to 16 rows and 64 columns.
+ * shape, and is the packed size but for padding to 16 rows and 64 columns and a stamp that names shape and format:
+ * what reads a weight of another stamp refuses it (LOBCQ_OTHER_WEIGHT).
  * Packing refuses (LOBCQ_CORRUPT_DATA) a negative or NaN scale and selector padding bits that are not zero. Unpacking
  * restores the bytes that were packed. packed->tensor_scale is not looked at. */
 LOBCQ_API int64_t lobcq_weight_bytes(int64_t rows, int64_t columns, int32_t num_codebooks, int32_t array_size);
@@ -147,6 +154,7 @@ LOBCQ_API int32_t lobcq_weight_unpack(const lobcq_weight* weight, lobcq_packed* 
  * encode (kind LOBCQ_ENCODED): as lobcq_encode; tensor_scale is as scale_rule says, or NULL for LOBCQ_ABSMAX_SCALES.
  * load (kind LOBCQ_ENCODED): from packed bytes, as lobcq_encode wrote them.
  * split (kind LOBCQ_FLOAT): the values themselves.
+ * The activation may have Kp columns, as a weight that was packed as one of Kp: what is behind K counts as zeros.
  * A row with NaN or infinity gives NaN in that row of every product, and changes no other row. */
 LOBCQ_API int64_t lobcq_activation_bytes(int64_t rows, int64_t columns, int32_t array_size, int32_t kind);
 LOBCQ_API int32_t lobcq_activation_encode(const void* tables, const lobcq_matrix* x, int32_t scale_rule,

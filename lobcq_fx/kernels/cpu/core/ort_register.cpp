@@ -91,7 +91,11 @@ OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base)
     using namespace lobcq::ort;
     const auto& runtime = *reinterpret_cast<const ApiBase*>(base);
     if (const Api* api = runtime.GetApi(kApiVersion))
-        return guarded(*api, [&] { check(*api, api->AddCustomOpDomain(options, domain_of(*api))); });
+        return guarded(*api, [&] {
+            if (const int32_t status = lobcq_check_isa())
+                throw std::invalid_argument(std::string("lobcq: ") + lobcq_status_text(status));
+            check(*api, api->AddCustomOpDomain(options, domain_of(*api)));
+        });
     const std::string message = std::string("lobcq: this is ONNX Runtime ") + runtime.GetVersionString() +
                                 ", the op library needs 1." + std::to_string(kApiVersion) + " or later";
     return runtime.GetApi(1)->CreateStatus(kFail, message.c_str());  // a function that every version has
