@@ -16,7 +16,8 @@ from lobcq_fx.export.float32 import NARROW
 from lobcq_fx.export.kept_positions import KEPT
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.model import QuantizedModel
-from lobcq_fx.tracing.calling import ModuleCall, Structure
+from lobcq_fx.tracing.calling import ModuleCall
+from lobcq_fx.tracing.structure import Structure
 
 # Every size is different and at least 2: export bakes dimensions of 0 or 1 in and may identify equal ones.
 BATCH, PAST, QUERY = 2, 5, 3

@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from lobcq_fx.errors import CallError
-from lobcq_fx.frontends.output_types import CACHE_NAME, output_type
+from lobcq_fx.frontends.output_types import CACHE_NAME, RETURNED, output_type
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.guards import SizeGuards
 
@@ -72,7 +72,10 @@ class CausalLMCall(CallingConvention):
 
     def __post_init__(self) -> None:
         # Looked up once: the call itself is to be cheap, and plain enough for Dynamo.
-        object.__setattr__(self, "output_class", output_type(self.output_type))
+        found = output_type(self.output_type)
+        if RETURNED - found.__dataclass_fields__.keys():
+            raise ValueError(f"output_type is {self.output_type!r}, which has no field for a loss, logits or a cache")
+        object.__setattr__(self, "output_class", found)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """input_ids, attention_mask, position_ids and logits_to_keep as the graph has them, then keys and values."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from types import ModuleType
 
 from transformers import modeling_outputs
 from transformers.utils import ModelOutput
 
 from lobcq_fx.errors import TraceError
+from lobcq_fx.tracing.structure import type_names
 
 COMMON = "transformers.modeling_outputs"
 
-HOMES = re.compile(r"transformers\.modeling_outputs|transformers\.models\.\w+\.modeling_\w+")
+HOMES = re.compile(r"transformers\.modeling_outputs|transformers\.models\.[a-z0-9_]+\.modeling_[a-z0-9_]+")
 """The only modules that are imported because a saved model names them: those in which transformers defines models."""
 
 CACHE_NAME = "cache" if "cache" in modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -32,7 +33,7 @@ def output_type(name: str) -> type[ModelOutput]:
     """
     home, _, last = name.rpartition(".")
     found = getattr(_module(home or COMMON), last, None)
-    if not (isinstance(found, type) and issubclass(found, ModelOutput)):
+    if not (isinstance(found, type) and issubclass(found, ModelOutput) and is_dataclass(found)):
         raise ValueError(f"output_type is {name!r}, no output class of transformers")
     return found
 
@@ -69,10 +70,11 @@ def import_output_types(structure: str) -> None:
     """Import what a saved structure of outputs names: classes of transformers register themselves when imported.
 
     Raises:
-        ValueError: one cannot be imported.
+        ValueError: one is no output class of transformers, or cannot be imported.
     """
-    for home in re.findall(r'"type": "(transformers(?:\.\w+)+)\.\w+"', structure):
-        _module(home)
+    for name in type_names(structure):
+        if name.startswith("transformers."):
+            output_type(name)
 
 
 def _module(name: str) -> ModuleType | None:

@@ -40,9 +40,10 @@ from lobcq_fx.frontends.plain_outputs import plain_outputs
 from lobcq_fx.frontends.static_cache_call import StaticCacheCall
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.tracing.assumptions import SizeDecisions
-from lobcq_fx.tracing.calling import Structure, bind_arguments
+from lobcq_fx.tracing.calling import bind_arguments
 from lobcq_fx.tracing.guards import SizeGuards
 from lobcq_fx.tracing.sizes import fixed_size
+from lobcq_fx.tracing.structure import Structure
 from lobcq_fx.tracing.trace import (
     TracedModel,
     drop_constant_inputs,

@@ -6,6 +6,7 @@ import keyword
 import math
 import operator
 import re
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,22 +15,14 @@ from torch import fx
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops that a saved graph calls)
 from lobcq_fx.errors import CheckpointError
+from lobcq_fx.storage.bounds import DEEPEST_ARGUMENT, LONGEST_TEXT, MOST_NODES, SYMBOLIC, check_numbers, check_scalar
 from lobcq_fx.tracing.example import EXAMPLE, InputExample
 
 NAMESPACES = ("aten", "lobcq", "transformers", "torch_attn", "prims")
 """Operator libraries a saved graph may call."""
 
-_SYMBOLIC: dict[str, Callable[..., Any]] = {
-    f"{module.__name__}.{name}": getattr(module, name)
-    for module, names in (
-        (operator, ("getitem", "add", "sub", "mul", "floordiv", "mod", "neg", "pow", "truediv")),
-        (operator, ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_")),
-        (math, ("ceil", "floor", "trunc")),
-        (torch, ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite")),
-    )
-    for name in names
-}
-"""Arithmetic on sizes, the only calls besides operators that a traced graph makes."""
+_CALLS: dict[str, Callable[..., Any]] = {"operator.getitem": operator.getitem, **SYMBOLIC}
+"""The only calls besides operators that a traced graph makes: one of several results, and arithmetic on sizes."""
 
 _ATTRIBUTE = re.compile(r"[\w-]+(\.[\w-]+)*")
 """Dotted names of parameters and buffers: list indices and keys with a hyphen occur, quotes do not."""
@@ -39,6 +32,11 @@ _FILE_OPERATORS = ("from_file", "save")
 
 _UNSAVED_OPERATORS = ("linear_prepacked",)
 """Operators on weights in a device's layout, whose bytes no file holds."""
+
+_DAMAGE = (
+    *(ArithmeticError, AssertionError, AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError),
+)
+"""What reading a malformed node may raise, here or in torch."""
 
 _TORCH_VALUES: dict[type, str] = {torch.dtype: "dtype", torch.layout: "layout", torch.memory_format: "memory_format"}
 
@@ -68,27 +66,46 @@ def graph_from_json(nodes: list[dict[str, Any]]) -> fx.Graph:
     Raises:
         CheckpointError: a node is malformed, or calls something outside the allowed operators.
     """
+    if not isinstance(nodes, list) or len(nodes) > MOST_NODES:
+        raise CheckpointError(f"graph.json is damaged: its nodes are no list of at most {MOST_NODES:,}")
     graph = fx.Graph()
     by_name: dict[str, fx.Node] = {}
     for entry in nodes:
         try:
-            args, kwargs = _decode(entry["args"], by_name), _decode(entry["kwargs"], by_name)
-            op, target = entry["op"], entry["target"]
-            if op not in ("placeholder", "get_attr", "call_function", "output"):
-                raise CheckpointError(f"graph.json: node {entry['name']!r} has the kind {op!r}, which is not allowed")
-            _check_identifiers(entry["name"], op, target, kwargs)
-            resolved = _resolve(target) if op == "call_function" else target
-            node = graph.create_node(op, resolved, tuple(args), kwargs, name=entry["name"])
-            if op == "placeholder" and "example" in entry:
-                node.meta[EXAMPLE] = InputExample.from_dict(entry["example"])
-            by_name[entry["name"]] = node
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, AssertionError) as error:
-            raise CheckpointError(f"graph.json: node {entry!r} is malformed: {error}") from None
+            _append(graph, entry, by_name)
+        except _DAMAGE as error:
+            text = reprlib.repr(entry)
+            raise CheckpointError(f"graph.json: node {text} is malformed: {type(error).__name__}: {error}") from None
     try:
         graph.lint()
     except RuntimeError as error:
         raise CheckpointError(f"graph.json: {error}") from None
+    check_numbers(graph)
     return graph
+
+
+def _append(graph: fx.Graph, entry: dict[str, Any], by_name: dict[str, fx.Node]) -> None:
+    """Add the node that an entry of the file describes."""
+    name, op, target = entry["name"], entry["op"], entry["target"]
+    if not isinstance(name, str) or len(name) > LONGEST_TEXT:
+        raise ValueError("its name is no text, or too long")
+    if op not in ("placeholder", "get_attr", "call_function", "output"):
+        raise CheckpointError(f"graph.json: node {name!r} has the kind {op!r}, which is not allowed")
+    args, kwargs = _decode(entry["args"], by_name), _decode(entry["kwargs"], by_name)
+    _check_identifiers(name, op, target, kwargs)
+    if op == "output" and (kwargs or len(args) != 1):
+        raise ValueError("an output has one argument")
+    resolved = _resolve(target) if op == "call_function" else target
+    if resolved is operator.getitem and not _picks_a_result(args, kwargs):
+        raise ValueError("getitem takes a node and a number")
+    node = graph.create_node(op, resolved, tuple(args), kwargs, name=name)
+    if op == "placeholder" and "example" in entry:
+        node.meta[EXAMPLE] = InputExample.from_dict(entry["example"])
+    by_name[name] = node
+
+
+def _picks_a_result(args: Any, kwargs: Any) -> bool:
+    return not kwargs and len(args) == 2 and isinstance(args[0], fx.Node) and type(args[1]) is int
 
 
 def operators(graph: fx.Graph) -> frozenset[str]:
@@ -121,20 +138,21 @@ def _target_name(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, torch._ops.OpOverload) and target.namespace in NAMESPACES:
         return f"ops.{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
-    for name, function in _SYMBOLIC.items():
+    for name, function in _CALLS.items():
         if function is target:
             return name
     raise CheckpointError(f"cannot save node {node.name!r}: {target} is no operator of {', '.join(NAMESPACES)}")
 
 
 def _resolve(name: str) -> Callable[..., Any]:
-    if name in _SYMBOLIC:
-        return _SYMBOLIC[name]
+    if name in _CALLS:
+        return _CALLS[name]
     prefix, namespace, packet, overload = name.split(".") if name.count(".") == 3 else ("", "", "", "")
     if prefix != "ops" or namespace not in NAMESPACES or packet in (*_FILE_OPERATORS, *_UNSAVED_OPERATORS):
         raise CheckpointError(f"graph.json calls {name!r}, which is not among the operators a saved graph may call")
     target = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
-    assert isinstance(target, torch._ops.OpOverload)
+    if not isinstance(target, torch._ops.OpOverload):
+        raise CheckpointError(f"graph.json calls {name!r}, which is no operator")
     return target
 
 
@@ -160,21 +178,25 @@ def _encode(value: Any) -> Any:
     raise CheckpointError(f"cannot save an argument of type {type(value).__name__}: {value!r}")
 
 
-def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
+def _decode(value: Any, nodes: dict[str, fx.Node], depth: int = 0) -> Any:
+    if depth > DEEPEST_ARGUMENT:
+        raise ValueError(f"an argument is nested deeper than {DEEPEST_ARGUMENT} levels")
+    depth += 1
     if isinstance(value, list):
-        return [_decode(item, nodes) for item in value]
+        return [_decode(item, nodes, depth) for item in value]
     if not isinstance(value, dict):
+        check_scalar(value)
         return value
     ((kind, content),) = value.items()
     match kind:
         case "node":
             return nodes[content]
         case "tuple":
-            return tuple(_decode(item, nodes) for item in content)
+            return tuple(_decode(item, nodes, depth) for item in content)
         case "dict":
-            return {key: _decode(item, nodes) for key, item in content}
+            return {key: _decode(item, nodes, depth) for key, item in content}
         case "slice":
-            return slice(*(_decode(part, nodes) for part in content))
+            return slice(*(_decode(part, nodes, depth) for part in content))
         case "dtype" | "layout" | "memory_format":
             constant = getattr(torch, content)
             if type(constant) not in _TORCH_VALUES:

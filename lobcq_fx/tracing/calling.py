@@ -6,7 +6,6 @@ They run inside the quantized model's forward, so they stay simple enough for Dy
 from __future__ import annotations
 
 import inspect
-import json
 from abc import ABC, abstractmethod
 from collections import UserDict
 from collections.abc import Mapping, Sequence
@@ -17,65 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lobcq_fx.errors import CallError, CheckpointError, TraceError
+from lobcq_fx.errors import CallError, TraceError
 from lobcq_fx.tracing.guards import SizeGuards
-
-
-class Structure:
-    """A pytree structure with a JSON round trip."""
-
-    def __init__(self, spec: pytree.TreeSpec) -> None:
-        self.spec = spec
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Structure:
-        return self  # never changed, and pytree warns when its own types are copied
-
-    def unflatten(self, leaves: Sequence[Any]) -> Any:
-        """Put leaves back into the structure."""
-        return pytree.tree_unflatten(leaves, self.spec)
-
-    def to_json(self) -> str:
-        """The structure as JSON text.
-
-        Raises:
-            TraceError: it holds a type of the caller's own that cannot be written down.
-        """
-        try:
-            return pytree.treespec_dumps(self.spec)
-        except (NotImplementedError, TypeError) as error:
-            message = f"the model's inputs or outputs cannot be saved: {error}. Remedy: return tuples, lists or dicts"
-            raise TraceError(message) from None
-
-    @classmethod
-    def from_json(cls, text: str) -> Structure:
-        """Inverse of `to_json`.
-
-        Raises:
-            CheckpointError: the text is damaged, or names a type unknown here.
-        """
-        try:
-            _refuse_imports(json.loads(text))
-            return cls(pytree.treespec_loads(text))
-        except (NotImplementedError, ValueError, KeyError, TypeError, AssertionError) as error:
-            raise CheckpointError(f"cannot read the model's call structure: {error}") from None
-
-
-def _refuse_imports(value: Any) -> None:
-    """Refuse pytree's notation for enums, anywhere: reading it would import a module that the file names."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)  # contexts are JSON texts within the JSON text
-        except ValueError:
-            return
-        _refuse_imports(value)
-    elif isinstance(value, list):
-        for item in value:
-            _refuse_imports(item)
-    elif isinstance(value, dict):
-        if "__enum__" in value:
-            raise ValueError("it holds an enum, which is not allowed")
-        for item in value.values():
-            _refuse_imports(item)
+from lobcq_fx.tracing.structure import Structure
 
 
 class CallingConvention(ABC):

@@ -19,6 +19,9 @@ from lobcq_fx.errors import CallError
 SIZE = "size"
 """Head of a leaf: `["size", input, dimension]`."""
 
+DEEPEST, MOST_PARTS = 100, 5000
+"""Levels and parts of a condition that is read from a file."""
+
 _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -102,7 +105,27 @@ class SizeGuards:
         """
         if not isinstance(trees, list):
             raise ValueError(f"size guards are {trees!r}, no list")
+        for tree in trees:
+            _check_extent(tree)
         return cls(tuple(trees))
+
+
+def _check_extent(tree: Any) -> None:
+    """Refuse what would take long to compute, or more levels than Python's stack has.
+
+    Raises:
+        ValueError: says what there is too much of.
+    """
+    levels, count = [(tree, 0)], 0
+    while levels:
+        part, depth = levels.pop()
+        count += 1
+        if depth > DEEPEST or count > MOST_PARTS:
+            raise ValueError(f"a size guard has more than {DEEPEST} levels, or more than {MOST_PARTS} parts")
+        if isinstance(part, int) and part.bit_length() > 63:
+            raise ValueError(f"a size guard has a number of {part.bit_length()} bits, which no size has")
+        if isinstance(part, list):
+            levels.extend((one, depth + 1) for one in part)
 
 
 def _moved_up(tree: Any, place: int) -> Any:

@@ -23,11 +23,12 @@ from lobcq_fx.errors import CallError, TraceError
 from lobcq_fx.graph.fake_tensors import uncached_fake_tensors
 from lobcq_fx.graph.written import module_kept, own_written_tensors
 from lobcq_fx.tracing.assumptions import SizeDecisions
-from lobcq_fx.tracing.calling import CallingConvention, ModuleCall, Structure, bind_arguments
+from lobcq_fx.tracing.calling import CallingConvention, ModuleCall, bind_arguments
 from lobcq_fx.tracing.higher_order import refuse_higher_order
 from lobcq_fx.tracing.names import rename_for_fx
 from lobcq_fx.tracing.remedies import remedy_for
 from lobcq_fx.tracing.sizes import fixed_size, size_oblivious
+from lobcq_fx.tracing.structure import Structure
 
 aten = torch.ops.aten
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -10,9 +11,10 @@ import transformers
 
 import lobcq_fx
 from lobcq_fx.errors import CallError, TraceError
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.output_types import import_output_types, output_type
 from lobcq_fx.frontends.transformers_trace import trace_causal_lm
-from tests.families import LLAMA, VOCABULARY, causal_lm, trace_main
+from tests.families import LLAMA, VOCABULARY, causal_lm, quantized_causal_lm, trace_main
 
 IDS = torch.arange(3, 13).view(2, 5)
 FLAGS = ("output_hidden_states", "output_attentions", "use_cache", "return_dict")
@@ -126,6 +128,8 @@ def test_a_model_with_outputs_that_would_be_lost_is_refused():
         "torch.nn.Linear",
         "transformers.utils.ModelOutput",
         "transformers.models.llava.modeling_llava.LlavaModel",
+        "transformers.models.llava.modeling_llava.ModelOutput",
+        "transformers.cli.serve.ModelOutput",
         "transformers.models.llava.modeling_llava",
         "transformers.models.no_such.modeling_no_such.Output",
         "transformers.models.llava.modeling_llava.LlavaCausalLMOutputWithPast.x",
@@ -136,10 +140,24 @@ def test_only_output_classes_of_transformers_are_looked_up(name):
         output_type(name)
 
 
+def naming(*names):
+    leaf = {"type": None, "context": None, "children_spec": []}
+    parts = [{"type": name, "context": '["logits"]', "children_spec": [leaf]} for name in names]
+    return json.dumps([1, {"type": "builtins.tuple", "context": "null", "children_spec": parts}])
+
+
 def test_no_module_is_imported_that_defines_no_model():
     home = "transformers.models.llava"
     before = set(sys.modules)
-    import_output_types(f'"type": "{home}.convert_llava_weights_to_hf.X" "type": "os.path.X"')
+    import_output_types(naming("os.path.X"))
+    with pytest.raises(ValueError, match="no output class of transformers"):
+        import_output_types(naming(f"{home}.convert_llava_weights_to_hf.X"))
     assert set(sys.modules) == before
     with pytest.raises(ValueError, match=r"modeling_gone, which defines the model's outputs, cannot be imported"):
-        import_output_types(f'"type": "{home}.modeling_gone.X"')
+        import_output_types(naming(f"{home}.modeling_gone.X"))
+
+
+def test_an_output_class_without_a_cache_is_no_language_model_s():
+    calling = quantized_causal_lm("llama")[1].calling.to_dict()
+    with pytest.raises(ValueError, match="'BaseModelOutput', which has no field for a loss, logits or a cache"):
+        CausalLMCall.from_dict({**calling, "output_type": "BaseModelOutput"})

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 
 import pytest
 import torch
 from torch import fx
 
 from lobcq_fx.errors import CheckpointError
+from lobcq_fx.storage.bounds import SYMBOLIC
 from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
 from tests.passes.graphs import Function, linear, normalized, rewritten, run, values
 
@@ -75,10 +75,11 @@ def test_a_rewritten_graph_runs_the_same():
         assert torch.equal(run(again, values(*shape)), run(graph_module, values(*shape)))
 
 
-@pytest.mark.parametrize("function", [operator.floordiv, operator.and_, math.ceil, torch.sym_max, torch.sym_float])
-def test_arithmetic_on_sizes(function):
-    graph = fx.Graph()
-    graph.output((graph.call_function(function, (graph.placeholder("x"), 2)),))
+@pytest.mark.parametrize("name", sorted(SYMBOLIC))
+def test_arithmetic_on_sizes(name):
+    function, graph = SYMBOLIC[name], fx.Graph()
+    size = graph.call_function(aten.sym_size.int, (graph.placeholder("x"), 0))
+    graph.output((graph.call_function(function, (size, 2)),))
     assert function in [n.target for n in round_trip(graph).nodes]
 
 

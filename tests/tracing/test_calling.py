@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from lobcq_fx.errors import CallError, CheckpointError, TraceError
-from lobcq_fx.tracing.calling import ModuleCall, Structure, bind_arguments
+from lobcq_fx.errors import CallError
+from lobcq_fx.tracing.calling import ModuleCall, bind_arguments
+from lobcq_fx.tracing.structure import Structure
 from lobcq_fx.tracing.trace import trace_module
 from tests.passes.graphs import linear, values
 
@@ -102,43 +103,6 @@ def test_json_round_trip(traced):
     args = (batch(2, 5), values(2, 1, 32), 2)
     for one, other in zip(restored.flatten(args, {}), traced.calling.flatten(args, {}), strict=True):
         assert one is other
-
-
-def test_types_that_cannot_be_written_down_are_refused_when_saving():
-    class Own(tuple):
-        __slots__ = ()
-
-    torch.utils._pytree.register_pytree_node(Own, lambda o: (list(o), None), lambda items, _: Own(items))
-    structure = Structure(torch.utils._pytree.tree_structure(Own([1])))
-    with pytest.raises(TraceError, match=r"cannot be saved.*Remedy: return tuples, lists or dicts"):
-        structure.to_json()
-
-
-def test_damaged_structures():
-    good = Structure(torch.utils._pytree.tree_structure({"a": (1, [2])})).to_json()
-    assert Structure.from_json(good).to_json() == good
-    for text in (
-        "",
-        "{}",
-        "[1]",
-        "null",
-        good.replace("builtins.dict", "os.system"),
-        good[:-5],
-        good.replace("1", "7", 1),
-    ):
-        with pytest.raises(CheckpointError, match="cannot read the model's call structure"):
-            Structure.from_json(text)
-
-
-@pytest.mark.parametrize("escape", [lambda t: t, lambda t: t.replace("__enum__", "\\\\u005f_enum__")])
-def test_a_structure_never_imports_what_the_file_names(escape, tmp_path, monkeypatch):
-    (tmp_path / "planted.py").write_text("raise SystemExit('imported')")
-    monkeypatch.syspath_prepend(tmp_path)
-    context = json.dumps([{"__enum__": True, "fqn": "planted:Kind", "name": "A"}])
-    leaf = {"type": None, "context": None, "children_spec": []}
-    text = json.dumps([1, {"type": "builtins.dict", "context": context, "children_spec": [leaf]}])
-    with pytest.raises(CheckpointError, match="an enum, which is not allowed"):
-        Structure.from_json(escape(text))
 
 
 def test_bound_arguments_are_in_forward_s_order():
