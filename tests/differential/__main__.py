@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,8 +33,9 @@ def main() -> None:
         counts, failures, operators = Counter(before["counts"]), before["failures"], set(before["operators"])
     first, end = options.seed + counts["modules"], options.seed + options.modules
     chunks = [range(seed, min(seed + CHUNK, end)) for seed in range(first, end, CHUNK)]
-    with ProcessPoolExecutor(options.jobs, get_context("spawn"), initializer=prepare, max_tasks_per_child=50) as pool:
-        for found, failed in pool.map(run, chunks):
+    # Not a ProcessPoolExecutor: until Python 3.12 that may wait forever once a worker has done its last task.
+    with get_context("spawn").Pool(options.jobs, initializer=prepare, maxtasksperchild=50) as pool:
+        for found, failed in pool.imap(run, chunks):
             counts += found.counts
             operators |= found.operators
             failures += failed

@@ -57,8 +57,12 @@ int32_t check_weight(const lobcq_weight* w) {
     return valid_shape(w->rows, w->columns) && w->data ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
 }
 
+// What fills the last block array up to its size is no part of it: a caller may count those zeros among the columns.
 WeightStamp stamp_of(const lobcq_weight& w) {
-    return {.rows = w.rows, .columns = w.columns, .num_codebooks = w.num_codebooks, .array_size = w.array_size};
+    return {.rows = w.rows,
+            .columns = round_up(w.columns, w.array_size),
+            .num_codebooks = w.num_codebooks,
+            .array_size = w.array_size};
 }
 
 int32_t check_packed_weight(const lobcq_weight* w) {
