@@ -35,30 +35,32 @@ LLAMA = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-NEOX = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "head_dim")}
+ONE_LAYER = LLAMA | {"num_hidden_layers": 1}
+"""For families whose layers are all of one kind: tracing, which takes the tests' time, takes as long for each."""
+NEOX = {key: value for key, value in ONE_LAYER.items() if key not in ("num_key_value_heads", "head_dim")}
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 CAUSAL_LMS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(**LLAMA),
-    "llama-tied": lambda: transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
-    "mistral": lambda: transformers.MistralConfig(**LLAMA, sliding_window=4),
-    "qwen2": lambda: transformers.Qwen2Config(**LLAMA),
-    "qwen3": lambda: transformers.Qwen3Config(**LLAMA),
+    "llama-tied": lambda: transformers.LlamaConfig(**ONE_LAYER, tie_word_embeddings=True),
+    "mistral": lambda: transformers.MistralConfig(**ONE_LAYER, sliding_window=4),
+    "qwen2": lambda: transformers.Qwen2Config(**ONE_LAYER),
+    "qwen3": lambda: transformers.Qwen3Config(**ONE_LAYER),
     "gemma2": lambda: transformers.Gemma2Config(**LLAMA, sliding_window=4),
     "gemma3": lambda: transformers.Gemma3TextConfig(**LLAMA, sliding_window=4),
-    "phi3": lambda: transformers.Phi3Config(**{**LLAMA, "hidden_size": 64, "head_dim": 16}),
-    "olmo2": lambda: transformers.Olmo2Config(**LLAMA),
+    "phi3": lambda: transformers.Phi3Config(**{**ONE_LAYER, "hidden_size": 64, "head_dim": 16}),
+    "olmo2": lambda: transformers.Olmo2Config(**ONE_LAYER),
     "gpt2": lambda: transformers.GPT2Config(n_embd=72, n_layer=2, n_head=4, n_positions=128, **TOKENS),
     "gpt-neox": lambda: transformers.GPTNeoXConfig(**{**NEOX, "hidden_size": 64}),
     "opt": lambda: transformers.OPTConfig(
-        hidden_size=72, ffn_dim=172, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=72,
+        hidden_size=72, ffn_dim=172, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=72,
         max_position_embeddings=128, **TOKENS,
     ),
     "falcon": lambda: transformers.FalconConfig(
-        hidden_size=72, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, **TOKENS
+        hidden_size=72, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=128, **TOKENS
     ),
-    "bloom": lambda: transformers.BloomConfig(hidden_size=72, n_layer=2, n_head=4, **TOKENS),
-    "nemotron": lambda: transformers.NemotronConfig(**LLAMA),
+    "bloom": lambda: transformers.BloomConfig(hidden_size=72, n_layer=1, n_head=4, **TOKENS),
+    "nemotron": lambda: transformers.NemotronConfig(**ONE_LAYER),
 }  # fmt: skip
 
 

@@ -83,8 +83,9 @@ def test_logits_and_tokens(exported: Exported) -> None:
     expected, tokens = greedy(exported.q, ids)
     assert len(set(tokens)) > 4
     torch._dynamo.reset()
+    backend = "inductor" if exported.name == "llama" else "aot_eager"  # the first compiles for half a minute
     others = {
-        "compiled": torch.compile(exported.q, fullgraph=True, dynamic=True),
+        "compiled": torch.compile(exported.q, fullgraph=True, dynamic=True, backend=backend),
         "reloaded": lobcq_fx.load(exported.packed),
         "functions": OnnxCausalLM(exported.onnx, use_library=False, threads=1),
         "library": OnnxCausalLM(exported.onnx, threads=1),
@@ -166,7 +167,7 @@ def test_an_encoder(tmp_path: Path) -> None:
     kept = call["attention_mask"].bool()
     torch._dynamo.reset()
     found = {
-        "compiled": torch.compile(q, fullgraph=True, dynamic=True)(**call).last_hidden_state,
+        "compiled": torch.compile(q, fullgraph=True, dynamic=True, backend="aot_eager")(**call).last_hidden_state,
         "reloaded": lobcq_fx.load(tmp_path / "packed")(**call).last_hidden_state,
     }
     for use in (False, True):

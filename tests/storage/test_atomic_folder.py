@@ -184,9 +184,13 @@ def test_kill_9_of_a_real_process_leaves_the_old_folder_whole(tmp_path):
         assert leftovers(target.parent) == []
 
 
+# A shell's background and nohup start programs that ignore two of these, the tests among them.
 SAVING = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+for number in (signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from lobcq_fx.storage.atomic_folder import replace_folder
 with replace_folder(Path(sys.argv[1]), lambda folder: True) as folder:
     (folder / "mark").write_text("2")

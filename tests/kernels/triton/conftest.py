@@ -11,6 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+if find_spec("triton") is not None:
+    from tests.kernels.triton.interpreter import patch_the_language_once_a_launch
+
+    patch_the_language_once_a_launch()
+
 
 class WithoutTriton(pytest.Module):
     """A module of tests that cannot be imported."""

@@ -138,7 +138,7 @@ def assert_encodes(one: Case, spec: FormatSpec, static: Tensor | None = None) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 77), (40, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 77), (12, 300)], ids=str)
 def test_every_rounding_is_the_rules(kind: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     one = case(kind, *values(*shape, dtype))
     assert_equal(one.result(), one.expected)
@@ -155,8 +155,7 @@ def test_parameters_may_be_missing_or_of_another_dtype(kind: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["1x16", "2x128", "8x64", "16x32"])
-@pytest.mark.parametrize("columns", [1, 200])
+@pytest.mark.parametrize(("name", "columns"), [("1x16", 200), ("2x128", 1), ("8x64", 200), ("16x32", 1)])
 def test_every_form_of_encoding(kind: str, name: str, columns: int) -> None:
     assert_encodes(case(kind, *values(1, columns, torch.bfloat16)), FormatSpec.from_name(name))
 
@@ -189,23 +188,22 @@ def test_empty_operands(kind: str, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(("kind", "where"), [*((kind, 0) for kind in KINDS), *((kind, 1) for kind in OF_TWO)])
-@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
-def test_a_row_that_is_not_finite_is_marked_and_disturbs_no_other(kind: str, where: int, bad: float) -> None:
+def test_rows_that_are_not_finite_are_marked_and_disturb_no_other(kind: str, where: int) -> None:
     """In x, or in what is added to it or multiplied with it."""
-    spec, operand = FormatSpec(), values(3, 200, torch.bfloat16)
+    spec, operand = FormatSpec(), values(4, 200, torch.bfloat16)
     clean = case(kind, *operand).expected
-    operand[where][1, 170] = bad
+    operand[where][1, 170], operand[where][2, 3] = float("nan"), -float("inf")
     one = case(kind, *operand)
     assert_encodes(one, spec, torch.tensor(0.01, device=DEVICE))
     lookup = Lookup.of(codebooks(spec))
     encoded = encode_operand(one.x.to(DEVICE), lookup, spec, prologue=one.prologue)
     before = encode_operand(clean.to(DEVICE), lookup, spec)
     for part in ("values", "array_scales", "row_scales"):
-        assert_same_bits(getattr(encoded, part)[[0, 2]], getattr(before, part)[[0, 2]])
+        assert_same_bits(getattr(encoded, part)[[0, 3]], getattr(before, part)[[0, 3]])
     assert encoded.row_scales is not None
     assert encoded.array_scales is not None
-    assert encoded.row_scales.isnan().flatten().tolist() == [False, True, False]
-    assert bool(encoded.array_scales[1].isnan().all())
+    assert encoded.row_scales.isnan().flatten().tolist() == [False, True, True, False]
+    assert bool(encoded.array_scales[1:3].isnan().all())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -237,10 +235,10 @@ def test_rows_far_from_zero(kind: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "SiLU, multiply"])
 def test_the_order_of_a_sum_does_not_show(kind: str) -> None:
     """In fp32 it would, in most rows."""
-    x, _, weight, bias = values(20, 700, torch.float32)
+    x, _, weight, bias = values(8, 700, torch.float32)
     orders = (x, x.flip(1))
     one, other = (np.cumsum(order.numpy() ** 2, axis=1)[:, -1] for order in orders)
-    assert (one != other).sum() > 10
+    assert (one != other).sum() > 4
     zeros = torch.zeros_like(x)
     forth = case(kind, x, zeros, weight, bias).result()
     back = case(kind, x.flip(1), zeros, weight.flip(0), bias.flip(0)).result()
