@@ -111,7 +111,6 @@ OTHERS = {
     "its own": ((32, 256), FormatSpec(8, 64)),
     "another array size": ((32, 256), FormatSpec(8, 128)),
     "other codebooks": ((32, 256), FormatSpec(4, 64)),
-    "fewer columns in as many arrays": ((32, 250), FormatSpec(8, 64)),
     "fewer rows in as many panels": ((31, 256), FormatSpec(8, 64)),
 }
 
