@@ -11,7 +11,7 @@ from torch import Tensor
 from lobcq_fx.errors import OperandError
 from lobcq_fx.format import FormatSpec, encode, universal_codebooks
 from lobcq_fx.ops import schemas
-from lobcq_fx.ops.contracts import OPERANDS, Operand
+from lobcq_fx.ops.contracts import FLOATS, OPERANDS, Operand
 from lobcq_fx.ops.operand_checks import Arguments
 
 DTYPES = (
@@ -33,7 +33,8 @@ def names_of(op: str) -> list[str]:
 
 def violations(op: str, operand: Operand, valid: Tensor) -> Iterator[tuple[str, Tensor]]:
     """What `operand` must not be, each with what is wrong with it; `valid` is what it may be."""
-    allowed = set(operand.dtypes) if operand.like is None else {valid.dtype}
+    none = operand.or_empty and valid.shape == (0,)
+    allowed = set(FLOATS) if none else set(operand.dtypes) if operand.like is None else {valid.dtype}
     for dtype in DTYPES:
         if dtype not in allowed:
             yield f"{dtype}", valid.to(dtype)
@@ -41,12 +42,14 @@ def violations(op: str, operand: Operand, valid: Tensor) -> Iterator[tuple[str, 
     if valid.numel():
         yield "no storage", _shrunk(valid, 0)
         yield "a storage that is too short", _shrunk(valid, valid.untyped_storage().nbytes() - 1)
+    if none:
+        return
     first = operand is OPERANDS[op][0]
     if not first or ... not in operand.shape:
         yield "a dimension more", valid.unsqueeze(0)
     if valid.dim():
-        yield "no dimension", valid.flatten()[0]
-        if not first:
+        yield "no dimension", valid.new_empty(())
+        if not first and valid.shape[0]:
             yield "a dimension less", valid[0]
         yield from _other_sizes(operand, valid, first)
     else:
@@ -65,11 +68,13 @@ def _other_sizes(operand: Operand, valid: Tensor, first: bool) -> Iterator[tuple
         if size in free or (size is ... and first):
             continue
         dimension = 0 if size is ... else place
+        if valid.shape[dimension] == 0:
+            continue
         bits = valid.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[valid.element_size()])
         more = torch.cat((bits, bits), dimension).view(valid.dtype)  # not every dtype can be concatenated
-        for delta in (1, -1):
+        for delta in (1,) if operand.or_empty and valid.shape == (1,) else (1, -1):
             yield f"dimension {dimension} {delta:+}", more.narrow(dimension, 0, valid.shape[dimension] + delta).clone()
-        if valid.shape[dimension] and not (operand.or_empty and valid.dim() == 1):
+        if not (operand.or_empty and valid.dim() == 1):
             yield f"dimension {dimension} empty", valid.narrow(dimension, 0, 0).clone()
 
 
@@ -92,17 +97,23 @@ def broken_calls(op: str, given: Arguments) -> Iterator[tuple[str, str, dict[str
         elif value is not None:
             for what, broken in violations(op, operand, value):
                 yield operand.name, what, {**given, operand.name: broken}
-    for size in (0, 8, 48, 256, -64, 2**32 + 64, -(2**32) + 64, 2**63 - 1, -(2**63)):
-        yield "array_size", f"{size}", {**given, "array_size": size}
-    for dtype in (torch.float64, torch.int32, torch.uint8, torch.float8_e4m3fn) if "dtype" in given else ():
-        yield "dtype", f"{dtype}", {**given, "dtype": dtype}
-    for columns in (-1, 0, 192, 257, 2**62) if "in_features" in given else ():
-        yield "in_features", f"{columns}", {**given, "in_features": columns}
+    for name, value in broken_numbers(given):
+        yield name, f"{value}", {**given, name: value}
+
+
+def broken_numbers(given: Arguments) -> Iterator[tuple[str, Any]]:
+    """Arguments that are no tensors, and what they must not be."""
+    sizes = (0, 8, 48, 256, -64, 2**32 + 64, -(2**32) + 64, 2**63 - 1, -(2**63))
+    yield from (("array_size", size) for size in sizes)
+    if "dtype" in given:
+        yield from (("dtype", dtype) for dtype in (torch.float64, torch.int32, torch.uint8, torch.float8_e4m3fn))
+    if "in_features" in given:
+        yield from (("in_features", columns) for columns in (-1, 0, 192, 257, 2**62))
     if "out_features" in given:
-        outputs = given["out_features"]
-        for n in (-1, 0, outputs[0] - 1, outputs[0] + 1, outputs[0] + 16, 2**31 + 1, 2**62, -(2**63)):
-            yield "out_features", f"{n}", {**given, "out_features": [n, *outputs[1:]]}
-        yield "out_features", "one less", {**given, "out_features": outputs[1:]}
+        first, *rest = given["out_features"]
+        for n in {-1, 0, first - 1, first + 1, first + 16, 2**31 + 1, 2**62, -(2**63)} - {first}:
+            yield "out_features", [n, *rest]
+        yield "out_features", rest
 
 
 PREPACKED = [name for name in OPERANDS if name.startswith(schemas.LINEAR_PREPACKED)]
