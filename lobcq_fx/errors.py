@@ -9,6 +9,10 @@ class ConfigError(LobcqError, ValueError):
     """A setting is unknown, contradicts another, or selects nothing."""
 
 
+class OperandError(LobcqError, ValueError):
+    """An op was called with an operand of another dtype, shape, device or value than it takes."""
+
+
 class TraceError(LobcqError):
     """A model could not be captured as one FX graph."""
 

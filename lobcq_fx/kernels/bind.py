@@ -30,7 +30,7 @@ from lobcq_fx.kernels.cpu.weight_layout import CpuWeightLayout
 from lobcq_fx.kernels.stored_linears import StoredLinears
 from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
 from lobcq_fx.ops import schemas
-from lobcq_fx.ops.quantize_activation import check_static_scale
+from lobcq_fx.ops.operand_checks import check
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +117,10 @@ def _on_its_device(implementation: Callable[..., Any]) -> Callable[..., Any]:
 def _quantize_activation(
     x: Tensor, codebooks: Tensor, array_size: int, static_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_static_scale(static_scale)
+    check(schemas.QUANTIZE_ACTIVATION, locals())
     core, leading = _core(), x.shape[:-1]
     rows = x.detach().reshape(leading.numel(), x.shape[-1]).contiguous()
-    scale = None if static_scale is None else static_scale.float().view(1, 1).repeat(rows.shape[0], 1)
+    scale = None if static_scale is None else static_scale.view(1, 1).repeat(rows.shape[0], 1)
     packed = core.encode(tables_of(codebooks), rows, array_size, scale)
     scales = packed.scales.view(torch.float8_e4m3fn)
     parts = (packed.codes, packed.selectors, scales, packed.tensor_scale)
@@ -129,6 +129,7 @@ def _quantize_activation(
 
 
 def _quantize_weight(w: Tensor, codebooks: Tensor, array_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check(schemas.QUANTIZE_WEIGHT, locals())
     core, rows = _core(), w.detach().contiguous()
     packed = core.encode(tables_of(codebooks), rows, array_size, core.tensor_scale(rows))
     return packed.codes, packed.selectors, packed.scales.view(torch.float8_e4m3fn), packed.tensor_scale

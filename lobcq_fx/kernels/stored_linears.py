@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.format import product_in_fp32, scale_product
+from lobcq_fx.ops.operand_checks import check
+from lobcq_fx.ops.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class StoredLinears:
         dtype: torch.dtype,
     ) -> Tensor:
         """W4A4; see `lobcq_fx.ops.linear`."""
+        check(LINEAR, locals())
         a = self.scaled_entries(codes, selectors, scales, codebooks, in_features, array_size)
         w = self.scaled_entries(w_codes, w_selectors, w_scales, w_codebooks, in_features, array_size)
         out = scale_product(product_in_fp32(a, w), tensor_scale.reshape(-1, 1), w_tensor_scale, bias)
@@ -59,5 +62,6 @@ class StoredLinears:
         array_size: int,
     ) -> Tensor:
         """W4A16; see `lobcq_fx.ops.linear`."""
+        check(LINEAR_FLOAT_ACTIVATION, locals())
         w = self.scaled_entries(w_codes, w_selectors, w_scales, w_codebooks, x.shape[-1], array_size) * w_tensor_scale
         return product_in_fp32(x.float(), w, None if bias is None else bias.float()).to(x.dtype)

@@ -11,15 +11,17 @@ that fuses them encodes the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lobcq_fx.errors import LobcqError
 from lobcq_fx.ops import schemas
+from lobcq_fx.ops.contracts import OPERANDS
 from lobcq_fx.ops.linear_prepacked import results_like
+from lobcq_fx.ops.operand_checks import check, check_fake
 from lobcq_fx.ops.prologues import layer_norm, rms_norm, silu_mul
 
 ops = torch.ops.lobcq
@@ -64,7 +66,6 @@ def linear_float_activation_residual(
 
 def silu_mul_linear(gate: Tensor, up: Tensor, *rest: object) -> list[Tensor]:
     """Linears, with residuals, of `prologues.silu_mul(gate, up)`, both [..., K]."""
-    check_operand("up", up, gate.shape, gate.dtype)
     return linear_residual(silu_mul(gate, up), *rest)  # type: ignore[arg-type]
 
 
@@ -78,7 +79,6 @@ def rms_norm_linear(
 
 def add_rms_norm_linear(x: Tensor, residual: Tensor, *rest: object) -> list[Tensor]:
     """`x + residual`, and linears of its norm: first the sum [..., K], then their results."""
-    check_operand("residual", residual, x.shape, x.dtype)
     total = (x + residual).contiguous()
     return [total, *rms_norm_linear(total, *rest)]  # type: ignore[arg-type]
 
@@ -91,20 +91,7 @@ def layer_norm_linear(
     return results
 
 
-def check_operand(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Refuse what a sum or product would broadcast or promote: kernels take an operand for what it should be.
-
-    Raises:
-        LobcqError: another shape or dtype (says both).
-    """
-    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
-        raise LobcqError(f"{name} is {tensor.dtype} {list(tensor.shape)}: pass {dtype} {list(shape)}")
-
-
 def _added(results: list[Tensor], residuals: list[Tensor]) -> list[Tensor]:
-    for out, more in zip(results, residuals, strict=True):
-        if more.numel():
-            check_operand("a residual", more, out.shape, out.dtype)
     return [out + more if more.numel() else out for out, more in zip(results, residuals, strict=True)]
 
 
@@ -118,13 +105,31 @@ IMPLEMENTATIONS: dict[str, Callable[..., list[Tensor]]] = {
 }
 
 
+def _names(name: str) -> list[str]:
+    overload = getattr(ops.linear_prepacked, name.partition(".")[2])
+    return [argument.name for argument in overload._schema.arguments]
+
+
+def _checked(name: str, implementation: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """Checks what the op adds to the one that is not fused, which checks the rest."""
+    names = _names(name)
+    own = {*names} - {operand.name for operand in OPERANDS[schemas.LINEAR_PREPACKED]} | {"x"}
+
+    @wraps(implementation)
+    def run(*arguments: Any) -> list[Tensor]:
+        check(name, {key: value for key, value in zip(names, arguments, strict=True) if key in own})
+        return implementation(*arguments)
+
+    return run
+
+
 def _fake_of(name: str) -> Callable[..., list[Tensor]]:
     """The fake kernel of any of these ops: what it returns follows from arguments that all of them have."""
-    overload = getattr(ops.linear_prepacked, name.partition(".")[2])
-    names = [argument.name for argument in overload._schema.arguments]
+    names = _names(name)
 
     def fake(*arguments: Any) -> list[Tensor]:
         given = dict(zip(names, arguments, strict=True))
+        check_fake(name, given)
         x = given["gate"] if "gate" in given else given["x"]
         results = results_like(x, given["out_features"], given.get("dtype", x.dtype))
         return [x.new_empty(x.shape), *results] if "residual" in given else results
@@ -133,5 +138,5 @@ def _fake_of(name: str) -> Callable[..., list[Tensor]]:
 
 
 for _name, _implementation in IMPLEMENTATIONS.items():
-    torch.library.impl(_name, "CompositeExplicitAutograd", _implementation)
+    torch.library.impl(_name, "CompositeExplicitAutograd", _checked(_name, _implementation))
     torch.library.register_fake(_name, _fake_of(_name))

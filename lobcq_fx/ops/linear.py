@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.format import Encoded, FormatSpec, decode, matmul, product_in_fp32
+from lobcq_fx.ops.operand_checks import check, check_fake
 from lobcq_fx.ops.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION
 
 
@@ -39,7 +40,11 @@ def linear(
 
     Returns:
         [..., N] in `dtype`; NaN in the rows whose tensor scale is NaN.
+
+    Raises:
+        OperandError: an operand is not what `contracts` says.
     """
+    check(LINEAR, locals())
     leading = codes.shape[:-1]
     rows = leading.numel()
     a = Encoded(
@@ -66,6 +71,7 @@ def linear_float_activation(
     array_size: int,
 ) -> Tensor:
     """`x @ w.T + bias` of a float activation [..., K] and a packed weight [N, K], in fp32; the result in x's dtype."""
+    check(LINEAR_FLOAT_ACTIVATION, locals())
     w = _weight(w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, x.shape[-1], array_size)
     out = product_in_fp32(x.float(), decode(w), None if bias is None else bias.float())
     return out.to(x.dtype)
@@ -93,6 +99,7 @@ def _fake_linear(
     array_size: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    check_fake(LINEAR, locals())
     return codes.new_empty((*codes.shape[:-1], w_codes.shape[0]), dtype=dtype)
 
 
@@ -107,6 +114,7 @@ def _fake_linear_float_activation(
     bias: Tensor | None,
     array_size: int,
 ) -> Tensor:
+    check_fake(LINEAR_FLOAT_ACTIVATION, locals())
     return x.new_empty((*x.shape[:-1], w_codes.shape[0]))
 
 

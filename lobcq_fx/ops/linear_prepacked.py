@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lobcq_fx.ops.operand_checks import check_fake
 from lobcq_fx.ops.schemas import LINEAR_PREPACKED, LINEAR_PREPACKED_FLOAT_ACTIVATION
 
 
@@ -42,6 +43,7 @@ def _fake_linear_prepacked(
     Returns:
         For each weight [..., N_i], contiguous; NaN in the rows that hold NaN or infinity.
     """
+    check_fake(LINEAR_PREPACKED, locals())
     return results_like(x, out_features, dtype)
 
 
@@ -56,6 +58,7 @@ def _fake_linear_prepacked_float_activation(
     array_size: int,
 ) -> list[Tensor]:
     """The same with the float values of x (W4A16); the results are in x's dtype."""
+    check_fake(LINEAR_PREPACKED_FLOAT_ACTIVATION, locals())
     return results_like(x, out_features, x.dtype)
 
 

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import FormatSpec, absmax_row_scale, encode
+from lobcq_fx.ops.operand_checks import check, check_fake
 from lobcq_fx.ops.schemas import QUANTIZE_ACTIVATION
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def check_static_scale(scale: Tensor | None) -> None:
-    """Refuse a static scale that no calibration gives. One on a GPU is not looked at, which would wait for the GPU.
-
-    Raises:
-        LobcqError: not one number, or not positive and finite (says it).
-    """
-    if scale is None or scale.device.type != "cpu":
-        return
-    if scale.numel() != 1 or not 0 < scale.item() < math.inf:
-        raise LobcqError(f"static_scale is {scale.tolist()}: it must be one positive finite number, a calibrated scale")
 
 
 def quantize_activation(x: Tensor, codebooks: Tensor, array_size: int, static_scale: Tensor | None = None) -> Packed:
@@ -40,9 +26,9 @@ def quantize_activation(x: Tensor, codebooks: Tensor, array_size: int, static_sc
         tensor_scale fp32 [..., 1]. A row that holds NaN or infinity gets a NaN tensor scale.
 
     Raises:
-        LobcqError: a static scale that is not positive and finite.
+        OperandError: an operand is not what `contracts` says; a static scale that is not positive and finite.
     """
-    check_static_scale(static_scale)
+    check(QUANTIZE_ACTIVATION, locals())
     leading = x.shape[:-1]
     rows = x.reshape(leading.numel(), x.shape[-1])
     row_scale = absmax_row_scale(rows) if static_scale is None else static_scale.expand(rows.shape[0], 1)
@@ -58,6 +44,7 @@ torch.library.impl(QUANTIZE_ACTIVATION, "CompositeExplicitAutograd", quantize_ac
 
 @torch.library.register_fake(QUANTIZE_ACTIVATION)
 def _fake(x: Tensor, codebooks: Tensor, array_size: int, static_scale: Tensor | None = None) -> Packed:
+    check_fake(QUANTIZE_ACTIVATION, locals())
     spec = FormatSpec(codebooks.shape[0], array_size)
     leading, columns = x.shape[:-1], x.shape[-1]
     return (

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.format import FormatSpec, encode
+from lobcq_fx.ops.operand_checks import check, check_fake
 from lobcq_fx.ops.schemas import QUANTIZE_WEIGHT
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -24,8 +25,10 @@ def quantize_weight(w: Tensor, codebooks: Tensor, array_size: int) -> Packed:
         tensor_scale fp32 [].
 
     Raises:
+        OperandError: an operand is not what `contracts` says.
         ValueError: w holds NaN or infinity (names the first bad index).
     """
+    check(QUANTIZE_WEIGHT, locals())
     encoded = encode(w, FormatSpec(codebooks.shape[0], array_size), codebooks)
     return encoded.codes, encoded.selectors, encoded.scales, encoded.tensor_scale
 
@@ -36,6 +39,7 @@ torch.library.impl(QUANTIZE_WEIGHT, "CompositeExplicitAutograd", quantize_weight
 
 @torch.library.register_fake(QUANTIZE_WEIGHT)
 def _fake(w: Tensor, codebooks: Tensor, array_size: int) -> Packed:
+    check_fake(QUANTIZE_WEIGHT, locals())
     spec = FormatSpec(codebooks.shape[0], array_size)
     rows, columns = w.shape
     return (

@@ -53,7 +53,7 @@ class Linears:
         return W4A16(x, *self.rest)
 
     def fake_quantized(self, x: Tensor, static: Tensor | None = None) -> Tensor:
-        rows = x.float().reshape(-1, x.shape[-1])
+        rows = x.float().reshape(x.shape[:-1].numel(), x.shape[-1])
         scale = absmax_row_scale(rows) if static is None else static
         return decode(encode(rows, self.spec, self.codebooks, scale))
 
@@ -63,7 +63,7 @@ class Linears:
         assert all(out.is_contiguous() for out in results)
         weights: list[Encoded] = self.encoded
         for out, w, bias in zip(results, weights, self.biases, strict=True):
-            flat = out.reshape(-1, out.shape[-1])
+            flat = out.reshape(len(rows), out.shape[-1])
             assert_product(flat, rows, w, bias.float() if bias.numel() else None)
 
 
@@ -72,12 +72,23 @@ def values(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["1x16", "2x32", "4x64", "8x64", "16x128"])
-@pytest.mark.parametrize("shape", [(64,), (1, 200), (3, 7, 200), (2, 20, 65), (0, 64), (2, 0, 64)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(64,), (1, 200), (3, 7, 200), (2, 20, 65), (0, 64), (2, 0, 64), (3, 0), (20, 0), (0, 0), (0,)], ids=str
+)
 def test_results_are_the_reference_s(name: str, shape: tuple[int, ...]) -> None:
     linears, x = Linears(shape[-1], FormatSpec.from_name(name)), values(*shape)
     linears.check(linears.w4a4(x), x, linears.fake_quantized(x))
     linears.check(linears.w4a4(x, STATIC), x, linears.fake_quantized(x, STATIC))
-    linears.check(linears.w4a16(x), x, x.reshape(-1, shape[-1]))
+    linears.check(linears.w4a16(x), x, x.reshape(x.shape[:-1].numel(), shape[-1]))
+
+
+@pytest.mark.parametrize("shape", [(1, 200), (20, 200), (0, 200), (3, 0)], ids=str)
+def test_linears_without_outputs(shape: tuple[int, ...]) -> None:
+    linears, x = Linears(shape[-1], outputs=(0, 17, 0)), values(*shape)
+    linears.check(linears.w4a4(x), x, linears.fake_quantized(x))
+    linears.check(linears.w4a16(x), x, x)
+    none = Linears(shape[-1], outputs=())
+    assert none.w4a4(x) == none.w4a16(x) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -154,15 +165,24 @@ X = values(2, 200)
 REFUSALS = {
     "columns": (lambda m: (values(2, 128), *m.rest), "packed for another shape or format"),
     "array size": (lambda m: (X, *replaced(m, 5, 128)), "packed for another shape or format"),
-    "no array size": (lambda m: (X, *replaced(m, 5, 48)), "not supported"),
+    "no array size": (lambda m: (X, *replaced(m, 5, 48)), "array_size is 48: pass 16, 32, 64 or 128"),
     "outputs": (lambda m: (X, *replaced(m, 4, [16, 16, 16])), "packed for another shape or format"),
     "fewer biases": (lambda m: (X, *replaced(m, 3, m.biases[:2])), "differ in length"),
-    "a bias too long": (lambda m: (X, *replaced(m, 3, m.biases[::-1])), "one element for each output"),
+    "a bias too long": (
+        lambda m: (X, *replaced(m, 3, m.biases[::-1])),
+        r"biases\[0\] is float32 \[1\]: pass contiguous .* \[33\]",
+    ),
     "other tables": (lambda m: (X, *replaced(m, 2, LAYOUT.tables(universal_codebooks(2)))), "packed for another"),
-    "no tables": (lambda m: (X, *replaced(m, 2, torch.zeros_like(m.tables))), "packed for another shape or format"),
-    "short tables": (lambda m: (X, *replaced(m, 2, m.tables[:-64])), "tables were not made by this core"),
-    "integers": (lambda m: (X.long(), *m.rest), "not in fp32, bf16 or fp16"),
-    "a number": (lambda m: (torch.tensor(1.0), *m.rest), "x has no dimension"),
+    "no tables": (
+        lambda m: (X, *replaced(m, 2, torch.zeros_like(m.tables))),
+        "weight_tables are not what this core makes",
+    ),
+    "short tables": (
+        lambda m: (X, *replaced(m, 2, m.tables[:-64])),
+        "weight_tables is uint8 .*: tables are what this core makes",
+    ),
+    "integers": (lambda m: (X.long(), *m.rest), "x is int64 .*: pass float32 or bfloat16 or float16"),
+    "a number": (lambda m: (torch.tensor(1.0), *m.rest), r"x is float32 \[\]: pass"),
 }
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 import lobcq_fx.ops
-from lobcq_fx.errors import LobcqError
-from lobcq_fx.format import universal_codebooks
+from lobcq_fx.format import FormatSpec
+from lobcq_fx.ops import schemas
+from lobcq_fx.ops.contracts import OPERANDS
 from tests.kernels.cpu.operands import at_offset
-from tests.kernels.test_linear_prepacked import LAYOUT, STATIC, W4A4, Linears, replaced, values
+from tests.kernels.test_linear_prepacked import LAYOUT, STATIC, W4A4, Linears, values
+from tests.kernels.violations import PREPACKED, STORED, assert_refused, prepacked_call, stored_call, torch_op
 
 needs_core = pytest.mark.skipif(LAYOUT is None, reason="the CPU core was not built, or is switched off")
 
@@ -47,80 +48,72 @@ def test_activations_that_lie_anywhere_with_gaps_between_rows() -> None:
         assert torch.equal(actual, expected)
 
 
-def gaps(tensor: Tensor) -> Tensor:
-    """The same values, every second element of another tensor."""
-    return torch.stack((tensor, tensor), dim=-1)[..., 0]
-
-
-def released(tensor: Tensor) -> Tensor:
-    """A tensor that says its size and has no memory."""
-    tensor = tensor.clone()
-    tensor.untyped_storage().resize_(0)
-    return tensor
-
-
-WEIGHTS, SCALES, TABLES, BIASES, ARRAY_SIZE = 0, 1, 2, 3, 5
-REFUSALS = {
-    "weights that repeat a byte": (WEIGHTS, lambda w: w[:1].expand(len(w)), "a weight is not contiguous uint8"),
-    "weights with gaps": (WEIGHTS, gaps, "a weight is not contiguous uint8"),
-    "signed weights": (WEIGHTS, lambda w: w.view(torch.int8), "a weight is not contiguous uint8"),
-    "float weights": (WEIGHTS, lambda w: w.float(), "a weight is not contiguous uint8"),
-    "weights without memory": (WEIGHTS, released, "a weight is not contiguous uint8"),
-    "an empty scale": (SCALES, lambda s: s.new_empty(0), "a scale does not have one element"),
-    "a scale for each row": (SCALES, lambda s: s.expand(33), "a scale does not have one element"),
-    "a bf16 scale": (SCALES, lambda s: s.bfloat16(), "a tensor scale is not contiguous fp32"),
-    "a uint8 scale": (SCALES, lambda s: s.to(torch.uint8), "a tensor scale is not contiguous fp32"),
-    "an fp64 scale": (SCALES, lambda s: s.double(), "a tensor scale is not contiguous fp32"),
-    "tables with gaps": (TABLES, gaps, "a set of tables is not contiguous uint8"),
-    "float tables": (TABLES, lambda t: t.float(), "a set of tables is not contiguous uint8"),
-    "an integer bias": (BIASES, lambda b: b.long(), "a tensor is not in fp32, bf16 or fp16"),
-    "an fp64 bias": (BIASES, lambda b: b.double(), "a tensor is not in fp32, bf16 or fp16"),
-    "a bias with gaps": (BIASES, gaps, "a bias is not contiguous floats"),
-    "a bias that repeats a number": (BIASES, lambda b: b[:1].expand(len(b)), "a bias is not contiguous floats"),
-    "an array size whose low half is one": (ARRAY_SIZE, lambda size: 2**32 + size, "not supported"),
+DEFAULTS = {
+    schemas.QUANTIZE_ACTIVATION: lobcq_fx.ops.quantize_activation,
+    schemas.QUANTIZE_WEIGHT: lobcq_fx.ops.quantize_weight,
+    schemas.LINEAR: lobcq_fx.ops.linear,
+    schemas.LINEAR_FLOAT_ACTIVATION: lobcq_fx.ops.linear_float_activation,
 }
 
 
-@needs_core
-@pytest.mark.parametrize("case", REFUSALS)
-def test_operands_that_would_be_misread_are_refused(case: str) -> None:
-    position, change, message = REFUSALS[case]
-    linears, x = Linears(200), values(2, 200)
-    given = linears.rest[position]
-    changed = [change(given[0]), *given[1:]] if isinstance(given, list) else change(given)
-    with pytest.raises(RuntimeError, match=f"lobcq::linear_prepacked: .*{message}"):
-        W4A4(x, linears.tables, None, *replaced(linears, position, changed), torch.float32)
-    linears.check(linears.w4a4(x), x, linears.fake_quantized(x))  # and nothing is broken afterwards
+@pytest.mark.parametrize("op", STORED)
+def test_default_implementations_refuse_every_violation(op: str) -> None:
+    call = stored_call(op, torch.device("cpu"))
+    DEFAULTS[op](*call.values())
+    assert_refused(op, call, DEFAULTS[op], [])
 
 
-BAD_SCALES = {
-    "zero": 0.0,
-    "negative": -1.0,
-    "NaN": float("nan"),
-    "infinite": float("inf"),
-    "two": [1.0, 1.0],
-    "none": [],
-}
+@pytest.mark.parametrize("op", STORED)
+def test_what_is_bound_to_the_stored_ops_refuses_every_violation(op: str) -> None:
+    call, overload = stored_call(op, torch.device("cpu")), torch_op(op)
+    overload(*call.values())
+    assert_refused(op, call, overload, [])
 
 
 @needs_core
-@pytest.mark.parametrize("case", BAD_SCALES)
-def test_a_static_scale_that_no_calibration_gives_is_refused(case: str) -> None:
-    linears = Linears(200)
-    with pytest.raises(RuntimeError, match=r"static_scale is .*positive and finite|scale does not have one element"):
-        linears.w4a4(values(2, 200), torch.tensor(BAD_SCALES[case]))
+@pytest.mark.parametrize("op", PREPACKED)
+def test_the_core_and_what_is_built_on_it_refuse_every_violation(op: str) -> None:
+    linears, overload = Linears(200), torch_op(op)
+    call = prepacked_call(op, values(2, 200), linears.tables, linears.rest)
+    expected = overload(*call.values())
+    assert_refused(op, call, overload, [RuntimeError])
+    for actual, before in zip(overload(*call.values()), expected, strict=True):  # and nothing is broken afterwards
+        assert torch.equal(actual, before)
+
+
+@pytest.mark.parametrize("op", OPERANDS)
+def test_the_table_has_every_tensor_of_the_schema(op: str) -> None:
+    schema = torch_op(op)._schema
+    tensors = {argument.name for argument in schema.arguments if "Tensor" in str(argument.type)}
+    assert {operand.name for operand in OPERANDS[op]} == tensors
+
+
+def test_the_table_has_every_op() -> None:
+    ops = {f"lobcq::{packet}" for packet in dir(torch.ops.lobcq) if not packet.startswith("_")} - {"lobcq::name"}
+    assert ops == {name.partition(".")[0] for name in OPERANDS}
+    assert len(PREPACKED) == len(torch.ops.lobcq.linear_prepacked.overloads())
 
 
 @needs_core
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int32])
-def test_a_static_scale_of_another_dtype_is_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(RuntimeError, match="static_scale is not contiguous fp32"):
-        Linears(200).w4a4(values(2, 200), torch.ones((), dtype=dtype))
+@pytest.mark.parametrize("shape", [(2**33, 200), (2**20, 2**13, 200), (2**40, 200)], ids=str)
+def test_activations_of_more_rows_than_any_memory_has_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match=r"x is \[\d+, (\d+, )?200\]: too large"):
+        Linears(200).w4a4(values(1, 200).expand(shape))
 
 
-@pytest.mark.parametrize("case", BAD_SCALES)
-def test_the_encoder_refuses_it_too(case: str) -> None:
-    x, scale = values(2, 200), torch.tensor(BAD_SCALES[case])
-    for encode in (torch.ops.lobcq.quantize_activation, lobcq_fx.ops.quantize_activation):
-        with pytest.raises(LobcqError, match=r"static_scale is .*: it must be one positive finite number"):
-            encode(x, universal_codebooks(8), 64, scale)
+@needs_core
+def test_no_rows_of_any_number_of_columns() -> None:
+    """Nothing is computed, sizes are: dimensions of zero hide those that would overflow."""
+    with pytest.raises(RuntimeError, match=r"lobcq::linear_prepacked: "):
+        Linears(200).w4a4(torch.empty(0).expand(2**40, 0).reshape(0, 2**40))
+    for out in Linears(200).w4a4(torch.empty(1, 0, 200).expand(2**40, 0, 200)):
+        assert out.shape[:2] == (2**40, 0)
+
+
+@needs_core
+def test_a_weight_for_other_columns_in_as_many_bytes_is_refused() -> None:
+    """What it says of itself is all that tells: its bytes are as many, products would be of what its padding holds."""
+    with pytest.raises(
+        RuntimeError, match=r"weights\[0\] was packed for .*: \[33, 208\] in 8x16, .* \[33, 256\] in 8x16"
+    ):
+        Linears(205, FormatSpec(8, 16)).w4a4(values(2, 256))

@@ -201,7 +201,7 @@ def decode_gemm(
     """`a @ w.T` and what follows, for each weight.
 
     Args:
-        a: of 16 rows at most.
+        a: of 16 rows at most, and a column at least: a tile of each weight is loaded before any is counted.
         linears: any number; up to four go into one launch.
         codebooks: int8 [N_c, 16], the weights'.
         spec: the weights' configuration.

@@ -27,9 +27,13 @@ def magnitude_bits(x):
 
 @triton.jit
 def row_scale(absmax_bits, static_scale):
-    """The tensor scale of a row, from the bits of its absmax; NaN where that is not finite. `static_scale`: or None."""
+    """The tensor scale of a row, from the bits of its absmax; NaN where that is not finite.
+
+    static_scale: or None. NaN too where it is none that a calibration gives, which no host has looked at.
+    """
     if static_scale is not None:
         scale = tl.load(static_scale)
+        scale = tl.where((scale > 0.0) & (scale < float("inf")), scale, float("nan"))
     else:
         absmax = absmax_bits.to(tl.float32, bitcast=True)
         scale = tl.where(absmax_bits == 0, 1.0, tl.div_rn(absmax, DIVISOR))

@@ -62,11 +62,18 @@ class Lookup:
         Raises:
             ValueError: not the size of any set's tables.
         """
-        for n in ALLOWED_NUM_CODEBOOKS:
-            words = -(-n // ENTRIES_PER_WORD)
-            sizes = [CODEBOOK_SIZE * n, 4 * NUM_BUCKETS * words, NUM_BUCKETS * n]
-            if data.numel() == sum(sizes):
-                codebooks, entries, codes = data.split(sizes)
-                shaped = codebooks.view(torch.int8).view(n, CODEBOOK_SIZE)
-                return cls(shaped, entries.view(torch.int32).view(NUM_BUCKETS, words), codes.view(NUM_BUCKETS, n))
-        raise ValueError(f"{data.numel()} bytes are no set's look-up tables")
+        if data.numel() not in TABLE_BYTES:
+            raise ValueError(f"{data.numel()} bytes are no set's look-up tables")
+        n = TABLE_BYTES[data.numel()]
+        codebooks, entries, codes = data.split(_part_bytes(n))
+        shaped = codebooks.view(torch.int8).view(n, CODEBOOK_SIZE)
+        return cls(shaped, entries.view(torch.int32).view(NUM_BUCKETS, -1), codes.view(NUM_BUCKETS, n))
+
+
+def _part_bytes(num_codebooks: int) -> list[int]:
+    words = -(-num_codebooks // ENTRIES_PER_WORD)
+    return [CODEBOOK_SIZE * num_codebooks, 4 * NUM_BUCKETS * words, NUM_BUCKETS * num_codebooks]
+
+
+TABLE_BYTES = {sum(_part_bytes(n)): n for n in ALLOWED_NUM_CODEBOOKS}
+"""How many codebooks tables of so many bytes are of."""

@@ -20,17 +20,20 @@ from lobcq_fx.kernels.triton.decode_gemm import MAX_ROWS, decode_gemm
 from lobcq_fx.kernels.triton.dequantize import dequantize
 from lobcq_fx.kernels.triton.encode import Packed, encode_rows
 from lobcq_fx.kernels.triton.encode_operand import encode_operand
-from lobcq_fx.kernels.triton.lookup import Lookup
+from lobcq_fx.kernels.triton.lookup import TABLE_BYTES, Lookup
 from lobcq_fx.kernels.triton.operands import Activation, Epilogue, Linear
 from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
 from lobcq_fx.kernels.triton.prologues import AddRmsNorm, LayerNorm, Prologue, RmsNorm, SiluMul
-from lobcq_fx.kernels.triton.weight_layout import WeightTiles
+from lobcq_fx.kernels.triton.weight_layout import WeightTiles, weight_bytes
 from lobcq_fx.ops import schemas
-from lobcq_fx.ops.fused import check_operand
+from lobcq_fx.ops.operand_checks import PrepackedSizes, check
 from lobcq_fx.ops.schemas import NO_GRADIENT
 
 INTEGER_ARRAY = 128
 """Prefill multiplies integers from this L_A on: scaling each array costs about half of what it saves. Not measured."""
+
+
+_SIZES = PrepackedSizes(TABLE_BYTES, weight_bytes)
 
 
 class Linears(NamedTuple):
@@ -46,9 +49,9 @@ class Linears(NamedTuple):
 
 def quantize_activation(x: Tensor, codebooks: Tensor, array_size: int, static_scale: Tensor | None = None) -> Packed:
     """`lobcq::quantize_activation`."""
+    check(schemas.QUANTIZE_ACTIVATION, locals())
     spec, leading = FormatSpec(codebooks.shape[0], array_size), x.shape[:-1]
-    static = None if static_scale is None else static_scale.float()
-    parts = encode_rows(_rows(x.detach()), _lookup(codebooks), spec, static)
+    parts = encode_rows(_rows(x.detach()), _lookup(codebooks), spec, static_scale)
     codes, selectors, scales, tensor_scale = (part.view(*leading, part.shape[1]) for part in parts)
     return codes, selectors, scales, tensor_scale
 
@@ -60,9 +63,8 @@ def _encode_and_multiply(
     """The linears of what the prologue makes of x [..., K], encoded once."""
     lookup, rows = Lookup.from_bytes(activation_tables), _rows(x)
     spec = FormatSpec(lookup.codebooks.shape[0], linears.array_size)
-    static = None if static_scale is None else static_scale.float()
     integers = rows.shape[0] <= MAX_ROWS or linears.array_size >= INTEGER_ARRAY
-    a = encode_operand(rows, lookup, spec, static, integers, prologue)
+    a = encode_operand(rows, lookup, spec, static_scale, integers, prologue)
     return _multiply(x, a, linears, residuals, dtype)
 
 
@@ -70,9 +72,6 @@ def _multiply(
     x: Tensor, a: Activation, linears: Linears, residuals: list[Tensor] | None, dtype: torch.dtype
 ) -> list[Tensor]:
     """The linears of x [..., K], of which `a` is what they multiply."""
-    for residual, outputs in zip(residuals or [], linears.out_features, strict=bool(residuals)):
-        if residual.numel():
-            check_operand("a residual", residual, (*x.shape[:-1], outputs), dtype)
     results = _products(a, x.shape[-1], *linears, residuals, dtype)
     return [out.view(*x.shape[:-1], out.shape[1]) for out in results]
 
@@ -96,7 +95,7 @@ def _products(
     for weight, scale, bias, outputs, residual in zip(weights, tensor_scales, biases, out_features, each, strict=True):
         epilogue = Epilogue(scale, bias if bias.numel() else None, residual)
         linears.append(Linear(WeightTiles.of(weight, spec, outputs, columns), outputs, epilogue))
-    gemm = decode_gemm if a.values.shape[0] <= MAX_ROWS else prefill_gemm
+    gemm = decode_gemm if a.values.shape[0] <= MAX_ROWS and columns > 0 else prefill_gemm
     return gemm(a, linears, codebooks, spec, dtype)
 
 
@@ -130,7 +129,6 @@ def _rms_norm(given: dict[str, Any]) -> RmsNorm:
 
 def _add_rms_norm(given: dict[str, Any]) -> AddRmsNorm:
     x, residual = given["x"], given["residual"]
-    check_operand("residual", residual, x.shape, x.dtype)
     total = torch.empty((x.shape[:-1].numel(), x.shape[-1]), dtype=x.dtype, device=x.device)
     return AddRmsNorm(_rows(residual), total, _rms_norm(given))
 
@@ -140,7 +138,6 @@ def _layer_norm(given: dict[str, Any]) -> LayerNorm:
 
 
 def _silu_mul(given: dict[str, Any]) -> SiluMul:
-    check_operand("up", given["up"], given["gate"].shape, given["gate"].dtype)
     return SiluMul(_rows(given["up"]))
 
 
@@ -157,6 +154,7 @@ def _overload(name: str, prologue: Callable[[dict[str, Any]], Prologue] | None =
     def run(*arguments: Any) -> list[Tensor]:
         given = dict(zip(names, arguments, strict=True))
         residuals = given.get("residuals")
+        check(name, given, _SIZES)
         _refuse_gradients(*(one for one in arguments if isinstance(one, Tensor)), *(residuals or ()))
         x = given["gate"] if "gate" in given else given["x"]
         linears = Linears(*(given[field] for field in Linears._fields))

@@ -76,6 +76,11 @@ def tile_bytes(spec: FormatSpec) -> tuple[int, int, int]:
     return CODE_BYTES, LANES * spec.selector_bits, PANEL_ROWS * TILE_COLUMNS // spec.array_size
 
 
+def weight_bytes(rows: int, columns: int, spec: FormatSpec) -> int:
+    """Of a weight [rows, columns] in kernel layout."""
+    return num_panels(rows) * num_tiles(columns) * sum(tile_bytes(spec))
+
+
 @dataclass(frozen=True)
 class CudaWeightLayout:
     """Codes, selectors and scales to tiles and back, on whatever device they are.
@@ -91,6 +96,8 @@ class CudaWeightLayout:
             ValueError: a scale that no encoder writes (names its row and block array).
         """
         codes, selectors, scales = parts
+        if weight_bytes(codes.shape[0], columns, spec) == 0:
+            return codes.new_empty(0)
         _check_scales(scales)
         blocks = unpack_selectors(selectors, spec.selector_bits, spec.padded_columns(columns) // BLOCK_SIZE)
         lane_selectors = _to_lanes(blocks).flatten(0, 2)
@@ -103,6 +110,10 @@ class CudaWeightLayout:
 
     def unpack(self, prepacked: Tensor, spec: FormatSpec, rows: int, columns: int) -> Parts:
         """Inverse of `pack`."""
+        if prepacked.numel() == 0:
+            widths = (spec.code_bytes(columns), spec.selector_bytes(columns), spec.num_arrays(columns))
+            codes, selectors, scales = (prepacked.new_empty((rows, width)) for width in widths)
+            return codes, selectors, scales.view(torch.float8_e4m3fn)
         tiles = WeightTiles.of(prepacked, spec, rows, columns)
         shape = (num_panels(rows), num_tiles(columns))
         blocks = spec.padded_columns(columns) // BLOCK_SIZE

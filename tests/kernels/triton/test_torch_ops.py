@@ -13,12 +13,16 @@ import lobcq_fx.ops
 from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
 from lobcq_fx.kernels.triton import torch_ops
+from lobcq_fx.kernels.triton.encode import encode_rows
+from lobcq_fx.kernels.triton.encode_operand import encode_operand
+from lobcq_fx.kernels.triton.lookup import Lookup
 from lobcq_fx.kernels.triton.torch_ops import IMPLEMENTATIONS
 from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
 from lobcq_fx.modules.packed_weight import PackedWeight
 from lobcq_fx.ops import schemas
 from lobcq_fx.ops.prologues import layer_norm, rms_norm, silu_mul
 from tests.kernels.triton.operands import DEVICE, assert_product, assert_same_bits, parts
+from tests.kernels.violations import PREPACKED, STORED, assert_refused, prepacked_call, stored_call
 
 OUTPUTS = (33, 16, 1)
 STATIC = torch.tensor(1e-4)
@@ -28,22 +32,23 @@ CONFIGS = ["1x16", "2x32", "8x64", "16x128"]
 class Linears:
     """Three linears of one activation, the second without a bias."""
 
-    def __init__(self, columns: int, spec: FormatSpec | None = None) -> None:
+    def __init__(self, columns: int, spec: FormatSpec | None = None, outputs: tuple[int, ...] = OUTPUTS) -> None:
         generator = torch.Generator().manual_seed(columns)
         self.spec = spec or FormatSpec()
         self.codebooks = universal_codebooks(self.spec.num_codebooks)
         layout = CudaWeightLayout()
         self.tables = layout.tables(self.codebooks).to(DEVICE)
-        floats = [torch.randn(n, columns, generator=generator) * 0.05 for n in OUTPUTS]
+        floats = [torch.randn(n, columns, generator=generator) * 0.05 for n in outputs]
         self.encoded = [encode(w, self.spec, self.codebooks) for w in floats]
-        self.biases = [torch.empty(0) if i == 1 else torch.randn(n, generator=generator) for i, n in enumerate(OUTPUTS)]
+        self.biases = [torch.empty(0) if i == 1 else torch.randn(n, generator=generator) for i, n in enumerate(outputs)]
+        self.outputs = outputs
         self.weights = [layout.pack(parts(w), self.spec, columns) for w in self.encoded]
 
     @property
     def rest(self) -> list:
         scales = [w.tensor_scale.to(DEVICE) for w in self.encoded]
         biases = [bias.to(DEVICE) for bias in self.biases]
-        return [self.weights, scales, self.tables, biases, list(OUTPUTS), self.spec.array_size]
+        return [self.weights, scales, self.tables, biases, list(self.outputs), self.spec.array_size]
 
     def w4a4(self, x: Tensor, static: Tensor | None = None) -> list[Tensor]:
         static = None if static is None else static.to(DEVICE)
@@ -53,17 +58,17 @@ class Linears:
         return IMPLEMENTATIONS[schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION](x.to(DEVICE), *self.rest)
 
     def fake_quantized(self, x: Tensor, static: Tensor | None = None) -> Tensor:
-        rows = x.float().reshape(-1, x.shape[-1])
+        rows = x.float().reshape(x.shape[:-1].numel(), x.shape[-1])
         scale = absmax_row_scale(rows) if static is None else static
         return decode(encode(rows, self.spec, self.codebooks, scale))
 
     def check(self, results: list[Tensor], x: Tensor, rows: Tensor) -> None:
         """The results are those of rows [M, K], the values that x stands for."""
-        assert [tuple(out.shape) for out in results] == [(*x.shape[:-1], n) for n in OUTPUTS]
+        assert [tuple(out.shape) for out in results] == [(*x.shape[:-1], n) for n in self.outputs]
         assert all(out.is_contiguous() for out in results)
         weights: list[Encoded] = self.encoded
         for out, w, bias in zip(results, weights, self.biases, strict=True):
-            assert_product(out.reshape(-1, out.shape[-1]), rows, w, bias.float() if bias.numel() else None)
+            assert_product(out.reshape(len(rows), w.shape[0]), rows, w, bias.float() if bias.numel() else None)
 
 
 def values(*shape: int) -> Tensor:
@@ -71,12 +76,21 @@ def values(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("shape", [(64,), (3, 6, 70), (0, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(64,), (3, 6, 70), (0, 64), (3, 0), (20, 0), (0, 0)], ids=str)
 def test_prepacked(name: str, shape: tuple[int, ...]) -> None:
     """Few rows, and more than the kernel for few rows takes."""
     linears, x = Linears(shape[-1], FormatSpec.from_name(name)), values(*shape)
     linears.check(linears.w4a4(x), x, linears.fake_quantized(x))
-    linears.check(linears.w4a16(x), x, x.reshape(-1, shape[-1]))
+    linears.check(linears.w4a16(x), x, x.reshape(x.shape[:-1].numel(), shape[-1]))
+
+
+@pytest.mark.parametrize("shape", [(3, 70), (20, 70), (0, 70), (3, 0)], ids=str)
+def test_linears_without_outputs(shape: tuple[int, ...]) -> None:
+    linears, x = Linears(shape[-1], outputs=(0, 17, 0)), values(*shape)
+    linears.check(linears.w4a4(x), x, linears.fake_quantized(x))
+    linears.check(linears.w4a16(x), x, x)
+    none = Linears(shape[-1], outputs=())
+    assert none.w4a4(x) == none.w4a16(x) == []
 
 
 @pytest.mark.parametrize("rows", [3, 20])
@@ -108,7 +122,7 @@ def test_activations_as_they_lie(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("shape", [(2, 3, 100), (0, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 100), (0, 64), (3, 0)], ids=str)
 def test_the_ops_on_stored_weights_equal_the_default_ones(name: str, shape: tuple[int, ...]) -> None:
     spec, x = FormatSpec.from_name(name), values(*shape).bfloat16()
     books, bias = universal_codebooks(spec.num_codebooks), values(20).bfloat16()
@@ -134,8 +148,8 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.cpu(), expected, **tolerance)
 
 
-FUSED_SHAPES = [(64,), (3, 2, 70), (4, 5, 70), (0, 64)]
-"""One row, few, more than the kernel for few rows takes, and none."""
+FUSED_SHAPES = [(64,), (3, 2, 70), (4, 5, 70), (0, 64), (3, 0)]
+"""One row, few, more than the kernel for few rows takes, and none; no columns."""
 
 
 def assert_all_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
@@ -249,17 +263,21 @@ def test_every_overload_has_an_implementation() -> None:
     assert {f"{one.name}.{one.overload_name}".rstrip(".") for one in names} <= set(IMPLEMENTATIONS)
 
 
-def test_operands_of_other_shapes_are_refused() -> None:
-    linears, x = Linears(64), values(3, 64).to(DEVICE)
-    none = [torch.empty(0, device=DEVICE)] * 3
-    norm, residuals = (None, 1e-5, 0.0, True), [torch.ones(33, device=DEVICE), *none[1:]]
-    with pytest.raises(LobcqError, match=r"up is torch.float32 \[64\]: pass"):
-        IMPLEMENTATIONS[schemas.LINEAR_PREPACKED_SILU_MUL](
-            x, x[0], linears.tables, None, *linears.rest, none, torch.float32
-        )
-    with pytest.raises(LobcqError, match=r"residual is torch.float32 \[1, 64\]: pass"):
-        IMPLEMENTATIONS[schemas.LINEAR_PREPACKED_ADD_RMS_NORM](
-            x, x[:1], *norm, linears.tables, None, *linears.rest, torch.float32
-        )
-    with pytest.raises(LobcqError, match=r"a residual is torch.float32 \[33\]: pass"):
-        IMPLEMENTATIONS[schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION_RESIDUAL](x, *linears.rest, residuals)
+@pytest.mark.parametrize("op", PREPACKED)
+def test_every_violation_of_a_prepacked_op_s_contract_is_refused(op: str) -> None:
+    linears, x = Linears(200), values(2, 200).to(DEVICE)
+    assert_refused(op, prepacked_call(op, x, linears.tables, linears.rest), IMPLEMENTATIONS[op], [])
+
+
+@pytest.mark.parametrize("op", [op for op in STORED if op in IMPLEMENTATIONS])
+def test_every_violation_of_a_stored_op_s_contract_is_refused(op: str) -> None:
+    assert_refused(op, stored_call(op, DEVICE), IMPLEMENTATIONS[op], [])
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_static_scale_that_no_host_looks_at_gives_nan(bad: float) -> None:
+    """On a GPU its value is not checked, which would wait for it."""
+    lookup, scale = Lookup.of(universal_codebooks(8).to(DEVICE)), torch.tensor(bad, device=DEVICE)
+    x = values(3, 100).to(DEVICE)
+    assert encode_operand(x, lookup, FormatSpec(), scale).row_scales.isnan().all()
+    assert encode_rows(x, lookup, FormatSpec(), scale)[3].isnan().all()

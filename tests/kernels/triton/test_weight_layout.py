@@ -15,7 +15,7 @@ from tests.kernels.triton.operands import DEVICE, assert_same_bits, codebooks, p
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("shape", [(1, 1), (37, 200), (16, 1100)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 0), (0, 64), (0, 0), (1, 1), (37, 200), (16, 1100)], ids=str)
 def test_unpacking_restores_every_byte(spec: FormatSpec, shape: tuple[int, int]) -> None:
     encoded = encode(torch.randn(shape), spec, codebooks(spec).cpu())
     layout = CudaWeightLayout()

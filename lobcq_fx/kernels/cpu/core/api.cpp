@@ -57,14 +57,6 @@ int32_t check_weight(const lobcq_weight* w) {
     return valid_shape(w->rows, w->columns) && w->data ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
 }
 
-// What fills the last block array up to its size is no part of it: a caller may count those zeros among the columns.
-WeightStamp stamp_of(const lobcq_weight& w) {
-    return {.rows = w.rows,
-            .columns = round_up(w.columns, w.array_size),
-            .num_codebooks = w.num_codebooks,
-            .array_size = w.array_size};
-}
-
 int32_t check_packed_weight(const lobcq_weight* w) {
     if (const int32_t status = check_weight(w)) return status;
     return WeightView(*w).stamp() == stamp_of(*w) ? LOBCQ_OK : LOBCQ_OTHER_WEIGHT;
@@ -89,13 +81,6 @@ int32_t check_product(const lobcq_product& p, const lobcq_activation& a) {
 template <class A, class B>
 bool same_shape(const A& a, const B& b) {
     return a.rows == b.rows && a.columns == b.columns;
-}
-
-// Whether an operand's rows, filled up with zeros or not, are an activation's.
-template <class Operand>
-bool fills(const Operand& operand, const lobcq_activation& a) {
-    return operand.rows == a.rows &&
-           (operand.columns == a.columns || round_up(operand.columns, a.array_size) == a.columns);
 }
 
 int planes_of(int32_t kind) { return kind == LOBCQ_FLOAT ? isa().planes : 1; }
@@ -256,7 +241,7 @@ int32_t lobcq_activation_encode(const void* tables, const lobcq_matrix* x, int32
     if (scale_rule < LOBCQ_SHARED_SCALE || scale_rule > LOBCQ_ABSMAX_SCALES) return LOBCQ_INVALID_ARGUMENT;
     if (scale_rule != LOBCQ_ABSMAX_SCALES && x->rows > 0 && !aligned(tensor_scale, 4)) return LOBCQ_INVALID_ARGUMENT;
     if (const int32_t status = check_activation(activation)) return status;
-    if (!fills(*x, *activation) || activation->kind != LOBCQ_ENCODED) return LOBCQ_INVALID_ARGUMENT;
+    if (!same_shape(*x, *activation) || activation->kind != LOBCQ_ENCODED) return LOBCQ_INVALID_ARGUMENT;
     const ActivationView a = view(*activation);
     return run(x->rows, row_grain(x->columns), parallel, [&](int64_t begin, int64_t end) {
         encode_activation(as_tables(tables), *x, scale_rule, tensor_scale, a, begin, end);
@@ -268,7 +253,7 @@ int32_t lobcq_activation_load(const void* tables, const lobcq_packed* packed, lo
     if (!valid_tables(tables)) return LOBCQ_INVALID_ARGUMENT;
     if (const int32_t status = check_packed(packed, true)) return status;
     if (const int32_t status = check_activation(activation)) return status;
-    if (!fills(*packed, *activation) || packed->array_size != activation->array_size ||
+    if (!same_shape(*packed, *activation) || packed->array_size != activation->array_size ||
         packed->num_codebooks != as_tables(tables).num_codebooks || activation->kind != LOBCQ_ENCODED)
         return LOBCQ_INVALID_ARGUMENT;
     const ActivationView a = view(*activation);
@@ -280,7 +265,7 @@ int32_t lobcq_activation_load(const void* tables, const lobcq_packed* packed, lo
 int32_t lobcq_activation_split(const lobcq_matrix* x, lobcq_activation* activation, lobcq_parallel_for parallel) {
     if (!valid_matrix(x)) return LOBCQ_INVALID_ARGUMENT;
     if (const int32_t status = check_activation(activation)) return status;
-    if (!fills(*x, *activation) || activation->kind != LOBCQ_FLOAT) return LOBCQ_INVALID_ARGUMENT;
+    if (!same_shape(*x, *activation) || activation->kind != LOBCQ_FLOAT) return LOBCQ_INVALID_ARGUMENT;
     const ActivationView a = view(*activation);
     return run(x->rows, row_grain(x->columns), parallel,
                [&](int64_t begin, int64_t end) { split_activation(*x, a, begin, end); });

@@ -90,9 +90,9 @@ void store_entries(const Tables& t, const Slab& slab, const ActivationView& a, i
         a.scales_at(row)[first + g] = e4m3_value(slab.scales[g]);
 }
 
-void clear_padding(const ActivationView& a, int64_t row, int64_t columns) {
-    std::memset(a.entries_at(row) + columns, 0, static_cast<size_t>(a.stride - columns));
-    for (int64_t g = ceil_div(columns, a.array_size); g < a.arrays; ++g) a.scales_at(row)[g] = 0.0f;
+void clear_padding(const ActivationView& a, int64_t row) {
+    std::memset(a.entries_at(row) + a.columns, 0, static_cast<size_t>(a.stride - a.columns));
+    for (int64_t g = ceil_div(a.columns, a.array_size); g < a.arrays; ++g) a.scales_at(row)[g] = 0.0f;
 }
 
 }  // namespace
@@ -132,7 +132,7 @@ void encode_packed(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, c
 void encode_activation(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, const float* tensor_scale,
                        const ActivationView& a, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-        clear_padding(a, row, x.columns);
+        clear_padding(a, row);
         a.row_scales[row] = row_scale(x, scale_rule, tensor_scale, row);
         encode_row(t, x, row, a.array_size, a.row_scales[row], [&](const Slab& slab, int64_t column, int64_t columns) {
             store_entries(t, slab, a, row, column, columns);
@@ -147,7 +147,7 @@ void load_activation(const Tables& t, const lobcq_packed& packed, const Activati
     const int bits = selector_bits(t.num_codebooks);
     Slab slab;
     for (int64_t row = begin; row < end; ++row) {
-        clear_padding(a, row, packed.columns);
+        clear_padding(a, row);
         a.row_scales[row] = packed.tensor_scale[packed.num_tensor_scales == 1 ? 0 : row];
         for (int64_t column = 0; column < packed.columns; column += kSlab) {
             const int64_t left = packed.columns - column, n = left < kSlab ? left : kSlab;
@@ -169,7 +169,7 @@ void split_activation(const lobcq_matrix& x, const ActivationView& a, int64_t be
     Slab slab;
     for (int64_t row = begin; row < end; ++row) {
         const int64_t first_plane = row * a.planes;
-        for (int p = 0; p < a.planes; ++p) clear_padding(a, first_plane + p, x.columns);
+        for (int p = 0; p < a.planes; ++p) clear_padding(a, first_plane + p);
         const uint32_t absmax = absmax_of_row(x, row);
         // A power of two near the row's largest magnitude, so that no scale over- or underflows.
         const uint32_t exponent = absmax >> 23;

@@ -27,7 +27,8 @@ constexpr int kMaxPlanes = 4;
 constexpr int64_t kAlign = 64;
 constexpr int64_t kSlack = 64;  // bytes readable behind a buffer's last stream: kernels load whole vectors
 
-// What a weight's slack holds: what it was packed for. The layout's version is part of the magic number.
+// What a weight's slack holds: what it was packed for. The layout's version is part of the magic number. The columns are
+// rounded up to whole block arrays: more is not known of a weight that comes from stored bytes.
 struct WeightStamp {
     uint64_t magic = 0x31304c2d51434f4c;
     int64_t rows, columns;
@@ -36,6 +37,11 @@ struct WeightStamp {
     bool operator==(const WeightStamp&) const = default;
 };
 static_assert(sizeof(WeightStamp) <= kSlack);
+
+inline WeightStamp stamp_of(const lobcq_weight& w) {
+    return {.rows = w.rows, .columns = round_up(w.columns, w.array_size), .num_codebooks = w.num_codebooks,
+            .array_size = w.array_size};
+}
 
 // Row within the panel of half h (0, 1), place i (0..7) of a block pair.
 constexpr int row_at(int half, int place) { return 4 * (place >> 1) + 2 * half + (place & 1); }

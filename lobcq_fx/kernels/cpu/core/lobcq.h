@@ -142,8 +142,9 @@ LOBCQ_API int32_t lobcq_decode(const void* tables, const lobcq_packed* packed, l
                                lobcq_parallel_for parallel);
 
 /* Kernel layout of a weight and back; the tensor scale is no part of it. `weight_bytes` returns -1 for an invalid
- * shape, and is the packed size but for padding to 16 rows and 64 columns and a stamp that names shape and format:
- * what reads a weight of another stamp refuses it (LOBCQ_OTHER_WEIGHT).
+ * shape, and is the packed size but for padding to 16 rows and 64 columns and a stamp that names format, rows
+ * and columns, these rounded up to a multiple of array_size, which is all that stored bytes tell: what reads a weight of
+ * another stamp refuses it (LOBCQ_OTHER_WEIGHT).
  * Packing refuses (LOBCQ_CORRUPT_DATA) a negative or NaN scale and selector padding bits that are not zero. Unpacking
  * restores the bytes that were packed. packed->tensor_scale is not looked at. */
 LOBCQ_API int64_t lobcq_weight_bytes(int64_t rows, int64_t columns, int32_t num_codebooks, int32_t array_size);
@@ -154,7 +155,6 @@ LOBCQ_API int32_t lobcq_weight_unpack(const lobcq_weight* weight, lobcq_packed* 
  * encode (kind LOBCQ_ENCODED): as lobcq_encode; tensor_scale is as scale_rule says, or NULL for LOBCQ_ABSMAX_SCALES.
  * load (kind LOBCQ_ENCODED): from packed bytes, as lobcq_encode wrote them.
  * split (kind LOBCQ_FLOAT): the values themselves.
- * The activation may have Kp columns, as a weight that was packed as one of Kp: what is behind K counts as zeros.
  * A row with NaN or infinity gives NaN in that row of every product, and changes no other row. */
 LOBCQ_API int64_t lobcq_activation_bytes(int64_t rows, int64_t columns, int32_t array_size, int32_t kind);
 LOBCQ_API int32_t lobcq_activation_encode(const void* tables, const lobcq_matrix* x, int32_t scale_rule,

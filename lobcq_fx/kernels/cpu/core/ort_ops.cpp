@@ -35,15 +35,13 @@ float scalar(const Node& node, size_t index, const Tensor& tensor) {
     return *tensor.as<const float>();
 }
 
-// An activation in kernel layout, for one call. K is filled up to a multiple of array_size: its weight is packed for as
-// many columns, of which a node does not say how many are filling.
+// An activation in kernel layout, for one call.
 struct Activation {
     Buffer data;
     lobcq_activation view;
 
     Activation(const Node& node, int64_t rows, int64_t columns, int32_t array_size, int32_t kind)
-        : data(bytes(node, rows, columns, array_size, kind)),
-          view{data.data(), rows, round_up(columns, array_size), array_size, kind} {}
+        : data(bytes(node, rows, columns, array_size, kind)), view{data.data(), rows, columns, array_size, kind} {}
 
   private:
     static int64_t bytes(const Node& node, int64_t rows, int64_t columns, int32_t array_size, int32_t kind) {
@@ -123,13 +121,14 @@ void Product::multiply(const Call& call, const Activation& a, const Shape& leadi
     std::optional<Weight> repacked;
     if (!weight_) repacked = repack(node_, at_, array_size_, [&](size_t index) { return call.input(index); });
     const Weight& w = weight_ ? *weight_ : *repacked;
-    if (a.view.columns != w.padded_columns)
+    const int64_t columns = a.view.columns;
+    if (round_up(columns, array_size_) != w.padded_columns)
         node_.refuse("the weight has rows of " + std::to_string(w.padded_columns) + " scalars, the activation of " +
-                     std::to_string(a.view.columns) + ", both filled up to a multiple of array_size");
+                     std::to_string(columns) + ", filled up to a multiple of array_size");
     const Tensor bias = call.input(at_.bias());
     if (bias) node_.check_shape(at_.bias(), bias, {w.outputs});
     const float scale = scalar(node_, at_.tensor_scale(), call.input(at_.tensor_scale()));
-    const lobcq_weight weight{w.data.data(), w.outputs, w.padded_columns, w.tables->num_codebooks, array_size_};
+    const lobcq_weight weight{w.data.data(), w.outputs, columns, w.tables->num_codebooks, array_size_};
     const lobcq_matrix out{call.output(0, with(leading, w.outputs)), a.view.rows, w.outputs, w.outputs, dtype_of(type)};
     const lobcq_product product{w.tables.get(), &weight, scale, bias.as<const float>(), &out};
     node_.check_core(lobcq_linear(&product, 1, &a.view, parallel_for), "the product");

@@ -26,12 +26,6 @@ int32_t Tensor::dtype() const {
     return dtype;
 }
 
-int64_t Tensor::numel() const {
-    int64_t elements = 0;
-    check(api.aoti_torch_get_numel(handle_, &elements), "get_numel");
-    return elements;
-}
-
 bool Tensor::is_contiguous() const {
     bool contiguous = false;
     check(api.aoti_torch_is_contiguous(handle_, &contiguous), "is_contiguous");
@@ -39,10 +33,9 @@ bool Tensor::is_contiguous() const {
 }
 
 std::vector<int64_t> Tensor::numbers(int32_t (*get)(void*, int64_t**)) const {
-    int64_t dim = 0, *first = nullptr;
-    check(api.aoti_torch_get_dim(handle_, &dim), "get_dim");
+    int64_t* first = nullptr;
     check(get(handle_, &first), "get_sizes or get_strides");
-    return {first, first + dim};
+    return {first, first + dim()};
 }
 
 Tensor take_optional_tensor(Value value) {

@@ -31,6 +31,8 @@ struct Api {
     int32_t (*aoti_torch_get_dtype)(void* tensor, int32_t* dtype);
     int32_t (*aoti_torch_get_numel)(void* tensor, int64_t* elements);
     int32_t (*aoti_torch_is_contiguous)(void* tensor, bool* contiguous);
+    int32_t (*aoti_torch_get_storage_size)(void* tensor, int64_t* bytes);
+    int32_t (*aoti_torch_get_storage_offset)(void* tensor, int64_t* elements);
     int32_t (*aoti_torch_empty_strided)(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                                         int32_t device_type, int32_t device_index, void** tensor);
     int32_t (*aoti_torch_new_tensor_handle)(void* tensor, void** reference);
@@ -88,7 +90,10 @@ class Tensor {
     int32_t dtype() const;
     std::vector<int64_t> sizes() const { return numbers(api.aoti_torch_get_sizes); }
     std::vector<int64_t> strides() const { return numbers(api.aoti_torch_get_strides); }
-    int64_t numel() const;
+    int64_t dim() const { return number(api.aoti_torch_get_dim, "get_dim"); }
+    int64_t numel() const { return number(api.aoti_torch_get_numel, "get_numel"); }
+    int64_t storage_bytes() const { return number(api.aoti_torch_get_storage_size, "get_storage_size"); }
+    int64_t storage_offset() const { return number(api.aoti_torch_get_storage_offset, "get_storage_offset"); }
     bool is_contiguous() const;
 
     // The first element, wherever it lies in memory.
@@ -100,6 +105,11 @@ class Tensor {
     }
 
   private:
+    int64_t number(int32_t (*get)(void*, int64_t*), const char* what) const {
+        int64_t value = 0;
+        check(get(handle_, &value), what);
+        return value;
+    }
     std::vector<int64_t> numbers(int32_t (*get)(void*, int64_t**)) const;
 
     void* handle_;

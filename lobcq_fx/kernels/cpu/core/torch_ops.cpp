@@ -6,43 +6,16 @@
 #include "half.h"
 #include "layout.h"
 #include "lobcq_torch.h"
-#include "torch_api.h"
+#include "torch_operands.h"
 
 namespace lobcq::torch {
 namespace {
-
-[[noreturn]] void refuse(const std::string& what) { throw std::runtime_error("lobcq::linear_prepacked: " + what); }
 
 void check_core(int32_t status) {
     if (status) refuse(lobcq_status_text(status));
 }
 
-int32_t dtype_of(int32_t torch_dtype) {
-    if (torch_dtype == api.aoti_torch_dtype_float32()) return LOBCQ_FP32;
-    if (torch_dtype == api.aoti_torch_dtype_bfloat16()) return LOBCQ_BF16;
-    if (torch_dtype == api.aoti_torch_dtype_float16()) return LOBCQ_FP16;
-    refuse("a tensor is not in fp32, bf16 or fp16");
-}
-
 bool aligned(const void* data, uintptr_t to) { return reinterpret_cast<uintptr_t>(data) % to == 0; }
-
-// Refuses an operand of another dtype or size, with gaps between its elements, or whose memory was given back. Its
-// device is the dispatcher's business: a tensor of another one takes the call to that one's kernel.
-void require(const Tensor& operand, const char* name, int32_t dtype, const char* dtype_name, int64_t elements,
-             const char* meaning) {
-    if (operand.numel() != elements) refuse(meaning);
-    if (operand.dtype() != dtype || !operand.is_contiguous() || (elements && !operand.data<void>()))
-        refuse(std::string(name) + " is not contiguous " + dtype_name);
-}
-
-void require_bytes(const Tensor& operand, const char* name, int64_t bytes, const char* meaning) {
-    require(operand, name, api.aoti_torch_dtype_uint8(), "uint8", bytes, meaning);
-}
-
-float scalar(const Tensor& operand, const char* name) {
-    require(operand, name, api.aoti_torch_dtype_float32(), "fp32", 1, "a scale does not have one element");
-    return operand.first<float>();
-}
 
 // The stable interface has no requires_grad. A view of a tensor that requires a gradient is no leaf.
 bool requires_grad(const Tensor& x) {
@@ -60,7 +33,8 @@ struct Call {
     Tensor weight_tables;
     std::vector<Tensor> biases;
     std::vector<int64_t> out_features;
-    int32_t array_size = 0, dtype = 0;
+    int64_t array_size = 0;
+    int32_t dtype = 0;  // torch's number
 
     // Takes what follows the activation's arguments.
     void take_rest(const Value* stack) {
@@ -69,14 +43,20 @@ struct Call {
         weight_tables = Tensor(stack[2]);
         biases = take_tensors(stack[3]);
         out_features = take_integers(stack[4]);
-        array_size = stack[5] > INT32_MAX ? 0 : static_cast<int32_t>(stack[5]);  // 0 is refused
+        array_size = static_cast<int64_t>(stack[5]);
     }
 
     std::vector<Tensor> run();
 
   private:
     void check_operands() const;
+    int32_t narrow_array_size() const { return static_cast<int32_t>(array_size); }  // once it is checked
+    int32_t kind() const { return activation_tables ? LOBCQ_ENCODED : LOBCQ_FLOAT; }
+    int64_t activation_bytes(int64_t rows, int64_t columns) const {
+        return lobcq_activation_bytes(rows, columns, narrow_array_size(), kind());
+    }
     lobcq_matrix rows();
+    lobcq_weight weight(size_t index, int64_t columns, int32_t codebooks) const;
     Tensor encoded(const lobcq_matrix& rows, lobcq_activation* activation) const;
 };
 
@@ -109,35 +89,38 @@ Tensor realigned(Tensor x, uintptr_t align) {
 // x as a matrix, copied where its strides are none of a matrix.
 lobcq_matrix Call::rows() {
     const std::vector<int64_t> sizes = x.sizes();
-    if (sizes.empty()) refuse("x has no dimension");
-    if (!is_matrix(sizes, x.strides())) x = contiguous(std::move(x));
-    x = realigned(std::move(x), dtype_of(x.dtype()) == LOBCQ_FP32 ? 4 : 2);
-    const std::vector<int64_t> strides = x.strides();
     const int64_t columns = sizes.back();
-    int64_t count = 1, stride = columns;
-    for (size_t i = sizes.size() - 1; i-- > 0; count *= sizes[i])
-        if (sizes[i] != 1 && count == 1) stride = strides[i];
-    return {x.data<void>(), count, columns, count > 1 ? stride : columns, dtype_of(x.dtype())};
+    int64_t count = 1;
+    for (size_t i = sizes.size() - 1; i-- > 0;) count *= sizes[i];
+    if (activation_bytes(count, columns) < 0) refuse("x is " + to_string(sizes) + ": too large");
+    if (!is_matrix(sizes, x.strides())) x = contiguous(std::move(x));
+    x = realigned(std::move(x), float_dtype(x.dtype()) == LOBCQ_FP32 ? 4 : 2);
+    const std::vector<int64_t> strides = x.strides();
+    int64_t stride = columns;  // that of the innermost dimension which has more than one row
+    for (size_t i = sizes.size() - 1; i-- > 0 && count > 1;)
+        if (sizes[i] != 1) {
+            stride = strides[i];
+            break;
+        }
+    return {x.data<void>(), count, columns, stride, float_dtype(x.dtype())};
 }
 
 // Fills in the activation; its memory lives as long as the result.
 Tensor Call::encoded(const lobcq_matrix& rows, lobcq_activation* activation) const {
-    const int32_t kind = activation_tables ? LOBCQ_ENCODED : LOBCQ_FLOAT;
-    const int64_t bytes = lobcq_activation_bytes(rows.rows, rows.columns, array_size, kind);
-    if (bytes < 0) refuse("the activation's shape or array_size is not supported");
-    Tensor buffer = Tensor::empty({bytes}, api.aoti_torch_dtype_uint8());
-    *activation = {buffer.data<void>(), rows.rows, rows.columns, array_size, kind};
-    if (kind == LOBCQ_FLOAT) {
+    Tensor buffer = Tensor::empty({activation_bytes(rows.rows, rows.columns)}, api.aoti_torch_dtype_uint8());
+    *activation = {buffer.data<void>(), rows.rows, rows.columns, narrow_array_size(), kind()};
+    if (kind() == LOBCQ_FLOAT) {
         check_core(lobcq_activation_split(&rows, activation, api.torch_parallel_for));
         return buffer;
     }
     const auto* tables = activation_tables.data<void>();
+    if (lobcq_tables_codebooks(tables) < 0) refuse("activation_tables are not what this core makes of codebooks");
     if (!static_scale) {
         check_core(lobcq_activation_encode(tables, &rows, LOBCQ_ABSMAX_SCALES, nullptr, activation,
                                            api.torch_parallel_for));
         return buffer;
     }
-    const float scale = scalar(static_scale, "static_scale");
+    const auto scale = static_scale.first<float>();
     if (!(scale > 0 && std::isfinite(scale)))
         refuse("static_scale is " + std::to_string(scale) + ": it must be positive and finite");
     // Given for each row, the rule that makes NaN of a whole row with NaN or infinity in it.
@@ -148,20 +131,25 @@ Tensor Call::encoded(const lobcq_matrix& rows, lobcq_activation* activation) con
 }
 
 void Call::check_operands() const {
+    if (requires_grad(x)) refuse("the lobcq:: ops are inference only and have no gradient");
     const size_t count = weights.size();
     if (tensor_scales.size() != count || biases.size() != count || out_features.size() != count)
         refuse("weights, tensor_scales, biases and out_features differ in length");
-    for (const Tensor* tables : {&weight_tables, &activation_tables})
-        if (*tables)
-            require_bytes(*tables, "a set of tables", lobcq_tables_bytes(), "tables were not made by this core");
+    if (array_size != 16 && array_size != 32 && array_size != 64 && array_size != 128)
+        refuse("array_size is " + std::to_string(array_size) + ": pass 16, 32, 64 or 128");
+    require_activation(x);
+    if (float_dtype(dtype) < 0) refuse("dtype is " + dtype_name(dtype) + ": pass float32 or bfloat16 or float16");
+    if (activation_tables) require(kActivationTables, activation_tables, lobcq_tables_bytes());
+    if (static_scale) require(kStaticScale, static_scale, 1);
+    require(kWeightTables, weight_tables, lobcq_tables_bytes());
 }
 
 // A bias in fp32: as it lies, or converted or moved into `buffer`. No elements: no bias.
-const float* float_bias(const Tensor& bias, int64_t outputs, std::vector<float>* buffer) {
-    const int64_t count = bias.numel();
+const float* float_bias(const Tensor& bias, int64_t outputs, int index, std::vector<float>* buffer) {
+    const int64_t count = bias.numel() ? outputs : 0;
+    require(kBiases, bias, count, index);
     if (count == 0) return nullptr;
-    const int32_t dtype = dtype_of(bias.dtype());
-    require(bias, "a bias", bias.dtype(), "floats", outputs, "a bias does not have one element for each output");
+    const int32_t dtype = float_dtype(bias.dtype());
     const auto* data = bias.data<uint8_t>();
     if (dtype == LOBCQ_FP32 && aligned(data, sizeof(float))) return bias.data<float>();
     buffer->resize(static_cast<size_t>(count));
@@ -174,32 +162,54 @@ const float* float_bias(const Tensor& bias, int64_t outputs, std::vector<float>*
     return buffer->data();
 }
 
+std::string target_of(const WeightStamp& stamp) {
+    return to_string({stamp.rows, stamp.columns}) + " in " + std::to_string(stamp.num_codebooks) + "x" +
+           std::to_string(stamp.array_size);
+}
+
+// Weight `index` [rows, columns] of the call.
+lobcq_weight Call::weight(size_t index, int64_t columns, int32_t codebooks) const {
+    const int64_t rows = out_features[index];
+    const int at = static_cast<int>(index);
+    const int64_t bytes = lobcq_weight_bytes(rows, columns, codebooks, narrow_array_size());
+    if (bytes < 0) refuse("out_features[" + std::to_string(at) + "] is " + std::to_string(rows) + ": no weight's");
+    require(kWeights, weights[index], bytes, at);
+    const lobcq_weight weight{weights[index].data<void>(), rows, columns, codebooks, narrow_array_size()};
+    const WeightStamp stamp = WeightView(weight).stamp(), expected = stamp_of(weight);
+    if (stamp.magic != expected.magic) refuse("weights[" + std::to_string(at) + "] was not packed by this core");
+    if (stamp != expected)
+        refuse("weights[" + std::to_string(at) + "] was packed for another shape or format: " + target_of(stamp) +
+               ", this call reads " + target_of(expected));
+    return weight;
+}
+
 std::vector<Tensor> Call::run() {
-    if (requires_grad(x)) refuse("the lobcq:: ops are inference only and have no gradient");
     check_operands();
     weight_tables = realigned(std::move(weight_tables), kAlign);
     if (activation_tables) activation_tables = realigned(std::move(activation_tables), kAlign);
-    const lobcq_matrix matrix = rows();
-    lobcq_activation activation;
-    const Tensor buffer = encoded(matrix, &activation);
     const auto* tables = weight_tables.data<void>();
     const int32_t codebooks = lobcq_tables_codebooks(tables);
+    if (codebooks < 0) refuse("weight_tables are not what this core makes of codebooks");
+    const lobcq_matrix matrix = rows();
     const size_t count = weights.size();
-    std::vector<Tensor> outputs;
     std::vector<lobcq_weight> kernel_weights(count);
+    for (size_t i = 0; i < count; ++i) kernel_weights[i] = weight(i, matrix.columns, codebooks);
+    lobcq_activation activation;
+    const Tensor buffer = encoded(matrix, &activation);
+    std::vector<Tensor> outputs;
     std::vector<lobcq_matrix> matrices(count);
     std::vector<std::vector<float>> bias_buffers(count);
     std::vector<lobcq_product> products(count);
     std::vector<int64_t> sizes = x.sizes();
     for (size_t i = 0; i < count; ++i) {
+        const int at = static_cast<int>(i);
         const int64_t n = sizes.back() = out_features[i];
-        require_bytes(weights[i], "a weight", lobcq_weight_bytes(n, matrix.columns, codebooks, array_size),
-                      "a weight was packed for another shape or format than that of this call");
+        if (int64_t elements = 0; __builtin_mul_overflow(matrix.rows, n, &elements)) refuse("a result is too large");
+        require(kTensorScales, tensor_scales[i], 1, at);
+        const float* bias = float_bias(biases[i], n, at, &bias_buffers[i]);
         outputs.push_back(Tensor::empty(sizes, dtype));
-        kernel_weights[i] = {weights[i].data<void>(), n, matrix.columns, codebooks, array_size};
-        matrices[i] = {outputs[i].data<void>(), matrix.rows, n, n, dtype_of(dtype)};
-        products[i] = {tables, &kernel_weights[i], scalar(tensor_scales[i], "a tensor scale"),
-                       float_bias(biases[i], n, &bias_buffers[i]), &matrices[i]};
+        matrices[i] = {outputs[i].data<void>(), matrix.rows, n, n, float_dtype(dtype)};
+        products[i] = {tables, &kernel_weights[i], tensor_scales[i].first<float>(), bias, &matrices[i]};
     }
     check_core(lobcq_linear(products.data(), static_cast<int64_t>(count), &activation, api.torch_parallel_for));
     return outputs;
@@ -237,6 +247,7 @@ bool find_all(void* torch) {
            LOBCQ_FIND(aoti_torch_get_dim) && LOBCQ_FIND(aoti_torch_get_sizes) &&
            LOBCQ_FIND(aoti_torch_get_strides) && LOBCQ_FIND(aoti_torch_get_dtype) &&
            LOBCQ_FIND(aoti_torch_get_numel) && LOBCQ_FIND(aoti_torch_is_contiguous) &&
+           LOBCQ_FIND(aoti_torch_get_storage_size) && LOBCQ_FIND(aoti_torch_get_storage_offset) &&
            LOBCQ_FIND(aoti_torch_empty_strided) && LOBCQ_FIND(aoti_torch_new_tensor_handle) &&
            LOBCQ_FIND(aoti_torch_delete_tensor_object) && LOBCQ_FIND(aoti_torch_grad_mode_is_enabled) &&
            LOBCQ_FIND(torch_new_list_reserve_size) && LOBCQ_FIND(torch_list_size) &&

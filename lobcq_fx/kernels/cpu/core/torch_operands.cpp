@@ -1,0 +1,98 @@
+#include "torch_operands.h"
+
+namespace lobcq::torch {
+namespace {
+
+int64_t element_size(int32_t torch_dtype) {
+    if (torch_dtype == api.aoti_torch_dtype_float32()) return 4;
+    return torch_dtype == api.aoti_torch_dtype_uint8() ? 1 : 2;
+}
+
+bool has_dtype(Dtypes dtypes, int32_t torch_dtype) {
+    switch (dtypes) {
+        case Dtypes::kFloats: return float_dtype(torch_dtype) >= 0;
+        case Dtypes::kFloat32: return torch_dtype == api.aoti_torch_dtype_float32();
+        case Dtypes::kUint8: return torch_dtype == api.aoti_torch_dtype_uint8();
+    }
+    return false;
+}
+
+const char* names_of(Dtypes dtypes) {
+    switch (dtypes) {
+        case Dtypes::kFloats: return "float32 or bfloat16 or float16";
+        case Dtypes::kFloat32: return "float32";
+        case Dtypes::kUint8: return "uint8";
+    }
+    return "";
+}
+
+// Whether the storage holds `elements` of them from the first one on.
+bool holds(const Tensor& operand, int64_t elements) {
+    const int64_t size = element_size(operand.dtype()), held = operand.storage_bytes() / size;
+    return elements == 0 || (operand.storage_offset() <= held - elements && operand.data<void>());
+}
+
+[[noreturn]] void refuse_operand(const Contract& contract, const Tensor& operand, int index,
+                                 const std::string& expected) {
+    std::string text = contract.name;
+    if (index != kAlone) text += "[" + std::to_string(index) + "]";
+    text += " is " + dtype_name(operand.dtype()) + " " + to_string(operand.sizes());
+    if (!operand.is_contiguous()) text += " with strides " + to_string(operand.strides());
+    else if (has_dtype(contract.dtypes, operand.dtype()) && !holds(operand, operand.numel()))
+        text += " in a storage of " + std::to_string(operand.storage_bytes()) + " bytes";
+    refuse(text + ": pass " + expected);
+}
+
+std::string expected_of(const Contract& contract, int64_t elements) {
+    const std::string shape = contract.rank == 0 ? "[]" : to_string(std::vector<int64_t>{elements});
+    return std::string("contiguous ") + names_of(contract.dtypes) + " " + shape;
+}
+
+}  // namespace
+
+void refuse(const std::string& what) { throw std::runtime_error("lobcq::linear_prepacked: " + what); }
+
+void require(const Contract& contract, const Tensor& operand, int64_t elements, int index) {
+    const bool counted = operand.dim() == contract.rank && operand.numel() == elements;
+    if (counted && has_dtype(contract.dtypes, operand.dtype()) && operand.is_contiguous() && holds(operand, elements))
+        return;
+    refuse_operand(contract, operand, index, expected_of(contract, elements) + (counted ? "" : contract.remedy));
+}
+
+void require_activation(const Tensor& x) {
+    const std::vector<int64_t> sizes = x.sizes(), strides = x.strides();
+    bool valid = has_dtype(kX.dtypes, x.dtype()) && !sizes.empty();
+    int64_t elements = 1, last = 0;  // `last` lies as far behind the first
+    for (size_t i = 0; i < sizes.size() && valid; ++i) {
+        int64_t reach = 0;
+        valid = !__builtin_mul_overflow(elements, sizes[i], &elements) &&
+                !__builtin_mul_overflow(sizes[i] - 1, strides[i], &reach) &&
+                !__builtin_add_overflow(last, reach, &last);
+    }
+    if (!valid || (elements && !holds(x, last + 1)))
+        refuse_operand(kX, x, kAlone, std::string(names_of(kX.dtypes)) + " [..., K]");
+}
+
+int32_t float_dtype(int32_t torch_dtype) {
+    if (torch_dtype == api.aoti_torch_dtype_float32()) return LOBCQ_FP32;
+    if (torch_dtype == api.aoti_torch_dtype_bfloat16()) return LOBCQ_BF16;
+    if (torch_dtype == api.aoti_torch_dtype_float16()) return LOBCQ_FP16;
+    return -1;
+}
+
+std::string dtype_name(int32_t torch_dtype) {
+    // By c10::ScalarType, whose numbers libtorch's stable interface hands out.
+    static constexpr const char* kNames[] = {"uint8",   "int8",      "int16",     "int32",      "int64", "float16",
+                                             "float32", "float64",   "complex32", "complex64",  "complex128", "bool",
+                                             "qint8",   "quint8",    "qint32",    "bfloat16"};
+    if (torch_dtype >= 0 && torch_dtype < static_cast<int32_t>(std::size(kNames))) return kNames[torch_dtype];
+    return "of dtype number " + std::to_string(torch_dtype);
+}
+
+std::string to_string(const std::vector<int64_t>& numbers) {
+    std::string text = "[";
+    for (size_t i = 0; i < numbers.size(); ++i) text += (i ? ", " : "") + std::to_string(numbers[i]);
+    return text + "]";
+}
+
+}  // namespace lobcq::torch

@@ -1,0 +1,46 @@
+// What the operands of lobcq::linear_prepacked have to be: as in lobcq_fx/ops/contracts.py. The core is given
+// addresses alone, so that whatever passes here is read and multiplied.
+#pragma once
+
+#include "torch_api.h"
+
+namespace lobcq::torch {
+
+enum class Dtypes { kFloats, kFloat32, kUint8 };  // kFloats: fp32, bf16 or fp16
+
+// One row of the table.
+struct Contract {
+    const char* name;
+    Dtypes dtypes;
+    int rank;           // -1: one dimension or more, of any strides; otherwise contiguous
+    const char* remedy; // for another number of elements; may be empty
+};
+
+constexpr Contract kX{"x", Dtypes::kFloats, -1, ""};
+constexpr Contract kActivationTables{"activation_tables", Dtypes::kUint8, 1, ": tables are what this core makes"};
+constexpr Contract kStaticScale{"static_scale", Dtypes::kFloat32, 0, ""};
+constexpr Contract kWeights{"weights", Dtypes::kUint8, 1, ": it was packed for another shape or format"};
+constexpr Contract kTensorScales{"tensor_scales", Dtypes::kFloat32, 0, ""};
+constexpr Contract kWeightTables{"weight_tables", Dtypes::kUint8, 1, ": tables are what this core makes"};
+constexpr Contract kBiases{"biases", Dtypes::kFloats, 1, ""};
+
+constexpr int kAlone = -1;  // the index of an operand that is in no list
+
+[[noreturn]] void refuse(const std::string& what);
+
+// Refuses an operand that breaks its contract, has not `elements`, or whose storage ends before its last element. Its
+// device is the dispatcher's business: a tensor of another one takes the call to that one's kernel.
+void require(const Contract& contract, const Tensor& operand, int64_t elements, int index = kAlone);
+
+// The activation, whose shape is the caller's to choose.
+void require_activation(const Tensor& x);
+
+// enum lobcq_dtype of one of the ops' float dtypes.
+int32_t float_dtype(int32_t torch_dtype);
+
+// "uint8", "float32", ...
+std::string dtype_name(int32_t torch_dtype);
+
+std::string to_string(const std::vector<int64_t>& numbers);
+
+}  // namespace lobcq::torch

@@ -1,0 +1,99 @@
+"""What each operand of the `lobcq::` ops has to be: one table, which `operand_checks` checks by.
+
+The C++ core has the rows of `lobcq::linear_prepacked` in `torch_operands.h`; tests break each row in turn and hold all
+implementations to them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import EllipsisType
+
+import torch
+
+from lobcq_fx.format.spec import CODEBOOK_SIZE
+from lobcq_fx.ops import schemas
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT32, UINT8, INT8, E4M3 = (torch.float32,), (torch.uint8,), (torch.int8,), (torch.float8_e4m3fn,)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One row of the table.
+
+    shape: sizes, or names of sizes; `...` stands for the activation's leading dimensions.
+    like: the argument whose dtype the operand has; in place of `dtypes`.
+    contiguous: whether kernels are given its address alone, not its strides.
+    or_empty: in a list, [0] in any of the float dtypes stands for none.
+    positive: its one number is positive and finite. On a GPU that is not looked at, which would wait for it.
+    """
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    shape: tuple[int | str | EllipsisType, ...]
+    like: str | None = None
+    contiguous: bool = False
+    or_empty: bool = False
+    positive: bool = False
+
+    @property
+    def opaque(self) -> bool:
+        """Whether a device lays it out: what it looks like is known where that is."""
+        return self.shape in (("table_bytes",), ("weight_bytes",))
+
+
+_WEIGHT = (
+    Operand("w_codes", UINT8, ("N", "code_bytes")),
+    Operand("w_selectors", UINT8, ("N", "w_selector_bytes")),
+    Operand("w_scales", E4M3, ("N", "arrays")),
+    Operand("w_tensor_scale", FLOAT32, ()),
+    Operand("w_codebooks", INT8, ("N_c", CODEBOOK_SIZE)),
+    Operand("bias", FLOATS, ("N",)),
+)
+_X = Operand("x", FLOATS, (..., "K"))
+_CODEBOOKS = Operand("codebooks", INT8, ("N_c", CODEBOOK_SIZE))
+_STATIC_SCALE = Operand("static_scale", FLOAT32, (), contiguous=True, positive=True)
+_TABLES = Operand("activation_tables", UINT8, ("table_bytes",), contiguous=True)
+_PREPACKED = (
+    Operand("weight_tables", UINT8, ("table_bytes",), contiguous=True),  # say in which format the weights are
+    Operand("weights", UINT8, ("weight_bytes",), contiguous=True),
+    Operand("tensor_scales", FLOAT32, (), contiguous=True),
+    Operand("biases", FLOATS, ("N",), contiguous=True, or_empty=True),
+)
+_ENCODED = (_TABLES, _STATIC_SCALE, *_PREPACKED)
+_RESIDUALS = Operand("residuals", (), (..., "N"), like="dtype", or_empty=True)
+_NORM_WEIGHT, _NORM_BIAS = Operand("norm_weight", FLOATS, ("K",)), Operand("norm_bias", FLOATS, ("K",))
+
+OPERANDS: dict[str, tuple[Operand, ...]] = {
+    schemas.QUANTIZE_ACTIVATION: (_X, _CODEBOOKS, _STATIC_SCALE),
+    schemas.QUANTIZE_WEIGHT: (Operand("w", FLOATS, ("N", "K")), _CODEBOOKS),
+    schemas.LINEAR: (
+        Operand("codes", UINT8, (..., "code_bytes")),
+        Operand("selectors", UINT8, (..., "selector_bytes")),
+        Operand("scales", E4M3, (..., "arrays")),
+        Operand("tensor_scale", FLOAT32, (..., 1)),
+        _CODEBOOKS,
+        *_WEIGHT,
+    ),
+    schemas.LINEAR_FLOAT_ACTIVATION: (_X, *_WEIGHT),
+    schemas.LINEAR_PREPACKED: (_X, *_ENCODED),
+    schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION: (_X, *_PREPACKED),
+    schemas.LINEAR_PREPACKED_RESIDUAL: (_X, *_ENCODED, _RESIDUALS),
+    schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION_RESIDUAL: (_X, *_PREPACKED, _RESIDUALS),
+    schemas.LINEAR_PREPACKED_SILU_MUL: (
+        Operand("gate", FLOATS, (..., "K")),
+        Operand("up", (), (..., "K"), like="gate"),
+        *_ENCODED,
+        _RESIDUALS,
+    ),
+    schemas.LINEAR_PREPACKED_RMS_NORM: (_X, _NORM_WEIGHT, *_ENCODED),
+    schemas.LINEAR_PREPACKED_ADD_RMS_NORM: (
+        _X,
+        Operand("residual", (), (..., "K"), like="x"),
+        _NORM_WEIGHT,
+        *_ENCODED,
+    ),
+    schemas.LINEAR_PREPACKED_LAYER_NORM: (_X, _NORM_WEIGHT, _NORM_BIAS, *_ENCODED),
+}
+"""By op; its activation comes first."""

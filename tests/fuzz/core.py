@@ -1,0 +1,188 @@
+"""Call the ops with random operands, most of them broken: `python -m tests.fuzz.core --inputs 100000`.
+
+What is valid gives the reference's result, what is not is refused by an error; nothing crashes, nothing is misread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lobcq_fx.ops
+from lobcq_fx.errors import LobcqError
+from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
+from lobcq_fx.kernels.bind import weight_layout
+from lobcq_fx.ops import schemas
+from lobcq_fx.ops.contracts import OPERANDS
+from tests.kernels.cpu.operands import assert_product, at_offset
+from tests.kernels.violations import broken_numbers, prepacked_call, stored_call, torch_op, violations
+
+POOL = 24
+"""Sets of weights, made once: calls are drawn from them."""
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+REFERENCES = {
+    schemas.QUANTIZE_ACTIVATION: lobcq_fx.ops.quantize_activation,
+    schemas.QUANTIZE_WEIGHT: lobcq_fx.ops.quantize_weight,
+    schemas.LINEAR: lobcq_fx.ops.linear,
+    schemas.LINEAR_FLOAT_ACTIVATION: lobcq_fx.ops.linear_float_activation,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    sys.stdout.write(json.dumps(fuzz(options.inputs, options.seed), indent=1) + "\n")
+
+
+def fuzz(inputs: int, seed: int) -> Counter[str]:
+    """Draw that many calls; a failure names its input, which `seed` and its number make again.
+
+    Raises:
+        AssertionError: a result that is not the reference's, or a broken call that was accepted.
+    """
+    rng, counts = Random(seed), Counter[str]()
+    pool = [Weights(rng) for _ in range(POOL)]
+    stored = {op: stored_call(op, torch.device("cpu")) for op in REFERENCES}
+    for number in range(inputs):
+        one = Random(f"{seed}/{number}")
+        op = one.choice([*OPERANDS, schemas.LINEAR_PREPACKED, schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION])
+        weights = one.choice(pool)
+        given = dict(stored[op]) if op in stored else weights.call(op, one)
+        broken = [] if one.random() < 0.2 else break_some(op, given, one, one.choice(pool))
+        counts["broken" if broken else "valid"] += 1
+        try:
+            run(op, given, broken, weights)
+        except (Exception, pytest.fail.Exception) as error:
+            raise AssertionError(f"input {number} of seed {seed}: {op}, {broken or 'valid'}: {error}") from error
+    return counts
+
+
+def run(op: str, given: dict[str, Any], broken: list[str], weights: Weights) -> None:
+    if not broken:
+        weights.check(op, given, torch_op(op)(*given.values()))
+        return
+    with pytest.raises((LobcqError, RuntimeError), match="lobcq"):
+        torch_op(op)(*given.values())
+
+
+class Weights:
+    """A few linears of one activation, packed for the core."""
+
+    def __init__(self, rng: Random) -> None:
+        self.spec = FormatSpec(rng.choice((1, 2, 4, 8, 16)), rng.choice((16, 32, 64, 128)))
+        self.columns = rng.choice((0, 1, 16, 64, 100, 128, 200, 256))
+        self.outputs = [rng.choice((0, 1, 16, 17, 33, 48)) for _ in range(rng.choice((1, 1, 2, 3)))]
+        layout = weight_layout(torch.device("cpu"))
+        assert layout is not None, "the CPU core was not built, or is switched off"
+        self.codebooks = universal_codebooks(self.spec.num_codebooks)
+        self.tables = layout.tables(self.codebooks)
+        generator = torch.Generator().manual_seed(rng.getrandbits(32))
+        floats = [torch.randn(n, self.columns, generator=generator) for n in self.outputs]
+        self.encoded = [encode(w, self.spec, self.codebooks) for w in floats]
+        self.packed = [layout.pack((w.codes, w.selectors, w.scales), self.spec, self.columns) for w in self.encoded]
+
+    def call(self, op: str, rng: Random) -> dict[str, Any]:
+        """A valid call: any number of rows, strides, addresses and dtypes that the op takes."""
+        generator = torch.Generator().manual_seed(rng.getrandbits(32))
+        rows = rng.choice(((), (0,), (1,), (1,), (2, 3), (17,), (40,)))
+        x = torch.randn(*rows, self.columns, generator=generator).to(rng.choice(FLOATS))
+        biases = [
+            (torch.empty(0) if rng.random() < 0.5 else torch.randn(n, generator=generator)).to(rng.choice(FLOATS))
+            for n in self.outputs
+        ]
+        scales = [w.tensor_scale for w in self.encoded]
+        rest = [list(self.packed), scales, self.tables, biases, list(self.outputs), self.spec.array_size]
+        given = prepacked_call(op, x, self.tables, rest)
+        if "dtype" in given:
+            given["dtype"] = rng.choice(FLOATS)
+        if "residuals" in given:
+            dtype = given.get("dtype", x.dtype)
+            given["residuals"] = [residual.to(dtype) for residual in given["residuals"]]
+        if rng.random() < 0.5 and "static_scale" in given:
+            given["static_scale"] = None
+        move = rng.choice((lambda t: t, lambda t: at_offset(t, rng.choice((1, 2, 4))), strided))
+        for name in ("x", "gate", "up", "residual"):
+            if name in given:
+                given[name] = move(given[name])
+        return given
+
+    def check(self, op: str, given: dict[str, Any], results: Any) -> None:
+        """Against the products of what the operands stand for."""
+        if op in REFERENCES:
+            expected = REFERENCES[op](*given.values())
+            torch.testing.assert_close(results, expected, rtol=0, atol=0)
+            return
+        assert [tuple(out.shape[-1:]) for out in results[-len(self.outputs) :]] == [(n,) for n in self.outputs]
+        if op not in (schemas.LINEAR_PREPACKED, schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION):
+            return  # their parts are compared bit for bit in tests/ops/test_fused.py
+        rows = given["x"].float().reshape(given["x"].shape[:-1].numel(), self.columns)
+        if "activation_tables" in given:
+            static = given["static_scale"]
+            rows = decode(encode(rows, self.spec, self.codebooks, absmax_row_scale(rows) if static is None else static))
+        for out, w, bias in zip(results, self.encoded, given["biases"], strict=True):
+            assert_product(out.reshape(len(rows), w.shape[0]), rows, w, bias.float() if bias.numel() else None)
+
+
+def break_some(op: str, given: dict[str, Any], rng: Random, other: Weights) -> list[str]:
+    """Break up to three arguments in place; says which and how."""
+    if "weights" in given and rng.random() < 0.1:
+        return exchange_a_weight(given, rng, other)
+    names = [operand.name for operand in OPERANDS[op] if given.get(operand.name) is not None] + ["a number"]
+    broken: list[str] = []
+    for name in rng.sample(names, k=rng.choice((1, 1, 2, 3))):
+        if name == "a number":
+            name, number = rng.choice(list(broken_numbers(given)))
+            what, given[name] = f"{number}", number
+        else:
+            what = break_operand(op, name, given, rng)
+        broken.append(f"{name}: {what}")
+    return broken
+
+
+def break_operand(op: str, name: str, given: dict[str, Any], rng: Random) -> str:
+    operand = next(operand for operand in OPERANDS[op] if operand.name == name)
+    value = given[name]
+    place = rng.randrange(len(value)) if isinstance(value, list) else None
+    if place is not None and rng.random() < 0.1:
+        given[name] = [*value[:place], *value[place + 1 :]]
+        return "one less"
+    choices = list(violations(op, operand, value if place is None else value[place]))
+    # Where every tensor is on another device, nothing is wrong with that.
+    alone = sum(isinstance(one, (Tensor, list)) for one in given.values()) > 3
+    choices = [one for one in choices if alone or one[1].device.type == "cpu"]
+    what, tensor = rng.choice(choices)
+    given[name] = tensor if place is None else [*value[:place], tensor, *value[place + 1 :]]
+    return f"{place}: {what}"
+
+
+def exchange_a_weight(given: dict[str, Any], rng: Random, other: Weights) -> list[str]:
+    """Put a weight in another's place, cut or filled up to as many bytes: what it says of itself has to tell."""
+    place, index = rng.randrange(len(given["weights"])), rng.randrange(len(other.packed))
+    mine, new = given["weights"][place], other.packed[index]
+    if torch.equal(mine[-64:], new[-64:]):
+        return []
+    filled = torch.zeros_like(mine)
+    filled[: min(len(new), len(mine)) - 64] = new[: min(len(new), len(mine)) - 64]
+    filled[-64:] = new[-64:]
+    given["weights"] = [*given["weights"][:place], filled, *given["weights"][place + 1 :]]
+    return [f"weights: {place} exchanged"]
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same values with gaps between them."""
+    return torch.stack((tensor, tensor), dim=-1)[..., 0]
+
+
+if __name__ == "__main__":
+    main()
