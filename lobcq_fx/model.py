@@ -19,6 +19,7 @@ from lobcq_fx.kernels.bind import rows_to_warm, weight_layout
 from lobcq_fx.modules.not_pickled import NotPickled
 from lobcq_fx.modules.packed_weight import WeightLayout
 from lobcq_fx.ops.schemas import NO_GRADIENT
+from lobcq_fx.passes.guard_attention import GuardAttention
 from lobcq_fx.passes.order import lower
 from lobcq_fx.passes.prepack import Prepack, restore_weights, weights_as_stored
 from lobcq_fx.passes.retarget_device import RetargetDevice
@@ -138,17 +139,25 @@ class QuantizedModel(NotPickled):
         return self.graphs[MAIN]
 
     def _prepack(self) -> None:
-        """Where the device has kernels of its own, run graphs that are lowered to them."""
+        """Where the device has kernels of its own, run graphs that are lowered to them; guarded ones in any case."""
         layout = weight_layout(self.device)
         if layout is not None:
             self.inventory = replace(self.inventory, refusals=self._lower(layout, self.device))
+        else:
+            self._copy_graphs()
+            for one in self.graphs.values():
+                GuardAttention()(one.graph_module)
 
-    def _lower(self, layout: WeightLayout, device: torch.device) -> tuple[Refusal, ...]:
-        """Run copies of the stored graphs that are lowered to a device's kernels; what its passes left alone."""
+    def _copy_graphs(self) -> None:
+        """Run copies of the stored graphs."""
         for one in self.graphs.values():
             graph = fx.Graph()
             graph.output(graph.graph_copy(one.stored, {}))
             one.graph_module.graph = graph
+
+    def _lower(self, layout: WeightLayout, device: torch.device) -> tuple[Refusal, ...]:
+        """Run copies of the stored graphs that are lowered to a device's kernels; what its passes left alone."""
+        self._copy_graphs()
         stored = frozenset[str]().union(*(weights_as_stored(one.stored) for one in self.graphs.values()))
         return lower([one.graph_module for one in self.graphs.values()], Prepack(layout, stored), device)
 

@@ -10,6 +10,7 @@ from lobcq_fx.export.kept_positions import KEPT, FixKeptPositions, placeholders
 from lobcq_fx.export.squeezes import SqueezeOnesOnly
 from lobcq_fx.export.unsupported import explain_complex
 from lobcq_fx.graph.attributes import register_attribute
+from lobcq_fx.graph.graph_module import LobcqGraphModule
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.infra import Sequential
@@ -34,7 +35,7 @@ def stored_module(q: QuantizedModel, *, last_logits_only: bool = False) -> fx.Gr
     graph.output(graph.graph_copy(q.stored_graph, {}))
     if last_logits_only and not placeholders(graph):
         raise ExportError(f"last_logits_only asks for a language model that takes {KEPT}: leave it out")
-    graph_module = fx.GraphModule(root, graph, class_name="LobcqGraph").eval()
+    graph_module = LobcqGraphModule(root, graph, class_name="LobcqGraph").eval()
     Sequential((FixKeptPositions(last_logits_only), EliminateDeadCode(), SqueezeOnesOnly()))(graph_module)
     real = RealArithmetic()
     real(graph_module)

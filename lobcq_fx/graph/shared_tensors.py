@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from lobcq_fx.graph.attributes import delete_attribute, free_name, get_attribute, has_attribute, register_attribute
+from lobcq_fx.graph.graph_module import LobcqGraphModule
 
 _ROOT = "_lobcq_root"
 """A name that hides no parameter or submodule of a model."""
 
 
-class SharingGraphModule(fx.GraphModule):
+class SharingGraphModule(LobcqGraphModule):
     """Runs a graph on the parameters, buffers and submodules of another graph module, the root.
 
     It has the root's own dictionaries, so that what is registered, deleted or moved in one of them is in the other. It

@@ -22,6 +22,7 @@ from lobcq_fx.passes.fuse_activation_encode import FuseActivationEncode
 from lobcq_fx.passes.fuse_norm_encode import FuseNormEncode
 from lobcq_fx.passes.fuse_residual import FuseResidual
 from lobcq_fx.passes.group_query_heads import GroupQueryHeads
+from lobcq_fx.passes.guard_attention import GuardAttention
 from lobcq_fx.passes.infra import GraphPass, Sequential
 from lobcq_fx.passes.merge_siblings import MergeSiblings
 from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
@@ -48,9 +49,9 @@ def lowering(device: torch.device, prepack: Prepack) -> tuple[GraphPass, ...]:
     takes those only without a mask; there the encoders take over what comes before them.
     """
     if device.type == "cpu":
-        return (prepack, MergeSiblings(), GroupQueryHeads())
+        return (prepack, MergeSiblings(), GroupQueryHeads(), GuardAttention())
     # Residuals before norms: a sum that a linear makes is not made again by the norm that follows.
-    return (prepack, MergeSiblings(), FuseActivationEncode(), FuseResidual(), FuseNormEncode())
+    return (prepack, MergeSiblings(), FuseActivationEncode(), FuseResidual(), FuseNormEncode(), GuardAttention())
 
 
 def lower(graph_modules: Sequence[fx.GraphModule], prepack: Prepack, device: torch.device) -> tuple[Refusal, ...]:

@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.graph.attributes import has_attribute, register_attribute
+from lobcq_fx.graph.graph_module import LobcqGraphModule
 from lobcq_fx.graph.shared_tensors import SharingGraphModule
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.modules.packed_weight import PARTS
@@ -236,7 +237,7 @@ def _root(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: set
     for name, tensor in tensors.items():
         is_parameter = name in parameters and tensor.is_floating_point()
         register_attribute(module, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
-    root = fx.GraphModule(module, graphs[0], class_name="LobcqGraph")
+    root = LobcqGraphModule(module, graphs[0], class_name="LobcqGraph")
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if not has_attribute(root, name):  # the line above copies what its own graph reads
             register_attribute(root, name, tensor)

@@ -16,22 +16,14 @@ from torch import fx
 import lobcq_fx.ops  # noqa: F401  (registers the ops that a saved graph calls)
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.storage.bounds import DEEPEST_ARGUMENT, LONGEST_TEXT, MOST_NODES, SYMBOLIC, check_numbers, check_scalar
+from lobcq_fx.storage.operators import allowed, explain
 from lobcq_fx.tracing.example import EXAMPLE, InputExample
-
-NAMESPACES = ("aten", "lobcq", "transformers", "torch_attn", "prims")
-"""Operator libraries a saved graph may call."""
 
 _CALLS: dict[str, Callable[..., Any]] = {"operator.getitem": operator.getitem, **SYMBOLIC}
 """The only calls besides operators that a traced graph makes: one of several results, and arithmetic on sizes."""
 
 _ATTRIBUTE = re.compile(r"[\w-]+(\.[\w-]+)*")
 """Dotted names of parameters and buffers: list indices and keys with a hyphen occur, quotes do not."""
-
-_FILE_OPERATORS = ("from_file", "save")
-"""The operators of aten that touch files."""
-
-_UNSAVED_OPERATORS = ("linear_prepacked",)
-"""Operators on weights in a device's layout, whose bytes no file holds."""
 
 _DAMAGE = (
     *(ArithmeticError, AssertionError, AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError),
@@ -109,8 +101,8 @@ def _picks_a_result(args: Any, kwargs: Any) -> bool:
 
 
 def operators(graph: fx.Graph) -> frozenset[str]:
-    """What the graph calls, as `graph_to_json` names it."""
-    return frozenset(_target_name(node) for node in graph.nodes if node.op == "call_function")
+    """What the graph calls, as `graph_to_json` would name it if it were all allowed."""
+    return frozenset(_name(node) for node in graph.nodes if node.op == "call_function")
 
 
 def _example(node: fx.Node) -> dict[str, Any]:
@@ -135,21 +127,25 @@ def _is_name(text: str) -> bool:
 
 
 def _target_name(node: fx.Node) -> str:
+    name = _name(node)
+    if name not in _CALLS and name not in allowed():
+        raise CheckpointError(f"cannot save node {node.name!r}: it calls {explain(name)}")
+    return name
+
+
+def _name(node: fx.Node) -> str:
     target = node.target
-    if isinstance(target, torch._ops.OpOverload) and target.namespace in NAMESPACES:
+    if isinstance(target, torch._ops.OpOverload):
         return f"ops.{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
-    for name, function in _CALLS.items():
-        if function is target:
-            return name
-    raise CheckpointError(f"cannot save node {node.name!r}: {target} is no operator of {', '.join(NAMESPACES)}")
+    return next((name for name, function in _CALLS.items() if function is target), str(target))
 
 
 def _resolve(name: str) -> Callable[..., Any]:
     if name in _CALLS:
         return _CALLS[name]
-    prefix, namespace, packet, overload = name.split(".") if name.count(".") == 3 else ("", "", "", "")
-    if prefix != "ops" or namespace not in NAMESPACES or packet in (*_FILE_OPERATORS, *_UNSAVED_OPERATORS):
-        raise CheckpointError(f"graph.json calls {name!r}, which is not among the operators a saved graph may call")
+    if name not in allowed():
+        raise CheckpointError(f"graph.json calls {explain(reprlib.repr(name))}")
+    _, namespace, packet, overload = name.split(".")
     target = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
     if not isinstance(target, torch._ops.OpOverload):
         raise CheckpointError(f"graph.json calls {name!r}, which is no operator")

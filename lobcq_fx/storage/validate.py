@@ -27,6 +27,7 @@ def restore_packed_weights(module: nn.Module, graphs: Sequence[fx.Graph]) -> Non
     nodes = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
     try:
         _check_activations(module, nodes)
+        _check_weight_norms(module, nodes)
         _restore_weights(module, [linear for graph in graphs for linear in stored_linears(graph)])
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise CheckpointError(f"graph.json: an op does not read what it should: {error}") from None
@@ -46,6 +47,21 @@ def _check_activations(module: nn.Module, nodes: Sequence[fx.Node]) -> None:
         value = get_attribute(module, str(scale.target))
         if value.dtype != torch.float32 or value.dim() or not (torch.isfinite(value) and value > 0):
             raise CheckpointError(f"{scale.target} is {value}: a static scale is one positive, finite fp32 number")
+
+
+def _check_weight_norms(module: nn.Module, nodes: Sequence[fx.Node]) -> None:
+    """The lengths of weights that are normalized by rows: torch reads as many as there are rows."""
+    for node in nodes:
+        if node.target is not torch.ops.aten._weight_norm.default:
+            continue
+        arguments = named_arguments(node)
+        direction, length = (get_attribute(module, str(arguments[name].target)) for name in ("v", "g"))
+        rows, name = direction.shape[arguments.get("dim", 0)], arguments["g"].target
+        if length.numel() != rows or length.dtype != direction.dtype:
+            raise CheckpointError(
+                f"{name} is {length.dtype} {list(length.shape)}; what it is the length of has {rows} rows of"
+                f" {direction.dtype}"
+            )
 
 
 def _restore_weights(module: nn.Module, linears: Sequence[StoredLinear]) -> None:

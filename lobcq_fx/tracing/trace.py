@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from lobcq_fx.errors import CallError, TraceError
 from lobcq_fx.graph.fake_tensors import uncached_fake_tensors
+from lobcq_fx.graph.graph_module import LobcqGraphModule
 from lobcq_fx.graph.written import module_kept, own_written_tensors
 from lobcq_fx.tracing.assumptions import SizeDecisions
 from lobcq_fx.tracing.calling import CallingConvention, ModuleCall, bind_arguments
@@ -125,7 +126,7 @@ def own_graph_module(graph_module: fx.GraphModule) -> fx.GraphModule:
         if unread or guard or node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
     # A fresh module drops the exported one's hooks and its eval()/train() overrides.
-    plain = fx.GraphModule(graph_module, graph, class_name="LobcqGraph")
+    plain = LobcqGraphModule(graph_module, graph, class_name="LobcqGraph")
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     for name, parameter in list(plain.named_parameters(remove_duplicate=False)):
         owner, _, last = name.rpartition(".")

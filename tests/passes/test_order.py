@@ -99,6 +99,14 @@ def test_it_compiles_whole(family):
     torch.testing.assert_close(compiled(ids).logits, q(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def without_guards(graph_module):
+    """What it calls, but for what only graphs of files have."""
+    calls = graph_module.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+    guards = {part for call in calls for part in (call.args[1], call.args[1].args[3])}
+    assert [part.target for part in guards].count(aten.narrow.default) == len(calls)
+    return [node.target for node in graph_module.graph.nodes if node.op == "call_function" and node not in guards]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_a_loaded_model_is_lowered_as_the_one_that_was_traced(family, tmp_path, monkeypatch):
@@ -113,7 +121,7 @@ def test_a_loaded_model_is_lowered_as_the_one_that_was_traced(family, tmp_path, 
     assert list(loaded.graphs) == list(traced.graphs) == ["main", "static_cache"]
     for name in loaded.graphs:
         one, other = (q.graphs[name].graph_module for q in (loaded, traced))
-        assert targets(one) == targets(other)
+        assert without_guards(one) == targets(other)
         assert any(overload in targets(one) for overload in (op.rms_norm, op.layer_norm))
     ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
     assert torch.equal(loaded(ids).logits, traced(ids).logits)

@@ -342,7 +342,7 @@ def test_both_graphs_of_a_language_model_are_loaded(saved_lm, tmp_path):
         assert torch.equal(q(step, past_key_values=caches[0]).logits, loaded(step, past_key_values=caches[1]).logits)
         assert torch.equal(caches[0].layers[1].values, caches[1].layers[1].values)
     ours, theirs = (one.graphs["static_cache"] for one in (q, loaded))
-    assert theirs.graph_module.code == ours.graph_module.code
+    assert str(theirs.stored) == str(ours.stored)
     assert theirs.calling == ours.calling
     assert set(load_file(saved_lm / "lobcq.safetensors")) == set(q.state_dict())
     loaded.save_pretrained(tmp_path / "again")
