@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 OUT := demo-output
 TEXT := lobcq_fx/assets/default_model/heldout.txt
 
-.PHONY: demo test lint unit unit-export unit-rest default-dtype differential crash fuzz sanitize oldest transformers \
-  families constraints release clean
+.PHONY: demo test lint unit unit-export unit-rest default-dtype differential reliability crash fuzz sanitize oldest \
+  transformers families constraints release clean
 
 demo: $(VENV)/.installed
 	@# The text only measures the activations here: universal codebooks and per-token scales need no calibration.
@@ -58,13 +58,20 @@ differential: $(VENV)/.installed
 	  --out benchmarks/results/differential.json
 	$(BIN)/python -m benchmarks.pages.families
 
-# Every night: processes that save are killed at random moments; one of two models has to stand whole after each.
-crash: $(VENV)/.installed
-	$(BIN)/python -m tests.fuzz.crash --kills 60
+# Every night: tests/fuzz tries to break each promise of docs/reliability.md, which these fill with their counts.
+reliability: crash fuzz
+	$(BIN)/python -m benchmarks.pages.reliability
 
-# Every night: random inputs, most of them broken, which have to be right or refused.
+# Processes that save are killed at random moments, or their calls to the system fail.
+crash: $(VENV)/.installed
+	$(BIN)/python -m tests.fuzz.crash --kills 60 --record
+	$(BIN)/python -m tests.fuzz.faults --record
+
+# Random inputs, most of them broken, which have to be right or refused.
 fuzz: $(VENV)/.installed
-	$(BIN)/python -m tests.fuzz.core --inputs 100000
+	$(BIN)/python -m tests.fuzz.readers --loads 1000 --record
+	$(BIN)/python -m tests.fuzz.flips --flips 5000 --record
+	$(BIN)/python -m tests.fuzz.core --inputs 100000 --record
 
 # The core's tests once more, on a build with AddressSanitizer and UBSan, whose reports go to the process's stderr.
 # Python itself leaks at exit. Left out is what runs no such build: Triton, and the core that is emulated.

@@ -5,9 +5,6 @@ What is valid gives the reference's result, what is not is refused by an error; 
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections import Counter
 from random import Random
 from typing import Any
@@ -22,6 +19,7 @@ from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, univer
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.ops import schemas
 from lobcq_fx.ops.contracts import OPERANDS
+from tests.fuzz.results import options, report
 from tests.kernels.cpu.operands import assert_product, at_offset
 from tests.kernels.violations import broken_numbers, prepacked_call, stored_call, torch_op, violations
 
@@ -38,11 +36,9 @@ REFERENCES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--inputs", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    sys.stdout.write(json.dumps(fuzz(options.inputs, options.seed), indent=1) + "\n")
+    given = options(__doc__, "inputs", 100_000)
+    counts = fuzz(given.inputs, given.seed)
+    report("core", tried=counts.total(), lost=0, record=given.record, broken=counts["broken"])
 
 
 def fuzz(inputs: int, seed: int) -> Counter[str]:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -20,23 +17,18 @@ from torch import Tensor, nn
 import lobcq_fx
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.storage.atomic_folder import leftovers
+from tests.fuzz.results import options, report
 
 X = torch.ones(2, 256)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    given = options(__doc__, "kills", 60)
     torch.set_num_threads(1)  # threads do not survive a fork
     with tempfile.TemporaryDirectory() as folder:
-        counts = crash(Path(folder) / "q", options.kills, options.seed)
-    sys.stdout.write(json.dumps(counts, indent=1) + "\n")
-    if options.out:
-        options.out.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
-    sys.exit(1 if counts["lost"] or counts["leftovers after the next save"] else 0)
+        counts = crash(Path(folder) / "q", given.kills, given.seed)
+    lost = counts["lost"] + counts["leftovers after the next save"]
+    report("kills", tried=counts["kills"], lost=lost, record=given.record, leftovers=counts["leftovers"])
 
 
 def crash(target: Path, kills: int, seed: int) -> Counter[str]:

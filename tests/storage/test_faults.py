@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-COMPILER = shutil.which("gcc") or shutil.which("cc")
+from tests.fuzz.faults import COMPILER, failing_saves
 
 pytestmark = pytest.mark.skipif(
     COMPILER is None or sys.platform != "linux", reason="needs a C compiler, and a loader that preloads"
@@ -22,14 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
-    library = folder / "faults.so"
-    subprocess.run([COMPILER, "-shared", "-fPIC", "-o", library, HERE / "faults.c", "-ldl"], check=True)
-    command = [sys.executable, "-m", "tests.storage.faults", folder / "saved" / "q", folder / "found.json"]
-    environment = {**os.environ, "LD_PRELOAD": str(library)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads((folder / "found.json").read_text())
+    return failing_saves(tmp_path_factory.mktemp("faults"))
 
 
 def test_either_model_stands_with_the_notes_beside_it(found):

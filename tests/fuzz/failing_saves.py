@@ -10,18 +10,11 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import lobcq_fx
 from lobcq_fx.errors import LobcqError
 from lobcq_fx.storage.atomic_folder import leftovers
-
-X = torch.ones(2, 64)
-
-
-def quantized(seed: int) -> lobcq_fx.QuantizedModel:
-    torch.manual_seed(seed)
-    return lobcq_fx.quantize(nn.Linear(64, 16).eval(), example_inputs=X)
+from tests.fuzz.small import X, quantized
 
 
 def main(target: Path, output: Path) -> None:

@@ -1,0 +1,55 @@
+"""Put what `make reliability` and `make differential` counted into docs/reliability.md, between its markers.
+
+python -m benchmarks.pages.reliability           # rewrite the page
+python -m benchmarks.pages.reliability --check   # exit with 1 if it differs
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pages.markdown import keep_page, table
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "reliability.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+TRIALS = {
+    "kills": ("A save that is killed leaves the old model or the new one, whole.", "kills at random moments"),
+    "faults": ("A save that the system fails leaves the old model or the new one.", "system calls, each failed once"),
+    "readers": ("Who loads while another saves gets one of the models.", "loads beside a thread that saves"),
+    "flips": ("What is damaged is refused, or computes what was saved.", "damaged files"),
+    "loader": ("A folder that was made to deceive is refused, or is a model that runs.", "crafted folders"),
+    "core": ("An op's wrong operands are refused; with right ones it gives the reference's result.", "calls"),
+}
+"""Each trial of tests/fuzz: what is promised, and what is counted."""
+
+
+def main() -> None:
+    """Rewrite or check."""
+    found = json.loads((RESULTS / "reliability.json").read_text(encoding="utf-8"))
+    modules = json.loads((RESULTS / "differential.json").read_text(encoding="utf-8"))["counts"]
+    rows = [
+        [promise, f"[{name}](../tests/fuzz/{name}.py)", *tried(found.get(name), what)]
+        for name, (promise, what) in TRIALS.items()
+    ]
+    calls = {"tried": modules["served"] + modules["refused"], "lost": modules.get("different modules", 0)}
+    rows.append(
+        [
+            "A quantized model computes what the model does, at any size, or refuses the call.",
+            "[differential](../tests/differential/__main__.py)",
+            *tried(calls, f"calls of {modules['modules']:,} random modules"),
+        ]
+    )
+    keep_page(PAGE, {"reliability": table(["promise", "held by", "tried", "lost"], rows)}, "reliability", __doc__)
+
+
+def tried(counts: dict[str, Any] | None, what: str) -> tuple[str, str]:
+    """Two cells."""
+    return ("not measured", "") if counts is None else (f"{counts['tried']:,} {what}", f"{counts['lost']:,}")
+
+
+if __name__ == "__main__":
+    main()
