@@ -17,7 +17,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 TRIALS = {
-    "kills": ("A save that is killed leaves the old model or the new one, whole.", "kills at random moments"),
+    "crash": ("A save that is killed leaves the old model or the new one, whole.", "kills at random moments"),
     "faults": ("A save that the system fails leaves the old model or the new one.", "system calls, each failed once"),
     "readers": ("Who loads while another saves gets one of the models.", "loads beside a thread that saves"),
     "flips": ("What is damaged is refused, or computes what was saved.", "damaged files"),

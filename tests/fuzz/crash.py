@@ -28,7 +28,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         counts = crash(Path(folder) / "q", given.kills, given.seed)
     lost = counts["lost"] + counts["leftovers after the next save"]
-    report("kills", tried=counts["kills"], lost=lost, record=given.record, leftovers=counts["leftovers"])
+    report("crash", tried=counts["kills"], lost=lost, record=given.record, leftovers=counts["leftovers"])
 
 
 def crash(target: Path, kills: int, seed: int) -> Counter[str]:

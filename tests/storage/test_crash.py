@@ -18,5 +18,5 @@ def test_one_of_two_models_stands_after_every_kill():
     command = [sys.executable, "-m", "tests.fuzz.crash", "--kills", "6"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    kills = json.loads(done.stdout)["kills"]
+    kills = json.loads(done.stdout)["crash"]
     assert (kills["tried"], kills["lost"]) == (6, 0)
