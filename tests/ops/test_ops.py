@@ -12,8 +12,8 @@ from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, univer
 SHAPES = [(4, 64), (2, 3, 200), (1, 64), (0, 64), (5, 72), (2, 0, 64)]
 CONFIGS = [FormatSpec(8, 64), FormatSpec(16, 128), FormatSpec(2, 32), FormatSpec(1, 16)]
 
-# All of opcheck's tests but "test_schema", which compares float8 tensors with allclose and fails for want of a kernel
-# ("mul_cpu_reduced_float" not implemented for 'Float8_e4m3fn'); assert_functional checks the same.
+# Without "test_schema", which compares inputs with allclose: for those in float8, which the linears have, torch lacks
+# a kernel, as `test_the_schema_test_cannot_compare_float8` sees. assert_functional checks the same.
 OPCHECKS = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -75,8 +75,21 @@ def test_dtypes_and_strides_agree_with_the_fake_kernels(dtype):
         (torch.ops.lobcq.quantize_weight.default, (x[0], codebooks, 64)),
     ]
     for op, args in checks:
-        torch.library.opcheck(op, args, test_utils=OPCHECKS)
+        encodes = op not in (torch.ops.lobcq.linear.default, torch.ops.lobcq.linear.float_activation)
+        torch.library.opcheck(op, args, test_utils=(*OPCHECKS, "test_schema") if encodes else OPCHECKS)
         assert_functional(op, args)
+
+
+def test_the_schema_test_cannot_compare_float8():
+    """When this fails, torch has learnt it: then OPCHECKS should have "test_schema"."""
+    x, w, bias, codebooks = operands((2, 200), FormatSpec(8, 64))
+    packed = torch.ops.lobcq.quantize_activation(x, codebooks, 64)
+    for op, args in (
+        (torch.ops.lobcq.linear.default, (*packed, codebooks, *weight_args(w), bias, 200, 64, torch.float32)),
+        (torch.ops.lobcq.linear.float_activation, (x, *weight_args(w), bias, 64)),
+    ):
+        with pytest.raises(Exception, match="not implemented for 'Float8_e4m3fn'"):
+            torch.library.opcheck(op, args, test_utils="test_schema")
 
 
 def test_float_activation_is_the_product_with_the_decoded_weight():

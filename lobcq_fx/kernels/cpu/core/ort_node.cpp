@@ -28,7 +28,9 @@ std::string to_string(const Shape& shape) {
 
 int64_t elements(const Shape& shape) {
     int64_t count = 1;
-    for (const int64_t size : shape) count *= size;
+    for (const int64_t size : shape)
+        if (__builtin_mul_overflow(count, size, &count))
+            throw std::invalid_argument("lobcq: the shape " + to_string(shape) + " has too many elements");
     return count;
 }
 
