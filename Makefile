@@ -97,13 +97,14 @@ oldest: $(VENV)/.installed transformers
 	PYTHONPATH=$(OLDEST_TRITON) TRITON_CACHE_DIR=build/triton-cache \
 	  $(BIN)/python -m benchmarks.gpu.triton_compile --formats 8x64 --capabilities 90
 
-# What users call, with the oldest and the newest transformers that pyproject.toml allows; the oldest wants an older hub.
+# What users call, with the newest transformers that pyproject.toml allows, and with the oldest of all that it bounds:
+# transformers, which wants an older hub, numpy and safetensors.
 TRANSFORMERS := 5.17.0 5.24.0
-HUB_5.17.0 := huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 certifi
+BESIDE_5.17.0 := huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 certifi numpy==1.26.4 safetensors==0.8.0
 transformers: $(addprefix transformers-,$(TRANSFORMERS))
 
 transformers-%: $(VENV)/.installed
-	@test -d build/$@ || $(BIN)/pip install --quiet --no-deps --target build/$@ transformers==$* $(HUB_$*)
+	@test -d build/$@ || $(BIN)/pip install --quiet --no-deps --target build/$@ transformers==$* $(BESIDE_$*)
 	PYTHONPATH=build/$@ $(BIN)/python -m pytest tests/frontends/test_generation.py tests/storage/test_other_readers.py
 
 # Every family of transformers through every check, into docs/families.md: half an hour, once a night.
