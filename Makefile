@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 OUT := demo-output
 TEXT := lobcq_fx/assets/default_model/heldout.txt
 
-.PHONY: demo test lint unit unit-export unit-rest default-dtype differential crash sanitize oldest transformers families clean
+.PHONY: demo test lint unit unit-export unit-rest default-dtype differential crash fuzz sanitize oldest transformers families clean
 
 demo: $(VENV)/.installed
 	@# The text only measures the activations here: universal codebooks and per-token scales need no calibration.
@@ -60,6 +60,10 @@ differential: $(VENV)/.installed
 # Every night: processes that save are killed at random moments; one of two models has to stand whole after each.
 crash: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz.crash --kills 60
+
+# Every night: what comes from others, damaged at random.
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m tests.fuzz.loader --inputs 100000
 
 # The core's tests once more, on a build with AddressSanitizer and UBSan, whose reports go to the process's stderr.
 # Python itself leaks at exit. Left out is what runs no such build: Triton, and the core that is emulated.
