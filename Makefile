@@ -71,6 +71,7 @@ crash: $(VENV)/.installed
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz.readers --loads 1000 --record
 	$(BIN)/python -m tests.fuzz.flips --flips 5000 --record
+	$(BIN)/python -m tests.fuzz.loader --inputs 100000 --record
 	$(BIN)/python -m tests.fuzz.core --inputs 100000 --record
 
 # The core's tests once more, on a build with AddressSanitizer and UBSan, whose reports go to the process's stderr.

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 from lobcq_fx.errors import CallError
 from lobcq_fx.frontends.output_types import CACHE_NAME, RETURNED, output_type
 from lobcq_fx.tracing.calling import CallingConvention
+from lobcq_fx.tracing.example import LARGEST_SIZE
 from lobcq_fx.tracing.guards import SizeGuards
 
 PARAMETERS = (
@@ -39,6 +40,9 @@ DEFAULTS = {"is_causal": True}
 """Values that ask for nothing, of arguments where that is not False."""
 
 UNDERSTOOD = {*PARAMETERS, *LOSS_SETTINGS, *WITHOUT_EFFECT}
+
+GRAPH_INPUTS = frozenset({"input_ids", "attention_mask", "position_ids", "logits_to_keep"})
+"""What the graph may take before the cache."""
 
 CACHE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -126,6 +130,12 @@ class CausalLMCall(CallingConvention):
             return tuple(value for value in (loss, logits, cache) if value is not None)
         return self.output_class(loss=loss, logits=logits, **{CACHE_NAME: cache})
 
+    @property
+    def arity(self) -> tuple[int, int]:
+        """Inputs, and the logits, each with the keys and values of every layer."""
+        states = 2 * len(self.cache_heads)
+        return len(self.inputs) + states, 1 + states
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         settings = asdict(self)
@@ -143,8 +153,13 @@ class CausalLMCall(CallingConvention):
             raise ValueError(f"cache_dtype is {values['cache_dtype']!r}; it may be {', '.join(CACHE_DTYPES)}")
         settings = {key: value for key, value in values.items() if key != "kind"}
         settings["inputs"] = tuple(settings["inputs"])
+        if not GRAPH_INPUTS.issuperset(settings["inputs"]) or len(set(settings["inputs"])) < len(settings["inputs"]):
+            raise ValueError(f"inputs are {settings['inputs']}; they may be {', '.join(sorted(GRAPH_INPUTS))}")
         settings["cache_heads"] = tuple((heads, key, value) for heads, key, value in settings["cache_heads"])
         settings["guards"] = guards_of(values, settings["inputs"])
+        sizes = [settings["vocab_size"], *(size for layer in settings["cache_heads"] for size in layer)]
+        if not sizes[1:] or any(type(size) is not int or not 0 < size < LARGEST_SIZE for size in sizes):
+            raise ValueError(f"vocab_size and cache_heads hold {sizes[:9]}, which are no sizes")
         return cls(**settings)
 
     def _past(self, cache: Any, ids: Tensor) -> list[Tensor]:

@@ -72,6 +72,11 @@ class StaticCacheCall(CallingConvention):
         torch._foreach_add_([layer.cumulative_length for layer in cache.layers], input_ids_of(call).shape[1])
         return result
 
+    @property
+    def arity(self) -> tuple[int, int]:
+        """The same inputs and the positions, and the logits."""
+        return self.causal.arity[0] + 1, 1
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         return {"kind": self.kind, "guards": self.guards.to_list()}

@@ -36,7 +36,8 @@ from lobcq_fx.storage.atomic_folder import replace_folder
 from lobcq_fx.storage.files import check_regular, json_object, read_bytes
 from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
 from lobcq_fx.storage.index import INDEX, FolderIndex, described, differing, digests_of, sha256
-from lobcq_fx.storage.validate import restore_packed_weights
+from lobcq_fx.storage.rehearse import rehearse
+from lobcq_fx.storage.validate import check_parameters, restore_packed_weights
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.trace import MAIN, TracedModel
 
@@ -106,12 +107,18 @@ class Checkpoint:
     def traced(self, callings: Callings) -> dict[str, TracedModel]:
         """Each graph that `callings` has a reader for, ready to run. Graphs of a kind unknown here are left out."""
         known = {name: one for name, one in self.graphs.items() if name in callings and _names_its_kind(name, one)}
-        return {
-            name: TracedModel(
-                self.root if name == MAIN else SharingGraphModule(self.root, one.graph), callings[name](one.calling)
+        return {name: self._traced(name, one, callings[name](one.calling)) for name, one in known.items()}
+
+    def _traced(self, name: str, one: StoredGraph, calling: CallingConvention) -> TracedModel:
+        (output,) = one.graph.find_nodes(op="output")
+        results = output.args[0] if isinstance(output.args[0], (tuple, list)) else ()
+        found = len(one.graph.find_nodes(op="placeholder")), len(results)
+        if found != calling.arity:
+            raise CheckpointError(
+                f"graph.json: the graph {name!r} has {found[0]} inputs and {found[1]} outputs; it is called for"
+                f" {calling.arity[0]} and {calling.arity[1]}"
             )
-            for name, one in known.items()
-        }
+        return TracedModel(self.root if name == MAIN else SharingGraphModule(self.root, one.graph), calling)
 
 
 def _names_its_kind(name: str, graph: StoredGraph) -> bool:
@@ -227,7 +234,9 @@ def _load(directory: Path, *, verify: bool) -> Checkpoint:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory} is damaged: {type(error).__name__}: {error}") from None
     tensors = _read_tensors(directory, [one.graph for one in graphs.values()], index, verify=verify)
+    check_parameters({name: tensor for name, tensor in tensors.items() if name in parameters})
     root = _root(tensors, [one.graph for one in graphs.values()], parameters)
+    rehearse([one.graph for one in graphs.values()], tensors)
     return Checkpoint(root, graphs, refused, lobcq_config, inventory, config or None)
 
 

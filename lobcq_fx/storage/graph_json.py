@@ -30,6 +30,9 @@ _DAMAGE = (
 )
 """What reading a malformed node may raise, here or in torch."""
 
+_TAKEN = frozenset({"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "math", "_operator"})
+"""Names that the source of `forward` refers to: a variable would hide what they stand for."""
+
 _TORCH_VALUES: dict[type, str] = {torch.dtype: "dtype", torch.layout: "layout", torch.memory_format: "memory_format"}
 
 
@@ -115,6 +118,9 @@ def _check_identifiers(name: str, op: str, target: str, kwargs: dict[str, Any]) 
     """FX writes these into the source of `forward` as they stand: anything but a name would be code from the file."""
     if op == "placeholder" and not _is_name(target):
         raise CheckpointError(f"graph.json: node {name!r} has the target {target!r}, which is no Python name")
+    for text in (name, target) if op == "placeholder" else (name,):
+        if text in _TAKEN:
+            raise CheckpointError(f"graph.json: node {name!r} is called {text!r}, which FX has a use for")
     if op == "get_attr" and not _ATTRIBUTE.fullmatch(target):
         raise CheckpointError(f"graph.json: node {name!r} has the target {target!r}, which is no attribute name")
     for key in kwargs:

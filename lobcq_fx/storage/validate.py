@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,11 +10,15 @@ from torch import Tensor, fx, nn
 import lobcq_fx.ops  # noqa: F401  (registers the ops whose operands are checked)
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.format import Encoded, FormatSpec, check_codebooks
+from lobcq_fx.format.spec import E4M3_MAX, ENTRY_MAX
 from lobcq_fx.graph.attributes import delete_attribute, get_attribute, named_arguments, register_attribute
 from lobcq_fx.graph.stored_linear import StoredLinear, stored_linears
 from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
 
 ops = torch.ops.lobcq
+
+LARGEST_SCALE = torch.finfo(torch.float32).max / (E4M3_MAX * ENTRY_MAX)
+"""Of a tensor: beyond it, its largest scalar is none of fp32."""
 
 
 def restore_packed_weights(module: nn.Module, graphs: Sequence[fx.Graph]) -> None:
@@ -33,20 +37,37 @@ def restore_packed_weights(module: nn.Module, graphs: Sequence[fx.Graph]) -> Non
         raise CheckpointError(f"graph.json: an op does not read what it should: {error}") from None
 
 
+def check_parameters(parameters: Mapping[str, Tensor]) -> None:
+    """That weights of norms, and biases, are numbers; embeddings would take long to look through.
+
+    Raises:
+        CheckpointError: names the first that is not.
+    """
+    for name, tensor in parameters.items():
+        if tensor.dim() <= 1 and tensor.is_floating_point() and tensor.element_size() > 1 and not _all_finite(tensor):
+            raise CheckpointError(f"{name} holds NaN or infinity: the file is damaged")
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
+
+
 def _check_activations(module: nn.Module, nodes: Sequence[fx.Node]) -> None:
     """The codebooks and static scales that activations are encoded with."""
     for node in nodes:
         if node.target is not ops.quantize_activation.default:
             continue
         arguments = named_arguments(node)
-        name = str(arguments["codebooks"].target)
+        name = _stored(arguments["codebooks"])
         _spec(get_attribute(module, name), arguments["array_size"], name)
         scale = arguments.get("static_scale")
         if scale is None:
             continue
-        value = get_attribute(module, str(scale.target))
-        if value.dtype != torch.float32 or value.dim() or not (torch.isfinite(value) and value > 0):
-            raise CheckpointError(f"{scale.target} is {value}: a static scale is one positive, finite fp32 number")
+        value = get_attribute(module, _stored(scale))
+        if value.dtype != torch.float32 or value.dim() or not 0 < float(value) <= LARGEST_SCALE:
+            raise CheckpointError(
+                f"{scale.target} is {value}: a static scale is one positive fp32 number of at most {LARGEST_SCALE:.3g}"
+            )
 
 
 def _check_weight_norms(module: nn.Module, nodes: Sequence[fx.Node]) -> None:
@@ -55,7 +76,7 @@ def _check_weight_norms(module: nn.Module, nodes: Sequence[fx.Node]) -> None:
         if node.target is not torch.ops.aten._weight_norm.default:
             continue
         arguments = named_arguments(node)
-        direction, length = (get_attribute(module, str(arguments[name].target)) for name in ("v", "g"))
+        direction, length = (get_attribute(module, _stored(arguments[name])) for name in ("v", "g"))
         rows, name = direction.shape[arguments.get("dim", 0)], arguments["g"].target
         if length.numel() != rows or length.dtype != direction.dtype:
             raise CheckpointError(
@@ -67,6 +88,10 @@ def _check_weight_norms(module: nn.Module, nodes: Sequence[fx.Node]) -> None:
 def _restore_weights(module: nn.Module, linears: Sequence[StoredLinear]) -> None:
     done: dict[str, tuple[str, int, int]] = {}
     for linear in linears:
+        for part in linear.weight_nodes:
+            _stored(part)
+        if linear.encodes_activation and linear.encoder is None:
+            raise CheckpointError(f"graph.json: node {linear.node.name!r} reads no activation as it was encoded for it")
         name, codebooks_name = linear.weight, str(linear.codebooks.target)
         tensors = {part: get_attribute(module, f"{name}.{part}") for part in PARTS}
         codebooks = get_attribute(module, codebooks_name)
@@ -81,6 +106,17 @@ def _restore_weights(module: nn.Module, linears: Sequence[StoredLinear]) -> None
         _check(name, encoded)
         delete_attribute(module, name)
         register_attribute(module, name, PackedWeight(encoded))
+
+
+def _stored(node: fx.Node) -> str:
+    """The name of a tensor that an op reads.
+
+    Raises:
+        TypeError: the node computes something instead.
+    """
+    if node.op != "get_attr":
+        raise TypeError(f"{node.name!r} is no stored tensor")
+    return str(node.target)
 
 
 def _spec(codebooks: Tensor, array_size: int, name: str) -> FormatSpec:
@@ -107,9 +143,9 @@ def _check(name: str, encoded: Encoded) -> None:
             raise CheckpointError(
                 f"{name}.{part} is {actual}; format {spec.name} with K = {columns} has {dtype} {list(shape)}"
             )
-    if not torch.isfinite(encoded.tensor_scale) or encoded.tensor_scale < 0:
+    if not 0 <= float(encoded.tensor_scale) <= LARGEST_SCALE:
         raise CheckpointError(
-            f"{name}.tensor_scale is {float(encoded.tensor_scale)}: it must be finite and not negative"
+            f"{name}.tensor_scale is {float(encoded.tensor_scale)}: it must be from 0 to {LARGEST_SCALE:.3g}"
         )
     scales = encoded.scales.view(torch.uint8)
     if bool((scales > 0x7E).any()):  # 0x7F is E4M3's NaN, 0x80 and up are negative

@@ -38,6 +38,11 @@ class CallingConvention(ABC):
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model would have returned, from the graph's outputs and the call they answer."""
 
+    @property
+    @abstractmethod
+    def arity(self) -> tuple[int, int]:
+        """How many inputs and outputs the graph has."""
+
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -127,6 +132,11 @@ class ModuleCall(CallingConvention):
         """The outputs in the traced structure."""
         return self.outputs.unflatten(outputs)
 
+    @property
+    def arity(self) -> tuple[int, int]:
+        """The tensors of a call, and what forward returned."""
+        return len(self.shapes), self.outputs.spec.num_leaves
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         return {
@@ -145,11 +155,11 @@ class ModuleCall(CallingConvention):
         """Inverse of `to_dict`; earlier releases wrote no guards.
 
         Raises:
-            ValueError: guards that are about no input.
+            KeyError, TypeError, ValueError: it is damaged, or its parts do not fit each other.
         """
         guards = SizeGuards.from_list(values.get("guards", []))
         guards.validate([len(shape) for shape in values["shapes"]])
-        return cls(
+        call = cls(
             tuple(values["names"]),
             Structure.from_json(values["inputs"]),
             {int(index): value for index, value in values["constants"].items()},
@@ -158,6 +168,24 @@ class ModuleCall(CallingConvention):
             {str(name): int(fill) for name, fill in values["fills"].items()},
             guards,
         )
+        call._validate()
+        return call
+
+    def _validate(self) -> None:
+        """Raise a ValueError where a call would stumble over what a file says."""
+        spec = self.inputs.spec
+        if spec.type is not dict or not all(isinstance(name, str) for name in (*self.names, *spec.context)):
+            raise ValueError("its inputs are not called by name")
+        if any(not 0 <= index < spec.num_leaves for index in self.constants):
+            raise ValueError("it has a constant in the place of no argument")
+        if len(self.shapes) + len(self.constants) != spec.num_leaves:
+            raise ValueError(f"it has {len(self.shapes)} shapes for {spec.num_leaves - len(self.constants)} tensors")
+        if any(size is not None and type(size) is not int for shape in self.shapes for size in shape):
+            raise ValueError("a shape is no list of sizes")
+        if any(isinstance(value, (list, dict)) for value in self.constants.values()):
+            raise ValueError("a constant is no plain value")
+        if any(value.bit_length() > 63 for value in self.fills.values()):
+            raise ValueError("a fill is larger than an int64")
 
 
 def plain(value: Any) -> Any:
