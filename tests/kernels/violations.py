@@ -49,7 +49,7 @@ def violations(op: str, operand: Operand, valid: Tensor) -> Iterator[tuple[str, 
         yield "a dimension more", valid.unsqueeze(0)
     if valid.dim():
         yield "no dimension", valid.new_empty(())
-        if not first and valid.shape[0] and not (operand.or_empty and valid[0].shape == (0,)):
+        if not first and valid.shape[0] and not (operand.or_empty and valid.shape[1:] == (0,)):  # which stands for none
             yield "a dimension less", valid[0]
         yield from _other_sizes(operand, valid, first)
     else:

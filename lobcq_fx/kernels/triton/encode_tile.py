@@ -33,7 +33,8 @@ def row_scale(absmax_bits, static_scale):
     """
     if static_scale is not None:
         scale = tl.load(static_scale)
-        scale = tl.where((scale > 0.0) & (scale < float("inf")), scale, float("nan"))
+        bits = scale.to(tl.int32, bitcast=True)  # a comparison of floats may take subnormal ones for zero
+        scale = tl.where((bits > 0) & (bits < INFINITY_BITS), scale, float("nan"))
     else:
         absmax = absmax_bits.to(tl.float32, bitcast=True)
         scale = tl.where(absmax_bits == 0, 1.0, tl.div_rn(absmax, DIVISOR))
