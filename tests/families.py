@@ -59,7 +59,7 @@ CAUSAL_LMS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "falcon": lambda: transformers.FalconConfig(
         hidden_size=72, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=128, **TOKENS
     ),
-    "bloom": lambda: transformers.BloomConfig(hidden_size=72, n_layer=1, n_head=4, **TOKENS),
+    "bloom": lambda: transformers.BloomConfig(hidden_size=72, n_layer=2, n_head=4, **TOKENS),
     "nemotron": lambda: transformers.NemotronConfig(**ONE_LAYER),
 }  # fmt: skip
 

@@ -25,13 +25,13 @@ op = lobcq.linear_prepacked
 FUSED = {
     "llama": {op.rms_norm: 4, op.residual: 2, op.silu_mul: 2},
     "gemma2": {op.rms_norm: 4, op.default: 4},
-    "olmo2": {op.default: 6, op.silu_mul: 2},
+    "olmo2": {op.default: 3, op.silu_mul: 1},
     "gpt2": {op.layer_norm: 4, op.residual: 4},
-    "gpt-neox": {op.layer_norm: 4, op.default: 2, op.residual: 2},
-    "falcon": {op.layer_norm: 2, op.default: 4},
+    "gpt-neox": {op.layer_norm: 2, op.default: 1, op.residual: 1},
+    "falcon": {op.layer_norm: 1, op.default: 2},
     "bloom": {op.layer_norm: 4, op.residual: 4},
 }
-"""Of two layers, in fp32; other families are as one of these."""
+"""Of their one or two layers, in fp32; other families are as one of these."""
 
 
 def lowered(q, device=GPU) -> tuple:
