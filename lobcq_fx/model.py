@@ -19,8 +19,7 @@ from lobcq_fx.kernels.bind import rows_to_warm, weight_layout
 from lobcq_fx.modules.not_pickled import NotPickled
 from lobcq_fx.modules.packed_weight import WeightLayout
 from lobcq_fx.ops.schemas import NO_GRADIENT
-from lobcq_fx.passes.guard_attention import GuardAttention
-from lobcq_fx.passes.order import lower
+from lobcq_fx.passes.order import GUARDS, lower
 from lobcq_fx.passes.prepack import Prepack, restore_weights, weights_as_stored
 from lobcq_fx.passes.retarget_device import RetargetDevice
 from lobcq_fx.refusal import Refusal
@@ -146,7 +145,8 @@ class QuantizedModel(NotPickled):
         else:
             self._copy_graphs()
             for one in self.graphs.values():
-                GuardAttention()(one.graph_module)
+                for guard in GUARDS:
+                    guard(one.graph_module)
 
     def _copy_graphs(self) -> None:
         """Run copies of the stored graphs."""

@@ -13,7 +13,7 @@ from torch import fx
 
 from lobcq_fx.graph.attributes import named_arguments
 from lobcq_fx.passes.infra import GraphPass
-from lobcq_fx.tracing.example import EXAMPLE
+from lobcq_fx.tracing.example import from_a_file
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ class GuardAttention(GraphPass):
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Guard every attention of the graph."""
         graph, modified = graph_module.graph, False
-        if not any(EXAMPLE in node.meta or "val" not in node.meta for node in graph.find_nodes(op="placeholder")):
+        if not from_a_file(graph):
             return False
         for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
             given = named_arguments(node)

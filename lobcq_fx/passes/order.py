@@ -23,6 +23,7 @@ from lobcq_fx.passes.fuse_norm_encode import FuseNormEncode
 from lobcq_fx.passes.fuse_residual import FuseResidual
 from lobcq_fx.passes.group_query_heads import GroupQueryHeads
 from lobcq_fx.passes.guard_attention import GuardAttention
+from lobcq_fx.passes.guard_recurrence import GuardRecurrence
 from lobcq_fx.passes.infra import GraphPass, Sequential
 from lobcq_fx.passes.merge_siblings import MergeSiblings
 from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
@@ -37,6 +38,10 @@ NORMALIZE = Sequential((FoldWeights(), NormalizeMatmuls()))
 """From a traced graph to one that a plan can be made of."""
 
 
+GUARDS: tuple[GraphPass, ...] = (GuardAttention(), GuardRecurrence())
+"""For graphs that come from files, whatever they run on."""
+
+
 def emitting(plan: QuantizationPlan, codebooks: CodebookSets) -> Sequential:
     """From a normalized graph to the one that is stored. `EliminateDeadCode` follows once all graphs are emitted."""
     return Sequential((Emit(plan, codebooks), ShareActivations()))
@@ -49,9 +54,9 @@ def lowering(device: torch.device, prepack: Prepack) -> tuple[GraphPass, ...]:
     takes those only without a mask; there the encoders take over what comes before them.
     """
     if device.type == "cpu":
-        return (prepack, MergeSiblings(), GroupQueryHeads(), GuardAttention())
+        return (prepack, MergeSiblings(), GroupQueryHeads(), *GUARDS)
     # Residuals before norms: a sum that a linear makes is not made again by the norm that follows.
-    return (prepack, MergeSiblings(), FuseActivationEncode(), FuseResidual(), FuseNormEncode(), GuardAttention())
+    return (prepack, MergeSiblings(), FuseActivationEncode(), FuseResidual(), FuseNormEncode(), *GUARDS)
 
 
 def lower(graph_modules: Sequence[fx.GraphModule], prepack: Prepack, device: torch.device) -> tuple[Refusal, ...]:

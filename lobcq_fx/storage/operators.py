@@ -13,9 +13,6 @@ REMEDY = (
 )
 
 _UNSAFE = {
-    "lstm": "torch does not check its states, and corrupts memory where one is of another batch than the input",
-    "gru": "torch does not check its states, as it does not those of lstm",
-    "rnn": "torch does not check its states, as it does not those of lstm",
     "embedding_bag": "torch reads out of bounds where an offset is negative",
     "_grouped_mm": "torch reads out of bounds where an offset is too large",
     "repeat_interleave": "the size of its result follows from a tensor's values",

@@ -12,6 +12,7 @@ from lobcq_fx.errors import CheckpointError
 from lobcq_fx.format import Encoded, FormatSpec, check_codebooks
 from lobcq_fx.format.spec import E4M3_MAX, ENTRY_MAX
 from lobcq_fx.graph.attributes import delete_attribute, get_attribute, named_arguments, register_attribute
+from lobcq_fx.graph.recurrence import recurrences
 from lobcq_fx.graph.stored_linear import StoredLinear, stored_linears
 from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
 
@@ -32,6 +33,8 @@ def restore_packed_weights(module: nn.Module, graphs: Sequence[fx.Graph]) -> Non
     try:
         _check_activations(module, nodes)
         _check_weight_norms(module, nodes)
+        for graph in graphs:
+            _check_recurrences(module, graph)
         _restore_weights(module, [linear for graph in graphs for linear in stored_linears(graph)])
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise CheckpointError(f"graph.json: an op does not read what it should: {error}") from None
@@ -83,6 +86,28 @@ def _check_weight_norms(module: nn.Module, nodes: Sequence[fx.Node]) -> None:
                 f"{name} is {length.dtype} {list(length.shape)}; what it is the length of has {rows} rows of"
                 f" {direction.dtype}"
             )
+
+
+def _check_recurrences(module: nn.Module, graph: fx.Graph) -> None:
+    """That the parameters of recurrent layers fit each other; passes/guard_recurrence.py fits the rest to them."""
+    for one in recurrences(graph):
+        name = one.node.name
+        cells, parts = one.levels * one.directions, 4 if one.has_biases else 2
+        if one.training or len(one.states) != one.wanted_states or len(one.parameters) != cells * parts or cells < 1:
+            raise CheckpointError(
+                f"graph.json: node {name!r} is no recurrent layer of {one.levels} levels for inference"
+            )
+        tensors = [get_attribute(module, _stored(node)) for node in one.parameters]
+        hidden, columns = tensors[1].shape[-1], tensors[0].shape[-1]
+        for place, tensor in enumerate(tensors):
+            cell, part = divmod(place, parts)
+            inputs = columns if cell < one.directions else hidden * one.directions
+            wanted = [one.gates * hidden, *([inputs], [hidden], [], [])[part]]
+            if list(tensor.shape) != wanted or tensor.dtype != tensors[0].dtype:
+                raise CheckpointError(
+                    f"{one.parameters[place].target} is {tensor.dtype} {list(tensor.shape)};"
+                    f" node {name!r} needs {tensors[0].dtype} {wanted}"
+                )
 
 
 def _restore_weights(module: nn.Module, linears: Sequence[StoredLinear]) -> None:
