@@ -50,6 +50,7 @@ take_along_dim tan tanh tensor_split tensordot threshold tile to topk trace tran
 type_as unbind unflatten unfold unsqueeze upsample_bilinear2d upsample_linear1d upsample_nearest1d
 upsample_nearest2d upsample_nearest3d upsample_bicubic2d var var_mean vander view view_as vstack where xlogy zeros
 zeros_like
+angle complex conj imag polar real resolve_conj view_as_complex view_as_real
 """
 ORDINARY = tuple(_ORDINARY.split())
 """Of aten, by name: all functional overloads of each."""
@@ -57,6 +58,7 @@ ORDINARY = tuple(_ORDINARY.split())
 _IN_PLACE = """
 add_.Tensor sub_.Tensor mul_.Tensor div_.Tensor copy_.default fill_.Scalar zero_.default clamp_.default
 relu_.default silu_.default masked_fill_.Scalar index_put_.default index_copy_.default lerp_.Scalar
+detach_.default
 """
 IN_PLACE = tuple(_IN_PLACE.split())
 """Of aten: what models write their state with. They write to tensors of the model, of the call, or of their own."""
@@ -64,7 +66,7 @@ IN_PLACE = tuple(_IN_PLACE.split())
 DENIED = {
     "_adaptive": "is a kernel behind one that checks its operands",
     "_cdist": "is a kernel behind one that checks its operands",
-    "_fft": "is not needed without complex numbers, which files do not have",
+    "_fft": "is a kernel behind one that checks its operands",
     "_grouped_mm": "reads out of bounds where an offset is too large",
     "_local_scalar_dense": "makes a size of a tensor's value",
     "_pdist": "is a kernel behind one that checks its operands",

@@ -15,7 +15,7 @@ from lobcq_fx.export.attention import UseGroupQueryAttention
 from lobcq_fx.export.stored_module import stored_module
 from lobcq_fx.passes.group_query_heads import GroupQueryHeads
 from tests.export.sessions import Session
-from tests.families import quantized_causal_lm
+from tests.families import causal_lm, quantized_causal_lm
 from tests.passes.graphs import assert_unchanged
 
 aten = torch.ops.aten
@@ -39,7 +39,7 @@ def attentions(graph_module):
 
 @pytest.fixture(scope="module")
 def gpt_neox():
-    return quantized_causal_lm("gpt-neox", static_cache=False)[1]
+    return lobcq_fx.quantize(causal_lm("gpt-neox", num_hidden_layers=2), static_cache=False)
 
 
 def test_narrow_heads_stay(gpt_neox):
