@@ -14,7 +14,8 @@ from lobcq_fx.format import FormatSpec
 MODES = ("w4a4", "w4a16")
 ACTIVATION_SCALES = ("per_token", "static")
 CODEBOOKS = ("universal", "fitted")
-OVERRIDABLE = ("format", "mode", "activation_scale")
+ROUNDINGS = ("nearest", "compensated")
+OVERRIDABLE = ("format", "mode", "activation_scale", "rounding")
 
 ROLES = ("head",)
 """What a layer can be to a model, for patterns: `@head` is an output head, whatever the model calls it."""
@@ -33,11 +34,14 @@ class LobcqConfig:
         activation_scale: `"per_token"` computes a tensor scale for each token, `"static"` calibrates one a layer.
         codebooks: `"universal"` (shipped with the package), `"fitted"` (to this model's weights and calibration
             data), or the path of a JSON file written by `lobcq calibrate`.
+        rounding: `"nearest"` rounds every weight to the nearest of the format; `"compensated"` lets columns that are
+            rounded later make up for the errors of earlier ones (GPTQ inside the format), which needs calibration data,
+            time, and memory for K^2 floats a layer.
         include: shell-style patterns of layer names, or `@head` for output heads, whatever they are called (known for
             Hugging Face models); a layer is quantized if one matches.
         exclude: shell-style patterns of layer names left in float; they win over `include`.
-        overrides: pattern -> settings (`format`, `mode`, `activation_scale`) for the layers it matches; the last
-            matching pattern wins.
+        overrides: pattern -> settings (`format`, `mode`, `activation_scale`, `rounding`) for the layers it matches; the
+            last matching pattern wins.
         min_in_features: matmuls with a shorter reduction dimension are left in float.
 
     Raises:
@@ -48,6 +52,7 @@ class LobcqConfig:
     mode: str = "w4a4"
     activation_scale: str = "per_token"
     codebooks: str = "universal"
+    rounding: str = "nearest"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -59,6 +64,7 @@ class LobcqConfig:
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
         _check_choice("mode", self.mode, MODES)
         _check_choice("activation_scale", self.activation_scale, ACTIVATION_SCALES)
+        _check_choice("rounding", self.rounding, ROUNDINGS)
         if self.codebooks not in CODEBOOKS and not str(self.codebooks).endswith(".json"):
             hint = nearest(str(self.codebooks), CODEBOOKS)
             raise ConfigError(f"codebooks={self.codebooks!r}: use one of {CODEBOOKS} or the path of a .json file{hint}")
@@ -92,6 +98,7 @@ class LobcqConfig:
             "mode": self.mode,
             "activation_scale": self.activation_scale,
             "codebooks": self.codebooks,
+            "rounding": self.rounding,
             "include": list(self.include),
             "exclude": list(self.exclude),
             "overrides": {
@@ -118,8 +125,9 @@ class LobcqConfig:
     @property
     def needs_calibration(self) -> bool:
         """Whether these settings cannot be applied without calibration data."""
-        scales = [self.activation_scale, *(settings.get("activation_scale") for settings in self.overrides.values())]
-        return self.codebooks == "fitted" or "static" in scales
+        every = [self, *map(self._overridden, self.overrides)]
+        wanted = {setting for one in every for setting in (one.activation_scale, one.rounding)}
+        return self.codebooks == "fitted" or not wanted.isdisjoint(("static", "compensated"))
 
     def _overridden(self, pattern: str) -> LobcqConfig:
         settings = self.overrides[pattern]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.calibration.encode_weight import encode_weight
@@ -32,6 +32,7 @@ def encode_weights(
     plan: QuantizationPlan,
     graph_module: fx.GraphModule,
     codebooks: CodebookSets,
+    statistics: Mapping[PlannedMatmul, ActivationStatistics] | None = None,
     release_from: nn.Module | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[PlannedWeight, EncodedWeight]:
@@ -42,11 +43,13 @@ def encode_weights(
         graph_module: has the float weights, and gets the packed ones and the codebooks. Its graph goes on naming float
             weights that are gone until `Emit` has run.
         codebooks: the sets to encode with.
+        statistics: of the activations, with second moments where the plan wants errors compensated.
         release_from: the float model, whose weights are freed as they are encoded; None keeps them.
         progress: called with (weights encoded, weights in all).
 
     Raises:
         LobcqError: a weight holds NaN or infinity (names the weight and the first bad index).
+        CalibrationError: errors are to be compensated, and the layer saw no data.
     """
     device = _device(graph_module)
     for name, tensor in codebooks.named().items():
@@ -54,18 +57,35 @@ def encode_weights(
             register_attribute(graph_module, name, tensor.to(device))
     done: dict[PlannedWeight, EncodedWeight] = {}
     for weight in plan.weights:
-        done[weight] = _encode(weight, graph_module, codebooks, release_from)
+        moments = _second_moments(plan, weight, statistics or {})
+        done[weight] = _encode(weight, graph_module, codebooks, moments, release_from)
         if progress is not None:
             progress(len(done), len(plan.weights))
     return done
 
 
+def _second_moments(
+    plan: QuantizationPlan, weight: PlannedWeight, statistics: Mapping[PlannedMatmul, ActivationStatistics]
+) -> Tensor | None:
+    """Of the inputs of all layers that read a weight, fp32 [K, K]; None where errors are not to be compensated."""
+    reading = [one for one in plan.quantized if one.weight == weight and one.config.rounding == "compensated"]
+    if not reading:
+        return None
+    assert all(one in statistics for one in reading), "compensation needs observers: run insert_observers and calibrate"
+    first, *others = (statistics[one].second_moments() for one in reading)
+    return first + sum(others) if others else first
+
+
 def _encode(
-    planned: PlannedWeight, graph_module: fx.GraphModule, codebooks: CodebookSets, release_from: nn.Module | None
+    planned: PlannedWeight,
+    graph_module: fx.GraphModule,
+    codebooks: CodebookSets,
+    second_moments: Tensor | None,
+    release_from: nn.Module | None,
 ) -> EncodedWeight:
     weight = get_attribute(graph_module, planned.source).detach()
     weight = weight.t() if planned.flipped else weight
-    encoded = encode_weight(weight, planned.spec, codebooks.weights[planned.spec], planned.source)
+    encoded = encode_weight(weight, planned.spec, codebooks.weights[planned.spec], planned.source, second_moments)
     result = EncodedWeight(
         0 if planned.keeps_float else weight.numel() * weight.element_size(), encoded.nbytes, sqnr_db(weight, encoded)
     )

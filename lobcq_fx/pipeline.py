@@ -88,7 +88,9 @@ def quantize(
     config = config or LobcqConfig()
     report = progress or _silent
     if config.needs_calibration and calibration_data is None:
-        raise CalibrationError("static scales and fitted codebooks need calibration_data: pass an iterable of inputs")
+        raise CalibrationError(
+            "static scales, fitted codebooks and compensated rounding need calibration_data: pass an iterable of inputs"
+        )
     model = unwrapped(model)
     bind_cpu_core()
     front_end = front_end_of(model)
@@ -177,7 +179,7 @@ def quantize_graphs(
     root = graph_modules[MAIN]
     statistics = observed(root, plan)
     codebooks = choose_codebooks(plan, partial(get_attribute, root), statistics, config, report)
-    encoded = encode_weights(plan, root, codebooks, release_from, partial(report, "encode"))
+    encoded = encode_weights(plan, root, codebooks, statistics, release_from, partial(report, "encode"))
     register_static_scales(plan, root, statistics)
     emitted = {name: root if name == MAIN else share(one, root) for name, one in graph_modules.items()}
     for graph_module in emitted.values():

@@ -6,18 +6,22 @@ import torch
 from torch import Tensor
 
 import lobcq_fx.ops  # noqa: F401  (registers the op that encodes)
+from lobcq_fx.calibration.compensate import compensate
 from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import Encoded, FormatSpec
 
 
-def encode_weight(weight: Tensor, spec: FormatSpec, codebooks: Tensor, name: str) -> Encoded:
-    """Round a weight to the nearest of the format.
+def encode_weight(
+    weight: Tensor, spec: FormatSpec, codebooks: Tensor, name: str, second_moments: Tensor | None = None
+) -> Encoded:
+    """Round a weight to the nearest of the format, or with feedback of its errors.
 
     Args:
         weight: [N, K], fp32, bf16 or fp16.
         spec: the format.
         codebooks: int8 [N_c, 16], on any device.
         name: what the error calls the weight.
+        second_moments: of its layer's inputs, fp32 [K, K], where errors are to be compensated.
 
     Raises:
         LobcqError: the weight holds NaN or infinity (names the weight and the first bad index).
@@ -28,5 +32,7 @@ def encode_weight(weight: Tensor, spec: FormatSpec, codebooks: Tensor, name: str
         raise LobcqError(
             f"cannot encode {name}: {error}. Remedy: repair the checkpoint, or exclude the layer"
         ) from None
+    if second_moments is not None and weight.numel():
+        return compensate(weight, second_moments, spec, codebooks)
     codes, selectors, scales, tensor_scale = parts
     return Encoded(codes, selectors, scales, tensor_scale, codebooks, spec, weight.shape[1])

@@ -27,6 +27,7 @@ class ActivationStatistics:
         num_updates: tensors seen, empty ones included.
         num_rows: rows (tokens) seen.
         num_scalars: scalars seen, padding not counted.
+        keeps_second_moments: whether x^T x is summed too, fp32 [K, K]; how batches are cut may show in its last bits.
         histogram: int64 [4095], how often each value of the grid (-2047 to 2047, docs/format.md step 3) occurred
             when every row has its own tensor scale; padding not counted.
     """
@@ -40,6 +41,8 @@ class ActivationStatistics:
         self.histogram = torch.zeros(NUM_BINS, dtype=torch.long, device="cpu")
         self._absmax = torch.zeros((), dtype=torch.float32, device="cpu")
         self._sample = Reservoir(sampled_arrays, seed)
+        self.keeps_second_moments = False
+        self._second_moments: Tensor | None = None
 
     @property
     def seen(self) -> bool:
@@ -99,9 +102,22 @@ class ActivationStatistics:
         rows = self._sample.rows()
         return rows[:, :-1] / rows[:, -1:]
 
+    def second_moments(self) -> Tensor:
+        """The sum of x^T x over the rows seen, fp32 [K, K], on the device of the activations.
+
+        Raises:
+            CalibrationError: no data seen.
+        """
+        self._require_data()
+        assert self._second_moments is not None, "set keeps_second_moments before the first update"
+        return self._second_moments
+
     def _add(self, rows: Tensor, row_scale: Tensor) -> None:
         """rows fp32 [n, K] and their tensor scales fp32 [n, 1]."""
         columns = rows.shape[1]
+        if self.keeps_second_moments:
+            product = rows.t() @ rows
+            self._second_moments = product if self._second_moments is None else self._second_moments.add_(product)
         arrays = block_arrays(rows, self.spec)
         grid = to_grid(arrays, array_scales(arrays, row_scale), row_scale).flatten(1)[:, :columns]
         self.histogram += torch.bincount(grid.flatten() + GRID_MAX, minlength=NUM_BINS).cpu()

@@ -50,6 +50,13 @@ class ActivationScale(StrEnum):
     static = "static"
 
 
+class Rounding(StrEnum):
+    """Whether columns that are rounded later make up for the errors of earlier ones."""
+
+    nearest = "nearest"
+    compensated = "compensated"
+
+
 class Dtype(StrEnum):
     """Floating-point type of what stays in float."""
 

@@ -17,6 +17,7 @@ from lobcq_fx.cli.options import (
     Mode,
     ModelArgument,
     OverwriteOption,
+    Rounding,
     SamplesOption,
 )
 
@@ -35,7 +36,8 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="TEXT",
-            help="UTF-8 text to calibrate on: for static scales, fitted codebooks, and to measure activations.",
+            help="UTF-8 text to calibrate on: for static scales, fitted codebooks, compensated rounding, and to measure"
+            " activations.",
         ),
     ] = None,
     format: FormatOption = "8x64",
@@ -46,6 +48,9 @@ def quantize(
     codebooks: Annotated[
         str, typer.Option(metavar="universal|fitted|FILE", help="FILE is one that `lobcq calibrate` wrote.")
     ] = "universal",
+    rounding: Annotated[
+        Rounding, typer.Option(help="Round weights to the nearest, or make up for their errors, which costs time.")
+    ] = Rounding.nearest,
     include: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Quantize only layers whose name matches; repeatable.")
     ] = None,
@@ -70,7 +75,7 @@ def quantize(
     from lobcq_fx.cli.summary import print_summary, summary
     from lobcq_fx.cli.texts import CalibrationText
 
-    config = _config(format, mode, activation_scale, codebooks, include, exclude)
+    config = _config(format, mode, activation_scale, codebooks, rounding, include, exclude)
     folder = model_folder(model)
     _check(config, folder, output, calibrate, overwrite=overwrite)
     text = CalibrationText(read_text(calibrate)[0], calibration_samples, calibration_length) if calibrate else None
@@ -92,7 +97,9 @@ def _check(config: LobcqConfig, folder: ModelFolder, output: Path, calibrate: Pa
     from lobcq_fx.storage.checkpoint import is_checkpoint
 
     if config.needs_calibration and calibrate is None:
-        raise typer.BadParameter("static scales and fitted codebooks need a text: pass --calibrate TEXT")
+        raise typer.BadParameter(
+            "static scales, fitted codebooks and compensated rounding need a text: pass --calibrate TEXT"
+        )
     if config.codebooks not in CODEBOOKS:
         read_codebooks(Path(config.codebooks), config.format)
     needed = _least_size(folder, config)
@@ -104,6 +111,7 @@ def _config(
     mode: Mode,
     activation_scale: ActivationScale,
     codebooks: str,
+    rounding: Rounding,
     include: list[str] | None,
     exclude: list[str] | None,
 ) -> LobcqConfig:
@@ -114,6 +122,7 @@ def _config(
         mode=mode.value,
         activation_scale=activation_scale.value,
         codebooks=codebooks,
+        rounding=rounding.value,
         include=tuple(include or ("*",)),
         exclude=(*DEFAULT_EXCLUDE, *(exclude or ())),
     )

@@ -52,7 +52,9 @@ class LobcqQuantizer(ExportQuantizer):  # type: ignore[misc]
         """
         super().validate_environment(export_format)
         if self.config.needs_calibration and not self.calibration_dataset:
-            raise CalibrationError("static scales and fitted codebooks need data: pass calibration_dataset")
+            raise CalibrationError(
+                "static scales, fitted codebooks and compensated rounding need data: pass calibration_dataset"
+            )
 
     def quantize(
         self, model: fx.GraphModule, sample_inputs: dict[str, Any], export_format: ExportFormat

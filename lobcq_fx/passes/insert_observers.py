@@ -47,7 +47,9 @@ class InsertObservers(GraphPass):
         for index, (activation, reading) in enumerate(by_activation.items()):
             _, first = reading[0]
             target = f"{PREFIX}.{index}"
-            register_attribute(graph_module, target, Observer(ActivationStatistics(first.layer, first.config.format)))
+            statistics = ActivationStatistics(first.layer, first.config.format)
+            statistics.keeps_second_moments = any(one.config.rounding == "compensated" for _, one in reading)
+            register_attribute(graph_module, target, Observer(statistics))
             with graph_module.graph.inserting_after(activation):
                 observer = graph_module.graph.call_module(target, (activation,))
             observer.meta = {"val": activation.meta.get("val")}
