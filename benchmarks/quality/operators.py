@@ -56,9 +56,14 @@ ORDINARY = tuple(_ORDINARY.split())
 """Of aten, by name: all functional overloads of each."""
 
 _IN_PLACE = """
-add_.Tensor sub_.Tensor mul_.Tensor div_.Tensor copy_.default fill_.Scalar zero_.default clamp_.default
-relu_.default silu_.default masked_fill_.Scalar index_put_.default index_copy_.default lerp_.Scalar
-detach_.default
+abs_.default add_.Scalar add_.Tensor addcdiv_.default addcmul_.default ceil_.default celu_.default clamp_.default
+clamp_max_.default clamp_min_.default copy_.default cos_.default detach_.default div_.Scalar div_.Tensor elu_.default
+exp_.default fill_.Scalar fill_.Tensor floor_.default gelu_.default hardsigmoid_.default hardswish_.default
+hardtanh_.default index_add_.default index_copy_.default index_fill_.int_Scalar index_put_.default leaky_relu_.default
+lerp_.Scalar lerp_.Tensor log_.default logical_not_.default masked_fill_.Scalar masked_fill_.Tensor mish_.default
+mul_.Scalar mul_.Tensor neg_.default pow_.Scalar reciprocal_.default relu6_.default relu_.default round_.default
+rsqrt_.default scatter_.src scatter_.value selu_.default sigmoid_.default silu_.default sin_.default sqrt_.default
+square_.default sub_.Scalar sub_.Tensor tanh_.default threshold_.default tril_.default triu_.default zero_.default
 """
 IN_PLACE = tuple(_IN_PLACE.split())
 """Of aten: what models write their state with. They write to tensors of the model, of the call, or of their own."""
