@@ -63,7 +63,9 @@ def compensate(weight: Tensor, second_moments: Tensor, spec: FormatSpec, codeboo
     rounding = _Rounding(codebooks.to(weight.device))
     for place, array in enumerate(order.tolist()):
         begin, end = place * spec.array_size, (place + 1) * spec.array_size
-        real = (array * spec.array_size + torch.arange(spec.array_size, device=weight.device) < columns).float()
+        real = (
+            array * spec.array_size + torch.arange(spec.array_size, dtype=torch.long, device=weight.device) < columns
+        ).float()
         part = factor[begin:end, begin:end]
         errors = rounding.round_array(rest[:, begin:end], part, real, tensor_scale, result.of(array))
         rest[:, end:] -= errors @ factor[begin:end, end:]
@@ -83,18 +85,20 @@ def _order_and_factor(moments: Tensor, columns: int, spec: FormatSpec) -> tuple[
     power = moments.diagonal()
     usual = power.mean() if bool((power > 0).any()) else power.new_ones(())
     padded = spec.padded_columns(columns)
-    hessian = torch.zeros(padded, padded, device=moments.device)
+    hessian = torch.zeros(padded, padded, dtype=torch.float32, device=moments.device)
     hessian[:columns, :columns] = moments
     diagonal = hessian.diagonal()
     unseen = diagonal <= 0  # padding, and columns that were 0 in every input
     hessian[unseen], hessian[:, unseen] = 0, 0
     diagonal[unseen] = usual
     order = torch.where(unseen, 0.0, diagonal).view(-1, spec.array_size).sum(1).argsort(descending=True, stable=True)
-    places = (order[:, None] * spec.array_size + torch.arange(spec.array_size, device=order.device)).flatten()
+    places = (
+        order[:, None] * spec.array_size + torch.arange(spec.array_size, dtype=torch.long, device=order.device)
+    ).flatten()
     hessian = hessian[places][:, places]
     damping = DAMPING
     while True:
-        damped = hessian + torch.eye(padded, device=hessian.device) * (damping * usual)
+        damped = hessian + torch.eye(padded, dtype=torch.float32, device=hessian.device) * (damping * usual)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
             factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
@@ -197,4 +201,4 @@ class _Rounding:
         count = self.nearest.shape[1]
         grid = torch.where(scale > 0, values / scale, 0.0) * GRID
         rows = grid.round().clamp(-GRID_MAX, GRID_MAX).long() + GRID_MAX
-        return rows * count + torch.arange(count, device=rows.device)
+        return rows * count + torch.arange(count, dtype=torch.long, device=rows.device)
