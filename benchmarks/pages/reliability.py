@@ -43,7 +43,22 @@ def main() -> None:
             *tried(calls, f"calls of {modules['modules']:,} random modules"),
         ]
     )
-    keep_page(PAGE, {"reliability": table(["promise", "held by", "tried", "lost"], rows)}, "reliability", __doc__)
+    loading = json.loads((RESULTS / "loading.json").read_text(encoding="utf-8"))
+    sections = {
+        "reliability": table(["promise", "held by", "tried", "lost"], rows),
+        "loading": cost_of_digests(loading),
+    }
+    keep_page(PAGE, sections, "reliability", __doc__)
+
+
+def cost_of_digests(found: dict[str, Any]) -> str:
+    """A sentence."""
+    return (
+        f"Loading {found['weights']:,} weights ({found['bytes'] / 1e9:.1f} GB, from the system's cache,"
+        f" {found['threads']} threads) takes {found['ratio']['median']:.2f} times as long with all digests compared as without"
+        f" (`python -m benchmarks.model.loading`, median of interleaved pairs: {found['seconds']['verify']:.2f} s and"
+        f" {found['seconds']['no verify']:.2f} s)."
+    )
 
 
 def tried(counts: dict[str, Any] | None, what: str) -> tuple[str, str]:

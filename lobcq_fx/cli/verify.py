@@ -28,10 +28,10 @@ def verify(
     with messages.status("Reading"):
         index, problems = verify_folder(model)
     if json:
-        print_json({"model": str(model), "sha256": index.digest, "tensors": len(index.tensors), "problems": problems})
+        print_json({"model": str(model), "blake3": index.digest, "tensors": len(index.tensors), "problems": problems})
     elif not problems:
         typer.echo(f"{model} is what was saved: {len(index.files)} files, {len(index.tensors)} tensors")
-        typer.echo(f"sha256 {index.digest}")
+        typer.echo(f"blake3 {index.digest}")
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise InputError(f"{model} is not what was saved:\n{lines}\nRemedy: get the folder again")

@@ -35,7 +35,7 @@ from lobcq_fx.modules.packed_weight import PARTS
 from lobcq_fx.storage.atomic_folder import replace_folder
 from lobcq_fx.storage.files import check_regular, json_object, read_bytes
 from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
-from lobcq_fx.storage.index import INDEX, FolderIndex, described, differing, digests_of, sha256
+from lobcq_fx.storage.index import INDEX, FolderIndex, described, differing, digest_of, digests_of
 from lobcq_fx.storage.rehearse import rehearse
 from lobcq_fx.storage.validate import check_parameters, restore_packed_weights
 from lobcq_fx.tracing.calling import CallingConvention
@@ -142,7 +142,7 @@ def saved_folder(
     tensors = stored_tensors(checkpoint.root, [one.graph for one in checkpoint.graphs.values()])
     values = (_config(checkpoint), _graph(checkpoint), checkpoint.inventory.to_dict())
     descriptions = {name: _json(value) for name, value in zip(DESCRIPTIONS, values, strict=True)}
-    index = FolderIndex({name: sha256(content) for name, content in descriptions.items()}, digests_of(tensors))
+    index = FolderIndex({name: digest_of(content) for name, content in descriptions.items()}, digests_of(tensors))
     with replace_folder(directory, is_checkpoint, OWN) as folder:
         _write_weights(tensors, folder / WEIGHTS)
         for name, content in descriptions.items():
@@ -233,11 +233,22 @@ def _load(directory: Path, *, verify: bool) -> Checkpoint:
         parameters = set(saved["parameters"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory} is damaged: {type(error).__name__}: {error}") from None
-    tensors = _read_tensors(directory, [one.graph for one in graphs.values()], index, verify=verify)
-    check_parameters({name: tensor for name, tensor in tensors.items() if name in parameters})
-    root = _root(tensors, [one.graph for one in graphs.values()], parameters)
-    rehearse([one.graph for one in graphs.values()], tensors)
+    tensors = _read_tensors(directory, [one.graph for one in graphs.values()])
+    if index is not None:
+        _check_tensors(weights_file(directory), tensors, index, verify=verify)
+    root = _validated_root(tensors, [one.graph for one in graphs.values()], parameters)
     return Checkpoint(root, graphs, refused, lobcq_config, inventory, config or None)
+
+
+def _validated_root(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
+    """`_root`, once its tensors and graphs are known to be such as can run."""
+    # These look into the mapped file. Weights leave it when they are repacked; one tensor that stays would keep all of
+    # it mapped, and resident.
+    tensors = {name: tensor if name.endswith(MAPPED) else tensor.clone() for name, tensor in tensors.items()}
+    check_parameters({name: tensor for name, tensor in tensors.items() if name in parameters})
+    root = _root(tensors, graphs, parameters)
+    rehearse(graphs, tensors)
+    return root
 
 
 def _root(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
@@ -335,21 +346,15 @@ def _index(directory: Path, version: int) -> FolderIndex | None:
     return None
 
 
-def _read_tensors(
-    directory: Path, graphs: Sequence[fx.Graph], index: FolderIndex | None, *, verify: bool
-) -> dict[str, Tensor]:
+def _read_tensors(directory: Path, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
+    """What the graphs refer to, mapped from the file."""
     wanted = set(_names(graphs))
     path = weights_file(directory)
     with _open_weights(path) as file:
         missing = wanted - set(file.keys())
         if missing:
             raise CheckpointError(f"{path} lacks {sorted(missing)[0]} and {len(missing) - 1} more tensors")
-        tensors = {name: file.get_tensor(name) for name in sorted(wanted)}
-    if index is not None:
-        _check_tensors(path, tensors, index, verify=verify)
-    # These look into the mapped file. Weights leave it when they are repacked; one tensor that stays would keep all of
-    # it mapped, and resident.
-    return {name: tensor if name.endswith(MAPPED) else tensor.clone() for name, tensor in tensors.items()}
+        return {name: file.get_tensor(name) for name in sorted(wanted)}
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor], index: FolderIndex, *, verify: bool) -> None:
@@ -357,7 +362,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], index: FolderIndex
     expected = {name: one for name, one in index.tensors.items() if name in tensors}
     read = {name: tensor for name, tensor in tensors.items() if verify or tensor.nbytes <= SMALL}
     found = digests_of(read) | {
-        name: replace(described(tensor), sha256=expected[name].sha256)
+        name: replace(described(tensor), blake3=expected[name].blake3)
         for name, tensor in tensors.items()
         if name not in read and name in expected
     }

@@ -10,9 +10,9 @@ from tests.cli.conftest import Run
 
 def test_a_whole_folder_has_its_digest(lobcq: Run, quantized_llama: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = quantized_llama
-    digest = json.loads((folder / "lobcq.index.json").read_text())["sha256"]
+    digest = json.loads((folder / "lobcq.index.json").read_text())["blake3"]
     found = lobcq.json("verify", folder)
-    assert (found["sha256"], found["problems"]) == (digest, [])
+    assert (found["blake3"], found["problems"]) == (digest, [])
     assert digest in lobcq("verify", folder).stdout
 
 

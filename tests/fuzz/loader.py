@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import faulthandler
-import hashlib
 import json
 import logging
 import resource
@@ -22,6 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import blake3
 import torch
 from torch import nn
 
@@ -130,7 +130,7 @@ def write(folder: Path, files: dict[str, bytes]) -> None:
         (folder / name).write_bytes(content)
     index = {"files": {n: _digest(files[n]) for n in (CONFIG, GRAPH, INVENTORY)}, "tensors": _tensors(files[WEIGHTS])}
     own = _digest(json.dumps(index, sort_keys=True, separators=(",", ":")).encode())
-    (folder / INDEX).write_text(json.dumps({"sha256": own, **index}), encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps({"blake3": own, **index}), encoding="utf-8")
 
 
 def _tensors(content: bytes) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _tensors(content: bytes) -> dict[str, Any]:
             name: {
                 "dtype": names.get(one["dtype"], "float32"),
                 "shape": one["shape"],
-                "sha256": _digest(data[slice(*one["data_offsets"])]),
+                "blake3": _digest(data[slice(*one["data_offsets"])]),
             }
             for name, one in header.items()
         }
@@ -159,7 +159,7 @@ def _tensors(content: bytes) -> dict[str, Any]:
 
 
 def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return blake3.blake3(content).hexdigest()
 
 
 def _other_header(content: bytes, rng: Random) -> bytes:

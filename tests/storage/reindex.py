@@ -7,11 +7,11 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from lobcq_fx.storage.checkpoint import WEIGHTS
-from lobcq_fx.storage.index import FolderIndex, digests_of, sha256
+from lobcq_fx.storage.index import FolderIndex, digest_of, digests_of
 
 
 def reindex(folder: Path) -> None:
     """Write an index of what is there now."""
-    files = {name: sha256((folder / name).read_bytes()) for name in ("config.json", "graph.json", "inventory.json")}
+    files = {name: digest_of((folder / name).read_bytes()) for name in ("config.json", "graph.json", "inventory.json")}
     tensors = load_file(folder / WEIGHTS)
     FolderIndex(files, digests_of(tensors)).write(folder)

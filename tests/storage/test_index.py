@@ -19,7 +19,7 @@ import lobcq_fx
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.storage import checkpoint
 from lobcq_fx.storage.checkpoint import FILE_LIMIT, WEIGHTS
-from lobcq_fx.storage.index import INDEX, digests_of, sha256
+from lobcq_fx.storage.index import INDEX, digest_of, digests_of
 from tests.fuzz.flips import FILES, flip
 from tests.fuzz.readers import read
 from tests.fuzz.small import X, quantized
@@ -39,13 +39,13 @@ def folder(models, tmp_path):
 def test_digests_are_those_of_the_bytes(models, folder):
     index = json.loads((folder / INDEX).read_text())
     for name in ("config.json", "graph.json", "inventory.json"):
-        assert index["files"][name] == sha256((folder / name).read_bytes())
+        assert index["files"][name] == digest_of((folder / name).read_bytes())
     tensors = load_file(folder / WEIGHTS)
     assert index["tensors"].keys() == tensors.keys()
     for name, tensor in tensors.items():
         entry = index["tensors"][name]
         assert (entry["dtype"], entry["shape"]) == (str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-        assert entry["sha256"] == sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        assert entry["blake3"] == digest_of(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def test_digests_of_every_kind_of_tensor():
@@ -58,9 +58,9 @@ def test_digests_of_every_kind_of_tensor():
     }
     found = digests_of(kinds)
     assert list(found) == list(kinds)
-    assert found["scalar"].sha256 == sha256(kinds["scalar"].numpy().tobytes())
-    assert found["view"].sha256 == sha256(kinds["view"].contiguous().numpy().tobytes())
-    assert found["empty"].sha256 == sha256(b"")
+    assert found["scalar"].blake3 == digest_of(kinds["scalar"].numpy().tobytes())
+    assert found["view"].blake3 == digest_of(kinds["view"].contiguous().numpy().tobytes())
+    assert found["empty"].blake3 == "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"  # BLAKE3's own
 
 
 @pytest.mark.parametrize("name", FILES)
