@@ -53,11 +53,11 @@ def main() -> None:
 
 def cost_of_digests(found: dict[str, Any]) -> str:
     """A sentence."""
+    size, seconds = f"{found['weights']:,} weights ({found['bytes'] / 1e9:.1f} GB)", found["seconds"]
     return (
-        f"Loading {found['weights']:,} weights ({found['bytes'] / 1e9:.1f} GB, from the system's cache,"
-        f" {found['threads']} threads) takes {found['ratio']['median']:.2f} times as long with all digests compared as without"
-        f" (`python -m benchmarks.model.loading`, median of interleaved pairs: {found['seconds']['verify']:.2f} s and"
-        f" {found['seconds']['no verify']:.2f} s)."
+        f"Loading {size} from the system's cache, with {found['threads']} threads, takes {found['ratio']['median']:.2f}"
+        " times as long with all digests compared as without (`python -m benchmarks.model.loading`, the median of"
+        f" interleaved pairs: {seconds['verify']:.2f} s and {seconds['no verify']:.2f} s)."
     )
 
 
