@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.errors import CalibrationError
-from lobcq_fx.format import Encoded, FormatSpec, absmax_tensor_scale, block_arrays
+from lobcq_fx.format import Encoded, FormatSpec, block_arrays
 from lobcq_fx.format.codes import CodeTables
+from lobcq_fx.format.encoded import finite_tensor_scale
 from lobcq_fx.format.packing import pack_codes, pack_selectors
 from lobcq_fx.format.scales import array_scales
 from lobcq_fx.format.spec import BLOCK_SIZE, GRID, GRID_MAX
@@ -37,7 +38,7 @@ def compensate(weight: Tensor, second_moments: Tensor, spec: FormatSpec, codeboo
     """Encode a weight with feedback of its rounding errors.
 
     Args:
-        weight: [N, K], any float dtype, finite.
+        weight: [N, K], any float dtype.
         second_moments: fp32 [K, K], sums or means of x^T x over the rows x of the layer's inputs. Columns that no input
             reached, and singular matrices, are taken as they are: their errors cost nothing that anybody has seen, so
             that such columns are rounded to the nearest.
@@ -49,11 +50,12 @@ def compensate(weight: Tensor, second_moments: Tensor, spec: FormatSpec, codeboo
 
     Raises:
         CalibrationError: the second moments hold NaN or infinity.
+        ValueError: the weight does (names the first bad index), or has no scalars.
     """
     if not bool(torch.isfinite(second_moments).all()):
         raise CalibrationError("the second moments of the layer's inputs hold NaN or infinity")
     rows, columns = weight.shape
-    tensor_scale = absmax_tensor_scale(weight)
+    tensor_scale = finite_tensor_scale(weight)
     arrays = block_arrays(weight, spec)  # fp32 [N, G, L_A], padded with zeros
     if not arrays.numel():
         raise ValueError(f"weight has shape {list(weight.shape)}: there is nothing to encode")

@@ -32,7 +32,15 @@ class ActivationStatistics:
             when every row has its own tensor scale; padding not counted.
     """
 
-    def __init__(self, layer: str, spec: FormatSpec, sampled_arrays: int = SAMPLED_ARRAYS, seed: int = 0) -> None:
+    def __init__(
+        self,
+        layer: str,
+        spec: FormatSpec,
+        sampled_arrays: int = SAMPLED_ARRAYS,
+        seed: int = 0,
+        *,
+        second_moments: bool = False,
+    ) -> None:
         self.layer = layer
         self.spec = spec
         self.num_updates = 0
@@ -41,7 +49,7 @@ class ActivationStatistics:
         self.histogram = torch.zeros(NUM_BINS, dtype=torch.long, device="cpu")
         self._absmax = torch.zeros((), dtype=torch.float32, device="cpu")
         self._sample = Reservoir(sampled_arrays, seed)
-        self.keeps_second_moments = False
+        self.keeps_second_moments = second_moments
         self._second_moments: Tensor | None = None
 
     @property
@@ -109,7 +117,7 @@ class ActivationStatistics:
             CalibrationError: no data seen.
         """
         self._require_data()
-        assert self._second_moments is not None, "set keeps_second_moments before the first update"
+        assert self._second_moments is not None, "ask for second_moments when it is made"
         return self._second_moments
 
     def _add(self, rows: Tensor, row_scale: Tensor) -> None:

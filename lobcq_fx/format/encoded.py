@@ -82,7 +82,7 @@ def encode(x: Tensor, spec: FormatSpec, codebooks: Tensor, tensor_scale: Tensor 
     codebooks = codebooks.to(x.device)
     tables = _tables(codebooks, spec)
     if tensor_scale is None:
-        tensor_scale = _finite_tensor_scale(x)
+        tensor_scale = finite_tensor_scale(x)
     elif tensor_scale.dim() != 0 and tensor_scale.shape != (x.shape[0], 1):
         raise ValueError(f"tensor_scale has shape {tuple(tensor_scale.shape)}: pass a scalar or [{x.shape[0]}, 1]")
     tensor_scale = tensor_scale.to(device=x.device, dtype=torch.float32)
@@ -177,8 +177,8 @@ def _check_operand(x: Tensor) -> None:
         raise ValueError(f"x is {x.dtype}: pass fp32, bf16 or fp16")
 
 
-def _finite_tensor_scale(x: Tensor) -> Tensor:
-    """The weight rule's scale.
+def finite_tensor_scale(x: Tensor) -> Tensor:
+    """The weight rule's scale of x, fp32 [].
 
     Raises:
         ValueError: NaN or infinity in x.

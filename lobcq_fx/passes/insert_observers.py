@@ -47,8 +47,8 @@ class InsertObservers(GraphPass):
         for index, (activation, reading) in enumerate(by_activation.items()):
             _, first = reading[0]
             target = f"{PREFIX}.{index}"
-            statistics = ActivationStatistics(first.layer, first.config.format)
-            statistics.keeps_second_moments = any(one.config.rounding == "compensated" for _, one in reading)
+            compensated = any(one.config.rounding == "compensated" for _, one in reading)
+            statistics = ActivationStatistics(first.layer, first.config.format, second_moments=compensated)
             register_attribute(graph_module, target, Observer(statistics))
             with graph_module.graph.inserting_after(activation):
                 observer = graph_module.graph.call_module(target, (activation,))

@@ -160,6 +160,13 @@ def test_a_model_s_weights_are_encoded_with_what_its_layers_were_given():
     )
 
 
+def test_a_weight_that_is_not_finite_is_named():
+    w = weights(8, 128)
+    w[3, 77] = float("inf")
+    with pytest.raises(lobcq_fx.LobcqError, match=r"cannot encode layer\.weight: x\[3, 77\] is inf"):
+        encode_weight(w, FormatSpec(), universal_codebooks(8), "layer.weight", torch.eye(128))
+
+
 def test_it_needs_data_and_says_so():
     with pytest.raises(CalibrationError, match="compensated rounding need calibration_data"):
         lobcq_fx.quantize(torch.nn.Linear(64, 64), config=LobcqConfig(rounding="compensated"))
