@@ -20,7 +20,8 @@ from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.ops import schemas
 from lobcq_fx.ops.contracts import OPERANDS
 from tests.fuzz.results import options, report
-from tests.kernels.cpu.operands import assert_product, at_offset
+from tests.kernels.cpu.operands import at_offset
+from tests.kernels.products import assert_product
 from tests.kernels.violations import broken_numbers, prepacked_call, stored_call, torch_op, violations
 
 POOL = 24

@@ -11,64 +11,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
+from lobcq_fx.format import FormatSpec, universal_codebooks
 from lobcq_fx.kernels.bind import weight_layout
-from tests.kernels.cpu.operands import assert_product
+from tests.kernels.linears import OUTPUTS, STATIC, LaidOutLinears, values
 
 LAYOUT = weight_layout(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(LAYOUT is None, reason="the CPU core was not built, or is switched off")
 
 W4A4, W4A16 = torch.ops.lobcq.linear_prepacked.default, torch.ops.lobcq.linear_prepacked.float_activation
-OUTPUTS = (33, 16, 1)
-STATIC = torch.tensor(1e-4)
 
 # All of opcheck's tests that need no gradient; none of these operands is float8, which "test_schema" cannot compare.
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-class Linears:
-    """Three linears of one activation, the second without a bias."""
+class Linears(LaidOutLinears):
+    """Called through torch's dispatcher."""
 
     def __init__(self, columns: int, spec: FormatSpec | None = None, outputs: tuple[int, ...] = OUTPUTS) -> None:
-        generator = torch.Generator().manual_seed(columns)
-        self.spec = spec or FormatSpec()
-        self.codebooks = universal_codebooks(self.spec.num_codebooks)
-        self.tables = LAYOUT.tables(self.codebooks)
-        floats = [torch.randn(n, columns, generator=generator) * 0.05 for n in outputs]
-        self.encoded = [encode(w, self.spec, self.codebooks) for w in floats]
-        self.biases = [torch.empty(0) if i == 1 else torch.randn(n, generator=generator) for i, n in enumerate(outputs)]
-        parts = [(w.codes, w.selectors, w.scales) for w in self.encoded]
-        self.weights = [LAYOUT.pack(part, self.spec, columns) for part in parts]
-        self.outputs = outputs
-
-    @property
-    def rest(self):
-        scales = [w.tensor_scale for w in self.encoded]
-        return [self.weights, scales, self.tables, self.biases, list(self.outputs), self.spec.array_size]
+        super().__init__(LAYOUT, torch.device("cpu"), columns, spec, outputs)
 
     def w4a4(self, x: Tensor, static: Tensor | None = None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         return W4A4(x, self.tables, static, *self.rest, dtype)
 
     def w4a16(self, x: Tensor) -> list[Tensor]:
         return W4A16(x, *self.rest)
-
-    def fake_quantized(self, x: Tensor, static: Tensor | None = None) -> Tensor:
-        rows = x.float().reshape(x.shape[:-1].numel(), x.shape[-1])
-        scale = absmax_row_scale(rows) if static is None else static
-        return decode(encode(rows, self.spec, self.codebooks, scale))
-
-    def check(self, results: list[Tensor], x: Tensor, rows: Tensor) -> None:
-        """The results are those of rows [M, K], the values that x stands for."""
-        assert [tuple(out.shape) for out in results] == [(*x.shape[:-1], n) for n in self.outputs]
-        assert all(out.is_contiguous() for out in results)
-        weights: list[Encoded] = self.encoded
-        for out, w, bias in zip(results, weights, self.biases, strict=True):
-            flat = out.reshape(len(rows), out.shape[-1])
-            assert_product(flat, rows, w, bias.float() if bias.numel() else None)
-
-
-def values(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 @pytest.mark.parametrize("name", ["1x16", "2x32", "4x64", "8x64", "16x128"])

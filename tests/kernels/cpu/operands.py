@@ -7,13 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, decode, encode
+from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, encode
 from lobcq_fx.kernels.cpu.library import Core
 from lobcq_fx.kernels.cpu.operands import KernelWeight, PackedOperand, Tables
 from tests.format.cases import codebooks_of, int8
-
-PRODUCT_TOLERANCE = 2e-6
-"""Of the sum of the products' magnitudes: fp32 rounding of at most a few hundred partial sums (2**-24 each)."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +63,3 @@ def at_offset(x: Tensor, offset: int) -> Tensor:
     start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 64 + offset
     memory[start : start + x.nbytes] = bytes(x.contiguous().reshape(-1).view(torch.uint8).numpy())
     return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=start).view(x.shape)
-
-
-def assert_product(out: Tensor, a: Tensor, w: Encoded, bias: Tensor | None = None) -> None:
-    """`out` is `a @ decode(w).T + bias` to fp32 rounding, and to one rounding more where out is not fp32."""
-    a64, w64 = a.double(), decode(w).double()
-    b64 = torch.zeros(()) if bias is None else bias.double()
-    expected = a64 @ w64.T + b64
-    tolerance = PRODUCT_TOLERANCE * (a64.abs() @ w64.abs().T + b64.abs())
-    if out.dtype != torch.float32:
-        tolerance += torch.finfo(out.dtype).eps * expected.abs() + torch.finfo(out.dtype).tiny
-    excess = (out.double() - expected).abs() - tolerance
-    assert bool((excess <= 0).all()), f"off by {excess.max().item():.3g} at {int(excess.argmax())} of {list(out.shape)}"

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode
 from lobcq_fx.kernels.cpu.library import Core
 from tests.format.cases import ALL_SPECS, PROPERTY
-from tests.kernels.cpu.operands import activation, assert_product, at_offset, codebooks, encode_rows, packed, weight
+from tests.kernels.cpu.operands import activation, at_offset, codebooks, encode_rows, packed, weight
+from tests.kernels.products import assert_product
 
 SHAPES = [(1, 1, 1), (2, 37, 200), (8, 16, 1000), (31, 70, 777)]
 """M, N, K: one row to several micro-kernels, tails in every direction."""

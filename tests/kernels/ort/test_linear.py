@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lobcq_fx.format import Encoded, FormatSpec, decode, encode
 from tests.format.cases import ALL_SPECS
-from tests.kernels.cpu.operands import activation, assert_product, codebooks, encode_rows
+from tests.kernels.cpu.operands import activation, codebooks, encode_rows
 from tests.kernels.ort.models import ENCODED, Model, Session, float_model, linear_model, weight_parts
+from tests.kernels.products import assert_product
 
 SHAPES = [(1, 1, 1), (2, 37, 200), (31, 70, 777)]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import Encoded, FormatSpec, decode, encode
+from lobcq_fx.format import Encoded, FormatSpec, encode
 from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout, WeightTiles
 from tests.format.cases import codebooks_of, int8
 
@@ -32,10 +32,6 @@ def assert_same_bytes(actual: tuple[Tensor, ...], expected: Encoded) -> None:
     tensor_scale = expected.tensor_scale.expand(expected.shape[0], 1)
     for one, other in zip(actual, (expected.codes, expected.selectors, expected.scales, tensor_scale), strict=True):
         assert_same_bits(one, other)
-
-
-PRODUCT_TOLERANCE = 2e-6
-"""Of the sum of the products' magnitudes: fp32 rounding of at most a few hundred partial sums (2**-24 each)."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +69,3 @@ def activation(rows: int, columns: int, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     magnitude = 10 ** (6 * torch.rand(rows, 1, generator=generator) - 3)
     return torch.randn(rows, columns, generator=generator) * magnitude
-
-
-def assert_product(out: Tensor, a: Tensor, w: Encoded, bias: Tensor | None = None) -> None:
-    """`out` is `a @ decode(w).T + bias` to fp32 rounding, and to one rounding more where out is not fp32."""
-    out, a64, w64 = out.cpu(), a.cpu().double(), decode(w).double()
-    b64 = torch.zeros(()) if bias is None else bias.cpu().double()
-    expected = a64 @ w64.T + b64
-    tolerance = PRODUCT_TOLERANCE * (a64.abs() @ w64.abs().T + b64.abs())
-    if out.dtype != torch.float32:
-        tolerance += torch.finfo(out.dtype).eps * expected.abs() + torch.finfo(out.dtype).tiny
-    excess = (out.double() - expected).abs() - tolerance
-    assert bool((excess <= 0).all()), f"off by {excess.max().item():.3g} at {int(excess.argmax())} of {list(out.shape)}"

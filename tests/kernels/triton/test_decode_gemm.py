@@ -17,16 +17,8 @@ from lobcq_fx.kernels.triton.encode_operand import encode_operand
 from lobcq_fx.kernels.triton.lookup import Lookup
 from lobcq_fx.kernels.triton.operands import Activation, Epilogue, Linear
 from tests.format.cases import ALL_SPECS
-from tests.kernels.triton.operands import (
-    DEVICE,
-    INTERPRETED,
-    Weight,
-    activation,
-    assert_product,
-    assert_same_bits,
-    codebooks,
-    weight,
-)
+from tests.kernels.products import assert_product
+from tests.kernels.triton.operands import DEVICE, INTERPRETED, Weight, activation, assert_same_bits, codebooks, weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

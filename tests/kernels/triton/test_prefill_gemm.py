@@ -13,7 +13,8 @@ from lobcq_fx.kernels.triton.lookup import Lookup
 from lobcq_fx.kernels.triton.operands import Activation, Epilogue, Linear
 from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
 from tests.format.cases import ALL_SPECS
-from tests.kernels.triton.operands import DEVICE, Weight, activation, assert_product, weight
+from tests.kernels.products import assert_product
+from tests.kernels.triton.operands import DEVICE, Weight, activation, weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lobcq_fx.ops
 from lobcq_fx.errors import LobcqError
-from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
+from lobcq_fx.format import FormatSpec, encode, universal_codebooks
 from lobcq_fx.kernels.triton import torch_ops
 from lobcq_fx.kernels.triton.encode import encode_rows
 from lobcq_fx.kernels.triton.encode_operand import encode_operand
@@ -21,34 +21,18 @@ from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
 from lobcq_fx.modules.packed_weight import PackedWeight
 from lobcq_fx.ops import schemas
 from lobcq_fx.ops.prologues import layer_norm, rms_norm, silu_mul
-from tests.kernels.triton.operands import DEVICE, assert_product, assert_same_bits, parts
+from tests.kernels.linears import OUTPUTS, STATIC, LaidOutLinears, values
+from tests.kernels.triton.operands import DEVICE, assert_same_bits
 from tests.kernels.violations import PREPACKED, STORED, assert_refused, prepacked_call, stored_call
 
-OUTPUTS = (33, 16, 1)
-STATIC = torch.tensor(1e-4)
 CONFIGS = ["1x16", "2x32", "8x64", "16x128"]
 
 
-class Linears:
-    """Three linears of one activation, the second without a bias."""
+class Linears(LaidOutLinears):
+    """Called directly: where there is no GPU, the dispatcher does not know the implementations."""
 
     def __init__(self, columns: int, spec: FormatSpec | None = None, outputs: tuple[int, ...] = OUTPUTS) -> None:
-        generator = torch.Generator().manual_seed(columns)
-        self.spec = spec or FormatSpec()
-        self.codebooks = universal_codebooks(self.spec.num_codebooks)
-        layout = CudaWeightLayout()
-        self.tables = layout.tables(self.codebooks).to(DEVICE)
-        floats = [torch.randn(n, columns, generator=generator) * 0.05 for n in outputs]
-        self.encoded = [encode(w, self.spec, self.codebooks) for w in floats]
-        self.biases = [torch.empty(0) if i == 1 else torch.randn(n, generator=generator) for i, n in enumerate(outputs)]
-        self.outputs = outputs
-        self.weights = [layout.pack(parts(w), self.spec, columns) for w in self.encoded]
-
-    @property
-    def rest(self) -> list:
-        scales = [w.tensor_scale.to(DEVICE) for w in self.encoded]
-        biases = [bias.to(DEVICE) for bias in self.biases]
-        return [self.weights, scales, self.tables, biases, list(self.outputs), self.spec.array_size]
+        super().__init__(CudaWeightLayout(), DEVICE, columns, spec, outputs)
 
     def w4a4(self, x: Tensor, static: Tensor | None = None) -> list[Tensor]:
         static = None if static is None else static.to(DEVICE)
@@ -56,23 +40,6 @@ class Linears:
 
     def w4a16(self, x: Tensor) -> list[Tensor]:
         return IMPLEMENTATIONS[schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION](x.to(DEVICE), *self.rest)
-
-    def fake_quantized(self, x: Tensor, static: Tensor | None = None) -> Tensor:
-        rows = x.float().reshape(x.shape[:-1].numel(), x.shape[-1])
-        scale = absmax_row_scale(rows) if static is None else static
-        return decode(encode(rows, self.spec, self.codebooks, scale))
-
-    def check(self, results: list[Tensor], x: Tensor, rows: Tensor) -> None:
-        """The results are those of rows [M, K], the values that x stands for."""
-        assert [tuple(out.shape) for out in results] == [(*x.shape[:-1], n) for n in self.outputs]
-        assert all(out.is_contiguous() for out in results)
-        weights: list[Encoded] = self.encoded
-        for out, w, bias in zip(results, weights, self.biases, strict=True):
-            assert_product(out.reshape(len(rows), w.shape[0]), rows, w, bias.float() if bias.numel() else None)
-
-
-def values(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
