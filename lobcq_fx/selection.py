@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lobcq_fx.config import LobcqConfig
-from lobcq_fx.format.encoded import FLOAT_DTYPES
+from lobcq_fx.format.operand import FLOAT_DTYPES
 
 
 def refusal(

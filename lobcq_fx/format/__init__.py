@@ -1,7 +1,8 @@
 """The LO-BCQ number format in plain torch: the single source of truth for every backend."""
 
-from lobcq_fx.format.encoded import Encoded, check_codebooks, decode, encode, scaled_entries
+from lobcq_fx.format.encoded import Encoded, Operand, check_codebooks, decode, encode, scaled_entries
 from lobcq_fx.format.error import sqnr_db
+from lobcq_fx.format.int8_activation import Int8Activation, encode_int8
 from lobcq_fx.format.matmul import matmul, product_in_fp32, scale_product
 from lobcq_fx.format.scales import absmax_row_scale, absmax_tensor_scale, block_arrays, tensor_scale_of_absmax
 from lobcq_fx.format.spec import PAPER_CONFIGURATIONS, FormatSpec
@@ -11,12 +12,15 @@ __all__ = [
     "PAPER_CONFIGURATIONS",
     "Encoded",
     "FormatSpec",
+    "Int8Activation",
+    "Operand",
     "absmax_row_scale",
     "absmax_tensor_scale",
     "block_arrays",
     "check_codebooks",
     "decode",
     "encode",
+    "encode_int8",
     "matmul",
     "product_in_fp32",
     "scale_product",

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.format.codes import CHUNK, CodeTables, assign_codes, entries_of, to_grid
+from lobcq_fx.format.int8_activation import Int8Activation
+from lobcq_fx.format.operand import check_operand, given_tensor_scale
 from lobcq_fx.format.packing import pack_codes, pack_selectors, unpack_codes, unpack_selectors
-from lobcq_fx.format.scales import absmax_row_scale, absmax_tensor_scale, array_scales, block_arrays
+from lobcq_fx.format.scales import absmax_tensor_scale, array_scales, block_arrays
 from lobcq_fx.format.spec import BLOCK_SIZE, CODEBOOK_SIZE, ENTRY_MAX, FormatSpec
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ class Encoded:
         return sum(t.numel() * t.element_size() for t in (self.codes, self.selectors, self.scales, self.tensor_scale))
 
 
+Operand = Encoded | Int8Activation
+"""What a product takes as its activation."""
+
+
 def encode(x: Tensor, spec: FormatSpec, codebooks: Tensor, tensor_scale: Tensor | None = None) -> Encoded:
     """Encode x along its last dimension.
 
@@ -77,28 +81,24 @@ def encode(x: Tensor, spec: FormatSpec, codebooks: Tensor, tensor_scale: Tensor 
         ValueError: a wrong shape or dtype, codebooks that do not fit the spec; under the weight rule, NaN or infinity
             in x (names the first bad index).
     """
-    _check_operand(x)
+    check_operand(x)
     x = x.detach()  # what is encoded must not keep the float operand alive
     codebooks = codebooks.to(x.device)
     tables = _tables(codebooks, spec)
-    if tensor_scale is None:
-        tensor_scale = finite_tensor_scale(x)
-    elif tensor_scale.dim() != 0 and tensor_scale.shape != (x.shape[0], 1):
-        raise ValueError(f"tensor_scale has shape {tuple(tensor_scale.shape)}: pass a scalar or [{x.shape[0]}, 1]")
-    tensor_scale = tensor_scale.to(device=x.device, dtype=torch.float32)
-    if tensor_scale.dim() == 2:
-        tensor_scale = torch.where(torch.isfinite(absmax_row_scale(x)), tensor_scale, torch.nan)
+    tensor_scale = given_tensor_scale(x, finite_tensor_scale(x) if tensor_scale is None else tensor_scale)
     codes, selectors, scales = _encode_rows(x, spec, tables, tensor_scale)
     return Encoded(codes, selectors, scales, tensor_scale, codebooks, spec, x.shape[1])
 
 
-def decode(encoded: Encoded) -> Tensor:
+def decode(encoded: Operand) -> Tensor:
     """The operand's values, fp32 [R, K]: `(entry * scale) * tensor_scale`, each product rounded once."""
     return scaled_entries(encoded) * encoded.tensor_scale
 
 
-def scaled_entries(encoded: Encoded) -> Tensor:
-    """Entry times block-array scale, fp32 [R, K]: exact, and exact in fp16 too (at most 9 significant bits)."""
+def scaled_entries(encoded: Operand) -> Tensor:
+    """Entry times block-array scale, fp32 [R, K]: exact, in fp16 too (9 significant bits at most, or 11 of int8)."""
+    if isinstance(encoded, Int8Activation):
+        return encoded.scaled_entries()
     rows, columns = encoded.shape
     values = torch.empty((rows, columns), dtype=torch.float32, device=encoded.codes.device)
     step = max(1, CHUNK // max(1, encoded.spec.padded_columns(columns)))
@@ -168,13 +168,6 @@ def _encode_rows(
         codes[part] = pack_codes(part_codes)
         selectors[part] = pack_selectors(part_selectors, spec.selector_bits)
     return codes, selectors, scales
-
-
-def _check_operand(x: Tensor) -> None:
-    if x.dim() != 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}: pass [R, K], leading dimensions flattened")
-    if x.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"x is {x.dtype}: pass fp32, bf16 or fp16")
 
 
 def finite_tensor_scale(x: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ import math
 from torch import Tensor
 
 from lobcq_fx.format.codes import CHUNK
-from lobcq_fx.format.encoded import Encoded, decode
+from lobcq_fx.format.encoded import Operand, decode
 
 
-def sqnr_db(x: Tensor, encoded: Encoded) -> float:
+def sqnr_db(x: Tensor, encoded: Operand) -> float:
     """Signal-to-quantization-noise ratio, `10 log10(sum x^2 / sum (x - decoded)^2)`, in dB.
 
     Args:

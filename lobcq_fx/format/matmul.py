@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lobcq_fx.format.encoded import Encoded, scaled_entries
+from lobcq_fx.format.encoded import Encoded, Operand, scaled_entries
 
 
-def matmul(a: Encoded, w: Encoded, bias: Tensor | None = None) -> Tensor:
+def matmul(a: Operand, w: Encoded, bias: Tensor | None = None) -> Tensor:
     """`decode(a) @ decode(w).T + bias`, the tensor scales applied after the sum.
 
     Args:
-        a: [M, K], tensor scale [] or [M, 1].
+        a: [M, K], in LO-BCQ or in int8, tensor scale [] or [M, 1].
         w: [N, K], tensor scale [].
         bias: [N] or None.
 
     Returns:
-        fp32 [M, N]. Every term is an exact product of two numbers of 9 significant bits; the sum over K is fp32.
+        fp32 [M, N]. Every term is exact, of at most 11 + 9 significant bits; the sum over K is fp32.
 
     Raises:
         ValueError: a and w differ in K, or w has a scale for each row.

@@ -5,19 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lobcq_fx.format.spec import E4M3_MAX, E4M3_MIN_SUBNORMAL, ENTRY_MAX, TENSOR_SCALE_DIVISOR, FormatSpec
+from lobcq_fx.format.spec import E4M3_MAX, E4M3_MIN_SUBNORMAL, ENTRY_MAX, INT8_MAX, FormatSpec
 
 
-def tensor_scale_of_absmax(absmax: Tensor) -> Tensor:
-    """Tensor scale that goes with a largest magnitude: `absmax / 13888`, and 1 where that magnitude is 0.
+def tensor_scale_of_absmax(absmax: Tensor, entry_max: int = ENTRY_MAX) -> Tensor:
+    """Tensor scale that goes with a largest magnitude: `absmax / (entry_max * 448)`, and 1 where that magnitude is 0.
 
     Args:
         absmax: fp32, any shape, not negative.
+        entry_max: the largest entry: 31 of a codebook, 127 of an activation in int8.
 
     Returns:
         fp32, same shape; NaN where `absmax` is not finite, so that what is scaled by it decodes to NaN.
     """
-    scale = torch.where(absmax == 0, 1.0, _divide(absmax, TENSOR_SCALE_DIVISOR))
+    scale = torch.where(absmax == 0, 1.0, _divide(absmax, entry_max * E4M3_MAX))
     return torch.where(torch.isfinite(absmax), scale, torch.nan)
 
 
@@ -28,9 +29,9 @@ def absmax_tensor_scale(x: Tensor) -> Tensor:
     return tensor_scale_of_absmax(torch.maximum(x.amax(), -x.amin()).float())
 
 
-def absmax_row_scale(x: Tensor) -> Tensor:
+def absmax_row_scale(x: Tensor, entry_max: int = ENTRY_MAX) -> Tensor:
     """The activation rule: one scale for each row of x [..., K]. Returns fp32 [..., 1]."""
-    return tensor_scale_of_absmax(_absmax(x)).unsqueeze(-1)
+    return tensor_scale_of_absmax(_absmax(x), entry_max).unsqueeze(-1)
 
 
 def block_arrays(x: Tensor, spec: FormatSpec) -> Tensor:
@@ -53,12 +54,28 @@ def array_scales(arrays: Tensor, tensor_scale: Tensor) -> Tensor:
         scale is not finite.
     """
     absmax = _absmax(arrays)
-    # Both quotients may underflow: 0 / 0 counts as a ratio that rounds to 0.
-    ratio = (_divide(absmax, ENTRY_MAX) / tensor_scale).nan_to_num(nan=0.0)
-    scales = ratio.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).float()
-    scales = torch.where(absmax == 0, 0.0, scales.clamp(min=E4M3_MIN_SUBNORMAL))
+    return _marked(_ratio(absmax, tensor_scale, ENTRY_MAX).to(torch.float8_e4m3fn), absmax, tensor_scale)
+
+
+def int8_array_scales(arrays: Tensor, tensor_scale: Tensor) -> Tensor:
+    """The same for an activation in int8: `(absmax / 127) / tensor_scale` rounded up, so that nothing is clipped."""
+    absmax = _absmax(arrays)
+    ratio = _ratio(absmax, tensor_scale, INT8_MAX)
+    nearest = ratio.to(torch.float8_e4m3fn)
+    up = nearest.view(torch.uint8) + (nearest.float() < ratio)  # 448 at most: the ratio is clamped to it
+    return _marked(up.to(torch.uint8).view(torch.float8_e4m3fn), absmax, tensor_scale)
+
+
+def _ratio(absmax: Tensor, tensor_scale: Tensor, entry_max: int) -> Tensor:
+    """`(absmax / entry_max) / tensor_scale`, at most 448. Both quotients may underflow: 0 / 0 counts as 0."""
+    return (_divide(absmax, entry_max) / tensor_scale).nan_to_num(nan=0.0).clamp(max=E4M3_MAX)
+
+
+def _marked(scales: Tensor, absmax: Tensor, tensor_scale: Tensor) -> Tensor:
+    """Rounded scales, but positive where absmax is, 0 where it is 0, NaN where it or the tensor scale is not finite."""
+    positive = torch.where(absmax == 0, 0.0, scales.float().clamp(min=E4M3_MIN_SUBNORMAL))
     finite = torch.isfinite(absmax) & torch.isfinite(tensor_scale)
-    return torch.where(finite, scales, torch.nan).to(torch.float8_e4m3fn)
+    return torch.where(finite, positive, torch.nan).to(torch.float8_e4m3fn)
 
 
 def _absmax(x: Tensor) -> Tensor:

@@ -21,6 +21,9 @@ SCALE_BITS = 8
 ENTRY_MAX = 31
 """Codebook entries are 6-bit integers in [-31, 31] (INT6, symmetric)."""
 
+INT8_MAX = 127
+"""Entries of an activation in int8 are integers in [-127, 127], symmetric."""
+
 GRID = 16
 """Steps per unit of the fixed-point grid on which normalised scalars are compared with entries."""
 

@@ -57,9 +57,9 @@ def absmax(values) -> np.float32:
     return max((abs(F32(v)) for v in values), default=F32(0))
 
 
-def tensor_scale_of(values) -> np.float32:
+def tensor_scale_of(values, divisor=13888) -> np.float32:
     largest = absmax(values)
-    return F32(1) if largest == 0 else largest / F32(13888)
+    return F32(1) if largest == 0 else largest / F32(divisor)
 
 
 def array_scale_byte(array, t: np.float32) -> int:
@@ -143,6 +143,33 @@ def encode(x, array_size: int, codebooks: list[list[int]], tensor_scales=None) -
                 entry = F32(codebooks[selectors[i // BLOCK]][codes[i]])
                 out.decoded[r, i] = (entry * F32(E4M3[scales[i // array_size]])) * t
     return out
+
+
+def int8_scale_byte(array, t: np.float32) -> int:
+    """The least of the 127 values that is not below the ratio, saturating at 448."""
+    largest = absmax(array)
+    if largest == 0:
+        return 0
+    unit = largest / F32(127)
+    ratio = 0.0 if unit == 0 and t == 0 else float(unit / t)
+    return next((byte for byte, value in enumerate(E4M3) if byte and value >= ratio), len(E4M3) - 1)
+
+
+def int8_entry(x: np.float32, scale_byte: int, t: np.float32) -> int:
+    divisor = F32(E4M3[scale_byte]) * t
+    if divisor == 0:
+        return 0
+    return int(min(max(np.rint(x / divisor), F32(-127)), F32(127)))
+
+
+def int8_row(row, array_size: int, t: np.float32) -> tuple[list[int], list[int]]:
+    """(entries, scale bytes) of one row."""
+    scalars = [F32(v) for v in row]
+    scalars += [F32(0)] * (-len(scalars) % array_size)
+    arrays = [scalars[start : start + array_size] for start in range(0, len(scalars), array_size)]
+    with np.errstate(all="ignore"):
+        scales = [int8_scale_byte(array, t) for array in arrays]
+        return [int8_entry(v, s, t) for array, s in zip(arrays, scales, strict=True) for v in array], scales
 
 
 def integer_dot_products(a, w, array_size: int, codebooks_a, codebooks_w, t_a, t_w) -> float:
