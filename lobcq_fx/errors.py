@@ -33,5 +33,9 @@ class ExportError(LobcqError):
     """A model cannot be exported as asked, or the exported one computes something else."""
 
 
+class DataError(LobcqError):
+    """A file with data to evaluate on is missing, damaged, or lacks a field."""
+
+
 class ReportError(LobcqError):
     """A report cannot be drawn: what draws it is not installed."""

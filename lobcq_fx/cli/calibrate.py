@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +43,7 @@ def calibrate(
     """
     from lobcq_fx.cli.console import print_json
     from lobcq_fx.cli.inputs import model_folder, read_text
-    from lobcq_fx.cli.outputs import check_file
+    from lobcq_fx.cli.outputs import check_file, write_json
     from lobcq_fx.cli.texts import CalibrationText
     from lobcq_fx.config import LobcqConfig
 
@@ -60,7 +59,7 @@ def calibrate(
     provenance = {"model": folder.path.resolve().name, "text": Path(source).name, "format": config.format.name}
     summary = {**provenance, **_quality(fit), "seconds": seconds}
     codebooks = {str(config.format.num_codebooks): fit.codebooks.tolist()}
-    _write(output, {"written_by": "lobcq calibrate", **summary, "codebooks": codebooks})
+    write_json(output, {"written_by": "lobcq calibrate", **summary, "codebooks": codebooks})
     if json:
         print_json({"output": str(output), **summary})
     else:
@@ -95,12 +94,3 @@ def _quality(fit: CodebookFit) -> dict[str, Any]:
         "mse_rounded": fit.mse_rounded,
         "rounding_cost_db": fit.rounding_cost_db,
     }
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_text(json_format.dumps(values, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -23,6 +22,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from lobcq_fx.cli.json_text import json_text
+
 messages = Console(stderr=True)
 """Progress, notes and errors: standard output stays free for results."""
 
@@ -40,8 +41,8 @@ TITLES = {
 
 
 def print_json(values: Mapping[str, Any]) -> None:
-    """One JSON object on standard output. NaN and infinity become null, so that strict readers accept it."""
-    typer.echo(json.dumps(_strict(values), indent=2))
+    """One JSON object on standard output."""
+    typer.echo(json_text(values))
 
 
 class ProgressBars:
@@ -93,13 +94,3 @@ class _RateColumn(ProgressColumn):
         if not speed:
             return Text("")
         return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each", style="dim")
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value

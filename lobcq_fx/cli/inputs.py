@@ -15,6 +15,7 @@ from torch import nn
 
 import lobcq_fx
 from lobcq_fx.cli.failures import InputError
+from lobcq_fx.evaluation.data_files import whole_text
 from lobcq_fx.storage.checkpoint import QUANT_METHOD
 
 DEFAULT = "default"
@@ -146,17 +147,9 @@ def read_text(given: Path | None) -> tuple[str, str]:
     """A text and what to call it; the embedded model's held-out text for None.
 
     Raises:
-        InputError: the file is missing, not UTF-8, or empty.
+        DataError: the file is missing, not UTF-8, or empty.
     """
-    path = given or lobcq_fx.default_model_path() / HELDOUT
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text: convert it first") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    if not text.strip():
-        raise InputError(f"{path} is empty")
+    text = whole_text(given or lobcq_fx.default_model_path() / HELDOUT)
     return text, str(given) if given else f"embedded {HELDOUT}"
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lobcq_fx.cli.failures import OutputError
+from lobcq_fx.cli.json_text import json_text
 from lobcq_fx.errors import CheckpointError
 
 
@@ -24,6 +26,16 @@ def check_file(path: Path, *, overwrite: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot create {path.parent}: {error.strerror}") from None
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A file of one JSON object, which is there as a whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(json_text(values) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def check_folder(

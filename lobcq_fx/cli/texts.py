@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.cli.failures import InputError
+from lobcq_fx.evaluation.continuations import leading_bos
 
 
 def token_ids(tokenizer: Any, text: str) -> Tensor:
@@ -16,12 +17,6 @@ def token_ids(tokenizer: Any, text: str) -> Tensor:
     # verbose=False: that the text is longer than the model is no mistake here.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long, device="cpu")
-
-
-def leading_bos(tokenizer: Any) -> int | None:
-    """The beginning-of-sequence token if the tokenizer puts one before every text, else None."""
-    bos = tokenizer.bos_token_id
-    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
 def sentences(text: str) -> list[str]:

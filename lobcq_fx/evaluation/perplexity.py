@@ -6,17 +6,14 @@ Definition: https://huggingface.co/docs/transformers/perplexity (sliding window 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-Progress = Callable[[str, int, int], None]
-"""Called with (step, done, total)."""
+from lobcq_fx.evaluation.predictions import Progress, log_likelihoods
+from lobcq_fx.evaluation.windows import Window, separate_windows, sliding_windows
 
 
 @dataclass(frozen=True)
@@ -25,8 +22,8 @@ class PerplexityResult:
 
     negative_log_likelihood: mean over the scored tokens, in nats.
     tokens: how many tokens were scored.
-    window: tokens the model saw at once, at most. stride: tokens from one window to the next; None where every
-        sequence is one window.
+    window: tokens of a window, at most. stride: tokens from one window to the next; None where every sequence is one
+        window.
     """
 
     negative_log_likelihood: float
@@ -37,22 +34,19 @@ class PerplexityResult:
     @property
     def perplexity(self) -> float:
         """e to the mean negative log-likelihood; infinity where that overflows."""
-        try:
-            return math.exp(self.negative_log_likelihood)
-        except OverflowError:
-            return math.inf
+        return exponential(self.negative_log_likelihood)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         return {"perplexity": self.perplexity, **asdict(self)}
 
 
-@dataclass(frozen=True)
-class _Window:
-    """Tokens to feed, int64 [T], of which the last `scored` are predicted from all that stands before them."""
-
-    tokens: Tensor
-    scored: int
+def exponential(nats: float) -> float:
+    """e to that power; infinity where that overflows."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def perplexity(
@@ -76,7 +70,7 @@ def perplexity(
         model: a causal LM, float or quantized: called with input_ids and attention_mask [B, T], returns an object with
             logits [B, T, V].
         token_ids: int [N] or [1, N], the whole text.
-        window: tokens the model sees at once, `bos_token_id` included; at most its maximum length.
+        window: tokens of a window, `bos_token_id` included; at most the model's maximum length.
         stride: from 1 to the text's tokens in a window.
         batch_size: windows in one call.
         bos_token_id: put before every window; then each window's first token is scored too.
@@ -85,14 +79,8 @@ def perplexity(
     Raises:
         ValueError: an impossible window or stride, or fewer tokens than one prediction needs.
     """
-    ids = _token_ids(token_ids)
-    room = window - (bos_token_id is not None)
-    if window < 2:
-        raise ValueError(f"window={window}: a prediction needs a window of at least 2 tokens")
-    if not 1 <= stride <= room:
-        raise ValueError(f"stride={stride}: choose one from 1 to {room}, the tokens of the text in one window")
-    windows = list(_sliding_windows(ids, room, stride, bos_token_id))
-    return _score(model, windows, batch_size, window, stride, progress)
+    windows = sliding_windows(token_ids, window, stride, bos_token_id)
+    return PerplexityResult(*_mean(model, windows, batch_size, progress), window, stride)
 
 
 def perplexity_of_sequences(
@@ -117,69 +105,12 @@ def perplexity_of_sequences(
     Raises:
         ValueError: `max_length` below 2, or no sequence long enough for a prediction.
     """
-    if max_length < 2:
-        raise ValueError(f"max_length={max_length}: a prediction needs at least 2 tokens")
-    windows = [_window(_token_ids(ids), bos_token_id) for ids in sequences]
-    windows = [_Window(w.tokens[:max_length], min(w.scored, max_length - 1)) for w in windows]
-    return _score(model, [w for w in windows if w.scored > 0], batch_size, max_length, None, progress)
+    windows = separate_windows(sequences, max_length, bos_token_id)
+    return PerplexityResult(*_mean(model, windows, batch_size, progress), max_length, None)
 
 
-def _sliding_windows(ids: Tensor, room: int, stride: int, bos_token_id: int | None) -> Iterator[_Window]:
-    covered = 0
-    for start in range(0, ids.numel(), stride):
-        stop = min(start + room, ids.numel())
-        whole = _window(ids[start:stop], bos_token_id)
-        if (scored := min(stop - covered, whole.scored)) > 0:
-            yield _Window(whole.tokens, scored)
-        covered = stop
-        if stop == ids.numel():
-            return
-
-
-def _token_ids(given: Tensor | Sequence[int]) -> Tensor:
-    """int64 [N] on the CPU."""
-    return torch.as_tensor(given, dtype=torch.long, device="cpu").flatten()
-
-
-def _window(ids: Tensor, bos_token_id: int | None) -> _Window:
-    tokens = ids if bos_token_id is None else torch.cat((_token_ids([bos_token_id]), ids))
-    return _Window(tokens, max(0, tokens.numel() - 1))
-
-
-def _score(
-    model: nn.Module,
-    windows: Sequence[_Window],
-    batch_size: int,
-    window: int,
-    stride: int | None,
-    progress: Progress | None,
-) -> PerplexityResult:
-    """Sum in fp64 over batches of windows of one length each, so that no batch needs padding."""
-    if not windows:
-        raise ValueError("the text is too short: a prediction needs at least 2 tokens")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: choose at least 1")
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    total, scored, done = 0.0, 0, 0
-    by_length = sorted(windows, key=lambda one: one.tokens.numel())
-    for _, group in groupby(by_length, key=lambda one: one.tokens.numel()):
-        same_length = list(group)
-        for first in range(0, len(same_length), batch_size):
-            batch = same_length[first : first + batch_size]
-            total += _negative_log_likelihood(model, batch, device)
-            scored += sum(one.scored for one in batch)
-            done += len(batch)
-            if progress is not None:
-                progress("perplexity", done, len(windows))
-    return PerplexityResult(total / scored, scored, window, stride)
-
-
-@torch.no_grad()
-def _negative_log_likelihood(model: nn.Module, batch: Sequence[_Window], device: torch.device) -> float:
-    input_ids = torch.stack([one.tokens for one in batch]).to(device)
-    logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
-    total = 0.0
-    for one, tokens, scores in zip(batch, input_ids, logits, strict=True):
-        predictions = scores[-one.scored - 1 : -1].float()
-        total += F.cross_entropy(predictions, tokens[-one.scored :], reduction="none").double().sum().item()
-    return total
+def _mean(model: nn.Module, windows: Sequence[Window], batch_size: int, progress: Progress | None) -> tuple[float, int]:
+    """Mean negative log-likelihood of the scored tokens, and how many they are."""
+    found = log_likelihoods(model, windows, batch_size=batch_size, step="perplexity", progress=progress)
+    scored = sum(one.scored for one in windows)
+    return -sum(one.total for one in found) / scored, scored

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lobcq_fx.evaluation.perplexity import Progress
+from lobcq_fx.evaluation.predictions import Progress, device_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def sentence_embeddings(
     """
     if not sentences:
         raise ValueError("no sentences to embed")
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    device = device_of(model)
     rows = []
     for first in range(0, len(sentences), batch_size):
         chunk = list(sentences[first : first + batch_size])

@@ -6,45 +6,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from lobcq_fx.evaluation import PerplexityResult, perplexity, perplexity_of_sequences
-
-VOCABULARY = 97
-
-
-class Uniform(nn.Module):
-    """Gives every token the same probability."""
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(logits=torch.zeros(*input_ids.shape, VOCABULARY))
+from tests.evaluation.conftest import VOCABULARY, Uniform
 
 
 class Successor(nn.Module):
-    """Expects token t + 1 after t, with logit 3 against 0 for each other token; records what it was given."""
+    """Expects token t + 1 after t, with logit 3 against 0 for each other token; records what it was given: no window's
+    last token."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Tensor] = []
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
-        assert bool((attention_mask == 1).all())
         self.calls.append(input_ids)
         return SimpleNamespace(logits=3.0 * nn.functional.one_hot((input_ids + 1) % VOCABULARY, VOCABULARY))
-
-
-@pytest.fixture(scope="module")
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=VOCABULARY
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-@pytest.fixture(scope="module")
-def text() -> Tensor:
-    return torch.randint(VOCABULARY, (131,), generator=torch.Generator().manual_seed(1))
 
 
 def hugging_face_loop(model: nn.Module, ids: Tensor, window: int, stride: int) -> tuple[float, int]:
@@ -81,10 +59,10 @@ def test_every_token_but_the_first_is_scored_once_with_enough_context() -> None:
     ids = torch.arange(50)
     model = Successor()
     result = perplexity(model, ids, window=16, stride=5)
-    scored = [int(call[0, -1]) for call in model.calls]
+    scored = [int(call[0, -1]) + 1 for call in model.calls]
     assert result.tokens == 49
     assert sorted(scored) == [15, 20, 25, 30, 35, 40, 45, 49]
-    assert all(call.shape[1] <= 16 for call in model.calls)
+    assert all(call.shape[1] < 16 for call in model.calls)
 
 
 def test_closed_forms(text: Tensor) -> None:
@@ -101,7 +79,7 @@ def test_bos_comes_before_every_window_and_counts_against_it() -> None:
     model = Successor()
     result = perplexity(model, torch.arange(20), window=8, stride=7, bos_token_id=96)
     assert result.tokens == 20
-    assert all(int(call[0, 0]) == 96 and call.shape[1] <= 8 for call in model.calls)
+    assert all(int(call[0, 0]) == 96 and call.shape[1] < 8 for call in model.calls)
 
 
 def test_sequences_equal_one_call_each(llama: LlamaForCausalLM, text: Tensor) -> None:
