@@ -23,6 +23,7 @@ from torch.utils._sympy import functions as sym_functions
 from lobcq_fx.errors import TraceError
 from lobcq_fx.tracing.guards import SIZE, SizeGuards
 from lobcq_fx.tracing.sizes import fixed_size
+from lobcq_fx.tracing.sizes_of_one import wrong_at_one
 
 aten = torch.ops.aten
 
@@ -110,7 +111,7 @@ class SizeDecisions:
             facts += [guard.expr for guard in sizes.shape_env.guards if isinstance(guard.expr, sympy.Eq)]
         trees = [*sizes.relations, *(tree for fact in facts for tree in sizes.conditions(fact))]
         if self._trusted is None:
-            trees += sizes.ranges()
+            trees += sizes.ranges(graph_module)
         return SizeGuards(tuple({repr(tree): tree for tree in trees}.values()))
 
 
@@ -158,15 +159,18 @@ class _InputSizes:
             return [["==", self._places[symbol], self._hints[symbol]] for symbol in known]
         return [] if _trivial(tree) else [tree]
 
-    def ranges(self) -> list[Tree]:
+    def ranges(self, graph_module: fx.GraphModule) -> list[Tree]:
         """The bounds that operators found for single sizes, or that a trace which was not size-oblivious began with."""
         assert self.shape_env is not None
-        trees: list[Tree] = []
+        env, trees = self.shape_env, list[Tree]()
+        # A trace that took sizes for at least 2 went the general way: that is nearly always right for 1, but not for 0.
+        assumed = {symbol: 0 if symbol in env.size_like else 2 for symbol in self._places}
+        doubtful = {s: self._hints[s] for s, least in assumed.items() if env.var_to_range[s].lower <= least == 2}
+        wrong = wrong_at_one(graph_module, doubtful) if doubtful else frozenset()
         for symbol, place in self._places.items():
-            bounds = self.shape_env.var_to_range[symbol]
-            # A trace that took a size for at least 2 went the general way: that is right for 1 too, but not for 0.
-            assumed = 0 if symbol in self.shape_env.size_like else 2
-            least = int(bounds.lower) if bounds.lower > assumed else min(assumed, 1)
+            bounds = env.var_to_range[symbol]
+            least = int(bounds.lower) if bounds.lower > assumed[symbol] else min(assumed[symbol], 1)
+            least = 2 if symbol in wrong else least
             if least > 0:
                 trees.append([">=", place, least])
             if isinstance(bounds.upper, sympy.Integer):

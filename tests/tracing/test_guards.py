@@ -91,6 +91,19 @@ def first_token(m, x):
     return m.a(x[:, :1] + x)
 
 
+def last_two(m, x):
+    """In such a trace the slice has two columns of however many, and views of it go by that."""
+    x = x[:, -2:]
+    x = x[:, :1] + x
+    return m.a(x.reshape(-1, 16)).view(x.shape[0], x.shape[1], 16)
+
+
+def first_two(m, x):
+    y = x[:, :2]
+    y = m.a(y.reshape(-1, 16)).view(y.shape[0], y.shape[1], 16)
+    return y[:, :1] + x
+
+
 def asserted(m, x):
     assert x.shape[1] <= 8
     return m.a(x)
@@ -125,6 +138,8 @@ ONE = {
     "halves": (halves, 6, range(2, 13)),
     "narrow": (implied, 6, range(4, 13)),
     "broadcast": (first_token, 5, range(1, 13)),
+    "last two": (last_two, 5, range(2, 13)),
+    "first two": (first_two, 5, range(1, 13)),
     "assert": (asserted, 6, range(1, 9)),
     "free": (free, 6, range(1, 13)),
 }
