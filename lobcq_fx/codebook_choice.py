@@ -99,7 +99,7 @@ def fit_to_model(
         CalibrationError: a layer's observer saw no data.
     """
     matmuls = [matmul for matmul in plan.quantized if matmul.config.format == spec]
-    encoded = [matmul for matmul in matmuls if matmul.config.mode == "w4a4"]
+    encoded = [one for one in plan.quantized if one.config.activations == spec and one.config.mode == "w4a4"]
     samples = [
         _sampled(_weight_arrays([matmul.weight for matmul in matmuls if matmul.weight], read_weight)),
         _sampled(_activation_arrays(encoded, statistics)),

@@ -15,7 +15,7 @@ MODES = ("w4a4", "w4a16")
 ACTIVATION_SCALES = ("per_token", "static")
 CODEBOOKS = ("universal", "fitted")
 ROUNDINGS = ("nearest", "compensated")
-OVERRIDABLE = ("format", "mode", "activation_scale", "rounding")
+OVERRIDABLE = ("format", "mode", "activation_format", "activation_scale", "rounding")
 
 ROLES = ("head",)
 """What a layer can be to a model, for patterns: `@head` is an output head, whatever the model calls it."""
@@ -31,6 +31,8 @@ class LobcqConfig:
     Args:
         format: the number format, a `FormatSpec` or its name `"<N_c>x<L_A>"`; default `"8x64"`, 4.5 bits a scalar.
         mode: `"w4a4"` encodes weights and activations, `"w4a16"` weights alone.
+        activation_format: of activations, where it differs from `format`: more codebooks, or shorter arrays (of which
+            the weights' are a multiple).
         activation_scale: `"per_token"` computes a tensor scale for each token, `"static"` calibrates one a layer.
         codebooks: `"universal"` (shipped with the package), `"fitted"` (to this model's weights and calibration
             data), or the path of a JSON file written by `lobcq calibrate`.
@@ -40,7 +42,7 @@ class LobcqConfig:
         include: shell-style patterns of layer names, or `@head` for output heads, whatever they are called (known for
             Hugging Face models); a layer is quantized if one matches.
         exclude: shell-style patterns of layer names left in float; they win over `include`.
-        overrides: pattern -> settings (`format`, `mode`, `activation_scale`, `rounding`) for the layers it matches; the
+        overrides: pattern -> settings (`format`, `mode`, `activation_format`, ...) for the layers it matches; the
             last matching pattern wins.
         min_in_features: matmuls with a shorter reduction dimension are left in float.
 
@@ -50,6 +52,7 @@ class LobcqConfig:
 
     format: FormatSpec = field(default_factory=FormatSpec)
     mode: str = "w4a4"
+    activation_format: FormatSpec | None = None
     activation_scale: str = "per_token"
     codebooks: str = "universal"
     rounding: str = "nearest"
@@ -60,6 +63,8 @@ class LobcqConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", _format_of(self.format))
+        if self.activation_format is not None:
+            object.__setattr__(self, "activation_format", _format_of(self.activation_format))
         object.__setattr__(self, "include", _patterns("include", self.include))
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
         _check_choice("mode", self.mode, MODES)
@@ -70,6 +75,7 @@ class LobcqConfig:
             raise ConfigError(f"codebooks={self.codebooks!r}: use one of {CODEBOOKS} or the path of a .json file{hint}")
         if self.mode == "w4a16" and self.activation_scale == "static":
             raise ConfigError("activation_scale='static' contradicts mode='w4a16', which leaves activations in float")
+        self._check_activation_format()
         if not isinstance(self.min_in_features, int) or self.min_in_features < 1:
             raise ConfigError(f"min_in_features={self.min_in_features!r}: pass a positive integer")
         for pattern in (*self.include, *self.exclude, *self.overrides):
@@ -96,17 +102,23 @@ class LobcqConfig:
         return {
             "format": self.format.name,
             "mode": self.mode,
+            "activation_format": None if self.activation_format is None else self.activation_format.name,
             "activation_scale": self.activation_scale,
             "codebooks": self.codebooks,
             "rounding": self.rounding,
             "include": list(self.include),
             "exclude": list(self.exclude),
             "overrides": {
-                pattern: {key: _format_of(value).name if key == "format" else value for key, value in settings.items()}
+                pattern: {key: one.name if isinstance(one, FormatSpec) else one for key, one in settings.items()}
                 for pattern, settings in self.overrides.items()
             },
             "min_in_features": self.min_in_features,
         }
+
+    @property
+    def activations(self) -> FormatSpec:
+        """The format of activations that are encoded."""
+        return self.format if self.activation_format is None else self.activation_format
 
     def for_layer(self, layer: str, role: str | None = None) -> LobcqConfig:
         """The settings that hold for a layer, of a role or of none, overrides applied."""
@@ -129,14 +141,31 @@ class LobcqConfig:
         wanted = {setting for one in every for setting in (one.activation_scale, one.rounding)}
         return self.codebooks == "fitted" or not wanted.isdisjoint(("static", "compensated"))
 
+    def _check_activation_format(self) -> None:
+        given = self.activation_format
+        if given is None:
+            return
+        if self.mode != "w4a4":
+            raise ConfigError(
+                f"activation_format={given.name!r} contradicts mode={self.mode!r}, which encodes no activation in it"
+            )
+        if self.format.array_size % given.array_size:
+            raise ConfigError(
+                f"activation_format={given.name!r}: arrays of {given.array_size} are longer than the weights' in"
+                f" format={self.format.name!r}; use one up to '{given.num_codebooks}x{self.format.array_size}'"
+            )
+
     def _overridden(self, pattern: str) -> LobcqConfig:
         settings = self.overrides[pattern]
         for key in settings:
             if key not in OVERRIDABLE:
                 hint = nearest(key, OVERRIDABLE)
                 raise ConfigError(f"overrides[{pattern!r}] sets {key!r}{hint}; it may set {', '.join(OVERRIDABLE)}")
+        # What only encoded activations have is no contradiction where the layers of a pattern have none.
+        encodes = settings.get("mode", self.mode) != "w4a16"
+        dropped = {} if encodes else {"activation_format": None, "activation_scale": "per_token"}
         try:
-            return replace(self, overrides={}, **settings)
+            return replace(self, overrides={}, **{**dropped, **settings})
         except ConfigError as error:
             raise ConfigError(f"overrides[{pattern!r}]: {error}") from None
 

@@ -135,7 +135,7 @@ def records_of(
         if weight is None:
             records.append(_left_alone(matmul))
             continue
-        first, result = weight not in seen, encoded[weight]
+        first, result, activations = weight not in seen, encoded[weight], matmul.config.activation_format
         seen.add(weight)
         records.append(
             MatmulRecord(
@@ -144,6 +144,7 @@ def records_of(
                 weight.shape,
                 format=matmul.config.format.name,
                 mode=matmul.config.mode,
+                activation_format=None if activations is None else activations.name,
                 float_bytes=result.float_bytes if first else 0,
                 packed_bytes=result.packed_bytes if first else 0,
                 weight_sqnr_db=result.sqnr_db,
@@ -174,5 +175,5 @@ def _activation_sqnr_db(
     if statistics is None or not statistics.seen or matmul.config.mode == "w4a16":
         return None
     sample = scaled_sample(statistics, matmul.config.activation_scale)
-    spec = matmul.config.format
+    spec = matmul.config.activations
     return sqnr_db(sample, encode(sample, spec, codebooks.activations[spec], sample.new_ones(())))

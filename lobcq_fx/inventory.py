@@ -18,6 +18,7 @@ class MatmulRecord:
     shape: (N, K) of the constant weight; None for activation x activation.
     reason: why it was left in float; None if it was quantized.
     format: name of the number format, mode: `w4a4` or `w4a16`; None if left in float.
+    activation_format: the activation's, where it is another than the weight's.
     float_bytes, packed_bytes: of the weight, before and after (equal if left in float; 0 without a weight, and for all
         but the first matmul that reads it; float_bytes is 0 where the float weight stays for something else).
     weight_sqnr_db, activation_sqnr_db: signal-to-quantization-noise ratio in dB; None if not measured.
@@ -32,6 +33,7 @@ class MatmulRecord:
     reason: str | None = None
     format: str | None = None
     mode: str | None = None
+    activation_format: str | None = None
     float_bytes: int = 0
     packed_bytes: int = 0
     weight_sqnr_db: float | None = None

@@ -104,7 +104,8 @@ class QuantizationPlan:
     @property
     def formats(self) -> tuple[FormatSpec, ...]:
         """The formats that weights or activations are encoded in, by name."""
-        return tuple(sorted({matmul.config.format for matmul in self.quantized}, key=lambda spec: spec.name))
+        used = {spec for one in self.quantized for spec in (one.config.format, one.config.activations)}
+        return tuple(sorted(used, key=lambda spec: spec.name))
 
     def pair(self, graph_module: fx.GraphModule) -> list[tuple[Matmul, PlannedMatmul]]:
         """The matmuls of a graph that are not emitted yet, each with its plan.

@@ -34,7 +34,7 @@ REFUSED = {
     ),
     "bad override": ({"overrides": {"a": {"mode": "w4"}}}, r"overrides\['a'\]: mode='w4': use one of"),
     "override that contradicts": (
-        {"activation_scale": "static", "overrides": {"head": {"mode": "w4a16"}}},
+        {"overrides": {"head": {"mode": "w4a16", "activation_scale": "static"}}},
         r"overrides\['head'\]: activation_scale='static' contradicts mode='w4a16'",
     ),
 }  # fmt: skip

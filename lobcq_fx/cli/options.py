@@ -26,6 +26,13 @@ FormatOption = Annotated[
         help="Codebooks x scalars that share a scale: 8x64 is 4.5 bits a scalar; 2x128 4.19, 16x32 4.75.",
     ),
 ]
+ActivationFormatOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NxL",
+        help="Another format for activations than for weights: more codebooks (16x64), or shorter arrays (16x16).",
+    ),
+]
 SamplesOption = Annotated[
     int, typer.Option(min=1, help="Sequences of the calibration text to use, spread evenly over it.")
 ]

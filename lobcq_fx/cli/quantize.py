@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lobcq_fx.cli.options import (
+    ActivationFormatOption,
     ActivationScale,
     Dtype,
     FormatOption,
@@ -42,6 +43,7 @@ def quantize(
     ] = None,
     format: FormatOption = "8x64",
     mode: Annotated[Mode, typer.Option(help="Quantize weights and activations, or weights alone.")] = Mode.w4a4,
+    activation_format: ActivationFormatOption = None,
     activation_scale: Annotated[
         ActivationScale, typer.Option(help="A tensor scale for each token, or one calibrated for each layer.")
     ] = ActivationScale.per_token,
@@ -75,7 +77,7 @@ def quantize(
     from lobcq_fx.cli.summary import print_summary, summary
     from lobcq_fx.cli.texts import CalibrationText
 
-    config = _config(format, mode, activation_scale, codebooks, rounding, include, exclude)
+    config = _config(format, mode, activation_format, activation_scale, codebooks, rounding, include, exclude)
     folder = model_folder(model)
     _check(config, folder, output, calibrate, overwrite=overwrite)
     text = CalibrationText(read_text(calibrate)[0], calibration_samples, calibration_length) if calibrate else None
@@ -101,7 +103,8 @@ def _check(config: LobcqConfig, folder: ModelFolder, output: Path, calibrate: Pa
             "static scales, fitted codebooks and compensated rounding need a text: pass --calibrate TEXT"
         )
     if config.codebooks not in CODEBOOKS:
-        read_codebooks(Path(config.codebooks), config.format)
+        for spec in (config.format, config.activations):
+            read_codebooks(Path(config.codebooks), spec)
     needed = _least_size(folder, config)
     check_folder(output, overwrite=overwrite, needed_bytes=needed, replaceable=is_checkpoint, source=folder.path)
 
@@ -109,6 +112,7 @@ def _check(config: LobcqConfig, folder: ModelFolder, output: Path, calibrate: Pa
 def _config(
     format: str,
     mode: Mode,
+    activation_format: str | None,
     activation_scale: ActivationScale,
     codebooks: str,
     rounding: Rounding,
@@ -120,6 +124,7 @@ def _config(
     return LobcqConfig(
         format=format,  # type: ignore[arg-type]
         mode=mode.value,
+        activation_format=activation_format,  # type: ignore[arg-type]
         activation_scale=activation_scale.value,
         codebooks=codebooks,
         rounding=rounding.value,

@@ -58,7 +58,10 @@ def print_summary(inventory: Inventory, result: dict[str, Any], model: str, *, c
 
 def _totals(inventory: Inventory, result: dict[str, Any]) -> Table:
     config = result["config"]
-    table = Table(title=f"Quantized to {config['mode'].upper()}, format {config['format']}", show_header=False)
+    title = f"Quantized to {config['mode'].upper()}, format {config['format']}"
+    if config["activation_format"] is not None:
+        title += f", activations {config['activation_format']}"
+    table = Table(title=title, show_header=False)
     table.add_row("Layers", f"{result['layers_quantized']} of {len(inventory.records)} matmuls")
     table.add_row("Parameters covered", f"{100 * result['parameter_coverage']:.1f} %")
     table.add_row("Multiply-adds covered", f"{100 * result['mac_coverage']:.1f} %")

@@ -58,7 +58,14 @@ SCHEMAS: dict[str, OpSchema] = {
         _schema(
             QUANTIZE_ACTIVATION, (("x", "T"), ("codebooks", _INT8), ("static_scale?", _FLOAT)), PACKED, "array_size"
         ),
-        _schema(LINEAR, (*ACTIVATION, *WEIGHT, BIAS), (("y", _FLOAT),), "in_features", "array_size"),
+        _schema(
+            LINEAR,
+            (*ACTIVATION, *WEIGHT, BIAS),
+            (("y", _FLOAT),),
+            "in_features",
+            "array_size",
+            "activation_array_size",
+        ),
         _schema(LINEAR_FLOAT_ACTIVATION, (("x", "T"), *WEIGHT, BIAS), (("y", "T"),), "array_size"),
     )
 }

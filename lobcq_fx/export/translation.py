@@ -9,9 +9,12 @@ import torch
 from onnxscript import opset18 as standard
 
 import lobcq_fx.ops  # noqa: F401  (registers the torch ops)
-from lobcq_fx.export.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION, QUANTIZE_ACTIVATION, operator
+from lobcq_fx.export.schemas import ACTIVATION, LINEAR, LINEAR_FLOAT_ACTIVATION, QUANTIZE_ACTIVATION, WEIGHT, operator
 
 FLOAT = int(ir.DataType.FLOAT)
+
+OPERANDS = len(ACTIVATION) + len(WEIGHT)
+"""Arguments of `lobcq::linear` that are parts of its two operands, and come first."""
 
 
 def translation_table() -> dict[Any, Any]:
@@ -29,8 +32,15 @@ def _quantize_activation(x: Any, codebooks: Any, array_size: int, static_scale: 
 
 
 def _linear(*arguments: Any) -> Any:
-    *packed, bias, in_features, array_size, dtype = arguments
-    y = operator(LINEAR)(*packed, _float(bias), in_features=in_features, array_size=array_size)
+    packed, rest = arguments[:OPERANDS], arguments[OPERANDS:]
+    bias, in_features, array_size, dtype, activation_array_size = (*rest, None)[:5]
+    y = operator(LINEAR)(
+        *packed,
+        _float(bias),
+        in_features=in_features,
+        array_size=array_size,
+        activation_array_size=array_size if activation_array_size is None else activation_array_size,
+    )
     return y if dtype == FLOAT else standard.Cast(y, to=dtype)
 
 

@@ -64,9 +64,15 @@ class StoredLinear:
 
     @property
     def array_size(self) -> int:
-        """L_A."""
+        """L_A, of the weight."""
         size: int = self.arguments["array_size"]
         return size
+
+    @property
+    def kernel_array_size(self) -> int:
+        """L_A that kernels multiply in: the shorter of the operands' arrays, which is the activation's."""
+        size: int | None = self.arguments.get("activation_array_size")
+        return self.array_size if size is None else size
 
     @property
     def encoder(self) -> fx.Node | None:
@@ -80,7 +86,7 @@ class StoredLinear:
             return None
         in_order = all(part.args == (encoder, i) for i, part in enumerate(parts))
         encoded = named_arguments(encoder)
-        same = all(encoded[name] == arguments[name] for name in ("codebooks", "array_size"))
+        same = (encoded["codebooks"], encoded["array_size"]) == (arguments["codebooks"], self.kernel_array_size)
         return encoder if in_order and same else None
 
     @property

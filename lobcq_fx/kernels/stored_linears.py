@@ -42,10 +42,11 @@ class StoredLinears:
         in_features: int,
         array_size: int,
         dtype: torch.dtype,
+        activation_array_size: int | None = None,
     ) -> Tensor:
         """W4A4; see `lobcq_fx.ops.linear`."""
         check(LINEAR, locals())
-        a = self.scaled_entries(codes, selectors, scales, codebooks, in_features, array_size)
+        a = self.scaled_entries(codes, selectors, scales, codebooks, in_features, activation_array_size or array_size)
         w = self.scaled_entries(w_codes, w_selectors, w_scales, w_codebooks, in_features, array_size)
         out = scale_product(product_in_fp32(a, w), tensor_scale.reshape(-1, 1), w_tensor_scale, bias)
         return out.to(dtype).view(*codes.shape[:-1], w_codes.shape[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -47,13 +48,23 @@ class PackedWeight(nn.Module):
     def __init__(self, encoded: Encoded) -> None:
         super().__init__()
         self.spec, (self.rows, self.columns) = encoded.spec, encoded.shape
+        self.kernel_spec = self.spec
         self.layout: WeightLayout | None = None
         for part in PARTS:
             self.register_buffer(part, getattr(encoded, part))
 
-    def repack(self, layout: WeightLayout) -> None:
-        """Hold the bytes in a kernel layout from now on."""
-        prepacked = layout.pack((self.codes, self.selectors, self.scales), self.spec, self.columns)
+    def repack(self, layout: WeightLayout, array_size: int | None = None) -> None:
+        """Hold the bytes in a kernel layout from now on.
+
+        Args:
+            layout: of a device's kernels.
+            array_size: L_A that they multiply in, where the weight's is a multiple of it: each scale is held as often,
+                which changes no number. K must then be a multiple of the weight's.
+        """
+        self.kernel_spec = self.spec if array_size is None else replace(self.spec, array_size=array_size)
+        assert self.kernel_spec == self.spec or self.columns % self.spec.array_size == 0, "padding would not come back"
+        scales = self.scales.view(torch.uint8).repeat_interleave(self._scale_copies, dim=1).view(self.scales.dtype)
+        prepacked = layout.pack((self.codes, self.selectors, scales), self.kernel_spec, self.columns)
         del self.codes, self.selectors, self.scales
         self.register_buffer(PREPACKED, prepacked, persistent=False)
         self.layout = layout
@@ -69,7 +80,13 @@ class PackedWeight(nn.Module):
     def _parts(self) -> dict[str, Tensor]:
         """Codes, selectors and scales from the kernel layout."""
         assert self.layout is not None, "not in a kernel layout"
-        return dict(zip(PARTS, self.layout.unpack(self.prepacked, self.spec, self.rows, self.columns), strict=False))
+        parts = self.layout.unpack(self.prepacked, self.kernel_spec, self.rows, self.columns)
+        codes, selectors, scales = parts
+        return dict(zip(PARTS, (codes, selectors, scales[:, :: self._scale_copies].contiguous()), strict=False))
+
+    @property
+    def _scale_copies(self) -> int:
+        return self.spec.array_size // self.kernel_spec.array_size
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -82,7 +99,7 @@ class PackedWeight(nn.Module):
             self.restore()
         super()._load_from_state_dict(*args, **kwargs)
         if layout is not None:
-            self.repack(layout)
+            self.repack(layout, self.kernel_spec.array_size)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
         # fn sees bytes, which no dtype cast touches.

@@ -44,9 +44,9 @@ class Operand:
 
 
 _WEIGHT = (
-    Operand("w_codes", UINT8, ("N", "code_bytes")),
+    Operand("w_codes", UINT8, ("N", "w_code_bytes")),
     Operand("w_selectors", UINT8, ("N", "w_selector_bytes")),
-    Operand("w_scales", E4M3, ("N", "arrays")),
+    Operand("w_scales", E4M3, ("N", "w_arrays")),
     Operand("w_tensor_scale", FLOAT32, ()),
     Operand("w_codebooks", INT8, ("N_c", CODEBOOK_SIZE)),
     Operand("bias", FLOATS, ("N",)),

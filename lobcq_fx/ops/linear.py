@@ -25,6 +25,7 @@ def linear(
     in_features: int,
     array_size: int,
     dtype: torch.dtype,
+    activation_array_size: int | None = None,
 ) -> Tensor:
     """`x @ w.T + bias` of two packed operands.
 
@@ -37,6 +38,7 @@ def linear(
         in_features: K.
         array_size: L_A, of both operands.
         dtype: of the result.
+        activation_array_size: L_A of the activation, where it is another.
 
     Returns:
         [..., N] in `dtype`; NaN in the rows whose tensor scale is NaN.
@@ -53,7 +55,7 @@ def linear(
         scales.reshape(rows, scales.shape[-1]),
         tensor_scale.reshape(rows, 1),
         codebooks,
-        FormatSpec(codebooks.shape[0], array_size),
+        FormatSpec(codebooks.shape[0], activation_array_size or array_size),
         in_features,
     )
     w = _weight(w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, in_features, array_size)
@@ -98,6 +100,7 @@ def _fake_linear(
     in_features: int,
     array_size: int,
     dtype: torch.dtype,
+    activation_array_size: int | None = None,
 ) -> Tensor:
     check_fake(LINEAR, locals())
     return codes.new_empty((*codes.shape[:-1], w_codes.shape[0]), dtype=dtype)

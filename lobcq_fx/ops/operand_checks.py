@@ -124,12 +124,17 @@ class _Sizes:
             case "N_c":
                 return self.stored_format(tensor).num_codebooks
             case "code_bytes":
-                return self.stored_format(self.any_codebooks).code_bytes(self.columns)
+                return self.activation_format.code_bytes(self.columns)
+            case "selector_bytes":
+                return self.activation_format.selector_bytes(self.columns)
             case "arrays":
-                return self.stored_format(self.any_codebooks).num_arrays(self.columns)
-            case "selector_bytes" | "w_selector_bytes":
-                codebooks = self.given[name.replace("selector_bytes", "codebooks")]
-                return self.stored_format(codebooks).selector_bytes(self.columns)
+                return self.activation_format.num_arrays(self.columns)
+            case "w_code_bytes":
+                return self.stored_format(self.given["w_codebooks"]).code_bytes(self.columns)
+            case "w_selector_bytes":
+                return self.stored_format(self.given["w_codebooks"]).selector_bytes(self.columns)
+            case "w_arrays":
+                return self.stored_format(self.given["w_codebooks"]).num_arrays(self.columns)
             case "table_bytes":
                 return min(self.layout.table_bytes, key=lambda known: abs(known - tensor.numel()))
             case _:
@@ -147,10 +152,8 @@ class _Sizes:
         return outputs
 
     @property
-    def any_codebooks(self) -> Tensor:
-        """The weight's: one size of its arrays is the activation's too."""
-        codebooks: Tensor = self.given["w_codebooks"]
-        return codebooks
+    def activation_format(self) -> FormatSpec:
+        return self.format(self.given["codebooks"].shape[0], self.given.get("activation_array_size"))
 
     @property
     def layout(self) -> PrepackedSizes:
@@ -164,9 +167,10 @@ class _Sizes:
     def stored_format(self, codebooks: Tensor) -> FormatSpec:
         return self.format(codebooks.shape[0])
 
-    def format(self, num_codebooks: int) -> FormatSpec:
+    def format(self, num_codebooks: int, array_size: int | None = None) -> FormatSpec:
+        """array_size: that of all operands where it is None."""
         try:
-            return FormatSpec(num_codebooks, self.given["array_size"])
+            return FormatSpec(num_codebooks, self.given["array_size"] if array_size is None else array_size)
         except ValueError as error:
             raise OperandError(f"{self.op}: {error}") from None
 

@@ -46,7 +46,8 @@ torch.library.define(
 torch.library.define(
     LINEAR,
     "(Tensor codes, Tensor selectors, Tensor scales, Tensor tensor_scale, Tensor codebooks,"
-    f" {_WEIGHT}, Tensor? bias, int in_features, int array_size, ScalarType dtype) -> Tensor",
+    f" {_WEIGHT}, Tensor? bias, int in_features, int array_size, ScalarType dtype,"
+    " int? activation_array_size=None) -> Tensor",
 )
 torch.library.define(
     LINEAR_FLOAT_ACTIVATION,

@@ -67,8 +67,10 @@ class Emit(GraphPass):
                 target, args = ops.linear.float_activation, (x, *packed, matmul.bias, spec.array_size)
             else:
                 encoded = self._encode_activation(graph_module, node, x, planned)
+                arrays = planned.config.activations.array_size
                 tail = (matmul.bias, weight.shape[1], spec.array_size, node.meta["val"].dtype)
-                target, args = ops.linear.default, (*encoded, *packed, *tail)
+                others = () if arrays == spec.array_size else (arrays,)
+                target, args = ops.linear.default, (*encoded, *packed, *tail, *others)
             replacement = add_call(graph, target, args, like=node)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
@@ -77,7 +79,7 @@ class Emit(GraphPass):
         self, graph_module: fx.GraphModule, node: fx.Node, x: fx.Node, planned: PlannedMatmul
     ) -> tuple[fx.Node, ...]:
         """Nodes of the encoded activation's four parts and its codebooks, at the insertion point."""
-        graph, spec = graph_module.graph, planned.config.format
+        graph, spec = graph_module.graph, planned.config.activations
         codebooks = get_attr_node(graph_module, self.codebooks.name_of(self.codebooks.activations[spec]))
         scale = None if planned.static_scale is None else get_attr_node(graph_module, planned.static_scale)
         encoded = add_call(graph, ops.quantize_activation.default, (x, codebooks, spec.array_size, scale), like=node)

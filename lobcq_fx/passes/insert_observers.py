@@ -48,7 +48,7 @@ class InsertObservers(GraphPass):
             _, first = reading[0]
             target = f"{PREFIX}.{index}"
             compensated = any(one.config.rounding == "compensated" for _, one in reading)
-            statistics = ActivationStatistics(first.layer, first.config.format, second_moments=compensated)
+            statistics = ActivationStatistics(first.layer, first.config.activations, second_moments=compensated)
             register_attribute(graph_module, target, Observer(statistics))
             with graph_module.graph.inserting_after(activation):
                 observer = graph_module.graph.call_module(target, (activation,))

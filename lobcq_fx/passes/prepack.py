@@ -42,7 +42,8 @@ class Prepack(GraphPass):
 
     A linear whose bias is computed in the graph keeps the ops of the format, and so does every other that reads its
     weight: the call stands where the activation was encoded, and the bias may not be known there yet. So does one whose
-    encoded activation is not the result of `quantize_activation`.
+    encoded activation is not the result of `quantize_activation`, and a weight that is multiplied in arrays of two
+    sizes.
 
     Args:
         layout: of the device's kernels.
@@ -58,10 +59,11 @@ class Prepack(GraphPass):
         """Replace linears one by one, at the place where their activation was encoded or read."""
         stored = self.stored | weights_as_stored(graph_module.graph)
         linears = [linear for linear in stored_linears(graph_module.graph) if linear.weight not in stored]
-        for name in sorted({linear.weight for linear in linears}):
+        sizes = {linear.weight: linear.kernel_array_size for linear in linears}
+        for name in sorted(sizes):
             weight = get_attribute(graph_module, name)
             if weight.layout is None:  # another graph's run may have repacked it
-                weight.repack(self.layout)
+                weight.repack(self.layout, sizes[name])
         for linear in linears:
             self._replace(graph_module, linear)
         if linears:
@@ -77,7 +79,7 @@ class Prepack(GraphPass):
             self._tables(graph_module, linear.codebooks),
             [absent(graph_module) if linear.bias is None else get_attr_node(graph_module, str(linear.bias.target))],
             [get_attribute(graph_module, linear.weight).rows],
-            linear.array_size,
+            linear.kernel_array_size,
         )
         if encoder is None:
             target, args = ops.linear_prepacked.float_activation, (linear.activation, *rest)
@@ -123,10 +125,14 @@ def restore_weights(graph_module: fx.GraphModule) -> None:
 
 def weights_as_stored(graph: fx.Graph) -> frozenset[str]:
     """The weights that the graph goes on reading as they are stored after `Prepack`."""
+    linears = list(stored_linears(graph))
+    first = {linear.weight: linear.kernel_array_size for linear in reversed(linears)}
     return frozenset(
         linear.weight
-        for linear in stored_linears(graph)
-        if linear.activation is None or (linear.bias is not None and linear.bias.op != "get_attr")
+        for linear in linears
+        if linear.activation is None
+        or (linear.bias is not None and linear.bias.op != "get_attr")
+        or linear.kernel_array_size != first[linear.weight]
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 import lobcq_fx.ops  # noqa: F401  (registers the ops whose operands are checked)
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.format import Encoded, FormatSpec, check_codebooks
-from lobcq_fx.format.spec import E4M3_MAX, ENTRY_MAX
+from lobcq_fx.format.spec import ALLOWED_ARRAY_SIZES, E4M3_MAX, ENTRY_MAX
 from lobcq_fx.graph.attributes import delete_attribute, get_attribute, named_arguments, register_attribute
 from lobcq_fx.graph.recurrence import recurrences
 from lobcq_fx.graph.stored_linear import StoredLinear, stored_linears
@@ -122,6 +122,7 @@ def _restore_weights(module: nn.Module, linears: Sequence[StoredLinear]) -> None
         codebooks = get_attribute(module, codebooks_name)
         spec = _spec(codebooks, linear.array_size, codebooks_name)
         columns = linear.arguments.get("in_features", tensors["scales"].shape[-1] * spec.array_size)
+        _check_kernel_array_size(linear, columns)
         read = (codebooks_name, spec.array_size, columns)
         if done.setdefault(name, read) != read:
             raise CheckpointError(f"{name} is read as {read} and as {done[name]} (codebooks, array size, columns)")
@@ -131,6 +132,16 @@ def _restore_weights(module: nn.Module, linears: Sequence[StoredLinear]) -> None
         _check(name, encoded)
         delete_attribute(module, name)
         register_attribute(module, name, PackedWeight(encoded))
+
+
+def _check_kernel_array_size(linear: StoredLinear, columns: int) -> None:
+    """Kernels repeat a weight's scales for the shorter arrays of its activation."""
+    size, whole = linear.kernel_array_size, linear.array_size
+    if size != whole and (size not in ALLOWED_ARRAY_SIZES or size > whole or columns % whole):
+        raise CheckpointError(
+            f"graph.json: node {linear.node.name!r} multiplies arrays of {whole} by arrays of {size}, K = {columns}:"
+            " the activation's are shorter, and K is a multiple of the weight's"
+        )
 
 
 def _stored(node: fx.Node) -> str:

@@ -37,6 +37,8 @@ class Operator:
         self.schema = SCHEMAS[name]
         self.kinds = {**KINDS, "T": TORCH[x_type]}
         self.attributes = attributes
+        if "activation_array_size" in self.schema.attributes:
+            self.attributes.setdefault("activation_array_size", attributes["array_size"])
         self.sessions: dict[tuple[int | None, ...], ort.InferenceSession] = {}
 
     def __call__(self, *tensors: torch.Tensor | None) -> list[torch.Tensor]:

@@ -158,13 +158,15 @@ def stored_call(op: str, device: torch.device) -> dict[str, Any]:
     """A valid call of one of the ops on what is stored."""
     generator = torch.Generator().manual_seed(0)
     spec, codebooks = FormatSpec(), universal_codebooks(8).to(device)
+    activations = FormatSpec(8, 32)
     x, w = (torch.randn(n, 200, generator=generator).to(device) for n in (3, 20))
-    a, weight = encode(x, spec, codebooks, torch.ones(3, 1, device=device)), encode(w, spec, codebooks)
+    a, weight = encode(x, activations, codebooks, torch.ones(3, 1, device=device)), encode(w, spec, codebooks)
     values = {
         "x": x, "w": w, "codebooks": codebooks, "array_size": spec.array_size, "codes": a.codes,
         "static_scale": torch.tensor(1e-4, dtype=torch.float32, device=device), "selectors": a.selectors,
         "scales": a.scales, "tensor_scale": a.tensor_scale, "w_codes": weight.codes, "w_selectors": weight.selectors,
         "w_scales": weight.scales, "w_tensor_scale": weight.tensor_scale, "w_codebooks": codebooks,
         "bias": torch.ones(20, dtype=torch.float32, device=device), "in_features": 200, "dtype": torch.float32,
+        "activation_array_size": activations.array_size,
     }  # fmt: skip
     return {name: values[name] for name in names_of(op)}

@@ -14,9 +14,8 @@ def build_linear(op: Body, *inputs: ir.Value) -> Sequence[ir.Value]:
     """y = `(sum * tensor_scale) * w_tensor_scale + bias`, the scales one at a time."""
     codes, selectors, scales, tensor_scale, codebooks = inputs[:5]
     w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, bias = inputs[5:]
-    array_size = op.attribute("array_size")
-    a = scaled_entries(op, codes, selectors, scales, codebooks, array_size)
-    w = scaled_entries(op, w_codes, w_selectors, w_scales, w_codebooks, array_size)
+    a = scaled_entries(op, codes, selectors, scales, codebooks, op.attribute("activation_array_size"))
+    w = scaled_entries(op, w_codes, w_selectors, w_scales, w_codebooks, op.attribute("array_size"))
     a = op("Slice", a, [0], op.attribute("in_features"), [-1])  # what lies behind K must not count
     product = op("Mul", op("Mul", _product(op, a, w), tensor_scale), w_tensor_scale)
     return (op("Add", product, _offset(op, w_codes, bias)),)

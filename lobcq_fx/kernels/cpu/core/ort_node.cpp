@@ -56,6 +56,15 @@ int64_t Node::attribute(const KernelInfo* info, const char* name) const {
     return value;
 }
 
+int64_t Node::attribute(const KernelInfo* info, const char* name, int64_t fallback) const {
+    int64_t value = fallback;
+    if (Status* status = api_.KernelInfoGetAttribute_int64(info, name, &value)) {
+        api_.ReleaseStatus(status);
+        return fallback;
+    }
+    return value;
+}
+
 void Node::refuse(const std::string& what) const { throw std::invalid_argument(label_ + what); }
 
 void Node::check(Status* status) const {

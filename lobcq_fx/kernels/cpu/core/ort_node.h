@@ -37,6 +37,7 @@ class Node {
     Node(const Api& api, const KernelInfo* info, std::string op, std::vector<const char*> names);
 
     int64_t attribute(const KernelInfo* info, const char* name) const;
+    int64_t attribute(const KernelInfo* info, const char* name, int64_t fallback) const;
 
     // Whether an input is a constant initializer. `constant` is valid as long as the session.
     bool is_constant(size_t index) const { return static_cast<bool>(constants_[index]); }

@@ -8,11 +8,23 @@
 namespace lobcq::ort {
 namespace {
 
-int32_t array_size_of(const Node& node, const KernelInfo* info) {
-    const int64_t size = node.attribute(info, "array_size");
+int32_t checked_array_size(const Node& node, const char* name, int64_t size) {
     if (size != 16 && size != 32 && size != 64 && size != 128)
-        node.refuse("array_size is " + std::to_string(size) + ", not 16, 32, 64 or 128");
+        node.refuse(std::string(name) + " is " + std::to_string(size) + ", not 16, 32, 64 or 128");
     return static_cast<int32_t>(size);
+}
+
+int32_t array_size_of(const Node& node, const KernelInfo* info) {
+    return checked_array_size(node, "array_size", node.attribute(info, "array_size"));
+}
+
+// L_A of the activation, in which the product is computed; that of the weight, a multiple of it, where it is not given.
+int32_t kernel_array_size_of(const Node& node, const KernelInfo* info) {
+    constexpr const char* kName = "activation_array_size";
+    const int32_t of_weight = array_size_of(node, info);
+    const int32_t size = checked_array_size(node, kName, node.attribute(info, kName, of_weight));
+    if (size > of_weight) node.refuse("activation_array_size is larger than array_size");
+    return size;
 }
 
 int32_t dtype_of(ElementType type) {
@@ -101,27 +113,36 @@ void QuantizeActivation::compute(KernelContext* context) const {
 class Product : public Kernel {
   protected:
     Product(const Signature& op, const Api& api, const KernelInfo* info, size_t first_weight_input)
-        : node_(op.node(api, info)), array_size_(array_size_of(node_, info)), at_{first_weight_input} {
+        : node_(op.node(api, info)), array_size_(kernel_array_size_of(node_, info)),
+          weight_array_size_(array_size_of(node_, info)), at_{first_weight_input} {
         if (!at_.all_constant(node_)) return;
-        weight_ = repack(node_, at_, array_size_, [&](size_t index) { return node_.constant(index); });
+        weight_ = repacked([&](size_t index) { return node_.constant(index); });
         release_constants(node_, at_);
     }
 
     void multiply(const Call& call, const Activation& a, const Shape& leading, ElementType type) const;
 
     Node node_;
-    int32_t array_size_;
+    int32_t array_size_;  // that the product is computed in
 
   private:
+    Weight repacked(const std::function<Tensor(size_t)>& input) const {
+        return repack(node_, at_, weight_array_size_, array_size_, input);
+    }
+
+    int32_t weight_array_size_;
     WeightInputs at_;
     std::optional<Weight> weight_;  // none where it is not constant
 };
 
 void Product::multiply(const Call& call, const Activation& a, const Shape& leading, ElementType type) const {
-    std::optional<Weight> repacked;
-    if (!weight_) repacked = repack(node_, at_, array_size_, [&](size_t index) { return call.input(index); });
-    const Weight& w = weight_ ? *weight_ : *repacked;
+    std::optional<Weight> of_call;
+    if (!weight_) of_call = repacked([&](size_t index) { return call.input(index); });
+    const Weight& w = weight_ ? *weight_ : *of_call;
     const int64_t columns = a.view.columns;
+    if (array_size_ != weight_array_size_ && columns % weight_array_size_)
+        node_.refuse("in_features is " + std::to_string(columns) +
+                     ", no multiple of array_size, as arrays of two sizes need");
     if (round_up(columns, array_size_) != w.padded_columns)
         node_.refuse("the weight has rows of " + std::to_string(w.padded_columns) + " scalars, the activation of " +
                      std::to_string(columns) + ", filled up to a multiple of array_size");

@@ -57,7 +57,7 @@ bool WeightInputs::all_constant(const Node& node) const {
            node.is_constant(codebooks());
 }
 
-Weight repack(const Node& node, const WeightInputs& at, int32_t array_size,
+Weight repack(const Node& node, const WeightInputs& at, int32_t array_size, int32_t kernel_array_size,
               const std::function<Tensor(size_t)>& input) {
     const Tensor codes = input(at.codes), selectors = input(at.selectors()), scales = input(at.scales());
     SharedTables tables = tables_of(node, at.codebooks(), input(at.codebooks()));
@@ -68,12 +68,15 @@ Weight repack(const Node& node, const WeightInputs& at, int32_t array_size,
     const PackedRow row(columns, tables->num_codebooks, array_size);
     node.check_shape(at.selectors(), selectors, {outputs, row.selectors});
     node.check_shape(at.scales(), scales, {outputs, row.scales});
-    const int64_t bytes = lobcq_weight_bytes(outputs, columns, tables->num_codebooks, array_size);
+    const int64_t bytes = lobcq_weight_bytes(outputs, columns, tables->num_codebooks, kernel_array_size);
     if (bytes < 0) node.refuse("the weight is too large");
-    Weight weight{tables, Buffer(bytes), outputs, columns, array_size};
-    const lobcq_packed packed{codes.as<uint8_t>(), selectors.as<uint8_t>(), scales.as<uint8_t>(), nullptr, 0, outputs,
-                              columns, tables->num_codebooks, array_size};
-    lobcq_weight to{weight.data.data(), outputs, columns, tables->num_codebooks, array_size};
+    const int32_t copies = array_size / kernel_array_size;
+    std::vector<uint8_t> spread(static_cast<size_t>(outputs * row.scales * copies));
+    for (size_t i = 0; i < spread.size(); ++i) spread[i] = scales.as<uint8_t>()[i / static_cast<size_t>(copies)];
+    Weight weight{tables, Buffer(bytes), outputs, columns};
+    const lobcq_packed packed{codes.as<uint8_t>(), selectors.as<uint8_t>(), spread.data(), nullptr, 0, outputs, columns,
+                              tables->num_codebooks, kernel_array_size};
+    lobcq_weight to{weight.data.data(), outputs, columns, tables->num_codebooks, kernel_array_size};
     node.check_core(lobcq_weight_pack(&packed, &to, parallel_for), "the weight");
     return weight;
 }

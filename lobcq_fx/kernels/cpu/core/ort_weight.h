@@ -49,11 +49,11 @@ struct Weight {
     SharedTables tables;
     Buffer data;
     int64_t outputs, padded_columns;
-    int32_t array_size;
 };
 
-// Repacks the parts that `input(index)` gives; refuses any that no encoder writes.
-Weight repack(const Node& node, const WeightInputs& at, int32_t array_size,
+// Repacks the parts that `input(index)` gives; refuses any that no encoder writes. Scales are repeated where kernels
+// multiply in shorter arrays than those of the weight.
+Weight repack(const Node& node, const WeightInputs& at, int32_t array_size, int32_t kernel_array_size,
               const std::function<Tensor(size_t)>& input);
 
 // Gives the pages of a weight's constant parts back to the system where they are a file's: ONNX Runtime maps external
