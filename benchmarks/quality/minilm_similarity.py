@@ -33,7 +33,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import lobcq_fx
 from benchmarks.quality.peer_formats import PEERS, Peer, torchao_version
-from lobcq_fx.evaluation import cosine_similarity, sentence_embeddings
+from lobcq_fx.evaluation import cosine_similarity, sentence_embeddings, sentence_pairs
 
 RESULT = Path(__file__).parents[1] / "results" / "minilm_similarity.json"
 
@@ -130,9 +130,8 @@ def load_sentences(count: int) -> tuple[list[str], str]:
     data = os.environ.get("LOBCQ_TEST_DATA")
     file = Path(data) / "eval" / "sts-dev.csv" if data else None
     if file is not None and file.is_file():
-        lines = file.read_text(encoding="utf-8").splitlines()
-        pairs = [line.split("\t")[5:7] for line in lines]
-        return distinct([sentence for pair in pairs for sentence in pair], count), "STS Benchmark, dev"
+        both = [sentence for pair in sentence_pairs(file) for sentence in (pair.first, pair.second)]
+        return distinct(both, count), "STS Benchmark, dev"
     sentences = [sentence for name in MODULES.split() for sentence in docstring_sentences(name)]
     return distinct(sentences, count), f"docstrings of the standard library, Python {platform.python_version()}"
 
