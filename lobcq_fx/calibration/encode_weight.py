@@ -26,13 +26,13 @@ def encode_weight(
     Raises:
         LobcqError: the weight holds NaN or infinity (names the weight and the first bad index).
     """
+    codebooks = codebooks.to(weight.device)
     try:
-        if second_moments is not None and weight.numel():
-            return compensate(weight, second_moments, spec, codebooks)
-        parts = torch.ops.lobcq.quantize_weight(weight, codebooks.to(weight.device), spec.array_size)
+        parts = torch.ops.lobcq.quantize_weight(weight, codebooks, spec.array_size)
     except ValueError as error:
         raise LobcqError(
             f"cannot encode {name}: {error}. Remedy: repair the checkpoint, or exclude the layer"
         ) from None
     codes, selectors, scales, tensor_scale = parts
-    return Encoded(codes, selectors, scales, tensor_scale, codebooks, spec, weight.shape[1])
+    nearest = Encoded(codes, selectors, scales, tensor_scale, codebooks, spec, weight.shape[1])
+    return compensate(weight, second_moments, nearest) if second_moments is not None and weight.numel() else nearest

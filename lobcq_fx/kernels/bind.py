@@ -30,6 +30,7 @@ from lobcq_fx.kernels.cpu.weight_layout import CpuWeightLayout
 from lobcq_fx.kernels.stored_linears import StoredLinears
 from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
 from lobcq_fx.ops import schemas
+from lobcq_fx.ops.compensate import check_whole_arrays
 from lobcq_fx.ops.operand_checks import check
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ def bind_cpu_core() -> bool:
     core.register_torch_ops()
     torch.library.impl(schemas.QUANTIZE_ACTIVATION, "CPU", _quantize_activation)
     torch.library.impl(schemas.QUANTIZE_WEIGHT, "CPU", _quantize_weight)
+    torch.library.impl(schemas.DEQUANTIZE_WEIGHT, "CPU", _dequantize_weight)
+    torch.library.impl(schemas.COMPENSATE, "CPU", _compensate)
     stored = StoredLinears(_scaled_entries)
     torch.library.impl(schemas.LINEAR, "CPU", stored.linear)
     torch.library.impl(schemas.LINEAR_FLOAT_ACTIVATION, "CPU", stored.linear_float_activation)
@@ -135,16 +138,53 @@ def _quantize_weight(w: Tensor, codebooks: Tensor, array_size: int) -> tuple[Ten
     return packed.codes, packed.selectors, packed.scales.view(torch.float8_e4m3fn), packed.tensor_scale
 
 
+def _dequantize_weight(
+    w_codes: Tensor,
+    w_selectors: Tensor,
+    w_scales: Tensor,
+    w_tensor_scale: Tensor,
+    w_codebooks: Tensor,
+    in_features: int,
+    array_size: int,
+) -> Tensor:
+    check(schemas.DEQUANTIZE_WEIGHT, locals())
+    return _decoded(w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, in_features, array_size)
+
+
+def _compensate(
+    weight: Tensor,
+    other_errors: Tensor,
+    coupling: Tensor,
+    power: Tensor,
+    tensor_scale: Tensor,
+    codebooks: Tensor,
+    array_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check(schemas.COMPENSATE, locals())
+    check_whole_arrays(weight, array_size)
+    operands = (weight.detach(), other_errors, coupling, power, float(tensor_scale), array_size)
+    codes, selectors, scales, costs = _core().compensate(tables_of(codebooks), *operands)
+    return codes, selectors, scales.view(torch.float8_e4m3fn), costs
+
+
 def _scaled_entries(
     codes: Tensor, selectors: Tensor, scales: Tensor, codebooks: Tensor, columns: int, array_size: int
 ) -> Tensor:
     """Entry times block-array scale, fp32 [R, K], of an operand with any leading dimensions."""
+    one = torch.ones((), dtype=torch.float32, device="cpu")
+    return _decoded(codes, selectors, scales, one, codebooks, columns, array_size)
+
+
+def _decoded(
+    codes: Tensor, selectors: Tensor, scales: Tensor, tensor_scale: Tensor, codebooks: Tensor, columns: int,
+    array_size: int,
+) -> Tensor:  # fmt: skip
     rows = codes.shape[:-1].numel()
     packed = PackedOperand(
         codes.reshape(rows, codes.shape[-1]).contiguous(),
         selectors.reshape(rows, selectors.shape[-1]).contiguous(),
         scales.view(torch.uint8).reshape(rows, scales.shape[-1]).contiguous(),
-        torch.ones((), dtype=torch.float32, device="cpu"),
+        tensor_scale,
         FormatSpec(codebooks.shape[0], array_size),
         columns,
     )

@@ -68,6 +68,15 @@ _NORM_WEIGHT, _NORM_BIAS = Operand("norm_weight", FLOATS, ("K",)), Operand("norm
 OPERANDS: dict[str, tuple[Operand, ...]] = {
     schemas.QUANTIZE_ACTIVATION: (_X, _CODEBOOKS, _STATIC_SCALE),
     schemas.QUANTIZE_WEIGHT: (Operand("w", FLOATS, ("N", "K")), _CODEBOOKS),
+    schemas.DEQUANTIZE_WEIGHT: _WEIGHT[:-1],
+    schemas.COMPENSATE: (
+        Operand("weight", FLOAT32, ("N", "K")),
+        Operand("other_errors", FLOAT32, (..., "K")),
+        Operand("coupling", FLOAT32, ("K", "K")),
+        Operand("power", FLOAT32, ("K",)),
+        Operand("tensor_scale", FLOAT32, (), positive=True),
+        _CODEBOOKS,
+    ),
     schemas.LINEAR: (
         Operand("codes", UINT8, (..., "code_bytes")),
         Operand("selectors", UINT8, (..., "selector_bytes")),

@@ -20,6 +20,8 @@ from lobcq_fx.errors import LobcqError
 
 QUANTIZE_ACTIVATION = "lobcq::quantize_activation"
 QUANTIZE_WEIGHT = "lobcq::quantize_weight"
+DEQUANTIZE_WEIGHT = "lobcq::dequantize_weight"
+COMPENSATE = "lobcq::compensate"
 LINEAR = "lobcq::linear"
 LINEAR_FLOAT_ACTIVATION = "lobcq::linear.float_activation"
 LINEAR_PREPACKED = "lobcq::linear_prepacked"
@@ -42,6 +44,12 @@ torch.library.define(
     QUANTIZE_WEIGHT,
     "(Tensor w, Tensor codebooks, int array_size)"
     " -> (Tensor codes, Tensor selectors, Tensor scales, Tensor tensor_scale)",
+)
+torch.library.define(DEQUANTIZE_WEIGHT, f"({_WEIGHT}, int in_features, int array_size) -> Tensor")
+torch.library.define(
+    COMPENSATE,
+    "(Tensor weight, Tensor other_errors, Tensor coupling, Tensor power, Tensor tensor_scale, Tensor codebooks,"
+    " int array_size) -> (Tensor codes, Tensor selectors, Tensor scales, Tensor costs)",
 )
 torch.library.define(
     LINEAR,
@@ -93,7 +101,10 @@ def _refuse_backward(*_: Any) -> NoReturn:
     raise LobcqError(NO_GRADIENT)
 
 
-for _name in (QUANTIZE_ACTIVATION, QUANTIZE_WEIGHT, LINEAR, LINEAR_FLOAT_ACTIVATION):
+_ON_STORED = (
+    QUANTIZE_ACTIVATION, QUANTIZE_WEIGHT, DEQUANTIZE_WEIGHT, COMPENSATE, LINEAR, LINEAR_FLOAT_ACTIVATION,
+)  # fmt: skip
+for _name in _ON_STORED:
     torch.library.register_autograd(_name, _refuse_backward)
 
 # A registered formula is Python that runs on every call, with gradients off too. The kernels of these refuse by

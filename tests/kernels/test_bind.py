@@ -62,6 +62,8 @@ def test_weights_are_encoded_as_by_default(name, shape, dtype):
         expected = lobcq_fx.ops.quantize_weight(weight, books, spec.array_size)
         for one, other in zip(torch.ops.lobcq.quantize_weight(weight, books, spec.array_size), expected, strict=True):
             same_bits(one, other)
+        call = (*expected, books, shape[1], spec.array_size)
+        same_bits(torch.ops.lobcq.dequantize_weight(*call), lobcq_fx.ops.dequantize_weight(*call))
 
 
 def test_a_weight_that_is_not_finite_is_named():

@@ -51,6 +51,8 @@ def test_activations_that_lie_anywhere_with_gaps_between_rows() -> None:
 DEFAULTS = {
     schemas.QUANTIZE_ACTIVATION: lobcq_fx.ops.quantize_activation,
     schemas.QUANTIZE_WEIGHT: lobcq_fx.ops.quantize_weight,
+    schemas.DEQUANTIZE_WEIGHT: lobcq_fx.ops.dequantize_weight,
+    schemas.COMPENSATE: lobcq_fx.ops.compensate,
     schemas.LINEAR: lobcq_fx.ops.linear,
     schemas.LINEAR_FLOAT_ACTIVATION: lobcq_fx.ops.linear_float_activation,
 }

@@ -161,7 +161,10 @@ def stored_call(op: str, device: torch.device) -> dict[str, Any]:
     activations = FormatSpec(8, 32)
     x, w = (torch.randn(n, 200, generator=generator).to(device) for n in (3, 20))
     a, weight = encode(x, activations, codebooks, torch.ones(3, 1, device=device)), encode(w, spec, codebooks)
+    errors = torch.randn(20, 256, generator=generator).to(device)
     values = {
+        "weight": errors * 10, "other_errors": errors, "coupling": torch.eye(256, device=device),
+        "power": errors[0].square(),
         "x": x, "w": w, "codebooks": codebooks, "array_size": spec.array_size, "codes": a.codes,
         "static_scale": torch.tensor(1e-4, dtype=torch.float32, device=device), "selectors": a.selectors,
         "scales": a.scales, "tensor_scale": a.tensor_scale, "w_codes": weight.codes, "w_selectors": weight.selectors,
@@ -169,4 +172,6 @@ def stored_call(op: str, device: torch.device) -> dict[str, Any]:
         "bias": torch.ones(20, dtype=torch.float32, device=device), "in_features": 200, "dtype": torch.float32,
         "activation_array_size": activations.array_size,
     }  # fmt: skip
+    if op == schemas.COMPENSATE:
+        values["tensor_scale"] = weight.tensor_scale
     return {name: values[name] for name in names_of(op)}

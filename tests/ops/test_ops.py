@@ -44,6 +44,18 @@ def weight_args(w):
     return w.codes, w.selectors, w.scales, w.tensor_scale, w.codebooks
 
 
+def feedback_args():
+    generator = torch.Generator().manual_seed(3)
+    weight, errors = torch.randn(2, 5, 128, generator=generator)
+    return (
+        weight,
+        errors,
+        torch.randn(128, 128, generator=generator).triu(1) + torch.eye(128),
+        torch.ones(128),
+        torch.tensor(1e-4),
+    )
+
+
 @pytest.mark.parametrize("spec", CONFIGS, ids=lambda s: s.name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("static", [False, True])
@@ -73,10 +85,12 @@ def test_dtypes_and_strides_agree_with_the_fake_kernels(dtype):
         (torch.ops.lobcq.linear.default, (*packed, codebooks, *weight_args(w), None, 200, 64, torch.float32)),
         (torch.ops.lobcq.linear.float_activation, (x, *weight_args(w), bias, 64)),
         (torch.ops.lobcq.quantize_weight.default, (x[0], codebooks, 64)),
+        (torch.ops.lobcq.dequantize_weight.default, (*weight_args(w), 200, 64)),
+        (torch.ops.lobcq.compensate.default, (*feedback_args(), codebooks, 64)),
     ]
     for op, args in checks:
-        encodes = op not in (torch.ops.lobcq.linear.default, torch.ops.lobcq.linear.float_activation)
-        torch.library.opcheck(op, args, test_utils=(*OPCHECKS, "test_schema") if encodes else OPCHECKS)
+        takes_float8 = any(isinstance(one, torch.Tensor) and one.dtype == torch.float8_e4m3fn for one in args)
+        torch.library.opcheck(op, args, test_utils=OPCHECKS if takes_float8 else (*OPCHECKS, "test_schema"))
         assert_functional(op, args)
 
 

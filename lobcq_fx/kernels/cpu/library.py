@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.errors import ConfigError
-from lobcq_fx.format.spec import CODEBOOK_SIZE, FormatSpec
+from lobcq_fx.format.spec import BLOCK_SIZE, CODEBOOK_SIZE, FormatSpec
 from lobcq_fx.kernels.cpu.operands import (
+    CFeedback,
     CProduct,
     KernelActivation,
     KernelWeight,
@@ -27,9 +28,12 @@ from lobcq_fx.kernels.cpu.operands import (
     require,
 )
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 ALIGNMENT = 64
 """Bytes: where the core's opaque buffers start. torch's CPU allocator aligns to as much."""
+
+COUPLING_PANEL = 16
+"""Columns of a coupling matrix that lie together where the core reads it."""
 
 _ENCODED, _FLOAT = 0, 1
 _SHARED_SCALE, _ROW_SCALES, _ABSMAX_SCALES = 0, 1, 2
@@ -118,6 +122,29 @@ class Core:
         out = c_packed(packed)
         self._call("encode", _pointer(tables.data), ctypes.byref(matrix), rule, ctypes.byref(out), self._parallel())
         return packed
+
+    def compensate(
+        self, tables: Tables, weight: Tensor, other_errors: Tensor, coupling: Tensor, power: Tensor,
+        tensor_scale: float, array_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Round a weight [N, K] with feedback: `lobcq::compensate`, with E4M3 scales as uint8 bytes."""
+        rows, columns = weight.shape
+        if columns % array_size:
+            raise ValueError(f"{columns} columns are not whole block arrays of {array_size}")
+        inputs = tuple(operand.contiguous() for operand in (weight, other_errors, coupling, power))
+        shapes = ((rows, columns), (rows, columns), (columns, columns), (columns,))
+        for operand, shape in zip(inputs, shapes, strict=True):
+            require("an operand", operand, torch.float32, shape)
+        panels = coupling.reshape(columns, columns // COUPLING_PANEL, COUPLING_PANEL).transpose(0, 1).contiguous()
+        widths = (columns, columns // BLOCK_SIZE, columns // array_size)
+        codes, selectors, scales = (torch.empty((rows, n), dtype=torch.uint8, device="cpu") for n in widths)
+        errors, costs = _floats((rows, columns)), torch.empty((rows, 2), dtype=torch.float64, device="cpu")
+        feedback = CFeedback(
+            *(part.data_ptr() for part in (*inputs[:2], panels, inputs[3], codes, selectors, scales, errors, costs)),
+            rows, columns, array_size, tensor_scale,
+        )  # fmt: skip
+        self._call("compensate", _pointer(tables.data), ctypes.byref(feedback), self._parallel())
+        return codes, selectors, scales, costs
 
     def decode(self, tables: Tables, packed: PackedOperand) -> Tensor:
         """The operand's values, fp32 [R, K]."""

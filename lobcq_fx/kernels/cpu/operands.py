@@ -132,6 +132,19 @@ class CActivation(ctypes.Structure):
     )
 
 
+class CFeedback(ctypes.Structure):
+    """`lobcq_feedback`."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "other_errors", "coupling", "power")),
+        *((name, ctypes.c_void_p) for name in ("codes", "selectors", "scales", "errors", "costs")),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("array_size", ctypes.c_int32),
+        ("tensor_scale", ctypes.c_float),
+    )
+
+
 def c_matrix(x: Tensor) -> CMatrix:
     """The structure of a matrix.
 

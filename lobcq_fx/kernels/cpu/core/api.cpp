@@ -78,6 +78,16 @@ int32_t check_product(const lobcq_product& p, const lobcq_activation& a) {
     return fits ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
 }
 
+int32_t check_feedback(const lobcq_feedback* f) {
+    if (!f || !valid_shape(f->rows, f->columns) || !valid_shape(f->columns, f->columns)) return LOBCQ_INVALID_ARGUMENT;
+    if (!valid_array_size(f->array_size)) return LOBCQ_INVALID_FORMAT;
+    if (f->columns % f->array_size) return LOBCQ_INVALID_ARGUMENT;
+    if (f->rows == 0 || f->columns == 0) return LOBCQ_OK;
+    for (const float* floats : {f->weight, f->other_errors, f->coupling, f->power, const_cast<const float*>(f->errors)})
+        if (!aligned(floats, 4)) return LOBCQ_INVALID_ARGUMENT;
+    return f->codes && f->selectors && f->scales && aligned(f->costs, 8) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
+}
+
 template <class A, class B>
 bool same_shape(const A& a, const B& b) {
     return a.rows == b.rows && a.columns == b.columns;
@@ -104,6 +114,8 @@ int32_t run(int64_t n, int64_t grain, lobcq_parallel_for parallel, const Body& b
 
 // Rows of this many columns that are worth a thread.
 int64_t row_grain(int64_t columns) { return ceil_div(1 << 14, columns + 1); }
+
+constexpr int64_t kFeedbackGrain = 4;
 
 bool finite_value(const lobcq_matrix& x, int64_t row, int64_t column) {
     const auto* base = static_cast<const uint8_t*>(x.data);
@@ -185,6 +197,14 @@ int32_t lobcq_encode(const void* tables, const lobcq_matrix* x, int32_t scale_ru
     if (out->num_tensor_scales != scales) return LOBCQ_INVALID_ARGUMENT;
     return run(x->rows, row_grain(x->columns), parallel, [&](int64_t begin, int64_t end) {
         encode_packed(as_tables(tables), *x, scale_rule, *out, begin, end);
+    });
+}
+
+int32_t lobcq_compensate(const void* tables, const lobcq_feedback* feedback, lobcq_parallel_for parallel) {
+    if (!valid_tables(tables)) return LOBCQ_INVALID_ARGUMENT;
+    if (const int32_t status = check_feedback(feedback)) return status;
+    return run(feedback->rows, kFeedbackGrain, parallel, [&](int64_t begin, int64_t end) {
+        isa().compensate(as_tables(tables), *feedback, begin, end);
     });
 }
 

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "avx2.h"
+#include "feedback.h"
 #include "loops.h"
 
 namespace lobcq {
@@ -16,6 +17,7 @@ const Isa kAvx2 = {
     .array_scales = array_scales,
     .encode = avx2::encode,
     .entries = avx2::entries,
+    .compensate = compensate,
     .correct = avx2::correct,
     .split = split_arrays<4, 6>,
     .fused_rows = avx2::kFusedRows,

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "avx512.h"
+#include "feedback.h"
 #include "loops.h"
 
 namespace lobcq {
@@ -15,6 +16,7 @@ const Isa kAvx512 = {
     .array_scales = array_scales,
     .encode = avx512::encode,
     .entries = avx512::entries,
+    .compensate = compensate,
     .correct = correct_arrays,
     .split = split_arrays<3, 8>,
     .fused_rows = avx512::kFusedRows,

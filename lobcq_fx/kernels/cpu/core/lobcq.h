@@ -32,7 +32,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a declaration in this header changes its meaning. */
-#define LOBCQ_ABI_VERSION 3
+#define LOBCQ_ABI_VERSION 4
 
 enum lobcq_status {
     LOBCQ_OK = 0,
@@ -135,6 +135,30 @@ LOBCQ_API int32_t lobcq_tensor_scale(const lobcq_matrix* x, float* tensor_scale,
  * computed, the whole row does, and its tensor scale is written as NaN. */
 LOBCQ_API int32_t lobcq_encode(const void* tables, const lobcq_matrix* x, int32_t scale_rule, lobcq_packed* out,
                                lobcq_parallel_for parallel);
+
+/* A weight to be rounded with feedback of its errors, and what becomes of it. Every array is contiguous.
+ *   weight       fp32 [rows, columns], columns a multiple of array_size
+ *   other_errors fp32 [rows, columns], of another rounding, whose cost is wanted too
+ *   coupling     fp32 [columns / 16][columns][16]: column 16 p + j of an upper triangular matrix with ones on the diagonal
+ *                is [p][...][j]. The error of column i, times coupling (i, j), is added to column j
+ *   power        fp32 [columns]: what column j's distance from that sum costs, squared
+ *   tensor_scale positive
+ *   codes        uint8 [rows, columns], selectors uint8 [rows, columns / 8], scales uint8 [rows, columns / array_size]:
+ *                written, a code or selector a byte
+ *   errors       fp32 [rows, columns], written: weight minus what the codes decode to
+ *   costs        double [rows, 2], written: of the errors, and of the other errors */
+typedef struct {
+    const float *weight, *other_errors, *coupling, *power;
+    uint8_t *codes, *selectors, *scales;
+    float* errors;
+    double* costs;
+    int64_t rows, columns;
+    int32_t array_size;
+    float tensor_scale;
+} lobcq_feedback;
+
+/* Rounds column by column; lobcq_fx/format/feedback.py has the rule. A row's result depends on nothing but the row. */
+LOBCQ_API int32_t lobcq_compensate(const void* tables, const lobcq_feedback* feedback, lobcq_parallel_for parallel);
 
 /* out (fp32 [rows, columns]) = (entry * scale) * tensor_scale, each product rounded once. Any bytes decode to
  * something: no index leaves the tables, and a negative or NaN scale decodes to NaN. */

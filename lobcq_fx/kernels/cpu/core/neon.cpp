@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "neon.h"
+#include "feedback.h"
 #include "loops.h"
 
 namespace lobcq {
@@ -15,6 +16,7 @@ const Isa kNeon = {
     .array_scales = array_scales,
     .encode = neon::encode,
     .entries = neon::entries,
+    .compensate = compensate,
     .correct = correct_arrays,
     .split = split_arrays<3, 8>,
     .fused_rows = neon::kFusedRows,

@@ -1,4 +1,5 @@
 // Plain C++ for any CPU: the fallback, and the plainest statement of what the other instruction sets do.
+#include "feedback.h"
 #include "isa.h"
 #include "loops.h"
 
@@ -106,6 +107,7 @@ const Isa kPortable = {
     .array_scales = array_scales,
     .encode = encode,
     .entries = entries,
+    .compensate = compensate,
     .correct = correct_arrays,
     .split = split_arrays<3, 8>,
     .fused_rows = 0,
