@@ -12,7 +12,7 @@ from lobcq_fx.cli.console import ProgressBars
 from lobcq_fx.cli.failures import InputError
 from lobcq_fx.cli.measures import Loaded, Material, Section, measuring
 from lobcq_fx.cli.texts import token_ids
-from lobcq_fx.evaluation import Question, divergence, last_word, leading_bos, multiple_choice, perplexity
+from lobcq_fx.evaluation import Question, divergence, last_word, leading_bos, multiple_choice, perplexity, same_choices
 
 
 @dataclass(frozen=True)
@@ -73,29 +73,39 @@ class LanguageModels:
         return Section("text", source, {**settings, "tokens": results[0].tokens}, figures, watch.seconds, together)
 
     def questions(self, asked: Material[list[Question]]) -> Section:
-        """Multiple choice."""
-        return self._of_each("multiple_choice", "Questions", asked, multiple_choice)
+        """Multiple choice; of two models, how often they choose the same."""
+        with measuring(asked.source) as watch:
+            found = self._of_each("Questions", asked.content, multiple_choice)
+            together = {"same_choices": same_choices(*found)} if len(found) == 2 else {}
+        figures = [one.to_dict() for one in found]
+        return Section("multiple_choice", asked.source, self._settings(asked), figures, watch.seconds, together)
 
     def last_words(self, texts: Material[list[str]]) -> Section:
         """Last words of texts."""
-        return self._of_each("last_word", "Last words", texts, last_word)
+        with measuring(texts.source) as watch:
+            figures = [one.to_dict() for one in self._of_each("Last words", texts.content, last_word)]
+        return Section("last_word", texts.source, self._settings(texts), figures, watch.seconds)
 
-    def _of_each(self, kind: str, title: str, items: Material[Any], function: Callable[..., Any]) -> Section:
-        longest = min((one.max_length for one in self.models if one.max_length), default=None)
-        with measuring(items.source) as watch:
-            figures = [
-                function(
-                    one.model,
-                    one.tokenizer,
-                    items.content,
-                    max_length=longest,
-                    batch_size=self.batch_size or 8,
-                    progress=self.progress.titled(f"{title}: {one.name}"),
-                ).to_dict()
-                for one in self.models
-            ]
-        settings = {"items": len(items.content), "max_length": longest}
-        return Section(kind, items.source, settings, figures, watch.seconds)
+    def _of_each(self, title: str, items: list[Any], function: Callable[..., Any]) -> list[Any]:
+        return [
+            function(
+                one.model,
+                one.tokenizer,
+                items,
+                max_length=self._max_length,
+                batch_size=self.batch_size or 8,
+                progress=self.progress.titled(f"{title}: {one.name}"),
+            )
+            for one in self.models
+        ]
+
+    def _settings(self, items: Material[list[Any]]) -> dict[str, Any]:
+        return {"items": len(items.content), "max_length": self._max_length}
+
+    @property
+    def _max_length(self) -> int | None:
+        """The same for both, so that they read the same context."""
+        return min((one.max_length for one in self.models if one.max_length), default=None)
 
 
 def _short(source: str) -> str:

@@ -66,6 +66,7 @@ ROWS: Mapping[str, tuple[Row, ...]] = {
     "multiple_choice": (
         Row("Right (acc)", "acc", _share, change=_points),
         Row("Right by length (acc_norm)", "acc_norm", _share, change=_points),
+        Row("Same choice, right or wrong", "same_choices", _share, together=True),
     ),
     "last_word": (
         Row("Last word right (acc)", "acc", _share, change=_points),

@@ -5,7 +5,7 @@ from lobcq_fx.evaluation.continuations import leading_bos
 from lobcq_fx.evaluation.data_files import last_word_texts, questions, sentence_pairs
 from lobcq_fx.evaluation.divergence import DivergenceResult, divergence, divergence_of_sequences
 from lobcq_fx.evaluation.last_word import LastWordResult, last_word
-from lobcq_fx.evaluation.multiple_choice import MultipleChoiceResult, Question, multiple_choice
+from lobcq_fx.evaluation.multiple_choice import MultipleChoiceResult, Question, multiple_choice, same_choices
 from lobcq_fx.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_sequences
 from lobcq_fx.evaluation.similarity import SimilarityResult, cosine_similarity, mean_pooled, sentence_embeddings
 from lobcq_fx.evaluation.sts import SentencePair, StsResult, sentences_of, spearman, sts
@@ -30,6 +30,7 @@ __all__ = [
     "perplexity",
     "perplexity_of_sequences",
     "questions",
+    "same_choices",
     "sentence_embeddings",
     "sentence_pairs",
     "sentences_of",

@@ -34,13 +34,20 @@ class MultipleChoiceResult:
     """Shares of questions answered rightly, and their standard errors.
 
     acc: the choice of the greatest log-likelihood is taken. acc_norm: of the greatest log-likelihood per character.
+    chosen, chosen_norm: what was taken for each question, from 0.
     """
 
     acc: float
     acc_stderr: float
     acc_norm: float
     acc_norm_stderr: float
-    questions: int
+    chosen: tuple[int, ...]
+    chosen_norm: tuple[int, ...]
+
+    @property
+    def questions(self) -> int:
+        """How many were asked."""
+        return len(self.chosen)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -80,11 +87,28 @@ def multiple_choice(
     by_total, by_character = [], []
     for one in questions:
         totals = [next(found).total for _ in one.choices]
-        by_total.append(_greatest(totals) == one.answer)
-        lengths = [len(choice) for choice in one.choices]
-        by_character.append(_greatest([total / n for total, n in zip(totals, lengths, strict=True)]) == one.answer)
-    acc, acc_norm = share(by_total), share(by_character)
-    return MultipleChoiceResult(acc.value, acc.stderr, acc_norm.value, acc_norm.stderr, len(questions))
+        by_total.append(_greatest(totals))
+        by_character.append(_greatest([total / len(own) for total, own in zip(totals, one.choices, strict=True)]))
+    acc, acc_norm = (
+        share([choice == one.answer for choice, one in zip(chosen, questions, strict=True)])
+        for chosen in (by_total, by_character)
+    )
+    return MultipleChoiceResult(
+        acc.value, acc.stderr, acc_norm.value, acc_norm.stderr, tuple(by_total), tuple(by_character)
+    )
+
+
+def same_choices(one: MultipleChoiceResult, other: MultipleChoiceResult) -> float:
+    """Share of questions for which two models took the same choice, right or wrong, of those behind `acc`.
+
+    One minus it are the flips of Dutta et al., Accuracy Is Not All You Need, 2024.
+
+    Raises:
+        ValueError: the results are of different numbers of questions.
+    """
+    if one.questions != other.questions:
+        raise ValueError(f"{one.questions} and {other.questions} questions: ask both models the same ones")
+    return sum(a == b for a, b in zip(one.chosen, other.chosen, strict=True)) / one.questions
 
 
 def _greatest(values: Sequence[float]) -> int:

@@ -56,7 +56,7 @@ def predictions(
         progress: called after each batch.
 
     Raises:
-        ValueError: `batch_size` below 1.
+        ValueError: `batch_size` below 1, or a model predicts NaN, of which every figure would be wrong.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: choose at least 1")
@@ -69,7 +69,9 @@ def predictions(
         for row, (index, tokens) in enumerate(zip(batch, fed, strict=True)):
             rows = slice(len(tokens) - windows[index].scored, len(tokens))
             came = windows[index].tokens[1:][rows].to(logits[0].device)
-            yield Predictions(index, came, [one[row, rows] for one in logits])
+            found = [one[row, rows] for one in logits]
+            _refuse_nan(models, found)
+            yield Predictions(index, came, found)
         if progress is not None:
             progress(step, first + len(batch), len(order))
 
@@ -95,6 +97,15 @@ def log_likelihoods(
 def device_of(model: nn.Module) -> torch.device:
     """Where a model's first tensor is; the CPU where it has none."""
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def _refuse_nan(models: Sequence[nn.Module], logits: Sequence[Tensor]) -> None:
+    for model, one in zip(models, logits, strict=True):
+        if one.isnan().any():
+            raise ValueError(
+                f"{type(model).__name__} predicts NaN, so that no figure of it would mean anything: look for overflow"
+                " (fp16?) or damaged weights"
+            )
 
 
 def _logits(model: nn.Module, sequences: Sequence[Tensor]) -> Tensor:

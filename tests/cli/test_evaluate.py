@@ -81,21 +81,23 @@ def test_all_of_a_language_model_in_one_table_and_one_file(
         "KL divergence",
         "Same likeliest token",
         "acc_norm",
+        "Same choice",
         "Last word right",
         "±",
         "points",
     ):
-        assert text in shown  # fmt: skip
+        assert text in shown
     found = json.loads(out.read_text())["results"]
     assert [one["kind"] for one in found] == ["text", "text", "multiple_choice", "last_word"]
     tokenizer = AutoTokenizer.from_pretrained(llama)
     for place, model in enumerate((lobcq_fx.load(quantized_llama[0]), LlamaForCausalLM.from_pretrained(llama).eval())):
         asked = [Question("The cat", ("sees the ball", "tree"), 0)]
         asked.append(Question("A dog finds the", ("under under under", "key"), 0))
-        expected = multiple_choice(model, tokenizer, asked).to_dict()
-        assert found[2]["models"][place] == pytest.approx(expected, rel=1e-5)
-        expected = last_word(model, tokenizer, TEXT.splitlines()[:5]).to_dict()
-        assert found[3]["models"][place] == pytest.approx(expected, rel=1e-4)
+        expected = multiple_choice(model, tokenizer, asked)
+        assert found[2]["models"][place]["acc_norm"] == expected.acc_norm
+        assert found[2]["models"][place]["chosen"] == list(expected.chosen)
+        words_of_it = last_word(model, tokenizer, TEXT.splitlines()[:5]).to_dict()
+        assert found[3]["models"][place] == pytest.approx(words_of_it, rel=1e-4)
     assert "exists: pass --overwrite" in lobcq.refused("eval", llama, *files, "-o", out, code=4)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lobcq_fx.evaluation import Question, multiple_choice
+from lobcq_fx.evaluation import MultipleChoiceResult, Question, multiple_choice, same_choices
 from lobcq_fx.evaluation.continuations import continuation_window
 from tests.evaluation.conftest import Uniform
 
@@ -30,15 +30,17 @@ def by_hand(model: nn.Module, tokenizer: Any, context: str, choice: str) -> floa
 
 def test_equals_log_likelihoods_by_hand(embedded: tuple[nn.Module, Any]) -> None:
     model, tokenizer = embedded
-    right, right_by_length = 0, 0
+    right, right_by_length, chosen = 0, 0, []
     for one in QUESTIONS:
         values = [by_hand(model, tokenizer, one.context, choice) for choice in one.choices]
         lengths = [len(choice) for choice in one.choices]
         normalised = [value / n for value, n in zip(values, lengths, strict=True)]
+        chosen.append(values.index(max(values)))
         right += values.index(max(values)) == one.answer
         right_by_length += normalised.index(max(normalised)) == one.answer
     found = multiple_choice(model, tokenizer, QUESTIONS, batch_size=5)
     assert (found.acc, found.acc_norm, found.questions) == (right / 4, right_by_length / 4, 4)
+    assert list(found.chosen) == chosen
     assert 0 < right < 4
     assert right != right_by_length
     deviation = [1.0] * right + [0.0] * (4 - right)
@@ -56,6 +58,15 @@ def test_a_model_that_knows_nothing_takes_the_shortest(embedded: tuple[nn.Module
     assert found.acc == 0.5  # of the two that are equally likely the first
     assert found.acc_norm == 0.5  # and per character the longer one
     assert math.isnan(multiple_choice(model, tokenizer, asked[:1]).acc_stderr)
+
+
+def test_two_models_choose_the_same_or_not() -> None:
+    one, other = (
+        MultipleChoiceResult(0.5, 0.1, 0.5, 0.1, chosen, (0, 0, 0, 0)) for chosen in ((0, 1, 2, 0), (0, 2, 2, 0))
+    )
+    assert same_choices(one, other) == 0.75
+    with pytest.raises(ValueError, match="4 and 1 questions"):
+        same_choices(one, MultipleChoiceResult(0, 0, 0, 0, (0,), (0,)))
 
 
 def test_a_context_that_is_too_long_loses_its_start(embedded: tuple[nn.Module, Any]) -> None:
