@@ -63,7 +63,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="For encoders: the STS Benchmark's lines, or JSON lines {'sentence1', 'sentence2', 'score'}.",
+            help='For encoders: lines of the STS Benchmark, or JSON lines {"sentence1", "sentence2", "score"}.',
         ),
     ] = None,
     against: Annotated[
