@@ -11,7 +11,7 @@ from typing import Any
 from lobcq_fx.errors import ConfigError
 from lobcq_fx.format import FormatSpec
 
-MODES = ("w4a4", "w4a16")
+MODES = ("w4a4", "w4a8", "w4a16")
 ACTIVATION_SCALES = ("per_token", "static")
 CODEBOOKS = ("universal", "fitted")
 ROUNDINGS = ("nearest", "compensated")
@@ -30,7 +30,7 @@ class LobcqConfig:
 
     Args:
         format: the number format, a `FormatSpec` or its name `"<N_c>x<L_A>"`; default `"8x64"`, 4.5 bits a scalar.
-        mode: `"w4a4"` encodes weights and activations, `"w4a16"` weights alone.
+        mode: `"w4a4"` encodes weights and activations, `"w4a8"` activations in int8, `"w4a16"` weights alone.
         activation_format: of activations, where it differs from `format`: more codebooks, or shorter arrays (of which
             the weights' are a multiple).
         activation_scale: `"per_token"` computes a tensor scale for each token, `"static"` calibrates one a layer.
@@ -162,8 +162,12 @@ class LobcqConfig:
                 hint = nearest(key, OVERRIDABLE)
                 raise ConfigError(f"overrides[{pattern!r}] sets {key!r}{hint}; it may set {', '.join(OVERRIDABLE)}")
         # What only encoded activations have is no contradiction where the layers of a pattern have none.
-        encodes = settings.get("mode", self.mode) != "w4a16"
-        dropped = {} if encodes else {"activation_format": None, "activation_scale": "per_token"}
+        mode = settings.get("mode", self.mode)
+        dropped: dict[str, Any] = {}
+        if mode != "w4a4":
+            dropped["activation_format"] = None
+        if mode == "w4a16":
+            dropped["activation_scale"] = "per_token"
         try:
             return replace(self, overrides={}, **{**dropped, **settings})
         except ConfigError as error:

@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.calibration.encode_weight import encode_weight
 from lobcq_fx.calibration.statistics import ActivationStatistics, scaled_sample
-from lobcq_fx.format import encode, sqnr_db
+from lobcq_fx.format import encode, encode_int8, sqnr_db
+from lobcq_fx.format.spec import ENTRY_MAX, INT8_MAX
 from lobcq_fx.graph.attributes import delete_attribute, get_attribute, has_attribute, register_attribute
 from lobcq_fx.inventory import MatmulRecord
 from lobcq_fx.modules.packed_weight import PackedWeight
@@ -117,7 +118,7 @@ def register_static_scales(
     for matmul in plan.quantized:
         if matmul.static_scale is not None:
             assert matmul in statistics, "static scales need observers: run insert_observers and calibrate first"
-            scale = statistics[matmul].static_tensor_scale()
+            scale = statistics[matmul].static_tensor_scale(INT8_MAX if matmul.config.mode == "w4a8" else ENTRY_MAX)
             register_attribute(graph_module, matmul.static_scale, scale.to(_device(graph_module)))
 
 
@@ -174,6 +175,9 @@ def _activation_sqnr_db(
     """On the observer's sample, in the scales that the layer will use; None if nothing was observed."""
     if statistics is None or not statistics.seen or matmul.config.mode == "w4a16":
         return None
-    sample = scaled_sample(statistics, matmul.config.activation_scale)
-    spec = matmul.config.activations
+    spec, scale = matmul.config.activations, matmul.config.activation_scale
+    if matmul.config.mode == "w4a8":
+        sample = scaled_sample(statistics, scale, INT8_MAX)
+        return sqnr_db(sample, encode_int8(sample, spec.array_size, sample.new_ones(())))
+    sample = scaled_sample(statistics, scale)
     return sqnr_db(sample, encode(sample, spec, codebooks.activations[spec], sample.new_ones(())))

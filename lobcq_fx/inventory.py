@@ -17,7 +17,7 @@ class MatmulRecord:
     operation: what it was in the traced graph, for example `linear`, `addmm`, `scaled_dot_product_attention`.
     shape: (N, K) of the constant weight; None for activation x activation.
     reason: why it was left in float; None if it was quantized.
-    format: name of the number format, mode: `w4a4` or `w4a16`; None if left in float.
+    format: name of the number format, mode: `w4a4`, `w4a8` or `w4a16`; None if left in float.
     activation_format: the activation's, where it is another than the weight's.
     float_bytes, packed_bytes: of the weight, before and after (equal if left in float; 0 without a weight, and for all
         but the first matmul that reads it; float_bytes is 0 where the float weight stays for something else).

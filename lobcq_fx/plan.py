@@ -136,7 +136,7 @@ class _Choice:
 
     @property
     def static(self) -> bool:
-        return self.config.activation_scale == "static" and self.config.mode == "w4a4"
+        return self.config.activation_scale == "static" and self.config.mode != "w4a16"
 
 
 # What a weight is encoded for: its attribute, whether it is transposed, and the format.

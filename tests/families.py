@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import lobcq_fx
-from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, matmul, universal_codebooks
+from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, encode_int8, matmul, universal_codebooks
 from lobcq_fx.frontends import front_end_of
 from lobcq_fx.tracing.trace import MAIN, TracedModel
 from lobcq_fx.tracing.wrappers import unwrapped
@@ -101,7 +101,7 @@ def own_causal_lm(family: str, dtype: torch.dtype = torch.float32) -> lobcq_fx.Q
 
 @contextmanager
 def fake_quantized(
-    model: nn.Module, layers: list[str], spec: FormatSpec | None = None, activations: bool = True, exact: bool = False
+    model: nn.Module, layers: list[str], spec: FormatSpec | None = None, mode: str = "w4a4", exact: bool = False
 ) -> Iterator[nn.Module]:
     """The float model with decoded weights and fake-quantized activations in the named modules.
 
@@ -113,7 +113,7 @@ def fake_quantized(
     for module in modules:
         weight = module.weight.detach()
         weight = weight.t() if isinstance(module, Conv1D) else weight
-        module.forward = _forward(weight, module.bias, spec, activations, exact)
+        module.forward = _forward(weight, module.bias, spec, mode, exact)
     try:
         yield model
     finally:
@@ -122,7 +122,7 @@ def fake_quantized(
 
 
 def _forward(
-    weight: Tensor, bias: Tensor | None, spec: FormatSpec, activations: bool, exact: bool
+    weight: Tensor, bias: Tensor | None, spec: FormatSpec, mode: str, exact: bool
 ) -> Callable[[Tensor], Tensor]:
     codebooks = universal_codebooks(spec.num_codebooks)
     encoded_weight = encode(weight, spec, codebooks)
@@ -131,10 +131,13 @@ def _forward(
 
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
-        if activations:
+        if mode == "w4a8":
+            encoded = encode_int8(rows, spec.array_size)
+        elif mode == "w4a4":
             encoded = encode(rows, spec, codebooks, absmax_row_scale(rows))
+        if mode != "w4a16":
             rows = decode(encoded)
-        if activations and exact:
+        if mode != "w4a16" and exact:
             out = matmul(encoded, encoded_weight, float_bias)
         else:
             out = nn.functional.linear(rows, decoded_weight, float_bias)

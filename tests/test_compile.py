@@ -26,7 +26,7 @@ def ids(batch, length):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("mode", "backend"), [("w4a4", "inductor"), ("w4a16", "aot_eager")])
+@pytest.mark.parametrize(("mode", "backend"), [("w4a4", "inductor"), ("w4a8", "aot_eager"), ("w4a16", "aot_eager")])
 def test_a_causal_lm_compiles_whole(mode, backend):
     q = lobcq_fx.quantize(causal_lm("llama"), config=lobcq_fx.LobcqConfig(mode=mode), static_cache=False)
     compiled = torch.compile(q, fullgraph=True, dynamic=True, backend=backend)

@@ -12,8 +12,8 @@ from lobcq_fx.config import DEFAULT_EXCLUDE, nearest
 from lobcq_fx.errors import ConfigError, LobcqError
 
 REFUSED = {
-    "mode": ({"mode": "w4a6"}, r"mode='w4a6': use one of \('w4a4', 'w4a16'\) \(did you mean 'w4a16'\?\)"),
-    "mode in capitals": ({"mode": "W4A4"}, r"mode='W4A4': use one of \('w4a4', 'w4a16'\)"),
+    "mode": ({"mode": "w4a6"}, r"mode='w4a6': use one of \('w4a4', 'w4a8', 'w4a16'\) \(did you mean 'w4a16'\?\)"),
+    "mode in capitals": ({"mode": "W4A4"}, r"mode='W4A4': use one of \('w4a4', 'w4a8', 'w4a16'\)"),
     "mode of another type": ({"mode": 4}, "mode=4: use one of"),
     "scale": ({"activation_scale": "per-token"}, r"did you mean 'per_token'\?"),
     "codebooks": ({"codebooks": "universl"}, r"codebooks='universl': .*\(did you mean 'universal'\?"),
@@ -75,6 +75,7 @@ def test_errors_are_value_errors_too():
 
 CONFIGS = [
     LobcqConfig(),
+    LobcqConfig(mode="w4a8", activation_scale="static"),
     LobcqConfig(format="16x32", mode="w4a16", exclude=[], include=["*.q_proj", "*.k_proj"], min_in_features=1),
     LobcqConfig(activation_scale="static", codebooks="fitted"),
     LobcqConfig(codebooks="sets/own.json", overrides={"*": {"format": FormatSpec(4, 64)}, "a": {"mode": "w4a16"}}),

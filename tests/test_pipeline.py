@@ -13,7 +13,7 @@ from torch import nn
 import lobcq_fx
 from lobcq_fx import FormatSpec, LobcqConfig
 from lobcq_fx.errors import CalibrationError, ConfigError, LobcqError, TraceError
-from lobcq_fx.format import decode, encode, universal_codebooks
+from lobcq_fx.format import decode, encode, encode_int8, sqnr_db, universal_codebooks
 from lobcq_fx.pipeline import fit_shared_codebooks
 from tests.families import VOCABULARY, causal_lm, fake_quantized, quantized_layers
 
@@ -48,16 +48,25 @@ def token_batches(count=3):
     ]
 
 
-@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+@pytest.mark.parametrize("mode", ["w4a4", "w4a8", "w4a16"])
 @pytest.mark.parametrize("name", ["8x64", "16x128", "2x32", "1x16"])
 def test_every_format_and_mode_matches_the_fake_quantized_module(mode, name):
     model, spec = mlp(), FormatSpec.from_name(name)
     q = lobcq_fx.quantize(model, config=LobcqConfig(format=spec, mode=mode), example_inputs=batches()[0])
     x = batches(seed=5)[0]
-    with fake_quantized(model, ["up", "down"], spec, activations=mode == "w4a4"):
+    with fake_quantized(model, ["up", "down"], spec, mode=mode):
         expected = model(x)
     torch.testing.assert_close(q(x), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(expected, model(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", ["per_token", "static"])
+def test_errors_of_int8_activations_are_measured_in_the_scales_they_get(scale):
+    x, model = batches(count=1)[0], mlp()
+    x = x / x.abs().amax(1, keepdim=True)  # so that each row counts as much as it does in its own scale
+    q = lobcq_fx.quantize(model, [x], LobcqConfig(mode="w4a8", activation_scale=scale))
+    expected = encode_int8(x, 64, x.abs().max() / 56896 if scale == "static" else None)
+    assert q.inventory.records[0].activation_sqnr_db == pytest.approx(sqnr_db(x, expected), abs=0.01)
 
 
 def test_overrides_give_layers_settings_of_their_own():

@@ -110,7 +110,7 @@ def test_the_float_model_and_the_data_stay_and_calls_count_from_where_it_is(forw
     for _ in range(2):  # what calls write stays in the quantized model, as it would in the float one
         mine, its = x.clone(), x.clone()
         actual = q(mine)
-        with fake_quantized(twin, ["layer"], activations=False):
+        with fake_quantized(twin, ["layer"], mode="w4a16"):
             expected = twin(its)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(mine, its)

@@ -10,7 +10,7 @@ from lobcq_fx.calibration.reservoir import Reservoir
 from lobcq_fx.errors import CalibrationError
 from lobcq_fx.format.codes import CHUNK, to_grid
 from lobcq_fx.format.scales import absmax_row_scale, array_scales, block_arrays, tensor_scale_of_absmax
-from lobcq_fx.format.spec import GRID_MAX, FormatSpec
+from lobcq_fx.format.spec import ENTRY_MAX, GRID_MAX, FormatSpec
 
 SAMPLED_ARRAYS = 4096
 """Block arrays kept for fitting codebooks: 1 MiB a layer at L_A = 64."""
@@ -83,13 +83,13 @@ class ActivationStatistics:
         self._require_data()
         return self._absmax.clone()
 
-    def static_tensor_scale(self) -> Tensor:
-        """The static scale for this operand: the weight rule on the largest magnitude seen, fp32 [].
+    def static_tensor_scale(self, entry_max: int = ENTRY_MAX) -> Tensor:
+        """The static scale for this operand, whose entries reach `entry_max`: of the largest magnitude seen, fp32 [].
 
         Raises:
             CalibrationError: no data seen.
         """
-        return tensor_scale_of_absmax(self.absmax())
+        return tensor_scale_of_absmax(self.absmax(), entry_max)
 
     def sample(self) -> Tensor:
         """A uniform sample of the block arrays seen, fp32 [n, L_A], n at most `sampled_arrays`, in random order.
@@ -152,12 +152,14 @@ class ActivationStatistics:
         )
 
 
-def scaled_sample(statistics: ActivationStatistics, activation_scale: str) -> Tensor:
+def scaled_sample(statistics: ActivationStatistics, activation_scale: str, entry_max: int = ENTRY_MAX) -> Tensor:
     """Sampled block arrays [n, L_A] in units of the tensor scales that "static" or "per_token" scales will give them.
+
+    entry_max: what the entries reach that they are to be encoded to.
 
     Raises:
         CalibrationError: the layer saw no data.
     """
     if activation_scale == "static":
-        return statistics.sample() / statistics.static_tensor_scale()
-    return statistics.sample_in_row_scales()
+        return statistics.sample() / statistics.static_tensor_scale(entry_max)
+    return statistics.sample_in_row_scales() * (entry_max / ENTRY_MAX)

@@ -47,6 +47,7 @@ class Mode(StrEnum):
     """What is quantized: weights and activations, or weights alone."""
 
     w4a4 = "w4a4"
+    w4a8 = "w4a8"
     w4a16 = "w4a16"
 
 

@@ -42,7 +42,9 @@ def quantize(
         ),
     ] = None,
     format: FormatOption = "8x64",
-    mode: Annotated[Mode, typer.Option(help="Quantize weights and activations, or weights alone.")] = Mode.w4a4,
+    mode: Annotated[
+        Mode, typer.Option(help="Quantize weights and activations, to 4 or 8 bits, or weights alone.")
+    ] = Mode.w4a4,
     activation_format: ActivationFormatOption = None,
     activation_scale: Annotated[
         ActivationScale, typer.Option(help="A tensor scale for each token, or one calibrated for each layer.")

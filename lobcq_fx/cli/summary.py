@@ -77,7 +77,7 @@ def _totals(inventory: Inventory, result: dict[str, Any]) -> Table:
 def _worst(result: dict[str, Any]) -> Table:
     unmeasured = all(row["activation_sqnr_db"] is None for row in result["worst_layers"])
     hint = (
-        "Activations are measured with --calibrate TEXT" if unmeasured and result["config"]["mode"] == "w4a4" else None
+        "Activations are measured with --calibrate TEXT" if unmeasured and result["config"]["mode"] != "w4a16" else None
     )
     table = Table(title="Worst layers, SQNR in dB", title_justify="left", caption=hint, caption_justify="left")
     table.add_column("Layer", overflow="fold")

@@ -28,6 +28,13 @@ class Int8Activation:
     tensor_scale: Tensor
     columns: int
 
+    @classmethod
+    def flattened(cls, entries: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int) -> Int8Activation:
+        """Of parts with any leading dimensions, the same for all of them."""
+        rows = entries.shape[:-1].numel()
+        entries, scales, tensor_scale = (part.reshape(rows, part.shape[-1]) for part in (entries, scales, tensor_scale))
+        return cls(entries, scales, tensor_scale, columns)
+
     def rows(self, start: int, stop: int) -> Int8Activation:
         """Rows start to stop, as views."""
         part = slice(start, stop)

@@ -1,7 +1,8 @@
 """Linears on stored weights as `Emit` writes them: the one place that reads that pattern back.
 
-quantize_activation(x, ...) -> getitem x 4 -> lobcq::linear      W4A4
-lobcq::linear.float_activation(x, ...)                           W4A16
+quantize_activation(x, ...) -> getitem x 4 -> lobcq::linear                        W4A4
+quantize_activation_int8(x, ...) -> getitem x 3 -> lobcq::linear.int8_activation   W4A8
+lobcq::linear.float_activation(x, ...)                                             W4A16
 """
 
 from __future__ import annotations
@@ -20,12 +21,18 @@ from lobcq_fx.modules.packed_weight import PARTS
 
 ops = torch.ops.lobcq
 
-LINEARS = (ops.linear.default, ops.linear.float_activation)
+ENCODERS: dict[Any, Any] = {
+    ops.linear.default: ops.quantize_activation.default,
+    ops.linear.int8_activation: ops.quantize_activation_int8.default,
+}
+"""Linears of encoded activations, and what encodes those for them."""
+
+LINEARS = (*ENCODERS, ops.linear.float_activation)
 
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """One call of `lobcq::linear` or of its `.float_activation`."""
+    """One call of an overload of `lobcq::linear`."""
 
     node: fx.Node
 
@@ -36,8 +43,8 @@ class StoredLinear:
 
     @property
     def encodes_activation(self) -> bool:
-        """Whether it multiplies an encoded activation (W4A4)."""
-        return self.node.target is ops.linear.default
+        """Whether it multiplies an encoded activation (W4A4, W4A8)."""
+        return self.node.target in ENCODERS
 
     @property
     def weight(self) -> str:
@@ -76,22 +83,23 @@ class StoredLinear:
 
     @property
     def encoder(self) -> fx.Node | None:
-        """The `quantize_activation` node whose four results it reads, with its codebooks; None if it reads others."""
+        """The node whose results it reads, encoded as it decodes them; None if it reads others."""
         if not self.encodes_activation:
             return None
-        arguments = self.arguments
-        parts = [arguments[name] for name in PARTS]
+        arguments, target = self.arguments, ENCODERS[self.node.target]
+        parts = [arguments[result.name] for result in target._schema.returns]
         encoder = parts[0].args[0] if parts[0].target is operator.getitem else None
-        if not isinstance(encoder, fx.Node) or encoder.target is not ops.quantize_activation.default:
+        if not isinstance(encoder, fx.Node) or encoder.target is not target:
             return None
         in_order = all(part.args == (encoder, i) for i, part in enumerate(parts))
         encoded = named_arguments(encoder)
-        same = (encoded["codebooks"], encoded["array_size"]) == (arguments["codebooks"], self.kernel_array_size)
+        read = {"codebooks": arguments.get("codebooks"), "array_size": self.kernel_array_size}
+        same = all(encoded[name] == read[name] for name in read if name in encoded)
         return encoder if in_order and same else None
 
     @property
     def activation(self) -> fx.Node | None:
-        """The float activation [..., K], behind its encoder in W4A4; None where that is no `quantize_activation`."""
+        """The float activation [..., K], behind its encoder if there is one; None where it reads something else."""
         encoder = self.encoder
         if self.encodes_activation and encoder is None:
             return None

@@ -59,11 +59,13 @@ def bind_cpu_core() -> bool:
         return False
     core.register_torch_ops()
     torch.library.impl(schemas.QUANTIZE_ACTIVATION, "CPU", _quantize_activation)
+    torch.library.impl(schemas.QUANTIZE_ACTIVATION_INT8, "CPU", _quantize_activation_int8)
     torch.library.impl(schemas.QUANTIZE_WEIGHT, "CPU", _quantize_weight)
     torch.library.impl(schemas.DEQUANTIZE_WEIGHT, "CPU", _dequantize_weight)
     torch.library.impl(schemas.COMPENSATE, "CPU", _compensate)
     stored = StoredLinears(_scaled_entries)
     torch.library.impl(schemas.LINEAR, "CPU", stored.linear)
+    torch.library.impl(schemas.LINEAR_INT8_ACTIVATION, "CPU", stored.linear_int8_activation)
     torch.library.impl(schemas.LINEAR_FLOAT_ACTIVATION, "CPU", stored.linear_float_activation)
     return True
 
@@ -121,14 +123,33 @@ def _quantize_activation(
     x: Tensor, codebooks: Tensor, array_size: int, static_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check(schemas.QUANTIZE_ACTIVATION, locals())
-    core, leading = _core(), x.shape[:-1]
-    rows = x.detach().reshape(leading.numel(), x.shape[-1]).contiguous()
-    scale = None if static_scale is None else static_scale.view(1, 1).repeat(rows.shape[0], 1)
-    packed = core.encode(tables_of(codebooks), rows, array_size, scale)
+    rows = _rows(x)
+    packed = _core().encode(tables_of(codebooks), rows, array_size, _row_scales(static_scale, rows))
     scales = packed.scales.view(torch.float8_e4m3fn)
     parts = (packed.codes, packed.selectors, scales, packed.tensor_scale)
-    codes, selectors, scales, tensor_scale = (part.view(*leading, part.shape[1]) for part in parts)
+    codes, selectors, scales, tensor_scale = (part.view(*x.shape[:-1], part.shape[1]) for part in parts)
     return codes, selectors, scales, tensor_scale
+
+
+def _quantize_activation_int8(
+    x: Tensor, array_size: int, static_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    check(schemas.QUANTIZE_ACTIVATION_INT8, locals())
+    rows = _rows(x)
+    operand = _core().encode_int8(rows, array_size, _row_scales(static_scale, rows))
+    parts = (operand.entries, operand.scales.view(torch.float8_e4m3fn), operand.tensor_scale)
+    entries, scales, tensor_scale = (part.view(*x.shape[:-1], part.shape[1]) for part in parts)
+    return entries, scales, tensor_scale
+
+
+def _rows(x: Tensor) -> Tensor:
+    """An activation [..., K] as the core takes it, [R, K]."""
+    return x.detach().reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+
+
+def _row_scales(static_scale: Tensor | None, rows: Tensor) -> Tensor | None:
+    """A static scale for each row: the rule that makes NaN of a whole row with NaN or infinity in it."""
+    return None if static_scale is None else static_scale.view(1, 1).repeat(rows.shape[0], 1)
 
 
 def _quantize_weight(w: Tensor, codebooks: Tensor, array_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import product_in_fp32, scale_product
+from lobcq_fx.format import Int8Activation, product_in_fp32, scale_product
 from lobcq_fx.ops.operand_checks import check
-from lobcq_fx.ops.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION
+from lobcq_fx.ops.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION, LINEAR_INT8_ACTIVATION
 
 
 @dataclass(frozen=True)
 class StoredLinears:
-    """`lobcq::linear` and `lobcq::linear.float_activation`.
+    """`lobcq::linear`, its `.int8_activation` and `.float_activation`.
 
     scaled_entries: called with an operand's codes, selectors, scales and codebooks, its number of columns and L_A, any
         leading dimensions; returns entries times block-array scales, fp32 [R, K].
@@ -50,6 +50,28 @@ class StoredLinears:
         w = self.scaled_entries(w_codes, w_selectors, w_scales, w_codebooks, in_features, array_size)
         out = scale_product(product_in_fp32(a, w), tensor_scale.reshape(-1, 1), w_tensor_scale, bias)
         return out.to(dtype).view(*codes.shape[:-1], w_codes.shape[0])
+
+    def linear_int8_activation(
+        self,
+        entries: Tensor,
+        scales: Tensor,
+        tensor_scale: Tensor,
+        w_codes: Tensor,
+        w_selectors: Tensor,
+        w_scales: Tensor,
+        w_tensor_scale: Tensor,
+        w_codebooks: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        array_size: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """W4A8; see `lobcq_fx.ops.linear`."""
+        check(LINEAR_INT8_ACTIVATION, locals())
+        a = Int8Activation.flattened(entries, scales, tensor_scale, in_features)
+        w = self.scaled_entries(w_codes, w_selectors, w_scales, w_codebooks, in_features, array_size)
+        out = scale_product(product_in_fp32(a.scaled_entries(), w), a.tensor_scale, w_tensor_scale, bias)
+        return out.to(dtype).view(*entries.shape[:-1], w_codes.shape[0])
 
     def linear_float_activation(
         self,

@@ -4,8 +4,9 @@ import lobcq_fx.ops.fused
 import lobcq_fx.ops.linear_prepacked  # noqa: F401  (its schemas and fake kernels: only devices implement it)
 from lobcq_fx.ops.compensate import compensate
 from lobcq_fx.ops.dequantize_weight import dequantize_weight
-from lobcq_fx.ops.linear import linear, linear_float_activation
+from lobcq_fx.ops.linear import linear, linear_float_activation, linear_int8_activation
 from lobcq_fx.ops.quantize_activation import quantize_activation
+from lobcq_fx.ops.quantize_activation_int8 import quantize_activation_int8
 from lobcq_fx.ops.quantize_weight import quantize_weight
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "dequantize_weight",
     "linear",
     "linear_float_activation",
+    "linear_int8_activation",
     "quantize_activation",
+    "quantize_activation_int8",
     "quantize_weight",
 ]

@@ -51,6 +51,7 @@ _WEIGHT = (
     Operand("w_codebooks", INT8, ("N_c", CODEBOOK_SIZE)),
     Operand("bias", FLOATS, ("N",)),
 )
+_ACTIVATION_SCALES = (Operand("scales", E4M3, (..., "arrays")), Operand("tensor_scale", FLOAT32, (..., 1)))
 _X = Operand("x", FLOATS, (..., "K"))
 _CODEBOOKS = Operand("codebooks", INT8, ("N_c", CODEBOOK_SIZE))
 _STATIC_SCALE = Operand("static_scale", FLOAT32, (), contiguous=True, positive=True)
@@ -67,6 +68,7 @@ _NORM_WEIGHT, _NORM_BIAS = Operand("norm_weight", FLOATS, ("K",)), Operand("norm
 
 OPERANDS: dict[str, tuple[Operand, ...]] = {
     schemas.QUANTIZE_ACTIVATION: (_X, _CODEBOOKS, _STATIC_SCALE),
+    schemas.QUANTIZE_ACTIVATION_INT8: (_X, _STATIC_SCALE),
     schemas.QUANTIZE_WEIGHT: (Operand("w", FLOATS, ("N", "K")), _CODEBOOKS),
     schemas.DEQUANTIZE_WEIGHT: _WEIGHT[:-1],
     schemas.COMPENSATE: (
@@ -80,12 +82,16 @@ OPERANDS: dict[str, tuple[Operand, ...]] = {
     schemas.LINEAR: (
         Operand("codes", UINT8, (..., "code_bytes")),
         Operand("selectors", UINT8, (..., "selector_bytes")),
-        Operand("scales", E4M3, (..., "arrays")),
-        Operand("tensor_scale", FLOAT32, (..., 1)),
+        *_ACTIVATION_SCALES,
         _CODEBOOKS,
         *_WEIGHT,
     ),
     schemas.LINEAR_FLOAT_ACTIVATION: (_X, *_WEIGHT),
+    schemas.LINEAR_INT8_ACTIVATION: (
+        Operand("entries", INT8, (..., "padded_columns")),
+        *_ACTIVATION_SCALES,
+        *_WEIGHT,
+    ),
     schemas.LINEAR_PREPACKED: (_X, *_ENCODED),
     schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION: (_X, *_PREPACKED),
     schemas.LINEAR_PREPACKED_RESIDUAL: (_X, *_ENCODED, _RESIDUALS),

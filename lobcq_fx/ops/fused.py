@@ -29,7 +29,7 @@ ops = torch.ops.lobcq
 
 def linear_residual(
     x: Tensor,
-    activation_tables: Tensor,
+    activation_tables: Tensor | None,
     static_scale: Tensor | None,
     weights: list[Tensor],
     tensor_scales: list[Tensor],

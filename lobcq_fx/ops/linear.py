@@ -1,13 +1,13 @@
-"""`lobcq::linear` (W4A4) and `lobcq::linear.float_activation` (W4A16): default implementations and fake kernels."""
+"""`lobcq::linear` (W4A4), `.int8_activation` (W4A8), `.float_activation` (W4A16): defaults and fake kernels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import Encoded, FormatSpec, decode, matmul, product_in_fp32
+from lobcq_fx.format import Encoded, FormatSpec, Int8Activation, decode, matmul, product_in_fp32
 from lobcq_fx.ops.operand_checks import check, check_fake
-from lobcq_fx.ops.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION
+from lobcq_fx.ops.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION, LINEAR_INT8_ACTIVATION
 
 
 def linear(
@@ -62,6 +62,27 @@ def linear(
     return matmul(a, w, bias).to(dtype).view(*leading, w_codes.shape[0])
 
 
+def linear_int8_activation(
+    entries: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor,
+    w_codes: Tensor,
+    w_selectors: Tensor,
+    w_scales: Tensor,
+    w_tensor_scale: Tensor,
+    w_codebooks: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    array_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`x @ w.T + bias` of an activation from `lobcq::quantize_activation_int8`; all else as in `linear`."""
+    check(LINEAR_INT8_ACTIVATION, locals())
+    a = Int8Activation.flattened(entries, scales, tensor_scale, in_features)
+    w = _weight(w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, in_features, array_size)
+    return matmul(a, w, bias).to(dtype).view(*entries.shape[:-1], w_codes.shape[0])
+
+
 def linear_float_activation(
     x: Tensor,
     w_codes: Tensor,
@@ -81,6 +102,7 @@ def linear_float_activation(
 
 # As decorators these calls would replace the functions by None.
 torch.library.impl(LINEAR, "CompositeExplicitAutograd", linear)
+torch.library.impl(LINEAR_INT8_ACTIVATION, "CompositeExplicitAutograd", linear_int8_activation)
 torch.library.impl(LINEAR_FLOAT_ACTIVATION, "CompositeExplicitAutograd", linear_float_activation)
 
 
@@ -104,6 +126,25 @@ def _fake_linear(
 ) -> Tensor:
     check_fake(LINEAR, locals())
     return codes.new_empty((*codes.shape[:-1], w_codes.shape[0]), dtype=dtype)
+
+
+@torch.library.register_fake(LINEAR_INT8_ACTIVATION)
+def _fake_linear_int8_activation(
+    entries: Tensor,
+    scales: Tensor,
+    tensor_scale: Tensor,
+    w_codes: Tensor,
+    w_selectors: Tensor,
+    w_scales: Tensor,
+    w_tensor_scale: Tensor,
+    w_codebooks: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    array_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    check_fake(LINEAR_INT8_ACTIVATION, locals())
+    return entries.new_empty((*entries.shape[:-1], w_codes.shape[0]), dtype=dtype)
 
 
 @torch.library.register_fake(LINEAR_FLOAT_ACTIVATION)

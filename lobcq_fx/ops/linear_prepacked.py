@@ -16,7 +16,7 @@ from lobcq_fx.ops.schemas import LINEAR_PREPACKED, LINEAR_PREPACKED_FLOAT_ACTIVA
 @torch.library.register_fake(LINEAR_PREPACKED)
 def _fake_linear_prepacked(
     x: Tensor,
-    activation_tables: Tensor,
+    activation_tables: Tensor | None,
     static_scale: Tensor | None,
     weights: list[Tensor],
     tensor_scales: list[Tensor],
@@ -26,11 +26,11 @@ def _fake_linear_prepacked(
     array_size: int,
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """`x @ w.T + bias` for each weight, the activation encoded once (W4A4).
+    """`x @ w.T + bias` for each weight, the activation encoded once (W4A4, W4A8).
 
     Args:
         x: [..., K], fp32, bf16 or fp16.
-        activation_tables: uint8, the look-up tables of the codebooks that x is encoded with.
+        activation_tables: uint8, the look-up tables of the codebooks that x is encoded with; None encodes it in int8.
         static_scale: fp32 [], a calibrated tensor scale; None computes one for each row.
         weights: each uint8 [bytes], a weight [N_i, K] in kernel layout.
         tensor_scales: each fp32 [].

@@ -103,6 +103,8 @@ class _Sizes:
         self.columns: int = given.get("in_features", activation.shape[-1])
         if self.columns < 0:
             raise OperandError(f"{op}: in_features is {self.columns}")
+        if "array_size" in given:
+            self.format(1)
 
     def of(self, operand: Operand, tensor: Tensor, index: int) -> Shape:
         """The shape that an operand must have, of which `tensor` was given."""
@@ -127,6 +129,8 @@ class _Sizes:
                 return self.activation_format.code_bytes(self.columns)
             case "selector_bytes":
                 return self.activation_format.selector_bytes(self.columns)
+            case "padded_columns":
+                return self.activation_format.padded_columns(self.columns)
             case "arrays":
                 return self.activation_format.num_arrays(self.columns)
             case "w_code_bytes":
@@ -153,7 +157,9 @@ class _Sizes:
 
     @property
     def activation_format(self) -> FormatSpec:
-        return self.format(self.given["codebooks"].shape[0], self.given.get("activation_array_size"))
+        """Of no codebooks, in int8, only the arrays count."""
+        num_codebooks = self.given["codebooks"].shape[0] if "codebooks" in self.given else 1
+        return self.format(num_codebooks, self.given.get("activation_array_size"))
 
     @property
     def layout(self) -> PrepackedSizes:

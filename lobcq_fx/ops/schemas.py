@@ -4,7 +4,8 @@ A device implementation registers with `torch.library.impl(name, "CPU" | "CUDA")
 one in this package, which calls `lobcq_fx.format` on any device.
 
 A packed operand travels as four tensors (codes, selectors, scales, tensor_scale) and the int8 [N_c, 16] codebooks that
-decode it; activations keep their leading dimensions (batch, length), so that the ops add no reshapes to a graph.
+decode it; an activation in int8 as three (entries, scales, tensor_scale). Activations keep their leading dimensions
+(batch, length), so that the ops add no reshapes to a graph.
 
 The prepacked ops read weights in the layout of one device's kernels. Where a device has such kernels, `Prepack` puts
 these ops in the place of the others in the graph that runs; a saved graph never holds them.
@@ -19,11 +20,13 @@ import torch
 from lobcq_fx.errors import LobcqError
 
 QUANTIZE_ACTIVATION = "lobcq::quantize_activation"
+QUANTIZE_ACTIVATION_INT8 = "lobcq::quantize_activation_int8"
 QUANTIZE_WEIGHT = "lobcq::quantize_weight"
 DEQUANTIZE_WEIGHT = "lobcq::dequantize_weight"
 COMPENSATE = "lobcq::compensate"
 LINEAR = "lobcq::linear"
 LINEAR_FLOAT_ACTIVATION = "lobcq::linear.float_activation"
+LINEAR_INT8_ACTIVATION = "lobcq::linear.int8_activation"
 LINEAR_PREPACKED = "lobcq::linear_prepacked"
 LINEAR_PREPACKED_FLOAT_ACTIVATION = "lobcq::linear_prepacked.float_activation"
 LINEAR_PREPACKED_RESIDUAL = "lobcq::linear_prepacked.residual"
@@ -39,6 +42,10 @@ torch.library.define(
     QUANTIZE_ACTIVATION,
     "(Tensor x, Tensor codebooks, int array_size, Tensor? static_scale=None)"
     " -> (Tensor codes, Tensor selectors, Tensor scales, Tensor tensor_scale)",
+)
+torch.library.define(
+    QUANTIZE_ACTIVATION_INT8,
+    "(Tensor x, int array_size, Tensor? static_scale=None) -> (Tensor entries, Tensor scales, Tensor tensor_scale)",
 )
 torch.library.define(
     QUANTIZE_WEIGHT,
@@ -61,17 +68,19 @@ torch.library.define(
     LINEAR_FLOAT_ACTIVATION,
     f"(Tensor x, {_WEIGHT}, Tensor? bias, int array_size) -> Tensor",
 )
+torch.library.define(
+    LINEAR_INT8_ACTIVATION,
+    f"(Tensor entries, Tensor scales, Tensor tensor_scale, {_WEIGHT}, Tensor? bias, int in_features, int array_size,"
+    " ScalarType dtype) -> Tensor",
+)
 
 _WEIGHTS = "Tensor[] weights, Tensor[] tensor_scales, Tensor weight_tables"
 _PREPACKED = f"{_WEIGHTS}, Tensor[] biases, int[] out_features, int array_size"
 
-torch.library.define(
-    LINEAR_PREPACKED,
-    f"(Tensor x, Tensor activation_tables, Tensor? static_scale, {_PREPACKED}, ScalarType dtype) -> Tensor[]",
-)
+_TABLES = "Tensor? activation_tables, Tensor? static_scale"  # no tables: the activation is encoded in int8
+torch.library.define(LINEAR_PREPACKED, f"(Tensor x, {_TABLES}, {_PREPACKED}, ScalarType dtype) -> Tensor[]")
 torch.library.define(LINEAR_PREPACKED_FLOAT_ACTIVATION, f"(Tensor x, {_PREPACKED}) -> Tensor[]")
 
-_TABLES = "Tensor activation_tables, Tensor? static_scale"
 _RMS_NORM = "Tensor? norm_weight, float eps, float offset, bool round_first"
 _FUSED = {
     LINEAR_PREPACKED_RESIDUAL: f"Tensor x, {_TABLES}, {_PREPACKED}, Tensor[] residuals, ScalarType dtype",
@@ -102,7 +111,8 @@ def _refuse_backward(*_: Any) -> NoReturn:
 
 
 _ON_STORED = (
-    QUANTIZE_ACTIVATION, QUANTIZE_WEIGHT, DEQUANTIZE_WEIGHT, COMPENSATE, LINEAR, LINEAR_FLOAT_ACTIVATION,
+    QUANTIZE_ACTIVATION, QUANTIZE_ACTIVATION_INT8, QUANTIZE_WEIGHT, DEQUANTIZE_WEIGHT, COMPENSATE, LINEAR,
+    LINEAR_INT8_ACTIVATION, LINEAR_FLOAT_ACTIVATION,
 )  # fmt: skip
 for _name in _ON_STORED:
     torch.library.register_autograd(_name, _refuse_backward)

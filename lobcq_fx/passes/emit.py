@@ -1,14 +1,15 @@
 """Pass: replace matmuls with constant weights by LO-BCQ ops, as planned, on weights that are encoded already.
 
-linear(x, w, b)  ->  lobcq::linear(*lobcq::quantize_activation(x), *packed w, b)     W4A4
-linear(x, w, b)  ->  lobcq::linear.float_activation(x, *packed w, b)                 W4A16
+linear(x, w, b)  ->  lobcq::linear(*lobcq::quantize_activation(x), *packed w, b)                         W4A4
+linear(x, w, b)  ->  lobcq::linear.int8_activation(*lobcq::quantize_activation_int8(x), *packed w, b)    W4A8
+linear(x, w, b)  ->  lobcq::linear.float_activation(x, *packed w, b)                                     W4A16
 """
 
 from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -18,6 +19,7 @@ from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.graph.attributes import add_call, get_attr_node
 from lobcq_fx.graph.matmuls import Matmul
 from lobcq_fx.graph.operands import erase_unread
+from lobcq_fx.graph.stored_linear import ENCODERS
 from lobcq_fx.modules.packed_weight import PARTS
 from lobcq_fx.passes.infra import Condition, GraphPass
 from lobcq_fx.passes.insert_observers import unobserved
@@ -66,22 +68,25 @@ class Emit(GraphPass):
             if planned.config.mode == "w4a16":
                 target, args = ops.linear.float_activation, (x, *packed, matmul.bias, spec.array_size)
             else:
-                encoded = self._encode_activation(graph_module, node, x, planned)
+                target = ops.linear.int8_activation if planned.config.mode == "w4a8" else ops.linear.default
+                encoded = self._encode_activation(graph_module, node, x, planned, ENCODERS[target])
                 arrays = planned.config.activations.array_size
                 tail = (matmul.bias, weight.shape[1], spec.array_size, node.meta["val"].dtype)
                 others = () if arrays == spec.array_size else (arrays,)
-                target, args = ops.linear.default, (*encoded, *packed, *tail, *others)
+                args = (*encoded, *packed, *tail, *others)
             replacement = add_call(graph, target, args, like=node)
         node.replace_all_uses_with(replacement)
         graph.erase_node(node)
 
     def _encode_activation(
-        self, graph_module: fx.GraphModule, node: fx.Node, x: fx.Node, planned: PlannedMatmul
-    ) -> tuple[fx.Node, ...]:
-        """Nodes of the encoded activation's four parts and its codebooks, at the insertion point."""
+        self, graph_module: fx.GraphModule, node: fx.Node, x: fx.Node, planned: PlannedMatmul, encoder: Any
+    ) -> list[fx.Node]:
+        """Nodes of the encoded activation's parts, and of its codebooks if it has any, at the insertion point."""
         graph, spec = graph_module.graph, planned.config.activations
-        codebooks = get_attr_node(graph_module, self.codebooks.name_of(self.codebooks.activations[spec]))
+        codebooks = []
+        if encoder is ops.quantize_activation.default:
+            codebooks = [get_attr_node(graph_module, self.codebooks.name_of(self.codebooks.activations[spec]))]
         scale = None if planned.static_scale is None else get_attr_node(graph_module, planned.static_scale)
-        encoded = add_call(graph, ops.quantize_activation.default, (x, codebooks, spec.array_size, scale), like=node)
-        parts = [add_call(graph, operator.getitem, (encoded, index), like=node) for index in range(len(PARTS))]
-        return (*parts, codebooks)
+        encoded = add_call(graph, encoder, (x, *codebooks, spec.array_size, scale), like=node)
+        indices = range(len(encoder._schema.returns))
+        return [*(add_call(graph, operator.getitem, (encoded, index), like=node) for index in indices), *codebooks]

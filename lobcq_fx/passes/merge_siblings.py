@@ -24,7 +24,7 @@ _PER_LINEAR = ("weights", "tensor_scales", "biases", "out_features")
 """Arguments that are lists, one element for each linear."""
 
 _WORDS = {
-    "activation_tables": "codebook set",
+    "activation_tables": "activation format",
     "weight_tables": "codebook set",
     "array_size": "array size",
     "static_scale": "static scale",

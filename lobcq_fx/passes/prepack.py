@@ -1,7 +1,8 @@
 """Pass: put weights into a device's kernel layout, and let linears read those and encode their activation themselves.
 
-quantize_activation(x); linear(codes, ..., w)  ->  linear_prepacked(x, [w])                     W4A4
-linear.float_activation(x, w)                  ->  linear_prepacked.float_activation(x, [w])    W4A16
+quantize_activation(x); linear(codes, ..., w)                   ->  linear_prepacked(x, tables, [w])             W4A4
+quantize_activation_int8(x); linear.int8_activation(..., w)     ->  linear_prepacked(x, None, [w])               W4A8
+linear.float_activation(x, w)                                   ->  linear_prepacked.float_activation(x, [w])    W4A16
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lobcq_fx.graph.attributes import (
     has_attribute,
     named_arguments,
 )
-from lobcq_fx.graph.stored_linear import StoredLinear, stored_linears
+from lobcq_fx.graph.stored_linear import ENCODERS, StoredLinear, stored_linears
 from lobcq_fx.modules.packed_weight import PREPACKED, PackedWeight, WeightLayout
 from lobcq_fx.passes.infra import GraphPass
 
@@ -42,8 +43,8 @@ class Prepack(GraphPass):
 
     A linear whose bias is computed in the graph keeps the ops of the format, and so does every other that reads its
     weight: the call stands where the activation was encoded, and the bias may not be known there yet. So does one whose
-    encoded activation is not the result of `quantize_activation`, and a weight that is multiplied in arrays of two
-    sizes.
+    encoded activation is not the result of what encodes it for that linear, and a weight that is multiplied in arrays
+    of two sizes.
 
     Args:
         layout: of the device's kernels.
@@ -85,7 +86,7 @@ class Prepack(GraphPass):
             target, args = ops.linear_prepacked.float_activation, (linear.activation, *rest)
         else:
             encoded = named_arguments(encoder)
-            tables = self._tables(graph_module, encoded["codebooks"])
+            tables = self._tables(graph_module, encoded["codebooks"]) if "codebooks" in encoded else None
             target = ops.linear_prepacked.default
             args = (encoded["x"], tables, encoded.get("static_scale"), *rest, linear.arguments["dtype"])
         with graph.inserting_before(encoder or node):
@@ -146,6 +147,6 @@ def _register_transient(graph_module: fx.GraphModule, name: str, value: Tensor) 
 def _erase_unread(graph: fx.Graph) -> None:
     """Erase the encoded activations and stored weights that nothing reads now, last to first, so that chains go."""
     for node in reversed(list(graph.nodes)):
-        encoded = node.target is ops.quantize_activation.default or node.target is operator.getitem
+        encoded = node.target in ENCODERS.values() or node.target is operator.getitem
         if not node.users and (node.op == "get_attr" or encoded):
             graph.erase_node(node)

@@ -1,6 +1,6 @@
 """Pass: let matmuls that read the same activation read one encoded activation.
 
-quantize_activation(x, ...)  three times, for q, k and v   ->   once
+quantize_activation(x, ...)  three times, for q, k and v   ->   once; quantize_activation_int8 likewise
 """
 
 from __future__ import annotations
@@ -8,20 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, fx
 
-import lobcq_fx.ops  # noqa: F401  (registers the op that this pass matches)
 from lobcq_fx.graph.aliasing import Writes
 from lobcq_fx.graph.attributes import get_attribute
+from lobcq_fx.graph.stored_linear import ENCODERS
 from lobcq_fx.passes.infra import GraphPass
-
-QUANTIZE_ACTIVATION = torch.ops.lobcq.quantize_activation.default
 
 
 @dataclass(frozen=True)
 class ShareActivations(GraphPass):
-    """Merge `lobcq::quantize_activation` nodes with the same activation, codebooks, array size and static scale.
+    """Merge nodes that encode the same activation with the same codebooks, array size and static scale.
 
     Activations between whose readers something writes to their memory are different ones.
     """
@@ -35,10 +32,10 @@ class ShareActivations(GraphPass):
         modified = False
         for node in list(graph_module.graph.nodes):
             writes.visit(node)
-            if node.op != "call_function" or node.target is not QUANTIZE_ACTIVATION:
+            if node.op != "call_function" or node.target not in ENCODERS.values():
                 continue
-            x, codebooks, array_size, static_scale = node.args
-            key = (x, writes.before(x), codebooks, array_size, _value(graph_module, static_scale))
+            x, *settings, static_scale = node.args
+            key = (node.target, x, writes.before(x), *settings, _value(graph_module, static_scale))
             if key not in first:
                 first[key] = node
                 continue

@@ -13,10 +13,8 @@ from lobcq_fx.format import Encoded, FormatSpec, check_codebooks
 from lobcq_fx.format.spec import ALLOWED_ARRAY_SIZES, E4M3_MAX, ENTRY_MAX
 from lobcq_fx.graph.attributes import delete_attribute, get_attribute, named_arguments, register_attribute
 from lobcq_fx.graph.recurrence import recurrences
-from lobcq_fx.graph.stored_linear import StoredLinear, stored_linears
+from lobcq_fx.graph.stored_linear import ENCODERS, StoredLinear, stored_linears
 from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
-
-ops = torch.ops.lobcq
 
 LARGEST_SCALE = torch.finfo(torch.float32).max / (E4M3_MAX * ENTRY_MAX)
 """Of a tensor: beyond it, its largest scalar is none of fp32."""
@@ -58,11 +56,12 @@ def _all_finite(tensor: Tensor) -> bool:
 def _check_activations(module: nn.Module, nodes: Sequence[fx.Node]) -> None:
     """The codebooks and static scales that activations are encoded with."""
     for node in nodes:
-        if node.target is not ops.quantize_activation.default:
+        if node.target not in ENCODERS.values():
             continue
         arguments = named_arguments(node)
-        name = _stored(arguments["codebooks"])
-        _spec(get_attribute(module, name), arguments["array_size"], name)
+        if "codebooks" in arguments:
+            name = _stored(arguments["codebooks"])
+            _spec(get_attribute(module, name), arguments["array_size"], name)
         scale = arguments.get("static_scale")
         if scale is None:
             continue

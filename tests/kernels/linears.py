@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
+from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, encode_int8, universal_codebooks
 from lobcq_fx.modules.packed_weight import WeightLayout
 from tests.kernels.products import assert_product
 
@@ -46,6 +46,11 @@ class LaidOutLinears:
         rows = x.float().reshape(x.shape[:-1].numel(), x.shape[-1])
         scale = absmax_row_scale(rows) if static is None else static
         return decode(encode(rows, self.spec, self.codebooks, scale))
+
+    def in_int8(self, x: Tensor, static: Tensor | None = None) -> Tensor:
+        """The same in int8."""
+        rows = x.float().reshape(x.shape[:-1].numel(), x.shape[-1])
+        return decode(encode_int8(rows, self.spec.array_size, static))
 
     def check(self, results: list[Tensor], x: Tensor, rows: Tensor) -> None:
         """The results are those of rows [M, K], the values that x stands for."""

@@ -46,8 +46,17 @@ def test_bound_ops_equal_the_default_implementations(name, shape, dtype):
         actual = torch.ops.lobcq.quantize_activation(x, weight[-1], spec.array_size, static)
         for one, other in zip(actual, expected, strict=True):
             same_bits(one, other)
-        call = (*expected, weight[-1], *weight, bias, shape[-1], spec.array_size, dtype)
+        tail = (*weight, bias, shape[-1], spec.array_size, dtype)
+        call = (*expected, weight[-1], *tail)
         same_bits(torch.ops.lobcq.linear(*call), lobcq_fx.ops.linear(*call))
+        expected = lobcq_fx.ops.quantize_activation_int8(x, spec.array_size, static)
+        actual = torch.ops.lobcq.quantize_activation_int8(x, spec.array_size, static)
+        for one, other in zip(actual, expected, strict=True):
+            same_bits(one, other)
+        same_bits(
+            torch.ops.lobcq.linear.int8_activation(*expected, *tail),
+            lobcq_fx.ops.linear_int8_activation(*expected, *tail),
+        )
     call = (x, *weight, bias, spec.array_size)
     same_bits(torch.ops.lobcq.linear.float_activation(*call), lobcq_fx.ops.linear_float_activation(*call))
 

@@ -33,6 +33,9 @@ class Linears(LaidOutLinears):
     def w4a4(self, x: Tensor, static: Tensor | None = None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         return W4A4(x, self.tables, static, *self.rest, dtype)
 
+    def w4a8(self, x: Tensor, static: Tensor | None = None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        return W4A4(x, None, static, *self.rest, dtype)
+
     def w4a16(self, x: Tensor) -> list[Tensor]:
         return W4A16(x, *self.rest)
 
@@ -45,6 +48,8 @@ def test_results_are_the_reference_s(name: str, shape: tuple[int, ...]) -> None:
     linears, x = Linears(shape[-1], FormatSpec.from_name(name)), values(*shape)
     linears.check(linears.w4a4(x), x, linears.fake_quantized(x))
     linears.check(linears.w4a4(x, STATIC), x, linears.fake_quantized(x, STATIC))
+    linears.check(linears.w4a8(x), x, linears.in_int8(x))
+    linears.check(linears.w4a8(x, STATIC), x, linears.in_int8(x, STATIC))
     linears.check(linears.w4a16(x), x, x.reshape(x.shape[:-1].numel(), shape[-1]))
 
 
@@ -52,16 +57,21 @@ def test_results_are_the_reference_s(name: str, shape: tuple[int, ...]) -> None:
 def test_linears_without_outputs(shape: tuple[int, ...]) -> None:
     linears, x = Linears(shape[-1], outputs=(0, 17, 0)), values(*shape)
     linears.check(linears.w4a4(x), x, linears.fake_quantized(x))
+    linears.check(linears.w4a8(x), x, linears.in_int8(x))
     linears.check(linears.w4a16(x), x, x)
     none = Linears(shape[-1], outputs=())
-    assert none.w4a4(x) == none.w4a16(x) == []
+    assert none.w4a4(x) == none.w4a8(x) == none.w4a16(x) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     linears, x = Linears(200), values(5, 200).to(dtype)
     linears.biases = [bias.to(dtype) for bias in linears.biases]
-    for results, rows in ((linears.w4a4(x, dtype=dtype), linears.fake_quantized(x)), (linears.w4a16(x), x.float())):
+    for results, rows in (
+        (linears.w4a4(x, dtype=dtype), linears.fake_quantized(x)),
+        (linears.w4a8(x, dtype=dtype), linears.in_int8(x)),
+        (linears.w4a16(x), x.float()),
+    ):
         assert {out.dtype for out in results} == {dtype}
         linears.check(results, x, rows)
 
@@ -83,6 +93,8 @@ def test_activations_as_they_lie(view: str) -> None:
     x, linears = VIEWS[view], Linears(200)
     for actual, expected in zip(linears.w4a4(x), linears.w4a4(x.contiguous()), strict=True):
         assert torch.equal(actual, expected)
+    for actual, expected in zip(linears.w4a8(x), linears.w4a8(x.contiguous()), strict=True):
+        assert torch.equal(actual, expected)
     for actual, expected in zip(linears.w4a16(x), linears.w4a16(x.contiguous()), strict=True):
         assert torch.equal(actual, expected)
 
@@ -93,6 +105,7 @@ def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     linears, x = Linears(200), values(*shape).to(dtype)
     torch.library.opcheck(W4A4, (x, linears.tables, None, *linears.rest, dtype), test_utils=OPCHECKS)
     torch.library.opcheck(W4A4, (x, linears.tables, STATIC, *linears.rest, dtype), test_utils=OPCHECKS)
+    torch.library.opcheck(W4A4, (x, None, STATIC, *linears.rest, dtype), test_utils=OPCHECKS)
     torch.library.opcheck(W4A16, (x, *linears.rest), test_utils=OPCHECKS)
 
 
@@ -100,9 +113,9 @@ def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("static", [None, STATIC])
 def test_a_bad_row_gives_nan_in_that_row_alone(bad: float, static: Tensor | None) -> None:
     linears, x = Linears(200), values(3, 200)
-    clean = linears.w4a4(x, static)
+    clean = [*linears.w4a4(x, static), *linears.w4a8(x, static)]
     x[1, 150] = bad
-    for out, expected in zip(linears.w4a4(x, static), clean, strict=True):
+    for out, expected in zip([*linears.w4a4(x, static), *linears.w4a8(x, static)], clean, strict=True):
         assert out[1].isnan().all()
         assert torch.equal(out[[0, 2]], expected[[0, 2]])
 

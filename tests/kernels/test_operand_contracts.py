@@ -26,7 +26,7 @@ OFFSETS = (1, 2, 4, 16)
 def test_results_do_not_depend_on_where_operands_lie(offset: int, dtype: torch.dtype, rows: int) -> None:
     linears, x = Linears(200), values(rows, 200).to(dtype)
     linears.biases = [bias.to(dtype) for bias in linears.biases]
-    expected = [*linears.w4a4(x, dtype=dtype), *linears.w4a4(x, STATIC), *linears.w4a16(x)]
+    expected = [*linears.w4a4(x, dtype=dtype), *linears.w4a4(x, STATIC), *linears.w4a8(x), *linears.w4a16(x)]
     weights, scales, tables, biases, outputs, array_size = linears.rest
     moved = [at_offset(weight, offset) for weight in weights]
     rest = (moved, [at_offset(scale, offset) for scale in scales], at_offset(tables, offset))
@@ -36,6 +36,7 @@ def test_results_do_not_depend_on_where_operands_lie(offset: int, dtype: torch.d
     actual = [
         *W4A4(x, tables, None, *rest, dtype),
         *W4A4(x, tables, at_offset(STATIC, offset), *rest, torch.float32),
+        *W4A4(x, None, None, *rest, torch.float32),
         *torch.ops.lobcq.linear_prepacked.float_activation(x, *rest),
     ]
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
@@ -50,10 +51,12 @@ def test_activations_that_lie_anywhere_with_gaps_between_rows() -> None:
 
 DEFAULTS = {
     schemas.QUANTIZE_ACTIVATION: lobcq_fx.ops.quantize_activation,
+    schemas.QUANTIZE_ACTIVATION_INT8: lobcq_fx.ops.quantize_activation_int8,
     schemas.QUANTIZE_WEIGHT: lobcq_fx.ops.quantize_weight,
     schemas.DEQUANTIZE_WEIGHT: lobcq_fx.ops.dequantize_weight,
     schemas.COMPENSATE: lobcq_fx.ops.compensate,
     schemas.LINEAR: lobcq_fx.ops.linear,
+    schemas.LINEAR_INT8_ACTIVATION: lobcq_fx.ops.linear_int8_activation,
     schemas.LINEAR_FLOAT_ACTIVATION: lobcq_fx.ops.linear_float_activation,
 }
 
@@ -76,11 +79,12 @@ def test_what_is_bound_to_the_stored_ops_refuses_every_violation(op: str) -> Non
 @pytest.mark.parametrize("op", PREPACKED)
 def test_the_core_and_what_is_built_on_it_refuse_every_violation(op: str) -> None:
     linears, overload = Linears(200), torch_op(op)
-    call = prepacked_call(op, values(2, 200), linears.tables, linears.rest)
-    expected = overload(*call.values())
-    assert_refused(op, call, overload, [RuntimeError])
-    for actual, before in zip(overload(*call.values()), expected, strict=True):  # and nothing is broken afterwards
-        assert torch.equal(actual, before)
+    for tables in (linears.tables, None):
+        call = prepacked_call(op, values(2, 200), tables, linears.rest)
+        expected = overload(*call.values())
+        assert_refused(op, call, overload, [RuntimeError])
+        for actual, before in zip(overload(*call.values()), expected, strict=True):  # and nothing is broken afterwards
+            assert torch.equal(actual, before)
 
 
 @pytest.mark.parametrize("op", OPERANDS)

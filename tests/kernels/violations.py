@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.errors import OperandError
-from lobcq_fx.format import FormatSpec, encode, universal_codebooks
+from lobcq_fx.format import FormatSpec, encode, encode_int8, universal_codebooks
 from lobcq_fx.ops import schemas
 from lobcq_fx.ops.contracts import FLOATS, OPERANDS, Operand
 from lobcq_fx.ops.operand_checks import Arguments
@@ -139,8 +139,8 @@ def assert_refused(op: str, given: Arguments, run: Callable[..., object], errors
     assert not accepted, "\n".join(map(str, accepted))
 
 
-def prepacked_call(op: str, x: Tensor, tables: Tensor, rest: Sequence[Any]) -> dict[str, Any]:
-    """A valid call of one of the prepacked ops; tables of the activation's codebooks, `rest` from the weights on."""
+def prepacked_call(op: str, x: Tensor, tables: Tensor | None, rest: Sequence[Any]) -> dict[str, Any]:
+    """A valid call of one of the prepacked ops; `rest` is from the weights on."""
     weights, scales, weight_tables, biases, outputs, array_size = rest
     residuals = [x.new_ones((*x.shape[:-1], n)) for n in outputs]
     scale = torch.tensor(1e-4, dtype=torch.float32, device=x.device)
@@ -174,4 +174,7 @@ def stored_call(op: str, device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
     if op == schemas.COMPENSATE:
         values["tensor_scale"] = weight.tensor_scale
+    if op == schemas.LINEAR_INT8_ACTIVATION:
+        in_int8 = encode_int8(x, spec.array_size)
+        values |= {"entries": in_int8.entries, "scales": in_int8.scales}
     return {name: values[name] for name in names_of(op)}

@@ -66,6 +66,19 @@ def test_silu_mul(linears: Linears, x: Tensor) -> None:
     assert_all_equal(actual, added(linears.w4a4(silu_mul(x, up)), more))
 
 
+def test_int8_activations(linears: Linears, x: Tensor) -> None:
+    """Without tables every overload encodes in int8."""
+    weight, more = values(COLUMNS), residuals(linears)
+    up, tail = values(3, 2, COLUMNS).view(*LEADING, COLUMNS), (None, None, *linears.rest)
+    normed, layer_normed = rms_norm(x, weight, 1e-5), layer_norm(x, weight, None, 1e-5)
+    assert_all_equal(op.residual(x, *tail, more, torch.float32), added(linears.w4a8(x), more))
+    assert_all_equal(op.silu_mul(x, up, *tail, more, torch.float32), added(linears.w4a8(silu_mul(x, up)), more))
+    assert_all_equal(op.rms_norm(x, weight, 1e-5, 0.0, True, *tail, torch.float32), linears.w4a8(normed))
+    assert_all_equal(op.layer_norm(x, weight, None, 1e-5, *tail, torch.float32), linears.w4a8(layer_normed))
+    total, *results = op.add_rms_norm(x, up, weight, 1e-5, 0.0, True, *tail, torch.float32)
+    assert_all_equal(results, linears.w4a8(rms_norm(total, weight, 1e-5)))
+
+
 @pytest.mark.parametrize("round_first", [True, False])
 def test_rms_norm(linears: Linears, x: Tensor, round_first: bool) -> None:
     x, weight = x.bfloat16(), values(COLUMNS).bfloat16()

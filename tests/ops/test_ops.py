@@ -7,7 +7,7 @@ import torch
 
 import lobcq_fx.ops  # noqa: F401
 from lobcq_fx.errors import LobcqError
-from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
+from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, encode_int8, universal_codebooks
 
 SHAPES = [(4, 64), (2, 3, 200), (1, 64), (0, 64), (5, 72), (2, 0, 64)]
 CONFIGS = [FormatSpec(8, 64), FormatSpec(16, 128), FormatSpec(2, 32), FormatSpec(1, 16)]
@@ -67,6 +67,23 @@ def test_linear_is_the_product_of_the_decoded_operands(shape, spec, static):
 
     rows = x.reshape(-1, shape[-1])
     a = decode(encode(rows, spec, codebooks, absmax_row_scale(rows) if scale is None else scale))
+    assert_product_of(a, w, bias, out, shape)
+
+
+@pytest.mark.parametrize("spec", CONFIGS, ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("static", [False, True])
+def test_int8_activations(shape, spec, static):
+    x, w, bias, _ = operands(shape, spec)
+    scale = torch.tensor(3.0 / 56896) if static else None
+    encoded = torch.ops.lobcq.quantize_activation_int8(x, spec.array_size, scale)
+    tail = (bias, shape[-1], spec.array_size, torch.float32)
+    out = torch.ops.lobcq.linear.int8_activation(*encoded, *weight_args(w), *tail)
+    assert_product_of(decode(encode_int8(x.reshape(-1, shape[-1]), spec.array_size, scale)), w, bias, out, shape)
+
+
+def assert_product_of(a, w, bias, out, shape):
+    """`a` are the decoded rows."""
     expected = (a.double() @ decode(w).double().t() + bias).float().view(*shape[:-1], 48)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
@@ -78,11 +95,15 @@ def test_dtypes_and_strides_agree_with_the_fake_kernels(dtype):
     x = x.transpose(0, 1)  # not contiguous
     bias = bias.to(dtype)
     packed = torch.ops.lobcq.quantize_activation(x, codebooks, 64)
+    in_int8 = torch.ops.lobcq.quantize_activation_int8(x, 64)
     checks = [
         (torch.ops.lobcq.quantize_activation.default, (x, codebooks, 64)),
         (torch.ops.lobcq.quantize_activation.default, (x, codebooks, 64, torch.tensor(1e-3))),
         (torch.ops.lobcq.linear.default, (*packed, codebooks, *weight_args(w), bias, 200, 64, dtype)),
         (torch.ops.lobcq.linear.default, (*packed, codebooks, *weight_args(w), None, 200, 64, torch.float32)),
+        (torch.ops.lobcq.quantize_activation_int8.default, (x, 64)),
+        (torch.ops.lobcq.quantize_activation_int8.default, (x, 64, torch.tensor(1e-3))),
+        (torch.ops.lobcq.linear.int8_activation, (*in_int8, *weight_args(w), bias, 200, 64, dtype)),
         (torch.ops.lobcq.linear.float_activation, (x, *weight_args(w), bias, 64)),
         (torch.ops.lobcq.quantize_weight.default, (x[0], codebooks, 64)),
         (torch.ops.lobcq.dequantize_weight.default, (*weight_args(w), 200, 64)),
@@ -122,14 +143,18 @@ def test_a_bad_activation_spoils_its_own_row_and_no_other(bad, static):
 
     def run(x):
         packed = torch.ops.lobcq.quantize_activation(x, codebooks, 64, scale)
-        return torch.ops.lobcq.linear(*packed, codebooks, *weight_args(w), bias, 200, 64, torch.float32)
+        in_int8 = torch.ops.lobcq.quantize_activation_int8(x, 64, scale)
+        tail = (*weight_args(w), bias, 200, 64, torch.float32)
+        return torch.ops.lobcq.linear(*packed, codebooks, *tail), torch.ops.lobcq.linear.int8_activation(
+            *in_int8, *tail
+        )
 
     clean = run(x)
     x[2, 131] = bad
-    spoiled = run(x)
-    assert spoiled[2].isnan().all()
     others = torch.tensor([0, 1, 3, 4])
-    assert torch.equal(spoiled[others], clean[others])
+    for spoiled, before in zip(run(x), clean, strict=True):
+        assert spoiled[2].isnan().all()
+        assert torch.equal(spoiled[others], before[others])
 
 
 def test_padding_contributes_nothing_without_a_zero_entry():

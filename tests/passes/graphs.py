@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.encoding import encode_weights, records_of, register_static_scales
-from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
+from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, encode_int8, universal_codebooks
 from lobcq_fx.inventory import MatmulRecord
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
@@ -139,10 +139,14 @@ def decoded(weight: Tensor, spec: FormatSpec | None = None) -> Tensor:
     return decode(encode(weight.detach(), spec, universal_codebooks(spec.num_codebooks)))
 
 
-def fake_quantized(x: Tensor, spec: FormatSpec | None = None, scale: Tensor | None = None) -> Tensor:
+def fake_quantized(
+    x: Tensor, spec: FormatSpec | None = None, scale: Tensor | None = None, mode: str = "w4a4"
+) -> Tensor:
     """x through the format and back, with a scale for each token unless a static one is given."""
     spec = spec or FormatSpec()
     rows = x.reshape(-1, x.shape[-1])
+    if mode == "w4a8":
+        return decode(encode_int8(rows, spec.array_size, scale)).view(x.shape)
     scale = absmax_row_scale(rows) if scale is None else scale
     return decode(encode(rows, spec, universal_codebooks(spec.num_codebooks), scale)).view(x.shape)
 
@@ -152,10 +156,10 @@ def reference(
     weight: Tensor,
     bias: Tensor | None = None,
     spec: FormatSpec | None = None,
-    activations: bool = True,
+    mode: str = "w4a4",
 ) -> Tensor:
     """A linear layer in LO-BCQ by plain torch on the format."""
-    a = fake_quantized(x, spec) if activations else x
+    a = x if mode == "w4a16" else fake_quantized(x, spec, mode=mode)
     return nn.functional.linear(a, decoded(weight, spec), bias)
 
 

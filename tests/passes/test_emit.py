@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -41,6 +43,11 @@ from tests.passes.graphs import (
     values,
 )
 
+OPS = {
+    "w4a4": [lobcq.quantize_activation.default, lobcq.linear.default],
+    "w4a8": [lobcq.quantize_activation_int8.default, lobcq.linear.int8_activation],
+    "w4a16": [lobcq.linear.float_activation],
+}
 W4A16 = LobcqConfig(mode="w4a16")
 STATIC = LobcqConfig(activation_scale="static")
 
@@ -58,7 +65,7 @@ FORMS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+@pytest.mark.parametrize("mode", ["w4a4", "w4a8", "w4a16"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_replaced_and_equals_the_format_in_plain_torch(form, mode):
     model = FORMS[form]().eval()
@@ -72,9 +79,7 @@ def test_every_form_is_replaced_and_equals_the_format_in_plain_torch(form, mode)
     result, (record,) = rewritten(graph_module, LobcqConfig(mode=mode))
     assert result.modified
     assert aten.linear.default not in targets(graph_module)
-    op = lobcq.linear.default if mode == "w4a4" else lobcq.linear.float_activation
-    assert targets(graph_module).count(op) == 1
-    assert (lobcq.quantize_activation.default in targets(graph_module)) == (mode == "w4a4")
+    assert [one for one in targets(graph_module) if one in chain(*OPS.values())] == OPS[mode]
     assert record.operation == form.split(" ")[0]
     assert record.shape == (36, 172)
     assert (record.format, record.mode, record.reason) == ("8x64", mode, None)
@@ -84,7 +89,7 @@ def test_every_form_is_replaced_and_equals_the_format_in_plain_torch(form, mode)
 
     for leading in ((2, 3), (1, 1), (1, 6), (7, 1), (0, 3)):
         x = values(*leading, 172)
-        close(run(graph_module, x), reference(x, weight.detach(), bias, activations=mode == "w4a4"))
+        close(run(graph_module, x), reference(x, weight.detach(), bias, mode=mode))
     x = values(2, 3, 172)
     assert not torch.allclose(run(graph_module, x), model(x), rtol=1e-3, atol=1e-3)  # it does quantize
     assert_metadata(graph_module, values(5, 2, 172))
@@ -129,20 +134,23 @@ def test_a_layer_called_twice_is_packed_once():
     close(run(graph_module, x), reference(torch.relu(reference(x, w, b)), w, b))
 
 
-def test_a_layer_called_twice_has_two_static_scales():
+@pytest.mark.parametrize(("mode", "divisor"), [("w4a4", 13888), ("w4a8", 56896)])
+def test_a_layer_called_twice_has_two_static_scales(mode, divisor):
+    config = replace(STATIC, mode=mode)
     layer = linear(64, 64)
     model = Function(lambda m, x: m.layer(100 * m.layer(x)), layer=layer)
     graph_module = normalized(model)
-    observe(graph_module, STATIC)
+    observe(graph_module, config)
     x = values(2, 5, 64)
     inner = 100 * run(graph_module, x).new_tensor(0) + 100 * nn.functional.linear(x, layer.weight, layer.bias).detach()
-    rewritten(graph_module, STATIC)
+    rewritten(graph_module, config)
     scales = [graph_module.layer.activation_scale, graph_module.layer.activation_scale_1]
-    expected = [x.abs().max() / 13888, inner.abs().max() / 13888]
+    expected = [x.abs().max() / divisor, inner.abs().max() / divisor]
     torch.testing.assert_close(scales, expected)
     w = decoded(layer.weight)
-    hidden = nn.functional.linear(fake_quantized(x, scale=scales[0]), w, layer.bias)
-    close(run(graph_module, x), nn.functional.linear(fake_quantized(100 * hidden, scale=scales[1]), w, layer.bias))
+    hidden = nn.functional.linear(fake_quantized(x, scale=scales[0], mode=mode), w, layer.bias)
+    again = fake_quantized(100 * hidden, scale=scales[1], mode=mode)
+    close(run(graph_module, x), nn.functional.linear(again, w, layer.bias))
 
 
 class Tied(nn.Module):
@@ -240,7 +248,7 @@ def test_a_mixture_of_modes_and_exclusions_by_layer():
     assert [target for target in targets(graph_module) if target in expected] == expected
     x = values(2, 3, 64)
     hidden = reference(x, model.a.weight, model.a.bias)
-    hidden = reference(hidden, model.b.weight, model.b.bias, activations=False)
+    hidden = reference(hidden, model.b.weight, model.b.bias, mode="w4a16")
     close(run(graph_module, x), model.c(hidden))
 
 

@@ -77,6 +77,7 @@ def pair(config=None, second=written_differently, first=plain):
 
 CONFIGS = {
     "w4a4": LobcqConfig(),
+    "w4a8": LobcqConfig(mode="w4a8"),
     "w4a16": LobcqConfig(mode="w4a16"),
     "mixed": LobcqConfig(overrides={"a": {"format": "16x32"}, "b": {"mode": "w4a16"}}),
     "some": LobcqConfig(exclude=("b",)),

@@ -16,7 +16,11 @@ from tests.passes.graphs import assert_metadata, assert_unchanged, linear, lobcq
 LAYOUT = weight_layout(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(LAYOUT is None, reason="the CPU core was not built, or is switched off")
 
-OPS = {"w4a4": lobcq.linear_prepacked.default, "w4a16": lobcq.linear_prepacked.float_activation}
+OPS = {
+    "w4a4": lobcq.linear_prepacked.default,
+    "w4a8": lobcq.linear_prepacked.default,
+    "w4a16": lobcq.linear_prepacked.float_activation,
+}
 CALLS = [values(2, 3, 64), values(1, 1, 64), values(5, 9, 64)]
 
 
@@ -34,7 +38,9 @@ def members():
     return {"q": linear(48, 64), "k": linear(17, 64, bias=False, seed=1), "v": linear(5, 64, seed=2)}
 
 
-@pytest.mark.parametrize(("mode", "scale"), [("w4a4", "per_token"), ("w4a4", "static"), ("w4a16", "per_token")])
+@pytest.mark.parametrize(
+    ("mode", "scale"), [("w4a4", "per_token"), ("w4a4", "static"), ("w4a8", "static"), ("w4a16", "per_token")]
+)
 def test_siblings_become_one_call_with_the_same_bits(mode, scale):
     graph_module = prepacked(three, LobcqConfig(mode=mode, activation_scale=scale), values(2, 3, 64), **members())
     assert len(nodes(graph_module, OPS[mode])) == 3
@@ -82,7 +88,9 @@ class InPlace(nn.Module):
         (lambda m, x: m.a(x) + m.b(x), {"overrides": {"b": {"format": "8x32"}}},
          "it reads the activation of a with another array size"),
         (lambda m, x: m.a(x) + m.b(x), {"overrides": {"b": {"format": "16x64"}}},
-         "it reads the activation of a with another codebook set"),
+         "it reads the activation of a with another activation format"),
+        (lambda m, x: m.a(x) + m.b(x), {"overrides": {"b": {"mode": "w4a8"}}},
+         "it reads the activation of a with another activation format"),
         (lambda m, x: m.block(x), {}, "its activation was written to after block.a had read it"),
         (lambda m, x: m.block(x), {"mode": "w4a16"}, "its activation was written to after block.a had read it"),
     ],

@@ -33,8 +33,14 @@ from tests.passes.graphs import (
 LAYOUT = weight_layout(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(LAYOUT is None, reason="the CPU core was not built, or is switched off")
 
-FORMAT_OPS = (lobcq.linear.default, lobcq.linear.float_activation, lobcq.quantize_activation.default)
-PREPACKED = {"w4a4": lobcq.linear_prepacked.default, "w4a16": lobcq.linear_prepacked.float_activation}
+LINEARS = {"w4a4": lobcq.linear.default, "w4a8": lobcq.linear.int8_activation, "w4a16": lobcq.linear.float_activation}
+ENCODERS = (lobcq.quantize_activation.default, lobcq.quantize_activation_int8.default)
+FORMAT_OPS = (*LINEARS.values(), *ENCODERS)
+PREPACKED = {
+    "w4a4": lobcq.linear_prepacked.default,
+    "w4a8": lobcq.linear_prepacked.default,
+    "w4a16": lobcq.linear_prepacked.float_activation,
+}
 CALLS = [values(2, 3, 64), values(1, 1, 64), values(5, 9, 64)]
 
 
@@ -62,16 +68,18 @@ def assert_same_state(graph_module, expected):
 
 
 @pytest.mark.parametrize("scale", ["per_token", "static"])
-@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+@pytest.mark.parametrize("mode", LINEARS)
 def test_linears_become_calls_with_the_same_results(mode, scale):
     if (mode, scale) == ("w4a16", "static"):
         pytest.skip("a contradiction that the configuration refuses")
     graph_module, _ = siblings(LobcqConfig(mode=mode, activation_scale=scale), values(2, 3, 64))
-    assert len(nodes(graph_module, FORMAT_OPS[mode == "w4a16"])) == 2
+    assert len(nodes(graph_module, LINEARS[mode])) == 2
     before = [run(graph_module, x) for x in CALLS]
 
     prepacked(graph_module)
-    assert len(nodes(graph_module, PREPACKED[mode])) == 2
+    calls = nodes(graph_module, PREPACKED[mode])
+    assert len(calls) == 2
+    assert all((call.args[1] is None) == (mode == "w4a8") for call in calls)
     assert not any(nodes(graph_module, op) for op in FORMAT_OPS)
     for x, expected in zip(CALLS, before, strict=True):
         for actual, wanted in zip(run(graph_module, x), expected, strict=True):
@@ -162,7 +170,7 @@ class InPlace(nn.Module):
         return first + self.b(y)
 
 
-@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+@pytest.mark.parametrize("mode", LINEARS)
 def test_an_activation_is_read_before_it_is_written_to(mode):
     graph_module = normalized(InPlace())
     rewritten(graph_module, LobcqConfig(mode=mode))
@@ -180,9 +188,9 @@ def test_a_computed_bias_keeps_its_linear_and_all_that_read_its_weight():
         lambda m, x: nn.functional.linear(x, m.a.weight, m.s * 2) + m.b(x) + m.c(x), a=a, b=b, c=c, s=parameter(64)
     )
     before = run(graph_module, CALLS[0])
-    assert len(nodes(graph_module, FORMAT_OPS[0])) == 3
+    assert len(nodes(graph_module, LINEARS["w4a4"])) == 3
     prepacked(graph_module)
-    assert len(nodes(graph_module, FORMAT_OPS[0])) == 2
+    assert len(nodes(graph_module, LINEARS["w4a4"])) == 2
     (call,) = nodes(graph_module, PREPACKED["w4a4"])
     assert [node.target for node in call.args[3]] == ["c.weight.prepacked"]
     torch.testing.assert_close(run(graph_module, CALLS[0]), before, rtol=1e-5, atol=1e-5)
@@ -190,8 +198,8 @@ def test_a_computed_bias_keeps_its_linear_and_all_that_read_its_weight():
 
 def test_parts_that_no_encoder_node_made_are_left_alone():
     graph_module = quantized(lambda m, x: m.a(x), a=linear(32, 64))
-    (node,) = nodes(graph_module, FORMAT_OPS[0])
-    (encoder,) = nodes(graph_module, FORMAT_OPS[2])
+    (node,) = nodes(graph_module, LINEARS["w4a4"])
+    (encoder,) = nodes(graph_module, ENCODERS[0])
     with graph_module.graph.inserting_after(encoder):
         swapped = graph_module.graph.call_function(operator.getitem, (encoder, 1))
     node.args = (node.args[0], swapped, *node.args[2:])

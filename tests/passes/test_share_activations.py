@@ -22,6 +22,10 @@ from tests.passes.graphs import (
 )  # fmt: skip
 
 QUANTIZE = lobcq.quantize_activation.default
+ENCODED = {
+    "w4a4": (QUANTIZE, lobcq.linear.default, 4),  # codes, selectors, scales, tensor scale
+    "w4a8": (lobcq.quantize_activation_int8.default, lobcq.linear.int8_activation, 3),
+}
 
 
 def siblings(function=None):
@@ -38,17 +42,19 @@ def graph(config=None, function=None, data=None):
     return graph_module
 
 
+@pytest.mark.parametrize("mode", ENCODED)
 @pytest.mark.parametrize("scale", ["per_token", "static"])
-def test_three_readers_share_one_encoded_activation(scale):
-    graph_module = graph(LobcqConfig(activation_scale=scale), data=values(2, 3, 64))
-    assert len(nodes(graph_module, QUANTIZE)) == 3
+def test_three_readers_share_one_encoded_activation(scale, mode):
+    quantize, op, parts = ENCODED[mode]
+    graph_module = graph(LobcqConfig(activation_scale=scale, mode=mode), data=values(2, 3, 64))
+    assert len(nodes(graph_module, quantize)) == 3
     calls = [values(2, 3, 64), values(1, 1, 64), values(5, 2, 64)]
     before = [run(graph_module, x) for x in calls]
 
     assert ShareActivations()(graph_module).modified
-    (shared,) = nodes(graph_module, QUANTIZE)
-    assert len(shared.users) == 4  # codes, selectors, scales, tensor scale
-    assert {tuple(node.args[:4]) for node in nodes(graph_module, lobcq.linear.default)} == {tuple(shared.users)}
+    (shared,) = nodes(graph_module, quantize)
+    assert len(shared.users) == parts
+    assert {tuple(node.args[:parts]) for node in nodes(graph_module, op)} == {tuple(shared.users)}
     assert all(torch.equal(run(graph_module, x), y) for x, y in zip(calls, before, strict=True))
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
@@ -60,6 +66,7 @@ NEAR_MISSES = {
     "different activations": (LobcqConfig(), lambda m, x: m.q(x) + m.k(x * 2) * m.v(x + 1), 3),
     "different array sizes": (LobcqConfig(overrides={"k": {"format": "8x32"}, "v": {"format": "8x16"}}), None, 3),
     "different codebooks": (LobcqConfig(overrides={"k": {"format": "4x64"}, "v": {"format": "2x64"}}), None, 3),
+    "different kinds": (LobcqConfig(overrides={"k": {"mode": "w4a8"}, "v": {"mode": "w4a16"}}), None, 1),
     "float activations": (LobcqConfig(mode="w4a16"), None, 0),
 }
 

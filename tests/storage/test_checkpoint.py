@@ -50,6 +50,7 @@ def codebook_file(folder):
 SETTINGS = {
     "w4a4": (model, lambda folder: LobcqConfig()),
     "w4a16": (model, lambda folder: LobcqConfig(mode="w4a16", format="16x32")),
+    "w4a8": (model, lambda folder: LobcqConfig(mode="w4a8", activation_scale="static")),
     "static": (model, lambda folder: LobcqConfig(activation_scale="static", format="2x128")),
     "mixed": (model, lambda folder: LobcqConfig(overrides={"2": {"format": "1x16"}, "3": {"mode": "w4a16"}})),
     "tied": (tied, lambda folder: LobcqConfig()),

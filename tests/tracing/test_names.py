@@ -37,7 +37,7 @@ class Named(nn.Module):
 def test_a_model_with_such_names_is_quantized_called_saved_and_loaded(name, tmp_path):
     model, x = Named(name).eval(), values(2, 5, 64)
     q = lobcq_fx.quantize(model, config=LobcqConfig(mode="w4a16"), example_inputs=x)
-    with fake_quantized(model, ["own", name, f"layers.{name}"], activations=False):
+    with fake_quantized(model, ["own", name, f"layers.{name}"], mode="w4a16"):
         torch.testing.assert_close(q(x), model(x), rtol=1e-4, atol=1e-4)
     q.save_pretrained(tmp_path / "saved")
     assert torch.equal(lobcq_fx.load(tmp_path / "saved")(x), q(x))
@@ -54,7 +54,7 @@ def test_two_names_that_would_become_one():
 
     model, x = Both().eval(), values(2, 64)
     q = lobcq_fx.quantize(model, config=LobcqConfig(mode="w4a16"), example_inputs=x)
-    with torch.no_grad(), fake_quantized(model, [f"layers.{name}" for name in model.layers], activations=False):
+    with torch.no_grad(), fake_quantized(model, [f"layers.{name}" for name in model.layers], mode="w4a16"):
         torch.testing.assert_close(q(x), model(x), rtol=1e-4, atol=1e-4)
 
 

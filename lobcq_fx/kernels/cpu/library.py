@@ -17,25 +17,27 @@ from lobcq_fx.format.spec import BLOCK_SIZE, CODEBOOK_SIZE, FormatSpec
 from lobcq_fx.kernels.cpu.operands import (
     CFeedback,
     CProduct,
+    Int8Operand,
     KernelActivation,
     KernelWeight,
     PackedOperand,
     Tables,
     c_activation,
+    c_int8,
     c_matrix,
     c_packed,
     c_weight,
     require,
 )
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 ALIGNMENT = 64
 """Bytes: where the core's opaque buffers start. torch's CPU allocator aligns to as much."""
 
 COUPLING_PANEL = 16
 """Columns of a coupling matrix that lie together where the core reads it."""
 
-_ENCODED, _FLOAT = 0, 1
+_ENCODED, _FLOAT, _INT8 = 0, 1, 2
 _SHARED_SCALE, _ROW_SCALES, _ABSMAX_SCALES = 0, 1, 2
 _NOT_FINITE = 5
 
@@ -123,6 +125,15 @@ class Core:
         self._call("encode", _pointer(tables.data), ctypes.byref(matrix), rule, ctypes.byref(out), self._parallel())
         return packed
 
+    def encode_int8(self, x: Tensor, array_size: int, tensor_scale: Tensor | None = None) -> Int8Operand:
+        """The same in int8."""
+        matrix = c_matrix(x)
+        scale = _floats((x.shape[0], 1)) if tensor_scale is None else tensor_scale.to(torch.float32).clone()
+        operand = Int8Operand.empty(x.shape[0], x.shape[1], array_size, scale.contiguous())
+        out = c_int8(operand)
+        self._call("encode_int8", ctypes.byref(matrix), _scale_rule(tensor_scale), ctypes.byref(out), self._parallel())
+        return operand
+
     def compensate(
         self, tables: Tables, weight: Tensor, other_errors: Tensor, coupling: Tensor, power: Tensor,
         tensor_scale: float, array_size: int,
@@ -172,18 +183,18 @@ class Core:
         return packed
 
     def encode_activation(
-        self, tables: Tables, x: Tensor, array_size: int, tensor_scale: Tensor | None = None
+        self, tables: Tables | None, x: Tensor, array_size: int, tensor_scale: Tensor | None = None
     ) -> KernelActivation:
-        """Encode x [M, K] for W4A4 linears, tensor scales as in `encode`."""
+        """Encode x [M, K] for W4A4 linears, tensor scales as in `encode`; without tables in int8, for W4A8 ones."""
         rule = _scale_rule(tensor_scale)
         scale = None if tensor_scale is None else tensor_scale.to(torch.float32).contiguous()
         if scale is not None:
             require("tensor_scale", scale, torch.float32, (), (x.shape[0], 1))
         matrix = c_matrix(x)
-        activation = self._new_activation(x.shape[0], x.shape[1], array_size, _ENCODED)
+        activation = self._new_activation(x.shape[0], x.shape[1], array_size, _INT8 if tables is None else _ENCODED)
         out = c_activation(activation)
         self._call(
-            "activation_encode", _pointer(tables.data), ctypes.byref(matrix), rule,
+            "activation_encode", None if tables is None else _pointer(tables.data), ctypes.byref(matrix), rule,
             None if scale is None else _pointer(scale), ctypes.byref(out), self._parallel(),
         )  # fmt: skip
         return activation
@@ -193,6 +204,13 @@ class Core:
         activation = self._new_activation(packed.codes.shape[0], packed.columns, packed.spec.array_size, _ENCODED)
         operand, out = c_packed(packed), c_activation(activation)
         self._call("activation_load", _pointer(tables.data), ctypes.byref(operand), ctypes.byref(out), self._parallel())
+        return activation
+
+    def load_int8_activation(self, operand: Int8Operand) -> KernelActivation:
+        """An activation from what `encode_int8` gives."""
+        activation = self._new_activation(operand.entries.shape[0], operand.columns, operand.array_size, _INT8)
+        source, out = c_int8(operand), c_activation(activation)
+        self._call("activation_load_int8", ctypes.byref(source), ctypes.byref(out), self._parallel())
         return activation
 
     def split_activation(self, x: Tensor, array_size: int) -> KernelActivation:

@@ -39,6 +39,28 @@ class PackedOperand:
 
 
 @dataclass(frozen=True)
+class Int8Operand:
+    """An activation in int8: the tensors of `lobcq_fx.format.Int8Activation`, E4M3 scales as uint8 bytes.
+
+    entries int8 [R, Kp]; scales uint8 [R, Kp/L_A]; tensor_scale fp32 [] or [R, 1].
+    """
+
+    entries: Tensor
+    scales: Tensor
+    tensor_scale: Tensor
+    array_size: int
+    columns: int
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, array_size: int, tensor_scale: Tensor) -> Int8Operand:
+        """Room for an operand [rows, columns]."""
+        spec = FormatSpec(1, array_size)
+        entries = torch.empty((rows, spec.padded_columns(columns)), dtype=torch.int8, device="cpu")
+        scales = torch.empty((rows, spec.num_arrays(columns)), dtype=torch.uint8, device="cpu")
+        return cls(entries, scales, tensor_scale, array_size, columns)
+
+
+@dataclass(frozen=True)
 class KernelWeight:
     """A weight [N, K] in kernel layout (`data`: opaque bytes) and its tensor scale."""
 
@@ -51,7 +73,7 @@ class KernelWeight:
 
 @dataclass(frozen=True)
 class KernelActivation:
-    """An activation [M, K], encoded or split (`data`: opaque bytes), for any number of linears."""
+    """An activation [M, K], encoded, in int8 or split (`data`: opaque bytes), for any number of linears."""
 
     data: Tensor
     rows: int
@@ -92,6 +114,20 @@ class CPacked(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
         ("num_codebooks", ctypes.c_int32),
+        ("array_size", ctypes.c_int32),
+    )
+
+
+class CInt8(ctypes.Structure):
+    """`lobcq_int8`."""
+
+    _fields_ = (
+        ("entries", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("tensor_scale", ctypes.c_void_p),
+        ("num_tensor_scales", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
         ("array_size", ctypes.c_int32),
     )
 
@@ -192,6 +228,20 @@ def c_packed(packed: PackedOperand) -> CPacked:
         *(p.data_ptr() for p in pointers), packed.tensor_scale.numel(), rows, packed.columns, spec.num_codebooks,
         spec.array_size,
     )  # fmt: skip
+
+
+def c_int8(operand: Int8Operand) -> CInt8:
+    """The structure of an activation in int8.
+
+    Raises:
+        ValueError: a part has another dtype or shape than it has to, or is not contiguous.
+    """
+    spec, rows = FormatSpec(1, operand.array_size), operand.entries.shape[0]
+    require("entries", operand.entries, torch.int8, (rows, spec.padded_columns(operand.columns)))
+    require("scales", operand.scales, torch.uint8, (rows, spec.num_arrays(operand.columns)))
+    require("tensor_scale", operand.tensor_scale, torch.float32, (), (rows, 1))
+    pointers = (part.data_ptr() for part in (operand.entries, operand.scales, operand.tensor_scale))
+    return CInt8(*pointers, operand.tensor_scale.numel(), rows, operand.columns, operand.array_size)
 
 
 def c_weight(weight: KernelWeight) -> CWeight:

@@ -24,13 +24,15 @@ def round_half_even(x):
 
 
 @triton.jit
-def e4m3_byte(x):
-    """fp32, positive -> E4M3 bytes as int32, nearest even, clamped to [2**-9, 448]."""
+def e4m3_byte(x, UP: tl.constexpr = False):
+    """fp32, positive -> E4M3 bytes as int32, nearest even or rounded up, clamped to [2**-9, 448]."""
     x = tl.minimum(tl.maximum(x, SMALLEST), LARGEST)
     bits = x.to(tl.int32, bitcast=True)
     # Twenty of fp32's fraction bits go; a carry into the exponent is right as it stands. The biases are 127 and 7.
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    normal = ((bits + (0xFFFFF if UP else 0x7FFFF + ((bits >> 20) & 1))) >> 20) - ((127 - 7) << 3)
     subnormal = round_half_even(x * STEPS)
+    if UP:
+        subnormal += (subnormal.to(tl.float32) < x * STEPS).to(tl.int32)
     return tl.where(x < SMALLEST_NORMAL, subnormal, normal)
 
 

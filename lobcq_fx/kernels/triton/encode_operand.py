@@ -11,6 +11,8 @@ from lobcq_fx.format.spec import FormatSpec
 from lobcq_fx.kernels.triton.e4m3 import e4m3_value
 from lobcq_fx.kernels.triton.encode import tiles
 from lobcq_fx.kernels.triton.encode_tile import (
+    LARGEST_ENTRY,
+    LARGEST_INT8,
     array_scales,
     buckets,
     choose_codebooks,
@@ -18,6 +20,7 @@ from lobcq_fx.kernels.triton.encode_tile import (
     row_scale,
     spread,
     to_grid,
+    to_int8,
 )
 from lobcq_fx.kernels.triton.launching import OPTIONS, ROUNDED_APART
 from lobcq_fx.kernels.triton.lookup import Lookup
@@ -32,7 +35,7 @@ COLUMNS = tl.constexpr(TILE_COLUMNS)
 def encode_operand_kernel(
     x,  # fp32, bf16 or fp16 [M, K]
     static_scale,  # fp32 [] or None
-    entries,  # int32 [126, ceil(N_c / 4)]
+    entries,  # int32 [126, ceil(N_c / 4)], or None: the entries are those of int8
     entry_bytes,  # int8, the same memory
     values,  # int8 [M, Kp], entries; or fp16 [M, Kp], scaled entries
     scales,  # fp32 [M, arrays of whole tiles of weights], or None with scaled entries
@@ -48,22 +51,26 @@ def encode_operand_kernel(
     BLOCKS: tl.constexpr = TILE // 8
     ARRAY_BLOCKS: tl.constexpr = ARRAY // 8
     ROW_BYTES: tl.constexpr = (NUM_CODEBOOKS + 3) // 4 * 4
+    LARGEST: tl.constexpr = LARGEST_INT8 if entries is None else LARGEST_ENTRY
     row = tl.program_id(0).to(tl.int64)
     x += row * row_stride
     arrays = tl.cdiv(columns, ARRAY)
     statistics = row_statistics(x, row, columns, prologue, TILE)
-    tensor_scale = row_scale(row_absmax_bits(x, row, columns, statistics, prologue, TILE), static_scale)
+    tensor_scale = row_scale(row_absmax_bits(x, row, columns, statistics, prologue, TILE), static_scale, LARGEST)
     tl.store(tensor_scales + row, tensor_scale, mask=tl.program_id(1) == 0)
 
     column = tl.arange(0, BLOCKS)[:, None] * 8 + tl.arange(0, 8)[None, :]  # [B, 8]
     for start in range(tl.program_id(1) * TILE, arrays * ARRAY, tl.num_programs(1) * TILE):
         inside = start + column < columns
         numbers = tile_to_encode(x, row, columns, start + column, inside, statistics, prologue)
-        scale_bytes = array_scales(numbers, tensor_scale, ARRAY_BLOCKS)  # [A]
-        grid = to_grid(numbers, scale_bytes, tensor_scale, ARRAY_BLOCKS)
-        bucket = buckets(grid)
-        chosen = choose_codebooks(grid, bucket, entries, NUM_CODEBOOKS)  # [B]
-        entry = tl.load(entry_bytes + bucket * ROW_BYTES + chosen[:, None])  # [B, 8]
+        scale_bytes = array_scales(numbers, tensor_scale, ARRAY_BLOCKS, LARGEST)  # [A]
+        if entries is None:
+            entry = to_int8(numbers, scale_bytes, tensor_scale, ARRAY_BLOCKS)
+        else:
+            grid = to_grid(numbers, scale_bytes, tensor_scale, ARRAY_BLOCKS)
+            bucket = buckets(grid)
+            chosen = choose_codebooks(grid, bucket, entries, NUM_CODEBOOKS)  # [B]
+            entry = tl.load(entry_bytes + bucket * ROW_BYTES + chosen[:, None])  # [B, 8]
 
         result = entry
         scale = e4m3_value(scale_bytes)
@@ -81,15 +88,16 @@ def encode_operand_kernel(
 
 
 def encode_operand(
-    x: Tensor, lookup: Lookup, spec: FormatSpec, static_scale: Tensor | None = None, integers: bool = True,
+    x: Tensor, lookup: Lookup | None, spec: FormatSpec, static_scale: Tensor | None = None, integers: bool = True,
     prologue: Prologue | None = None,
 ) -> Activation:  # fmt: skip
-    """Encode an activation as operand of a GEMM: the numbers that `lobcq::quantize_activation` stores, looked up.
+    """Encode an activation as operand of a GEMM: the numbers that `lobcq::quantize_activation` stores, looked up, or
+    those of `lobcq::quantize_activation_int8`.
 
     Args:
         x: [M, K], fp32, bf16 or fp16, its last dimension contiguous.
-        lookup: of the codebooks.
-        spec: the configuration.
+        lookup: of the codebooks; None encodes in int8.
+        spec: the configuration, in int8 the weights'.
         static_scale: fp32 [], a calibrated tensor scale; None computes one for each row.
         integers: to int8 entries and their scales where the format allows it; otherwise to scaled entries.
         prologue: what to encode in place of x: a function of it.
@@ -105,8 +113,10 @@ def encode_operand(
     tensor_scale = x.new_empty((rows, 1), dtype=torch.float32)
     if rows > 0:
         tile, grid = tiles(rows, columns)
+        entries = None if lookup is None else lookup.entries
+        entry_bytes = None if entries is None else entries.view(torch.int8)
         encode_operand_kernel[grid](
-            x, static_scale, lookup.entries, lookup.entries.view(torch.int8), values, scales, tensor_scale,
+            x, static_scale, entries, entry_bytes, values, scales, tensor_scale,
             operands(prologue), columns, x.stride(0), ARRAY=spec.array_size, NUM_CODEBOOKS=spec.num_codebooks,
             TILE=tile, num_warps=4, **(OPTIONS if prologue is None else ROUNDED_APART),
         )  # fmt: skip

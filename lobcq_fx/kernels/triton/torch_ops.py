@@ -57,12 +57,12 @@ def quantize_activation(x: Tensor, codebooks: Tensor, array_size: int, static_sc
 
 
 def _encode_and_multiply(
-    x: Tensor, prologue: Prologue | None, activation_tables: Tensor, static_scale: Tensor | None, linears: Linears,
+    x: Tensor, prologue: Prologue | None, tables: Tensor | None, static_scale: Tensor | None, linears: Linears,
     residuals: list[Tensor] | None, dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     """The linears of what the prologue makes of x [..., K], encoded once."""
-    lookup, rows = Lookup.from_bytes(activation_tables), _rows(x)
-    spec = FormatSpec(lookup.codebooks.shape[0], linears.array_size)
+    lookup, rows = None if tables is None else Lookup.from_bytes(tables), _rows(x)
+    spec = FormatSpec(1 if lookup is None else lookup.codebooks.shape[0], linears.array_size)
     integers = rows.shape[0] <= MAX_ROWS or linears.array_size >= INTEGER_ARRAY
     a = encode_operand(rows, lookup, spec, static_scale, integers, prologue)
     return _multiply(x, a, linears, residuals, dtype)
@@ -121,6 +121,7 @@ def _scaled_entries(
 
 _STORED = StoredLinears(_scaled_entries)
 linear, linear_float_activation = _STORED.linear, _STORED.linear_float_activation
+linear_int8_activation = _STORED.linear_int8_activation
 
 
 def _rms_norm(given: dict[str, Any]) -> RmsNorm:
@@ -197,6 +198,7 @@ _PROLOGUES: dict[str, Callable[[dict[str, Any]], Prologue] | None] = {
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     schemas.QUANTIZE_ACTIVATION: quantize_activation,
     schemas.LINEAR: linear,
+    schemas.LINEAR_INT8_ACTIVATION: linear_int8_activation,
     schemas.LINEAR_FLOAT_ACTIVATION: linear_float_activation,
     **{name: _overload(name, prologue) for name, prologue in _PROLOGUES.items()},
 }

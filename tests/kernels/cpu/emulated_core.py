@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.kernels.cpu.library import CoreError
-from lobcq_fx.kernels.cpu.operands import KernelActivation, KernelWeight, PackedOperand, Tables
+from lobcq_fx.kernels.cpu.operands import Int8Operand, KernelActivation, KernelWeight, PackedOperand, Tables
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_ENCODED, _FLOAT = 0, 1
+_ENCODED, _FLOAT, _INT8 = 0, 1, 2
 _SHARED_SCALE, _ROW_SCALES, _ABSMAX_SCALES = 0, 1, 2
 _NOT_FINITE = 5
 _NONE = torch.empty(0)
@@ -29,11 +29,13 @@ class _Operation(IntEnum):
     TABLES = auto()
     TENSOR_SCALE = auto()
     ENCODE = auto()
+    ENCODE_INT8 = auto()
     DECODE = auto()
     PACK_WEIGHT = auto()
     UNPACK_WEIGHT = auto()
     ENCODE_ACTIVATION = auto()
     LOAD_ACTIVATION = auto()
+    LOAD_INT8_ACTIVATION = auto()
     SPLIT_ACTIVATION = auto()
     LINEAR = auto()
     FLOATING_POINT_MODE = auto()
@@ -94,6 +96,23 @@ class EmulatedCore:
         )  # fmt: skip
         return _packed(outputs, spec, rows, columns, outputs[3].view(torch.float32).reshape(scale.shape))
 
+    def encode_int8(self, x: Tensor, array_size: int, tensor_scale: Tensor | None = None) -> Int8Operand:
+        rows, columns = x.shape
+        spec = FormatSpec(1, array_size)
+        scale = torch.empty((rows, 1)) if tensor_scale is None else tensor_scale.float()
+        sizes = [rows * spec.padded_columns(columns), rows * spec.num_arrays(columns), 4 * scale.numel()]
+        entries, scales, scale_bytes = self._call(
+            _Operation.ENCODE_INT8, [_storage(x), _NONE if tensor_scale is None else scale], sizes,
+            scale_rule=_scale_rule(tensor_scale), **_matrix(x), **_operand(spec, rows, columns, scale.numel()),
+        )  # fmt: skip
+        return Int8Operand(
+            entries.view(torch.int8).view(rows, spec.padded_columns(columns)),
+            scales.view(rows, spec.num_arrays(columns)),
+            scale_bytes.view(torch.float32).reshape(scale.shape),
+            array_size,
+            columns,
+        )
+
     def decode(self, tables: Tables, packed: PackedOperand) -> Tensor:
         out = torch.empty((packed.codes.shape[0], packed.columns))
         arrays = [tables.data, *_parts(packed)]
@@ -113,11 +132,16 @@ class EmulatedCore:
         return _packed(outputs, spec, rows, columns, scale)
 
     def encode_activation(
-        self, tables: Tables, x: Tensor, array_size: int, tensor_scale: Tensor | None = None
+        self, tables: Tables | None, x: Tensor, array_size: int, tensor_scale: Tensor | None = None
     ) -> KernelActivation:
-        arrays = [tables.data, _storage(x), _NONE if tensor_scale is None else tensor_scale.float()]
+        arrays = [
+            _NONE if tables is None else tables.data,
+            _storage(x),
+            _NONE if tensor_scale is None else tensor_scale.float(),
+        ]
         rule = _scale_rule(tensor_scale)
-        return self._activation(_Operation.ENCODE_ACTIVATION, arrays, x, array_size, _ENCODED, scale_rule=rule)
+        kind = _INT8 if tables is None else _ENCODED
+        return self._activation(_Operation.ENCODE_ACTIVATION, arrays, x, array_size, kind, scale_rule=rule)
 
     def load_activation(self, tables: Tables, packed: PackedOperand) -> KernelActivation:
         rows, columns = packed.codes.shape[0], packed.columns
@@ -125,6 +149,13 @@ class EmulatedCore:
             _Operation.LOAD_ACTIVATION, [tables.data, *_parts(packed)], [0], rows=rows, kind=_ENCODED, **_fields(packed)
         )[0]
         return KernelActivation(data, rows, columns, packed.spec.array_size, _ENCODED)
+
+    def load_int8_activation(self, operand: Int8Operand) -> KernelActivation:
+        rows, columns, scale = operand.entries.shape[0], operand.columns, operand.tensor_scale
+        fields = _operand(FormatSpec(1, operand.array_size), rows, columns, scale.numel())
+        arrays = [operand.entries, operand.scales, scale]
+        data = self._call(_Operation.LOAD_INT8_ACTIVATION, arrays, [0], rows=rows, kind=_INT8, **fields)[0]
+        return KernelActivation(data, rows, columns, operand.array_size, _INT8)
 
     def split_activation(self, x: Tensor, array_size: int) -> KernelActivation:
         return self._activation(_Operation.SPLIT_ACTIVATION, [_NONE, _storage(x)], x, array_size, _FLOAT)

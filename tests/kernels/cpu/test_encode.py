@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, absmax_tensor_scale, decode, encode
+from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, absmax_tensor_scale, decode, encode, encode_int8
 from lobcq_fx.kernels.cpu.library import Core
-from lobcq_fx.kernels.cpu.operands import PackedOperand
+from lobcq_fx.kernels.cpu.operands import Int8Operand, PackedOperand
 from tests.format.cases import ALL_SPECS, KINDS, PROPERTY, codebooks_of, int8, matrix
 from tests.kernels.cpu.operands import codebooks
 
@@ -28,8 +28,19 @@ def assert_same_bytes(actual: PackedOperand, expected: Encoded) -> None:
     assert torch.equal(actual.tensor_scale.view(torch.int32), expected.tensor_scale.view(torch.int32))
 
 
+def assert_int8(core: Core, x: torch.Tensor, array_size: int, scale: torch.Tensor | None = None) -> Int8Operand:
+    actual, expected = core.encode_int8(x, array_size, scale), encode_int8(x, array_size, scale)
+    assert torch.equal(actual.scales, expected.scales.view(torch.uint8))
+    assert torch.equal(actual.entries, expected.entries)
+    assert torch.equal(actual.tensor_scale.view(torch.int32), expected.tensor_scale.view(torch.int32))
+    return actual
+
+
 def assert_encodes(core: Core, x: torch.Tensor, spec: FormatSpec, books: torch.Tensor) -> None:
-    """All three rules for the tensor scale, and decoding."""
+    """All three rules for the tensor scale, and decoding; the same in int8."""
+    scale = absmax_tensor_scale(x)
+    for given_scale in (None, absmax_row_scale(x), scale, scale / 300):
+        assert_int8(core, x, spec.array_size, given_scale)
     tables = core.tables(books)
     rows = absmax_row_scale(x)
     static = absmax_tensor_scale(x)
@@ -76,6 +87,7 @@ def test_a_static_scale_far_too_small_saturates_exactly(core: Core) -> None:
         scale = absmax_tensor_scale(x) * factor
         expected = encode(x, spec, codebooks(spec), scale)
         assert_same_bytes(core.encode(core.tables(codebooks(spec)), x, 64, scale), expected)
+        assert_int8(core, x, 64, scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -86,6 +98,7 @@ def test_half_precision_inputs(core: Core, dtype: torch.dtype) -> None:
     for x in (finite, finite * torch.rand(256, 1).to(dtype)):
         expected = encode(x, spec, codebooks(spec), absmax_row_scale(x))
         assert_same_bytes(core.encode(core.tables(codebooks(spec)), x, 64), expected)
+        assert_int8(core, x, 64)
 
 
 def test_rows_may_be_strided(core: Core) -> None:
@@ -93,6 +106,7 @@ def test_rows_may_be_strided(core: Core) -> None:
     x = torch.randn(6, 500)[:, 100:333]
     expected = encode(x, spec, codebooks(spec), absmax_row_scale(x))
     assert_same_bytes(core.encode(core.tables(codebooks(spec)), x, 64), expected)
+    assert_int8(core, x, 64)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -108,6 +122,8 @@ def test_non_finite_activations_mark_their_row_or_array(core: Core, bad: float, 
     static = core.encode(tables, x, 64, torch.tensor(0.01))
     assert_same_bytes(static, encode(x, spec, codebooks(spec), torch.tensor(0.01)))
     assert (static.scales == NAN).nonzero().tolist() == [[2, column // 64]]
+    for scale in (None, torch.tensor(0.01), torch.full((4, 1), 0.01)):
+        assert_int8(core, x, 64, scale)
 
 
 def test_tensor_scale(core: Core) -> None:
@@ -128,8 +144,10 @@ def test_subnormals_are_kept_even_where_the_process_flushes_them(core: Core) -> 
         pytest.skip("torch cannot flush subnormals on this CPU")
     try:
         assert_same_bytes(core.encode(core.tables(codebooks(spec)), x, 64, scale), expected)
+        in_int8 = core.encode_int8(x, 64, scale)
     finally:
         torch.set_flush_denormal(False)
+    assert torch.equal(in_int8.entries, encode_int8(x, 64, scale).entries)
 
 
 def test_threads_change_nothing(core: Core) -> None:

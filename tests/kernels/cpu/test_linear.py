@@ -1,8 +1,9 @@
-"""W4A4 and W4A16 products on every instruction set, against float64 products of what the reference decodes."""
+"""W4A4, W4A8 and W4A16 products on every instruction set, against float64 products of what the reference decodes."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode
+from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, encode_int8
 from lobcq_fx.kernels.cpu.library import Core
+from lobcq_fx.kernels.cpu.operands import KernelActivation
 from tests.format.cases import ALL_SPECS, PROPERTY
 from tests.kernels.cpu.operands import activation, at_offset, codebooks, encode_rows, packed, weight
 from tests.kernels.products import assert_product
@@ -36,6 +38,17 @@ def test_w4a4(core: Core, spec: FormatSpec, shape: tuple[int, int, int]) -> None
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_w4a8(core: Core, spec: FormatSpec, shape: tuple[int, int, int]) -> None:
+    rows, outputs, columns = shape
+    w, x, bias = weight(core, spec, outputs, columns), activation(rows, columns), torch.randn(outputs)
+    out = core.linear(w.tables, w.kernel, core.encode_activation(None, x, spec.array_size), bias)
+    assert_product(out, decode(encode_int8(x, spec.array_size)), w.encoded, bias)
+    loaded = core.load_int8_activation(core.encode_int8(x, spec.array_size))
+    assert torch.equal(core.linear(w.tables, w.kernel, loaded, bias), out)
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_w4a16(core: Core, spec: FormatSpec, shape: tuple[int, int, int]) -> None:
     rows, outputs, columns = shape
     w, x, bias = weight(core, spec, outputs, columns), activation(rows, columns), torch.randn(outputs)
@@ -56,6 +69,8 @@ def test_fuzz(core: Core, spec: FormatSpec, rows: int, outputs: int, columns: in
     w = weight(core, spec, outputs, columns, seed)
     encoded = core.encode_activation(w.tables, x, spec.array_size)
     assert_product(core.linear(w.tables, w.kernel, encoded), decode(encode_rows(x, spec)), w.encoded)
+    in_int8 = core.encode_activation(None, x, spec.array_size)
+    assert_product(core.linear(w.tables, w.kernel, in_int8), decode(encode_int8(x, spec.array_size)), w.encoded)
     split = core.split_activation(x, spec.array_size)
     assert_product(core.linear(w.tables, w.kernel, split), x, w.encoded)
 
@@ -73,6 +88,20 @@ def test_extreme_entries_do_not_overflow(core: Core, array_size: int, sign: int)
     for rows in (1, 2, 9):
         a = core.encode_activation(tables, x[:rows], array_size)
         assert_product(core.linear(tables, kernel, a), decode(ex)[:rows], ew)
+
+
+@pytest.mark.parametrize("array_size", [16, 64, 128])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_extreme_int8_entries_do_not_overflow(core: Core, array_size: int, sign: int) -> None:
+    """Every product is 127 * 31, or 127 * 63 with the weights' bias, and of one sign."""
+    spec, books = FormatSpec(1, array_size), torch.tensor([[-31] * 8 + [31] * 8], dtype=torch.int8)
+    w, x = torch.full((32, 512), 31.0), torch.full((9, 512), sign * 127.0)
+    w[1::2] *= -1
+    ew = encode(w, spec, books, torch.tensor(1.0))
+    tables, kernel = core.tables(books), core.pack_weight(packed(ew))
+    for rows in (1, 2, 9):
+        a = core.encode_activation(None, x[:rows], array_size, torch.tensor(1.0))
+        assert torch.equal(core.linear(tables, kernel, a), x[:rows] @ w.T)
 
 
 @pytest.mark.parametrize("value", [1.0, -1.0, 2 - 2**-22, -1 - 2**-22, 31.5, 0.1, -(1 + 2**-6 + 2**-12 + 2**-18)])
@@ -108,6 +137,8 @@ def test_a_non_finite_row_gives_nan_and_disturbs_no_other(core: Core, rows: int,
         activations = [
             core.encode_activation(w.tables, values, 64),
             core.encode_activation(w.tables, values, 64, torch.tensor(0.1)),
+            core.encode_activation(None, values, 64),
+            core.encode_activation(None, values, 64, torch.tensor(0.1)),
             core.split_activation(values, 64),
         ]
         return [core.linear(w.tables, w.kernel, a) for a in activations]
@@ -125,22 +156,26 @@ def test_a_weight_may_lie_anywhere(core: Core, array_size: int, offset: int) -> 
     moved = replace(w.kernel, data=at_offset(w.kernel.data, offset))
     assert torch.equal(core.unpack_weight(moved).codes, w.encoded.codes)
     for rows in (1, 3, 40):
-        for a in (core.encode_activation(w.tables, x[:rows], array_size), core.split_activation(x[:rows], array_size)):
+        for a in (
+            core.encode_activation(w.tables, x[:rows], array_size),
+            core.encode_activation(None, x[:rows], array_size),
+            core.split_activation(x[:rows], array_size),
+        ):
             assert torch.equal(core.linear(w.tables, moved, a), core.linear(w.tables, w.kernel, a))
 
 
 def test_a_row_does_not_depend_on_its_neighbours(core: Core) -> None:
     """One row alone, a few, or many take different kernels; the bits are the same."""
     w, x = weight(core, FormatSpec(8, 128), 50, 1100), activation(600, 1100)
-    for kind in ("encode", "split"):
-
-        def product(values: torch.Tensor, kind: str = kind) -> torch.Tensor:
-            encoded = core.encode_activation(w.tables, values, 128)
-            return core.linear(w.tables, w.kernel, encoded if kind == "encode" else core.split_activation(values, 128))
-
-        whole = product(x)
+    kinds: dict[str, Callable[[torch.Tensor], KernelActivation]] = {
+        "w4a4": lambda values: core.encode_activation(w.tables, values, 128),
+        "w4a8": lambda values: core.encode_activation(None, values, 128),
+        "w4a16": lambda values: core.split_activation(values, 128),
+    }
+    for kind, fill in kinds.items():
+        whole = core.linear(w.tables, w.kernel, fill(x))
         for rows in (1, 2, 3, 7, 8, 9, 30, 300):
-            assert torch.equal(product(x[:rows]), whole[:rows]), (kind, rows)
+            assert torch.equal(core.linear(w.tables, w.kernel, fill(x[:rows])), whole[:rows]), (kind, rows)
 
 
 @pytest.mark.parametrize("rows", [1, 64])
@@ -187,6 +222,8 @@ def test_half_precision_in_and_out(core: Core, dtype: torch.dtype, rows: int) ->
     a = core.encode_activation(w.tables, x, 64)
     exact = core.linear(w.tables, w.kernel, a)
     assert torch.equal(core.linear(w.tables, w.kernel, a, dtype=dtype), exact.to(dtype))
+    in_int8 = core.encode_activation(None, x, 64)
+    assert_product(core.linear(w.tables, w.kernel, in_int8), decode(encode_int8(x, 64)), w.encoded)
     split = core.split_activation(x, 64)
     assert torch.equal(
         core.linear(w.tables, w.kernel, split, dtype=dtype), core.linear(w.tables, w.kernel, split).to(dtype)

@@ -38,11 +38,13 @@ from tests.kernels.cpu.test_linear import (  # noqa: F401
     test_a_row_does_not_depend_on_its_neighbours,
     test_extreme_digits_do_not_overflow,
     test_extreme_entries_do_not_overflow,
+    test_extreme_int8_entries_do_not_overflow,
     test_half_precision_in_and_out,
     test_output_rounding_over_the_whole_range,
     test_several_linears_share_an_activation_and_activation_codebooks_may_differ,
     test_split_keeps_its_precision_at_any_magnitude,
     test_w4a4,
+    test_w4a8,
     test_w4a16,
 )
 from tests.kernels.cpu.test_linear import test_fuzz as test_fuzz_linear  # noqa: F401

@@ -99,7 +99,7 @@ def test_arguments_that_disagree_are_refused(core: Core) -> None:
         (w.tables, other_columns),
         (w.tables, other_array),
         (w.tables, misaligned),
-        (w.tables, replace(good, kind=2)),
+        (w.tables, replace(good, kind=3)),
         (other_tables, good),
         (nonsense, good),
     ):
@@ -160,6 +160,7 @@ def test_sizes_of_more_elements_than_32_bits_count(core: Core, spec: FormatSpec,
     stride = (kernel_columns // 64 | 1) * 64
     least = rows * (stride + 4 * arrays + 4 * arrays * parts) + 4 * rows
     assert 0 <= activation_bytes(*arguments, 0) - least <= 4 * 64
+    assert activation_bytes(*arguments, 2) == activation_bytes(*arguments, 0)
     assert activation_bytes(*arguments, 1) > least
 
 

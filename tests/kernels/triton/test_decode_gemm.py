@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode
+from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, encode_int8
 from lobcq_fx.kernels.triton import decode_gemm as module
 from lobcq_fx.kernels.triton.configs import DecodeConfig
 from lobcq_fx.kernels.triton.decode_gemm import decode_gemm, num_splits
@@ -41,6 +41,8 @@ def test_every_format_and_plan(spec: FormatSpec) -> None:
     for integers in (True, False):
         a = encode_operand(x.to(DEVICE), Lookup.of(w.codebooks), spec, None, integers)
         assert_product(multiply(a, w), expected, w.encoded)
+        a = encode_operand(x.to(DEVICE), None, spec, None, integers)
+        assert_product(multiply(a, w), decode(encode_int8(x, spec.array_size)), w.encoded)
     half = x.bfloat16()
     assert_product(product(half, w), half, w.encoded)
 

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, absmax_tensor_scale, encode
+from lobcq_fx.format import (
+    Encoded,
+    FormatSpec,
+    Int8Activation,
+    absmax_row_scale,
+    absmax_tensor_scale,
+    encode,
+    encode_int8,
+)
 from lobcq_fx.format.codes import entries_of
 from lobcq_fx.format.packing import unpack_codes, unpack_selectors
 from lobcq_fx.kernels.triton import encode as encode_module
@@ -26,16 +34,26 @@ def entries(encoded: Encoded) -> Tensor:
 
 
 def assert_encodes(x: Tensor, spec: FormatSpec, static_scale: Tensor | None = None) -> None:
+    """By codebooks and in int8."""
     lookup = Lookup.of(codebooks(spec))
-    scale = absmax_row_scale(x) if static_scale is None else static_scale.expand(x.shape[0], 1)
-    encoded = encode(x, spec, lookup.codebooks.cpu(), scale)
+    given = None if static_scale is None else static_scale.expand(x.shape[0], 1)
+    encoded = encode(x, spec, lookup.codebooks.cpu(), absmax_row_scale(x) if given is None else given)
+    assert_encodes_to(x, lookup, spec, static_scale, encoded, entries(encoded))
+    in_int8 = encode_int8(x, spec.array_size, given)
+    assert_encodes_to(x, None, spec, static_scale, in_int8, in_int8.entries)
+
+
+def assert_encodes_to(
+    x: Tensor, lookup: Lookup | None, spec: FormatSpec, static_scale: Tensor | None, encoded: Encoded | Int8Activation,
+    values: Tensor,
+) -> None:  # fmt: skip
     static = None if static_scale is None else static_scale.to(DEVICE)
     for integers in (True, False):
         a = encode_operand(x.to(DEVICE), lookup, spec, static, integers)
         assert a.row_scales is not None
         assert_same_bits(a.row_scales, encoded.tensor_scale)
         if a.array_scales is not None:
-            assert_same_bits(a.values, entries(encoded))
+            assert_same_bits(a.values, values)
             scales = a.array_scales.cpu()
             arrays = encoded.scales.shape[1]
             torch.testing.assert_close(scales[:, :arrays], encoded.scales.float(), rtol=0, atol=0, equal_nan=True)
@@ -44,9 +62,7 @@ def assert_encodes(x: Tensor, spec: FormatSpec, static_scale: Tensor | None = No
         else:
             per_scalar = encoded.scales.float().repeat_interleave(spec.array_size, dim=1)
             per_scalar[:, encoded.columns :] = 0
-            torch.testing.assert_close(
-                a.values.cpu().float(), entries(encoded) * per_scalar, rtol=0, atol=0, equal_nan=True
-            )
+            torch.testing.assert_close(a.values.cpu().float(), values * per_scalar, rtol=0, atol=0, equal_nan=True)
             assert a.values.dtype == torch.float16
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode
+from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, encode_int8
 from lobcq_fx.kernels.triton.configs import PrefillConfig
 from lobcq_fx.kernels.triton.encode_operand import encode_operand
 from lobcq_fx.kernels.triton.lookup import Lookup
@@ -32,6 +32,8 @@ def test_every_format_and_plan(spec: FormatSpec) -> None:
     expected = decode(encode(x, spec, w.encoded.codebooks, absmax_row_scale(x)))
     for integers in (True, False):
         assert_product(product(encode_operand(x.to(DEVICE), lookup, spec, None, integers), w), expected, w.encoded)
+        in_int8 = decode(encode_int8(x, spec.array_size))
+        assert_product(product(encode_operand(x.to(DEVICE), None, spec, None, integers), w), in_int8, w.encoded)
     half = x.bfloat16()
     assert_product(product(Activation(half.to(DEVICE)), w), half, w.encoded)
 
@@ -80,6 +82,8 @@ def test_extreme_entries_do_not_overflow(array_size: int, sign: int) -> None:
     a, lookup = encode(x, spec, books, absmax_row_scale(x)), Lookup.of(books.to(DEVICE))
     for integers in (True, False):
         assert_product(product(encode_operand(x.to(DEVICE), lookup, spec, None, integers), w), decode(a), w.encoded)
+        in_int8 = decode(encode_int8(x, array_size))  # 127 * 31
+        assert_product(product(encode_operand(x.to(DEVICE), None, spec, None, integers), w), in_int8, w.encoded)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

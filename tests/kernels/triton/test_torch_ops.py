@@ -38,6 +38,10 @@ class Linears(LaidOutLinears):
         static = None if static is None else static.to(DEVICE)
         return IMPLEMENTATIONS[schemas.LINEAR_PREPACKED](x.to(DEVICE), self.tables, static, *self.rest, torch.float32)
 
+    def w4a8(self, x: Tensor, static: Tensor | None = None) -> list[Tensor]:
+        static = None if static is None else static.to(DEVICE)
+        return IMPLEMENTATIONS[schemas.LINEAR_PREPACKED](x.to(DEVICE), None, static, *self.rest, torch.float32)
+
     def w4a16(self, x: Tensor) -> list[Tensor]:
         return IMPLEMENTATIONS[schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION](x.to(DEVICE), *self.rest)
 
@@ -48,6 +52,7 @@ def test_prepacked(name: str, shape: tuple[int, ...]) -> None:
     """Few rows, and more than the kernel for few rows takes."""
     linears, x = Linears(shape[-1], FormatSpec.from_name(name)), values(*shape)
     linears.check(linears.w4a4(x), x, linears.fake_quantized(x))
+    linears.check(linears.w4a8(x), x, linears.in_int8(x))
     linears.check(linears.w4a16(x), x, x.reshape(x.shape[:-1].numel(), shape[-1]))
 
 
@@ -64,6 +69,7 @@ def test_linears_without_outputs(shape: tuple[int, ...]) -> None:
 def test_a_static_scale(rows: int) -> None:
     linears, x = Linears(100), values(rows, 100)
     linears.check(linears.w4a4(x, STATIC), x, linears.fake_quantized(x, STATIC))
+    linears.check(linears.w4a8(x, STATIC), x, linears.in_int8(x, STATIC))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -105,6 +111,10 @@ def test_the_ops_on_stored_weights_equal_the_default_ones(name: str, shape: tupl
         tail = (shape[-1], spec.array_size, torch.float32)
         out = torch_ops.linear(*actual, books.to(DEVICE), *on_device, bias.to(DEVICE), *tail)
         assert_close(out, lobcq_fx.ops.linear(*expected, books, *stored, bias, *tail))
+    expected = lobcq_fx.ops.quantize_activation_int8(x, spec.array_size)
+    on_gpu, tail = [part.to(DEVICE) for part in expected], (shape[-1], spec.array_size, torch.float32)
+    out = torch_ops.linear_int8_activation(*on_gpu, *on_device, bias.to(DEVICE), *tail)
+    assert_close(out, lobcq_fx.ops.linear_int8_activation(*expected, *stored, bias, *tail))
     out = torch_ops.linear_float_activation(x.to(DEVICE), *on_device, bias.to(DEVICE), spec.array_size)
     assert_close(out, lobcq_fx.ops.linear_float_activation(x, *stored, bias, spec.array_size))
 
@@ -127,9 +137,10 @@ def assert_all_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("shape", FUSED_SHAPES, ids=str)
 @pytest.mark.parametrize("static", [None, STATIC.to(DEVICE)], ids=["", "static"])
-def test_norms_on_the_way_in(shape: tuple[int, ...], static: Tensor | None) -> None:
+@pytest.mark.parametrize("mode", ["w4a4", "w4a8"])
+def test_norms_on_the_way_in(shape: tuple[int, ...], static: Tensor | None, mode: str) -> None:
     linears, x = Linears(shape[-1]), values(*shape).bfloat16().to(DEVICE)
-    tables = (linears.tables, static)
+    tables = (linears.tables if mode == "w4a4" else None, static)
     weight, bias = values(shape[-1]).to(DEVICE), values(1, shape[-1])[0].bfloat16().to(DEVICE)
     residual = x.flip(-1) * 0.7
 

@@ -38,14 +38,22 @@ bool valid_tables(const void* tables) {
            valid_num_codebooks(as_tables(tables).num_codebooks);
 }
 
+// One tensor scale for all rows, or one for each.
+template <class Operand>
+bool valid_scale_count(const Operand& p) {
+    return p.num_tensor_scales == 1 || p.num_tensor_scales == p.rows;
+}
+
+int64_t scales_of(int32_t rule, int64_t rows) { return rule == LOBCQ_SHARED_SCALE ? 1 : rows; }
+
+bool valid_scale_rule(int32_t rule) { return rule >= LOBCQ_SHARED_SCALE && rule <= LOBCQ_ABSMAX_SCALES; }
+
 int32_t check_packed(const lobcq_packed* p, bool with_tensor_scale) {
     if (!p) return LOBCQ_INVALID_ARGUMENT;
     if (!valid_format(p->num_codebooks, p->array_size)) return LOBCQ_INVALID_FORMAT;
     if (!valid_shape(p->rows, p->columns)) return LOBCQ_INVALID_ARGUMENT;
-    if (with_tensor_scale && p->rows > 0) {
-        if (p->num_tensor_scales != 1 && p->num_tensor_scales != p->rows) return LOBCQ_INVALID_ARGUMENT;
-        if (!aligned(p->tensor_scale, 4)) return LOBCQ_INVALID_ARGUMENT;
-    }
+    if (with_tensor_scale && p->rows > 0 && (!valid_scale_count(*p) || !aligned(p->tensor_scale, 4)))
+        return LOBCQ_INVALID_ARGUMENT;
     const bool empty = p->rows == 0 || p->columns == 0;
     const bool complete = p->codes && p->scales && (p->selectors || p->num_codebooks == 1);
     return empty || complete ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
@@ -62,8 +70,18 @@ int32_t check_packed_weight(const lobcq_weight* w) {
     return WeightView(*w).stamp() == stamp_of(*w) ? LOBCQ_OK : LOBCQ_OTHER_WEIGHT;
 }
 
+int32_t check_int8(const lobcq_int8* p) {
+    if (!p) return LOBCQ_INVALID_ARGUMENT;
+    if (!valid_array_size(p->array_size)) return LOBCQ_INVALID_FORMAT;
+    if (!valid_shape(p->rows, p->columns)) return LOBCQ_INVALID_ARGUMENT;
+    if (p->rows > 0 && (!valid_scale_count(*p) || !aligned(p->tensor_scale, 4))) return LOBCQ_INVALID_ARGUMENT;
+    return p->rows == 0 || p->columns == 0 || (p->entries && p->scales) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
+}
+
+bool valid_kind(int32_t kind) { return kind == LOBCQ_ENCODED || kind == LOBCQ_FLOAT || kind == LOBCQ_INT8; }
+
 int32_t check_activation(const lobcq_activation* a) {
-    if (!a || (a->kind != LOBCQ_ENCODED && a->kind != LOBCQ_FLOAT)) return LOBCQ_INVALID_ARGUMENT;
+    if (!a || !valid_kind(a->kind)) return LOBCQ_INVALID_ARGUMENT;
     if (!valid_array_size(a->array_size)) return LOBCQ_INVALID_FORMAT;
     return valid_shape(a->rows, a->columns) && aligned(a->data, kAlign) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
 }
@@ -96,7 +114,7 @@ bool same_shape(const A& a, const B& b) {
 int planes_of(int32_t kind) { return kind == LOBCQ_FLOAT ? isa().planes : 1; }
 
 ActivationView view(const lobcq_activation& a) {
-    return ActivationView(a.data, a.rows, a.columns, a.array_size, planes_of(a.kind));
+    return ActivationView(a.data, a.rows, a.columns, a.array_size, planes_of(a.kind), a.kind == LOBCQ_INT8);
 }
 
 // Runs body(begin, end) over [0, n).
@@ -183,18 +201,17 @@ int32_t lobcq_tensor_scale(const lobcq_matrix* x, float* tensor_scale, int64_t b
         for (bad[1] = 0; finite_value(*x, row, bad[1]);) ++bad[1];
         return LOBCQ_NOT_FINITE;
     }
-    *tensor_scale = tensor_scale_of(most);
+    *tensor_scale = tensor_scale_of(most, kEntryMax);
     return LOBCQ_OK;
 }
 
 int32_t lobcq_encode(const void* tables, const lobcq_matrix* x, int32_t scale_rule, lobcq_packed* out,
                      lobcq_parallel_for parallel) {
     if (!valid_tables(tables) || !valid_matrix(x)) return LOBCQ_INVALID_ARGUMENT;
-    if (scale_rule < LOBCQ_SHARED_SCALE || scale_rule > LOBCQ_ABSMAX_SCALES) return LOBCQ_INVALID_ARGUMENT;
+    if (!valid_scale_rule(scale_rule)) return LOBCQ_INVALID_ARGUMENT;
     if (const int32_t status = check_packed(out, true)) return status;
     if (!same_shape(*x, *out) || out->num_codebooks != as_tables(tables).num_codebooks) return LOBCQ_INVALID_ARGUMENT;
-    const int64_t scales = scale_rule == LOBCQ_SHARED_SCALE ? 1 : out->rows;
-    if (out->num_tensor_scales != scales) return LOBCQ_INVALID_ARGUMENT;
+    if (out->num_tensor_scales != scales_of(scale_rule, out->rows)) return LOBCQ_INVALID_ARGUMENT;
     return run(x->rows, row_grain(x->columns), parallel, [&](int64_t begin, int64_t end) {
         encode_packed(as_tables(tables), *x, scale_rule, *out, begin, end);
     });
@@ -206,6 +223,15 @@ int32_t lobcq_compensate(const void* tables, const lobcq_feedback* feedback, lob
     return run(feedback->rows, kFeedbackGrain, parallel, [&](int64_t begin, int64_t end) {
         isa().compensate(as_tables(tables), *feedback, begin, end);
     });
+}
+
+int32_t lobcq_encode_int8(const lobcq_matrix* x, int32_t scale_rule, lobcq_int8* out, lobcq_parallel_for parallel) {
+    if (!valid_matrix(x) || !valid_scale_rule(scale_rule)) return LOBCQ_INVALID_ARGUMENT;
+    if (const int32_t status = check_int8(out)) return status;
+    if (!same_shape(*x, *out) || out->num_tensor_scales != scales_of(scale_rule, out->rows))
+        return LOBCQ_INVALID_ARGUMENT;
+    return run(x->rows, row_grain(x->columns), parallel,
+               [&](int64_t begin, int64_t end) { encode_int8(*x, scale_rule, *out, begin, end); });
 }
 
 int32_t lobcq_decode(const void* tables, const lobcq_packed* packed, lobcq_matrix* out, lobcq_parallel_for parallel) {
@@ -251,20 +277,22 @@ int32_t lobcq_weight_unpack(const lobcq_weight* weight, lobcq_packed* packed, lo
 
 int64_t lobcq_activation_bytes(int64_t rows, int64_t columns, int32_t array_size, int32_t kind) {
     if (!valid_array_size(array_size) || !valid_shape(rows, columns)) return -1;
-    if (kind != LOBCQ_ENCODED && kind != LOBCQ_FLOAT) return -1;
-    return ActivationView(nullptr, rows, columns, array_size, planes_of(kind)).bytes;
+    if (!valid_kind(kind)) return -1;
+    return view({nullptr, rows, columns, array_size, kind}).bytes;
 }
 
 int32_t lobcq_activation_encode(const void* tables, const lobcq_matrix* x, int32_t scale_rule,
                                 const float* tensor_scale, lobcq_activation* activation, lobcq_parallel_for parallel) {
-    if (!valid_tables(tables) || !valid_matrix(x)) return LOBCQ_INVALID_ARGUMENT;
-    if (scale_rule < LOBCQ_SHARED_SCALE || scale_rule > LOBCQ_ABSMAX_SCALES) return LOBCQ_INVALID_ARGUMENT;
+    if (!valid_matrix(x) || !valid_scale_rule(scale_rule)) return LOBCQ_INVALID_ARGUMENT;
     if (scale_rule != LOBCQ_ABSMAX_SCALES && x->rows > 0 && !aligned(tensor_scale, 4)) return LOBCQ_INVALID_ARGUMENT;
     if (const int32_t status = check_activation(activation)) return status;
-    if (!same_shape(*x, *activation) || activation->kind != LOBCQ_ENCODED) return LOBCQ_INVALID_ARGUMENT;
+    const bool codebooks = activation->kind == LOBCQ_ENCODED;
+    if (!same_shape(*x, *activation) || activation->kind == LOBCQ_FLOAT) return LOBCQ_INVALID_ARGUMENT;
+    if (codebooks ? !valid_tables(tables) : tables != nullptr) return LOBCQ_INVALID_ARGUMENT;
     const ActivationView a = view(*activation);
     return run(x->rows, row_grain(x->columns), parallel, [&](int64_t begin, int64_t end) {
-        encode_activation(as_tables(tables), *x, scale_rule, tensor_scale, a, begin, end);
+        if (codebooks) encode_activation(as_tables(tables), *x, scale_rule, tensor_scale, a, begin, end);
+        else encode_int8_activation(*x, scale_rule, tensor_scale, a, begin, end);
     });
 }
 
@@ -280,6 +308,18 @@ int32_t lobcq_activation_load(const void* tables, const lobcq_packed* packed, lo
     return run(packed->rows, row_grain(packed->columns), parallel, [&](int64_t begin, int64_t end) {
         load_activation(as_tables(tables), *packed, a, begin, end);
     });
+}
+
+int32_t lobcq_activation_load_int8(const lobcq_int8* operand, lobcq_activation* activation,
+                                   lobcq_parallel_for parallel) {
+    if (const int32_t status = check_int8(operand)) return status;
+    if (const int32_t status = check_activation(activation)) return status;
+    if (!same_shape(*operand, *activation) || operand->array_size != activation->array_size ||
+        activation->kind != LOBCQ_INT8)
+        return LOBCQ_INVALID_ARGUMENT;
+    const ActivationView a = view(*activation);
+    return run(operand->rows, row_grain(operand->columns), parallel,
+               [&](int64_t begin, int64_t end) { load_int8_activation(*operand, a, begin, end); });
 }
 
 int32_t lobcq_activation_split(const lobcq_matrix* x, lobcq_activation* activation, lobcq_parallel_for parallel) {

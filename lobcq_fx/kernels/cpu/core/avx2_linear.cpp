@@ -4,6 +4,9 @@
 //
 // A 16-bit lane sums at most 32 products |entry * a| <= 31 * 32, so its true sum fits, and starting from the correction
 // makes wrapping around on the way harmless. After 64 columns at most it is widened.
+//
+// Wide activation entries (int8, +-127) leave room for four products of biased entries, 63 * 127 each: two vpmaddubsw,
+// whose sum is widened at once. Sums and corrections of a whole array then have 32 bits.
 #if defined(__x86_64__)
 #include <cstring>
 
@@ -82,54 +85,75 @@ __m256i in_order(__m256i half0, __m256i half1) {
                             _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)));
 }
 
-template <int kRows>
-using Dots = __m256i[kRows][2][2];  // [row][half][j], 16-bit lanes: 4 for each weight row
+// Adds products of 8 columns that are in two registers.
+template <bool kWide>
+void add_products(__m256i& dot, __m256i first, __m256i second) {
+    if constexpr (kWide) {
+        dot = _mm256_add_epi32(dot, widen(_mm256_add_epi16(first, second)));
+    } else {
+        dot = _mm256_add_epi16(dot, first);
+        keep(dot);
+        dot = _mm256_add_epi16(dot, second);
+        keep(dot);
+    }
+}
+
+// Sums of a part of an array, in 32-bit lanes.
+template <bool kWide>
+__m256i widened(__m256i dot) {
+    return kWide ? dot : widen(dot);
+}
+
+template <bool kWide>
+int part_of_array(int array_size) {
+    return !kWide && array_size > kChunk ? kChunk : array_size;
+}
 
 template <int kRows>
+using Dots = __m256i[kRows][2][2];  // [row][half][j], for each weight row four 16-bit lanes, or two wide ones
+
+template <int kRows, bool kWide>
 void add_pair(Decoder& decoder, const int8_t* a, int64_t stride, Dots<kRows>& dots) {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half)
 #pragma GCC unroll 2
         for (int j = 0; j < 2; ++j) {
             const __m256i codes = decoder.codes(half, j);
+            const __m256i w0 = decoder.next_block(codes, half, j);
+            const __m256i w1 = decoder.next_block(_mm256_srli_epi16(codes, 4), half, j);
 #pragma GCC unroll 2
-            for (int b = 0; b < 2; ++b) {
-                const __m256i w = decoder.next_block(b ? _mm256_srli_epi16(codes, 4) : codes, half, j);
-#pragma GCC unroll 2
-                for (int m = 0; m < kRows; ++m) {
-                    int64_t eight;
-                    std::memcpy(&eight, a + m * stride + b * kBlock, sizeof eight);
-                    const __m256i products = _mm256_maddubs_epi16(w, _mm256_set1_epi64x(eight));
-                    dots[m][half][j] = _mm256_add_epi16(dots[m][half][j], products);
-                    keep(dots[m][half][j]);
-                }
+            for (int m = 0; m < kRows; ++m) {
+                int64_t eight[2];
+                std::memcpy(eight, a + m * stride, sizeof eight);
+                add_products<kWide>(dots[m][half][j], _mm256_maddubs_epi16(w0, _mm256_set1_epi64x(eight[0])),
+                                    _mm256_maddubs_epi16(w1, _mm256_set1_epi64x(eight[1])));
             }
         }
     decoder.next_pair();
 }
 
-// Here a lane sums at most 16 products of biased entries, 63 * 32 each: it cannot wrap around, and the correction is
-// made in 32 bits.
-template <int kRows>
+// Here a 16-bit lane sums at most 16 products of biased entries, 63 * 32 each: it cannot wrap around, and the correction
+// is made in 32 bits.
+template <int kRows, bool kWide>
 void fused_rows(const Tables& t, const WeightView& w, const ActivationView& a, int64_t panel, float* sums) {
     Decoder decoder(t, w, panel, 0);
-    const int part = w.array_size > kChunk ? kChunk : w.array_size;
+    const int part = part_of_array<kWide>(w.array_size), parts = kWide ? 1 : a.parts;
     __m256 sum[kRows][2] = {};
     int64_t column = 0;
-    for (int64_t p = 0; p < w.arrays * a.parts; ++p) {
+    for (int64_t p = 0; p < w.arrays * parts; ++p) {
         Dots<kRows> dots = {};
         for (const int64_t end = column + part; column < end; column += kPairColumns) {
             if (column % kChunk == 0) decoder.next_chunk();
             decoder.prefetch(kPrefetch);
-            add_pair<kRows>(decoder, a.entries + column, a.stride, dots);
+            add_pair<kRows, kWide>(decoder, a.entries + column, a.stride, dots);
         }
-        const int64_t g = p / a.parts;
+        const int64_t g = p / parts, corrected = kWide ? g * a.parts : p;
         for (int j = 0; j < 2; ++j) {
             const __m256 w_scale = scales_of(w.scales_at(panel, g) + 8 * j);
             for (int m = 0; m < kRows; ++m) {
-                const __m256i correction = widen(_mm256_set1_epi32(a.corrections_at(m)[p]));
-                const __m256i dot =
-                    _mm256_add_epi32(in_order(widen(dots[m][0][j]), widen(dots[m][1][j])), correction);
+                const __m256i correction = widened<kWide>(_mm256_set1_epi32(a.corrections_at(m)[corrected]));
+                const __m256i rows = in_order(widened<kWide>(dots[m][0][j]), widened<kWide>(dots[m][1][j]));
+                const __m256i dot = _mm256_add_epi32(rows, correction);
                 sum[m][j] = scaled(dot, w_scale, a.scales_at(m)[g], sum[m][j]);
             }
         }
@@ -147,45 +171,59 @@ void store_block(const __m256i w[2][2], uint8_t* to) {
     }
 }
 
-// kRows activation rows by one panel: 16-bit sums of a part of an array in registers, fp32 sums in memory.
-template <int kRows>
+// kRows activation rows by one panel: sums of a part of an array in registers, fp32 sums in memory.
+template <int kRows, bool kWide>
 void multiply_rows(const uint8_t* w, const float* w_scales, const ActivationView& a, int64_t first_row, int64_t chunk,
                    int64_t chunks, float* sums) {
-    const int part = a.array_size > kChunk ? kChunk : a.array_size;
+    const int part = part_of_array<kWide>(a.array_size), each = kWide ? 1 : a.parts;  // parts of an array
     const int64_t first = chunk * kChunk / part, parts = chunks * kChunk / part;
     const int8_t* entries = a.entries_at(first_row) + chunk * kChunk;
     for (int64_t p = 0; p < parts; ++p) {
         __m256i dots[kRows][2];
         for (int m = 0; m < kRows; ++m)
-            dots[m][0] = dots[m][1] = _mm256_set1_epi32(a.corrections_at(first_row + m)[first + p]);
-#pragma GCC unroll 4
-        for (int k = 0; k < part; k += 4, entries += 4, w += 4 * kPanel) {
-            const __m256i w0 = _mm256_load_si256(at256(w)), w1 = _mm256_load_si256(at256(w + 32));
+            dots[m][0] = dots[m][1] = _mm256_set1_epi32(a.corrections_at(first_row + m)[(first + p) * a.parts / each]);
+#pragma GCC unroll 2
+        for (int k = 0; k < part; k += 8, entries += 8, w += 8 * kPanel) {
             for (int m = 0; m < kRows; ++m) {
-                int32_t four;
-                std::memcpy(&four, entries + m * a.stride, sizeof four);
-                const __m256i columns = _mm256_set1_epi32(four);
-                dots[m][0] = _mm256_add_epi16(dots[m][0], _mm256_maddubs_epi16(w0, columns));
-                dots[m][1] = _mm256_add_epi16(dots[m][1], _mm256_maddubs_epi16(w1, columns));
-                keep(dots[m][0]);
-                keep(dots[m][1]);
+                int32_t four[2];
+                std::memcpy(four, entries + m * a.stride, sizeof four);
+                const __m256i columns0 = _mm256_set1_epi32(four[0]), columns1 = _mm256_set1_epi32(four[1]);
+                for (int j = 0; j < 2; ++j)
+                    add_products<kWide>(dots[m][j], _mm256_maddubs_epi16(_mm256_load_si256(at256(w + 32 * j)), columns0),
+                                        _mm256_maddubs_epi16(_mm256_load_si256(at256(w + 64 + 32 * j)), columns1));
             }
         }
-        const int64_t g = p / a.parts;
+        const int64_t g = p / each;
         for (int m = 0; m < kRows; ++m)
             for (int j = 0; j < 2; ++j) {
                 float* sum = sums + m * kTileRows + 8 * j;
                 const __m256 w_scale = _mm256_load_ps(w_scales + g * kTileRows + 8 * j);
-                const float a_scale = a.scales_at(first_row + m)[first / a.parts + g];
-                _mm256_store_ps(sum, scaled(widen(dots[m][j]), w_scale, a_scale, _mm256_load_ps(sum)));
+                const float a_scale = a.scales_at(first_row + m)[first / each + g];
+                _mm256_store_ps(sum, scaled(widened<kWide>(dots[m][j]), w_scale, a_scale, _mm256_load_ps(sum)));
             }
     }
+}
+
+template <bool kWide>
+void multiply_all(const WeightTile& tile, const ActivationView& a, int64_t first_row, int64_t rows, int64_t chunk,
+                  int64_t chunks, float* sums) {
+    constexpr int kMost = 4;
+    constexpr decltype(&multiply_rows<kMost, kWide>) kernels[kMost] = {
+        multiply_rows<1, kWide>, multiply_rows<2, kWide>, multiply_rows<3, kWide>, multiply_rows<4, kWide>};
+    for (int slot = 0; slot < kTilePanels; ++slot)
+        for (int64_t m = 0; m < rows; m += kMost) {
+            const int64_t n = rows - m < kMost ? rows - m : kMost;
+            kernels[n - 1](tile.entries[slot], tile.scales[0] + slot * kPanel, a, first_row + m, chunk, chunks,
+                           sums + m * kTileRows + slot * kPanel);
+        }
 }
 
 }  // namespace
 
 void fused(const Tables& t, const WeightView& w, const ActivationView& a, int64_t panel, float* sums) {
-    (a.rows * a.planes == 1 ? fused_rows<1> : fused_rows<2>)(t, w, a, panel, sums);
+    constexpr decltype(&fused) kernels[kFusedRows][2] = {{fused_rows<1, false>, fused_rows<1, true>},
+                                                         {fused_rows<2, false>, fused_rows<2, true>}};
+    kernels[a.rows * a.planes - 1][a.wide](t, w, a, panel, sums);
 }
 
 void decode(const Tables& t, const WeightView& w, int64_t panel, int64_t chunk, int64_t chunks, int slot,
@@ -216,15 +254,7 @@ void decode(const Tables& t, const WeightView& w, int64_t panel, int64_t chunk, 
 
 void multiply(const WeightTile& tile, const ActivationView& a, int64_t first_row, int64_t rows, int64_t chunk,
               int64_t chunks, float* sums) {
-    constexpr int kMost = 4;
-    constexpr decltype(&multiply_rows<kMost>) kernels[kMost] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>,
-                                                                multiply_rows<4>};
-    for (int slot = 0; slot < kTilePanels; ++slot)
-        for (int64_t m = 0; m < rows; m += kMost) {
-            const int64_t n = rows - m < kMost ? rows - m : kMost;
-            kernels[n - 1](tile.entries[slot], tile.scales[0] + slot * kPanel, a, first_row + m, chunk, chunks,
-                           sums + m * kTileRows + slot * kPanel);
-        }
+    (a.wide ? multiply_all<true> : multiply_all<false>)(tile, a, first_row, rows, chunk, chunks, sums);
 }
 
 }  // namespace lobcq::avx2

@@ -2,52 +2,24 @@
 
 #include <cmath>
 
-#include "isa.h"
 #include "packed_row.h"
+#include "slab.h"
 
 namespace lobcq {
 namespace {
 
-constexpr int64_t kSlab = 1024;  // columns in work at a time: 4 KiB of floats, in L1 with the tables
-constexpr int64_t kSlabArrays = kSlab / 16;
-
-const void* element(const lobcq_matrix& x, int64_t row, int64_t column) {
-    const int64_t size = x.dtype == LOBCQ_FP32 ? 4 : 2;
-    return static_cast<const uint8_t*>(x.data) + (row * x.row_stride + column) * size;
-}
-
-// A slab of one row on its way: floats, their block-array scales, then codes.
-struct Slab {
-    alignas(64) float x[kSlab];
-    alignas(64) uint8_t codes[kSlab];
-    alignas(64) uint8_t selectors[kSlab / kBlock];
-    uint8_t scales[kSlabArrays];
-    uint32_t absmax[kSlabArrays];
-    float divisors[kSlabArrays];
-
-    // Columns [column, ...) of a row, zeros behind its end. Returns how many columns there are.
-    int64_t load(const lobcq_matrix& m, int64_t row, int64_t column) {
-        const int64_t n = m.columns - column < kSlab ? m.columns - column : kSlab;
-        isa().load(element(m, row, column), m.dtype, n, x);
-        for (int64_t i = n; i < round_up(n, kGroup); ++i) x[i] = 0.0f;
-        return n;
-    }
-
-    void encode(const Tables& t, int64_t columns, int array_size, float tensor_scale);
-};
-
-void Slab::encode(const Tables& t, int64_t columns, int array_size, float tensor_scale) {
+void encode(const Tables& t, Slab& slab, int64_t columns, int array_size, float tensor_scale) {
     const int64_t groups = ceil_div(columns, kGroup), arrays = groups * (kGroup / array_size);
-    isa().absmax(x, arrays, array_size, absmax);
-    isa().array_scales(absmax, arrays, tensor_scale, scales, divisors);
+    isa().absmax(slab.x, arrays, array_size, slab.absmax);
+    isa().array_scales(slab.absmax, arrays, tensor_scale, slab.scales, slab.divisors);
     alignas(64) float spread[kSlabArrays];  // a divisor for each 16 scalars
     bool wide = false;
     for (int64_t g = 0; g < arrays; ++g) {
-        if (scales[g] == kScaleNaN) std::memset(x + g * array_size, 0, static_cast<size_t>(array_size) * sizeof(float));
-        else wide |= !(as_float(absmax[g]) <= kNarrow * divisors[g]);
-        for (int i = 0; i < array_size / 16; ++i) spread[g * (array_size / 16) + i] = divisors[g];
+        if (slab.scales[g] == kScaleNaN) slab.clear(g, array_size);
+        else wide |= !(as_float(slab.absmax[g]) <= kNarrow * slab.divisors[g]);
+        for (int i = 0; i < array_size / 16; ++i) spread[g * (array_size / 16) + i] = slab.divisors[g];
     }
-    (wide ? kPortable : isa()).encode(t, x, spread, groups, codes, selectors);
+    (wide ? kPortable : isa()).encode(t, slab.x, spread, groups, slab.codes, slab.selectors);
 }
 
 uint32_t absmax_of_row(const lobcq_matrix& m, int64_t row) {
@@ -61,45 +33,27 @@ uint32_t absmax_of_row(const lobcq_matrix& m, int64_t row) {
     return most;
 }
 
-float row_scale(const lobcq_matrix& x, int32_t rule, const float* given, int64_t row) {
-    if (rule == LOBCQ_SHARED_SCALE) return given[0];
-    const uint32_t absmax = absmax_of_row(x, row);
-    if (rule == LOBCQ_ABSMAX_SCALES || absmax >= kInfBits) return tensor_scale_of(absmax);
-    return given[row];
-}
-
-// Encodes one row slab by slab and hands each to sink(slab, column, columns).
-template <class Sink>
-void encode_row(const Tables& t, const lobcq_matrix& x, int64_t row, int array_size, float scale, Sink sink) {
-    Slab slab;
-    for (int64_t column = 0; column < x.columns; column += kSlab) {
-        const int64_t n = slab.load(x, row, column);
-        slab.encode(t, n, array_size, scale);
-        sink(slab, column, n);
-    }
-}
-
 // Codes and scales of a slab into an activation's row; positions from `columns` on hold zeros already.
 void store_entries(const Tables& t, const Slab& slab, const ActivationView& a, int64_t row, int64_t column,
                    int64_t columns) {
     alignas(64) int8_t entries[kSlab];
     isa().entries(t, slab.codes, slab.selectors, ceil_div(columns, kGroup), entries);
     std::memcpy(a.entries_at(row) + column, entries, static_cast<size_t>(columns));
-    const int64_t first = column / a.array_size;
-    for (int64_t g = 0; g < ceil_div(columns, a.array_size); ++g)
-        a.scales_at(row)[first + g] = e4m3_value(slab.scales[g]);
-}
-
-void clear_padding(const ActivationView& a, int64_t row) {
-    std::memset(a.entries_at(row) + a.columns, 0, static_cast<size_t>(a.stride - a.columns));
-    for (int64_t g = ceil_div(a.columns, a.array_size); g < a.arrays; ++g) a.scales_at(row)[g] = 0.0f;
+    store_scales(slab.scales, a, row, column, columns);
 }
 
 }  // namespace
 
-float tensor_scale_of(uint32_t absmax_bits) {
+float tensor_scale_of(uint32_t absmax_bits, int entry_max) {
     if (absmax_bits == 0) return 1.0f;
-    return absmax_bits < kInfBits ? as_float(absmax_bits) / kTensorScaleDivisor : NAN;
+    return absmax_bits < kInfBits ? as_float(absmax_bits) / (static_cast<float>(entry_max) * kScaleMax) : NAN;
+}
+
+float row_scale(const lobcq_matrix& x, int32_t rule, const float* given, int64_t row, int entry_max) {
+    if (rule == LOBCQ_SHARED_SCALE) return given[0];
+    const uint32_t absmax = absmax_of_row(x, row);
+    if (rule == LOBCQ_ABSMAX_SCALES || absmax >= kInfBits) return tensor_scale_of(absmax, entry_max);
+    return given[row];
 }
 
 uint32_t absmax_of_rows(const lobcq_matrix& x, int64_t begin, int64_t end) {
@@ -116,9 +70,10 @@ void encode_packed(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, c
     const PackedRow bytes(x.columns, t.num_codebooks, out.array_size);
     const int bits = selector_bits(t.num_codebooks);
     for (int64_t row = begin; row < end; ++row) {
-        const float scale = row_scale(x, scale_rule, out.tensor_scale, row);
+        const float scale = row_scale(x, scale_rule, out.tensor_scale, row, kEntryMax);
         if (scale_rule != LOBCQ_SHARED_SCALE) out.tensor_scale[row] = scale;
-        encode_row(t, x, row, out.array_size, scale, [&](const Slab& slab, int64_t column, int64_t columns) {
+        for_slabs(x, row, [&](Slab& slab, int64_t column, int64_t columns) {
+            encode(t, slab, columns, out.array_size, scale);
             const int64_t padded = round_up(columns, out.array_size);
             pack_codes(slab.codes, padded, out.codes + row * bytes.codes + column / 2);
             pack_selectors(slab.selectors, padded / kBlock, bits,
@@ -133,8 +88,9 @@ void encode_activation(const Tables& t, const lobcq_matrix& x, int32_t scale_rul
                        const ActivationView& a, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         clear_padding(a, row);
-        a.row_scales[row] = row_scale(x, scale_rule, tensor_scale, row);
-        encode_row(t, x, row, a.array_size, a.row_scales[row], [&](const Slab& slab, int64_t column, int64_t columns) {
+        a.row_scales[row] = row_scale(x, scale_rule, tensor_scale, row, kEntryMax);
+        for_slabs(x, row, [&](Slab& slab, int64_t column, int64_t columns) {
+            encode(t, slab, columns, a.array_size, a.row_scales[row]);
             store_entries(t, slab, a, row, column, columns);
         });
         isa().correct(a.entries_at(row), a.arrays, a.array_size, a.corrections_at(row));

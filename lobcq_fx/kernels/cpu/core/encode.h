@@ -5,8 +5,11 @@
 
 namespace lobcq {
 
-// Tensor scale of a largest magnitude: NaN where it is not finite, 1 where it is 0.
-float tensor_scale_of(uint32_t absmax_bits);
+// Tensor scale of a largest magnitude, where entries reach entry_max: NaN where it is not finite, 1 where it is 0.
+float tensor_scale_of(uint32_t absmax_bits, int entry_max);
+
+// Tensor scale of a row, by a rule of enum lobcq_scale_rule.
+float row_scale(const lobcq_matrix& x, int32_t rule, const float* given, int64_t row, int entry_max);
 
 // max|x| over rows [begin, end), as bits; infinity's or more where x is not finite.
 uint32_t absmax_of_rows(const lobcq_matrix& x, int64_t begin, int64_t end);
@@ -20,6 +23,12 @@ void encode_activation(const Tables& t, const lobcq_matrix& x, int32_t scale_rul
                        const ActivationView& a, int64_t begin, int64_t end);
 void load_activation(const Tables& t, const lobcq_packed& packed, const ActivationView& a, int64_t begin, int64_t end);
 void split_activation(const lobcq_matrix& x, const ActivationView& a, int64_t begin, int64_t end);
+
+// The same in int8.
+void encode_int8(const lobcq_matrix& x, int32_t scale_rule, const lobcq_int8& out, int64_t begin, int64_t end);
+void encode_int8_activation(const lobcq_matrix& x, int32_t scale_rule, const float* tensor_scale,
+                            const ActivationView& a, int64_t begin, int64_t end);
+void load_int8_activation(const lobcq_int8& operand, const ActivationView& a, int64_t begin, int64_t end);
 
 // Rows [begin, end) of packed bytes to floats.
 void decode_packed(const Tables& t, const lobcq_packed& packed, const lobcq_matrix& out, int64_t begin, int64_t end);

@@ -94,7 +94,7 @@ class FeedbackRounding {
         uint8_t first;
         float divisor;
         absmax_rows(targets, 1, f_.array_size, &absmax);
-        array_scales(&absmax, 1, f_.tensor_scale, &first, &divisor);
+        array_scales<kEntryMax>(&absmax, 1, f_.tensor_scale, &first, &divisor);
         int best = first;
         float least = HUGE_VALF;
         for (const int step : kScaleSteps) {

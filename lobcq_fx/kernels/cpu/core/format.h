@@ -12,7 +12,8 @@ constexpr int kMaxCodebooks = 16;
 constexpr int kEntryMax = 31;      // entries are integers in [-31, 31]
 constexpr int kGrid = 16;          // grid steps per unit
 constexpr int kGridMax = 2047;     // normalised scalars are clamped to +-2047 grid steps
-constexpr float kTensorScaleDivisor = 31.0f * 448.0f;
+constexpr int kInt8Max = 127;      // entries of an activation in int8 are integers in [-127, 127]
+constexpr float kScaleMax = 448.0f;  // largest finite value of E4M3
 constexpr uint8_t kScaleNaN = 0x7f;  // E4M3 NaN; 0x7e is the largest finite value, 448
 constexpr uint32_t kInfBits = 0x7f800000;  // |x|'s bits from here on are infinity and NaN
 

@@ -38,8 +38,13 @@ struct Isa {
     void (*entries)(const Tables& t, const uint8_t* codes, const uint8_t* selectors, int64_t groups, int8_t* entries);
     // Rows [first, last) of lobcq_compensate.
     void (*compensate)(const Tables& t, const lobcq_feedback& f, int64_t first, int64_t last);
-    // Corrections of one row of entries [arrays * array_size]; what they are is up to the kernels below.
+    // Corrections of one row of entries [arrays * array_size]; what they are is up to the kernels below. Those of wide
+    // entries are one 32-bit number an array.
     void (*correct)(const int8_t* entries, int64_t arrays, int array_size, int32_t* corrections);
+    void (*correct_wide)(const int8_t* entries, int64_t arrays, int array_size, int32_t* corrections);
+    // The same two steps in int8: scales and divisors, and the entries of n arrays.
+    void (*int8_scales)(const uint32_t* absmax, int64_t n, float tensor_scale, uint8_t* scales, float* divisors);
+    void (*int8_entries)(const float* x, const float* divisors, int64_t n, int array_size, int8_t* entries);
     // Splits n arrays into digit planes: entries[p * stride], scales[p * scale_stride] is plane p's.
     void (*split)(const float* x, const uint32_t* absmax, int64_t arrays, int array_size, float row_scale,
                   int8_t* entries, int64_t stride, float* scales, int64_t scale_stride);

@@ -108,11 +108,12 @@ struct ActivationView {
     float* row_scales;     // [rows]
     int64_t rows, columns, stride, arrays;
     int32_t planes, array_size, parts;
+    bool wide;  // entries reach +-127, not +-32: products of a block array do not add up in 16 bits
     int64_t bytes;
 
-    ActivationView(void* data, int64_t m, int64_t k, int32_t l_a, int32_t planes_)
+    ActivationView(void* data, int64_t m, int64_t k, int32_t l_a, int32_t planes_, bool wide_)
         : rows(m), columns(k), arrays(kernel_columns(k, l_a) / l_a), planes(planes_), array_size(l_a),
-          parts(l_a > kChunk ? l_a / kChunk : 1) {
+          parts(l_a > kChunk ? l_a / kChunk : 1), wide(wide_) {
         // An odd number of cache lines between rows: a power of two would put one column of all rows in one cache set.
         stride = (kernel_columns(k, l_a) / kChunk | 1) * kChunk;
         const int64_t n = rows * planes;

@@ -32,7 +32,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a declaration in this header changes its meaning. */
-#define LOBCQ_ABI_VERSION 4
+#define LOBCQ_ABI_VERSION 5
 
 enum lobcq_status {
     LOBCQ_OK = 0,
@@ -52,13 +52,14 @@ enum lobcq_dtype { LOBCQ_FP32 = 0, LOBCQ_BF16 = 1, LOBCQ_FP16 = 2 };
 enum lobcq_scale_rule {
     LOBCQ_SHARED_SCALE = 0,  /* tensor_scale [1], given: a weight's, or an activation's static one */
     LOBCQ_ROW_SCALES = 1,    /* tensor_scale [rows], given */
-    LOBCQ_ABSMAX_SCALES = 2  /* tensor_scale [rows], computed: max|row| / 13888, or 1 for a row of zeros */
+    LOBCQ_ABSMAX_SCALES = 2  /* tensor_scale [rows], computed: max|row| / 13888, in int8 / 56896; 1 for zeros alone */
 };
 
 /* What an activation buffer holds. */
 enum lobcq_activation_kind {
     LOBCQ_ENCODED = 0, /* LO-BCQ entries: W4A4 */
-    LOBCQ_FLOAT = 1    /* the float values, exact to 2^-22 of their block array's largest magnitude: W4A16 */
+    LOBCQ_FLOAT = 1,   /* the float values, exact to 2^-22 of their block array's largest magnitude: W4A16 */
+    LOBCQ_INT8 = 2     /* integers in [-127, 127]: W4A8 */
 };
 
 /* Runs task(b, e, context) over disjoint ranges that cover [begin, end), in any order, on any threads, and returns 0
@@ -88,6 +89,18 @@ typedef struct {
     int64_t rows, columns;
     int32_t num_codebooks, array_size;
 } lobcq_packed;
+
+/* An activation in int8; Kp and tensor_scale as above. Each array is contiguous.
+ *   entries      int8 [rows, Kp], in [-127, 127]; what is behind `columns` is written as zeros and never read
+ *   scales       uint8 [rows, Kp/array_size]: E4M3 */
+typedef struct {
+    int8_t* entries;
+    uint8_t* scales;
+    float* tensor_scale;
+    int64_t num_tensor_scales;
+    int64_t rows, columns;
+    int32_t array_size;
+} lobcq_int8;
 
 /* A weight [rows, columns] = [N, K] in kernel layout; `data` is opaque, of lobcq_weight_bytes() bytes. */
 typedef struct {
@@ -136,6 +149,10 @@ LOBCQ_API int32_t lobcq_tensor_scale(const lobcq_matrix* x, float* tensor_scale,
 LOBCQ_API int32_t lobcq_encode(const void* tables, const lobcq_matrix* x, int32_t scale_rule, lobcq_packed* out,
                                lobcq_parallel_for parallel);
 
+/* The same in int8. */
+LOBCQ_API int32_t lobcq_encode_int8(const lobcq_matrix* x, int32_t scale_rule, lobcq_int8* out,
+                                    lobcq_parallel_for parallel);
+
 /* A weight to be rounded with feedback of its errors, and what becomes of it. Every array is contiguous.
  *   weight       fp32 [rows, columns], columns a multiple of array_size
  *   other_errors fp32 [rows, columns], of another rounding, whose cost is wanted too
@@ -177,7 +194,9 @@ LOBCQ_API int32_t lobcq_weight_unpack(const lobcq_weight* weight, lobcq_packed* 
 
 /* Fills an activation of x's shape, once, for any number of linears with K = columns and the same array_size.
  * encode (kind LOBCQ_ENCODED): as lobcq_encode; tensor_scale is as scale_rule says, or NULL for LOBCQ_ABSMAX_SCALES.
- * load (kind LOBCQ_ENCODED): from packed bytes, as lobcq_encode wrote them.
+ *   With kind LOBCQ_INT8 as lobcq_encode_int8; tables is then NULL.
+ * load (kind LOBCQ_ENCODED): from packed bytes, as lobcq_encode wrote them. Of kind LOBCQ_INT8 load_int8, from integers;
+ *   one of -128, which no encoder writes, is read as -127.
  * split (kind LOBCQ_FLOAT): the values themselves.
  * A row with NaN or infinity gives NaN in that row of every product, and changes no other row. */
 LOBCQ_API int64_t lobcq_activation_bytes(int64_t rows, int64_t columns, int32_t array_size, int32_t kind);
@@ -186,6 +205,8 @@ LOBCQ_API int32_t lobcq_activation_encode(const void* tables, const lobcq_matrix
                                           lobcq_parallel_for parallel);
 LOBCQ_API int32_t lobcq_activation_load(const void* tables, const lobcq_packed* packed, lobcq_activation* activation,
                                         lobcq_parallel_for parallel);
+LOBCQ_API int32_t lobcq_activation_load_int8(const lobcq_int8* operand, lobcq_activation* activation,
+                                             lobcq_parallel_for parallel);
 LOBCQ_API int32_t lobcq_activation_split(const lobcq_matrix* x, lobcq_activation* activation,
                                          lobcq_parallel_for parallel);
 

@@ -32,16 +32,24 @@ void absmax_rows(const float* x, int64_t arrays, int array_size, uint32_t* bits)
     }
 }
 
-// Step 2 without branches: E4M3((a / 31) / t), nearest even, saturating, at least 2^-9 where a > 0; 0 where a = 0; NaN
-// where a or t is not finite. The divisor is scale * t, or infinity where that is 0 or NaN, so that x / divisor is 0.
+// Step 2 without branches: E4M3((a / kMax) / t), saturating, at least 2^-9 where a > 0; 0 where a = 0; NaN where a or t
+// is not finite. For entries of 31 rounded to nearest even, for those of int8 up. The divisor is scale * t, or infinity
+// where that is 0 or NaN, so that x / divisor is 0.
+template <int kMax>
 void array_scales(const uint32_t* absmax, int64_t n, float t, uint8_t* scales, float* divisors) {
     const uint32_t t_bits = as_bits(t) & 0x7fffffff;
     for (int64_t g = 0; g < n; ++g) {
-        const float ratio = as_float(absmax[g]) / static_cast<float>(kEntryMax) / t;
-        const float v = ratio > 448.0f ? 448.0f : ratio;  // 0/0, at the bottom of fp32's range, counts as 0
+        const float ratio = as_float(absmax[g]) / static_cast<float>(kMax) / t;
+        const float v = ratio > kScaleMax ? kScaleMax : ratio;  // 0/0, at the bottom of fp32's range, counts as 0
         const uint32_t bits = as_bits(v);
-        const uint32_t normal = ((bits + 0x7ffff + ((bits >> 20) & 1)) >> 20) - (120u << 3);
-        const uint32_t subnormal = as_bits(v * 512.0f + 0x1p23f) & 0xf;  // units of 2^-9 in the lowest bits
+        const float nearest = v * 512.0f + 0x1p23f;  // units of 2^-9 in the lowest bits
+        uint32_t normal = (bits + 0x7ffff + ((bits >> 20) & 1)) >> 20;
+        uint32_t subnormal = as_bits(nearest) & 0xf;
+        if constexpr (kMax == kInt8Max) {
+            normal = (bits + 0xfffff) >> 20;
+            subnormal += nearest - 0x1p23f < v * 512.0f ? 1 : 0;
+        }
+        normal -= 120u << 3;
         uint32_t byte = v < 0x1p-6f ? subnormal : normal;
         byte = v >= 0x1p-10f && byte > 0 ? byte : 1;
         byte = absmax[g] == 0 ? 0 : byte;
@@ -54,12 +62,24 @@ void array_scales(const uint32_t* absmax, int64_t n, float t, uint8_t* scales, f
 }
 
 // The correction -kBias * sum(entries) of each array, for kernels that accumulate in 32 bits.
-[[maybe_unused]] void correct_arrays(const int8_t* entries, int64_t arrays, int array_size, int32_t* corrections) {
+void correct_arrays(const int8_t* entries, int64_t arrays, int array_size, int32_t* corrections) {
     const int parts = array_size > kChunk ? array_size / kChunk : 1;
     for (int64_t g = 0; g < arrays; ++g, entries += array_size) {
         int32_t sum = 0;
         for (int i = 0; i < array_size; ++i) sum += entries[i];
         corrections[g * parts] = -kBias * sum;
+    }
+}
+
+// Step 3 in int8. 1.5 * 2^23 added: the integer nearest to the quotient is left in the lowest bits.
+void int8_entries(const float* x, const float* divisors, int64_t n, int array_size, int8_t* entries) {
+    const float bound = static_cast<float>(kInt8Max);
+    for (int64_t g = 0; g < n; ++g, x += array_size, entries += array_size) {
+        for (int i = 0; i < array_size; ++i) {
+            const float y = x[i] / divisors[g];
+            const float clamped = y > bound ? bound : y < -bound ? -bound : y;
+            entries[i] = static_cast<int8_t>(as_bits(clamped + 0x1.8p23f) - as_bits(0x1.8p23f));
+        }
     }
 }
 

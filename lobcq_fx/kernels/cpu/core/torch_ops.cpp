@@ -26,9 +26,10 @@ bool requires_grad(const Tensor& x) {
     return (stack[0] & 1) == 0;
 }
 
-// A call's arguments; see lobcq_fx/ops/linear_prepacked.py. Without activation tables the activation stays in float.
+// A call's arguments; see lobcq_fx/ops/linear_prepacked.py.
 struct Call {
     Tensor x, activation_tables, static_scale;
+    int32_t kind = LOBCQ_FLOAT;  // what the activation is multiplied as
     std::vector<Tensor> weights, tensor_scales;
     Tensor weight_tables;
     std::vector<Tensor> biases;
@@ -51,9 +52,8 @@ struct Call {
   private:
     void check_operands() const;
     int32_t narrow_array_size() const { return static_cast<int32_t>(array_size); }  // once it is checked
-    int32_t kind() const { return activation_tables ? LOBCQ_ENCODED : LOBCQ_FLOAT; }
     int64_t activation_bytes(int64_t rows, int64_t columns) const {
-        return lobcq_activation_bytes(rows, columns, narrow_array_size(), kind());
+        return lobcq_activation_bytes(rows, columns, narrow_array_size(), kind);
     }
     lobcq_matrix rows();
     lobcq_weight weight(size_t index, int64_t columns, int32_t codebooks) const;
@@ -108,13 +108,13 @@ lobcq_matrix Call::rows() {
 // Fills in the activation; its memory lives as long as the result.
 Tensor Call::encoded(const lobcq_matrix& rows, lobcq_activation* activation) const {
     Tensor buffer = Tensor::empty({activation_bytes(rows.rows, rows.columns)}, api.aoti_torch_dtype_uint8());
-    *activation = {buffer.data<void>(), rows.rows, rows.columns, narrow_array_size(), kind()};
-    if (kind() == LOBCQ_FLOAT) {
+    *activation = {buffer.data<void>(), rows.rows, rows.columns, narrow_array_size(), kind};
+    if (kind == LOBCQ_FLOAT) {
         check_core(lobcq_activation_split(&rows, activation, api.torch_parallel_for));
         return buffer;
     }
-    const auto* tables = activation_tables.data<void>();
-    if (lobcq_tables_codebooks(tables) < 0) refuse("activation_tables are not what this core makes of codebooks");
+    const void* tables = kind == LOBCQ_ENCODED ? activation_tables.data<void>() : nullptr;
+    if (tables && lobcq_tables_codebooks(tables) < 0) refuse("activation_tables are not what this core makes of codebooks");
     if (!static_scale) {
         check_core(lobcq_activation_encode(tables, &rows, LOBCQ_ABSMAX_SCALES, nullptr, activation,
                                            api.torch_parallel_for));
@@ -218,7 +218,8 @@ std::vector<Tensor> Call::run() {
 void linear_prepacked(Value* stack, uint64_t, uint64_t) {
     Call call;
     call.x = Tensor(stack[0]);
-    call.activation_tables = Tensor(stack[1]);
+    call.activation_tables = take_optional_tensor(stack[1]);
+    call.kind = call.activation_tables ? LOBCQ_ENCODED : LOBCQ_INT8;
     call.static_scale = take_optional_tensor(stack[2]);
     call.take_rest(stack + 3);
     call.dtype = static_cast<int32_t>(stack[9]);

@@ -23,11 +23,13 @@ enum Operation {
     kTables,
     kTensorScale,
     kEncode,
+    kEncodeInt8,
     kDecode,
     kPackWeight,
     kUnpackWeight,
     kEncodeActivation,
     kLoadActivation,
+    kLoadInt8Activation,
     kSplitActivation,
     kLinear,
     kFloatingPointMode
@@ -97,6 +99,12 @@ struct Call {
                 r.operand_rows, r.operand_columns, narrow(r.num_codebooks), narrow(r.array_size)};
     }
 
+    // From three arrays: entries, scales, tensor scales.
+    lobcq_int8 int8(const Array* parts) const {
+        return {parts[0].as<int8_t>(), parts[1].as(), parts[2].as<float>(), r.num_tensor_scales,
+                r.operand_rows, r.operand_columns, narrow(r.array_size)};
+    }
+
     lobcq_weight weight(const Array& data) const {
         return {data.as(), r.operand_rows, r.operand_columns, narrow(r.num_codebooks), narrow(r.array_size)};
     }
@@ -111,6 +119,7 @@ struct Call {
     int32_t isa();
     int32_t tables();
     int32_t encode();
+    int32_t encode_int8();
     int32_t decode();
     int32_t pack_weight();
     int32_t unpack_weight();
@@ -136,6 +145,13 @@ int32_t Call::encode() {
     if (r.scale_rule != LOBCQ_ABSMAX_SCALES) std::memcpy(out[3].as(), in[2].as(), out[3].bytes());
     lobcq_packed packed_out = packed(out.data());
     return lobcq_encode(in[0].as(), &x, narrow(r.scale_rule), &packed_out, nullptr);
+}
+
+int32_t Call::encode_int8() {
+    const lobcq_matrix x = matrix(in[0]);
+    if (r.scale_rule != LOBCQ_ABSMAX_SCALES) std::memcpy(out[2].as(), in[1].as(), out[2].bytes());
+    lobcq_int8 operand = int8(out.data());
+    return lobcq_encode_int8(&x, narrow(r.scale_rule), &operand, nullptr);
 }
 
 int32_t Call::decode() {
@@ -165,9 +181,13 @@ int32_t Call::fill_activation() {
         const lobcq_packed operand = packed(in.data() + 1);
         return lobcq_activation_load(in[0].as(), &operand, &a, nullptr);
     }
+    if (r.operation == kLoadInt8Activation) {
+        const lobcq_int8 operand = int8(in.data());
+        return lobcq_activation_load_int8(&operand, &a, nullptr);
+    }
     const lobcq_matrix x = matrix(in[1]);
     if (r.operation == kSplitActivation) return lobcq_activation_split(&x, &a, nullptr);
-    return lobcq_activation_encode(in[0].as(), &x, narrow(r.scale_rule), in[2].or_null<float>(), &a, nullptr);
+    return lobcq_activation_encode(in[0].or_null(), &x, narrow(r.scale_rule), in[2].or_null<float>(), &a, nullptr);
 }
 
 int32_t Call::linear() {
@@ -202,11 +222,13 @@ int32_t Call::run() {
             return lobcq_tensor_scale(&x, out[0].as<float>(), out[1].as<int64_t>());
         }
         case kEncode: return encode();
+        case kEncodeInt8: return encode_int8();
         case kDecode: return decode();
         case kPackWeight: return pack_weight();
         case kUnpackWeight: return unpack_weight();
         case kEncodeActivation:
         case kLoadActivation:
+        case kLoadInt8Activation:
         case kSplitActivation: return fill_activation();
         case kLinear: return linear();
         case kFloatingPointMode: return floating_point_mode();
