@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lobcq_fx.graph.stored_linear import ENCODERS
+
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
-QUANTIZE_ACTIVATION = torch.ops.lobcq.quantize_activation.default
 
 OTHER_RESULT = 1.0
 """What is added to the attention of a query that sees nothing; what it leads to stays finite."""
@@ -23,7 +24,7 @@ OTHER_RESULT = 1.0
 
 @dataclass(frozen=True)
 class Hidden:
-    """rows: of each `quantize_activation`, by its node's name. values: of each output. Both are empty if none is."""
+    """rows: of each encoded activation, by its node's name. values: of each output. Both are empty if none is."""
 
     rows: Mapping[str, Tensor] = field(default_factory=dict)
     values: Sequence[Tensor] = ()
@@ -54,7 +55,7 @@ class _Run(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         """The node's value."""
         result = super().run_node(n)
-        if n.target is QUANTIZE_ACTIVATION:
+        if n.target in ENCODERS.values():
             self.encoded[n.name] = result
         if n.target is SDPA:
             args, kwargs = self.fetch_args_kwargs_from_env(n)

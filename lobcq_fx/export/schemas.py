@@ -14,7 +14,9 @@ DOMAIN = "lobcq"
 VERSION = 1
 
 QUANTIZE_ACTIVATION = "QuantizeActivation"
+QUANTIZE_ACTIVATION_INT8 = "QuantizeActivationInt8"
 LINEAR = "Linear"
+LINEAR_INT8_ACTIVATION = "LinearInt8Activation"
 LINEAR_FLOAT_ACTIVATION = "LinearFloatActivation"
 
 Parameter = tuple[str, str]
@@ -28,6 +30,7 @@ PACKED: tuple[Parameter, ...] = (
 )  # fmt: skip
 """A packed operand, in the order that all ops have its parts; the codebooks that decode it follow."""
 
+INT8_ACTIVATION: tuple[Parameter, ...] = (("entries", _INT8), ("scales", _E4M3), ("tensor_scale", _FLOAT))
 ACTIVATION: tuple[Parameter, ...] = (*PACKED, ("codebooks", _INT8))
 WEIGHT: tuple[Parameter, ...] = tuple((f"w_{name}", kind) for name, kind in ACTIVATION)
 BIAS: Parameter = ("bias?", _FLOAT)
@@ -58,6 +61,7 @@ SCHEMAS: dict[str, OpSchema] = {
         _schema(
             QUANTIZE_ACTIVATION, (("x", "T"), ("codebooks", _INT8), ("static_scale?", _FLOAT)), PACKED, "array_size"
         ),
+        _schema(QUANTIZE_ACTIVATION_INT8, (("x", "T"), ("static_scale?", _FLOAT)), INT8_ACTIVATION, "array_size"),
         _schema(
             LINEAR,
             (*ACTIVATION, *WEIGHT, BIAS),
@@ -65,6 +69,9 @@ SCHEMAS: dict[str, OpSchema] = {
             "in_features",
             "array_size",
             "activation_array_size",
+        ),
+        _schema(
+            LINEAR_INT8_ACTIVATION, (*INT8_ACTIVATION, *WEIGHT, BIAS), (("y", _FLOAT),), "in_features", "array_size"
         ),
         _schema(LINEAR_FLOAT_ACTIVATION, (("x", "T"), *WEIGHT, BIAS), (("y", "T"),), "array_size"),
     )

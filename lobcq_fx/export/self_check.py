@@ -1,6 +1,6 @@
 """Runs the written ONNX model in ONNX Runtime and the torch graph on the same samples, and compares.
 
-Where activations are encoded, fp32 rounding becomes another 4-bit code here and there, and from layer to layer the
+Where activations are encoded, fp32 rounding becomes another code here and there, and from layer to layer the
 difference grows without bound. So torch goes on from ONNX Runtime's encoded activations, each of which must be its own
 but for a few codes: what follows then differs by rounding alone, however deep the model is.
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from torch import Tensor, fx
 from lobcq_fx.errors import ExportError
 from lobcq_fx.export.hidden import Hidden, find_hidden
 from lobcq_fx.export.library import is_available, register
-from lobcq_fx.export.schemas import DOMAIN, QUANTIZE_ACTIVATION
+from lobcq_fx.export.schemas import DOMAIN, QUANTIZE_ACTIVATION, QUANTIZE_ACTIVATION_INT8
 from lobcq_fx.export.signature import Signature
+from lobcq_fx.graph.stored_linear import ENCODERS
 
 FOLDING_LIMIT = 1 << 20
 """Bytes of a constant that ONNX Runtime may compute at session creation: look-up tables, but no decoded weight."""
@@ -66,28 +68,40 @@ def check_sessions(path: Path, signature: Signature, torch_graph: fx.GraphModule
     hidden = [find_hidden(torch_graph, sample) for sample in signature.samples]
     checked = path.with_name(CHECKED)
     proto = onnx.load(str(path), load_external_data=False)
-    encoded = [node.output for node in proto.graph.node if (node.domain, node.op_type) == (DOMAIN, QUANTIZE_ACTIVATION)]
+    encoders = ((DOMAIN, QUANTIZE_ACTIVATION), (DOMAIN, QUANTIZE_ACTIVATION_INT8))
+    encoded = [node.output for node in proto.graph.node if (node.domain, node.op_type) in encoders]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for names in encoded for name in names)
     onnx.save(proto, str(checked))
     try:
-        functions, moved = _check(checked, signature, torch_graph, hidden, use_library=False)
+        sizes = [len(names) for names in encoded]
+        functions, moved = _check(checked, signature, torch_graph, hidden, sizes, use_library=False)
         library: tuple[float | None, float] = (None, 0.0)
         if is_available():
-            library = _check(checked, signature, torch_graph, hidden, use_library=True)
+            library = _check(checked, signature, torch_graph, hidden, sizes, use_library=True)
     finally:
         checked.unlink()
     return Differences(functions, library[0], max(moved, library[1]))
 
 
 def _check(
-    path: Path, signature: Signature, graph: fx.GraphModule, hidden: Sequence[Hidden], *, use_library: bool
+    path: Path,
+    signature: Signature,
+    graph: fx.GraphModule,
+    hidden: Sequence[Hidden],
+    sizes: Sequence[int],
+    *,
+    use_library: bool,
 ) -> tuple[float, float]:
-    """The largest difference of an output, and the largest share of moved codes."""
+    """The largest difference of an output, and the largest share of moved codes.
+
+    sizes: how many parts each encoded activation has; they follow the outputs.
+    """
     what = f"ONNX Runtime {ort.__version__} with {'the op library' if use_library else 'function bodies'}"
     count, largest, moved = len(signature.outputs), 0.0, 0.0
     calls = _run(path, signature, use_library, what)
     for sample, unseen, results in zip(signature.samples, hidden, calls, strict=True):
-        replay = _Replay(graph, [results[i : i + 4] for i in range(count, len(results), 4)], unseen.rows, what)
+        parts = iter(results[count:])
+        replay = _Replay(graph, [list(islice(parts, size)) for size in sizes], unseen.rows, what)
         with torch.inference_mode():
             expected = replay.run(*[tensor.clone() for tensor in sample])
         masks: Sequence[Tensor | None] = unseen.values or [None] * count
@@ -112,15 +126,15 @@ class _Replay(fx.Interpreter):
         self.extra_traceback = False  # of the model's code, in the message of an error that names the node
 
     def run_node(self, n: fx.Node) -> Any:
-        """The node's value; for `quantize_activation`, ONNX Runtime's that is nearest to it."""
+        """The node's value; for an encoded activation, ONNX Runtime's that is nearest to it."""
         result = super().run_node(n)
-        if n.target is not torch.ops.lobcq.quantize_activation.default or not result[0].numel():
+        if n.target not in ENCODERS.values() or not result[0].numel():
             return result
         own = [part.view(torch.uint8) if part.element_size() == 1 else part for part in result]
         candidates = [
-            [part.view(mine.shape) for part, mine in zip(parts, own, strict=True)]
+            [part.view(mine.dtype).view(mine.shape) for part, mine in zip(parts, own, strict=True)]
             for parts in self.encoded
-            if all(part.numel() == mine.numel() for part, mine in zip(parts, own, strict=True))
+            if [part.numel() for part in parts] == [mine.numel() for mine in own]
         ]
         hidden = self.hidden.get(n.name)
         share, nearest = max(
@@ -136,7 +150,7 @@ class _Replay(fx.Interpreter):
 
 
 def _agreement(parts: Sequence[Tensor], own: Sequence[Tensor], hidden: Tensor | None = None) -> float:
-    """Share of equal codes, selectors or scales, whichever is least; 0 where the tensor scales are others.
+    """Share of equal codes (entries), selectors or scales, whichever is least; 0 where the tensor scales are others.
 
     `hidden` has the rows that do not count; nor do those that are negligible in both.
     """

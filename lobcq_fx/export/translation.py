@@ -9,7 +9,16 @@ import torch
 from onnxscript import opset18 as standard
 
 import lobcq_fx.ops  # noqa: F401  (registers the torch ops)
-from lobcq_fx.export.schemas import ACTIVATION, LINEAR, LINEAR_FLOAT_ACTIVATION, QUANTIZE_ACTIVATION, WEIGHT, operator
+from lobcq_fx.export.schemas import (
+    ACTIVATION,
+    LINEAR,
+    LINEAR_FLOAT_ACTIVATION,
+    LINEAR_INT8_ACTIVATION,
+    QUANTIZE_ACTIVATION,
+    QUANTIZE_ACTIVATION_INT8,
+    WEIGHT,
+    operator,
+)
 
 FLOAT = int(ir.DataType.FLOAT)
 
@@ -22,13 +31,19 @@ def translation_table() -> dict[Any, Any]:
     ops = torch.ops.lobcq
     return {
         ops.quantize_activation.default: _quantize_activation,
+        ops.quantize_activation_int8.default: _quantize_activation_int8,
         ops.linear.default: _linear,
+        ops.linear.int8_activation: _linear_int8_activation,
         ops.linear.float_activation: _linear_float_activation,
     }
 
 
 def _quantize_activation(x: Any, codebooks: Any, array_size: int, static_scale: Any = None) -> Any:
     return operator(QUANTIZE_ACTIVATION)(x, codebooks, static_scale, array_size=array_size)
+
+
+def _quantize_activation_int8(x: Any, array_size: int, static_scale: Any = None) -> Any:
+    return operator(QUANTIZE_ACTIVATION_INT8)(x, static_scale, array_size=array_size)
 
 
 def _linear(*arguments: Any) -> Any:
@@ -41,6 +56,16 @@ def _linear(*arguments: Any) -> Any:
         array_size=array_size,
         activation_array_size=array_size if activation_array_size is None else activation_array_size,
     )
+    return _cast(y, dtype)
+
+
+def _linear_int8_activation(*arguments: Any) -> Any:
+    *packed, bias, in_features, array_size, dtype = arguments
+    y = operator(LINEAR_INT8_ACTIVATION)(*packed, _float(bias), in_features=in_features, array_size=array_size)
+    return _cast(y, dtype)
+
+
+def _cast(y: Any, dtype: int) -> Any:
     return y if dtype == FLOAT else standard.Cast(y, to=dtype)
 
 

@@ -75,10 +75,14 @@ def test_shapes_are_inferred(exported_mlp):
     assert set(ours) - {value.name for value in proto.graph.output} <= known
 
 
-def test_w4a16(tmp_path):
-    q = quantized(Mlp(), 2, 3, 72, mode="w4a16")
+@pytest.mark.parametrize(("mode", "nodes"), [
+    ("w4a8", {"lobcq::QuantizeActivationInt8": 2, "lobcq::LinearInt8Activation": 3}),
+    ("w4a16", {"lobcq::LinearFloatActivation": 3}),
+])  # fmt: skip
+def test_other_modes(tmp_path, mode, nodes):
+    q = quantized(Mlp(), 2, 3, 72, mode=mode)
     summary = export_onnx(q, tmp_path / "out", torch.randn(2, 3, 72))
-    assert summary.nodes["lobcq::LinearFloatActivation"] == 3
+    assert {name: count for name, count in summary.nodes.items() if name.startswith("lobcq")} == nodes
     x = torch.randn(4, 2, 72)
     assert_close(Session(tmp_path / "out", use_library=True)(x=x)["output"], q(x))
 

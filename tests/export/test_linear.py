@@ -1,11 +1,18 @@
-"""The function bodies of Linear and LinearFloatActivation against the torch ops, in ONNX Runtime."""
+"""The function bodies of the linears against the torch ops, in ONNX Runtime."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lobcq_fx.ops import linear, linear_float_activation, quantize_activation, quantize_weight
+from lobcq_fx.ops import (
+    linear,
+    linear_float_activation,
+    linear_int8_activation,
+    quantize_activation,
+    quantize_activation_int8,
+    quantize_weight,
+)
 from tests.export.single_node import Operator, sums_empty_tensors
 from tests.format.cases import ALL_SPECS, codebooks_of, int8
 
@@ -39,6 +46,17 @@ def test_linear(spec, with_bias):
     assert actual[1, 2].isnan().all()
     assert not actual[0].isnan().any()
     assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(("spec", "leading"), [*((spec, (2, 3)) for spec in ALL_SPECS[::3]), (ALL_SPECS[0], ())])
+def test_linear_int8_activation(spec, leading):
+    x, _, weight, bias = operands(spec, leading)
+    x.view(-1, COLUMNS)[-1, 3] = torch.inf
+    encoded = quantize_activation_int8(x, spec.array_size)
+    node = Operator("LinearInt8Activation", in_features=COLUMNS, array_size=spec.array_size)
+    (actual,) = node(*encoded, *weight, bias)
+    assert actual.view(-1, ROWS)[-1].isnan().all()
+    assert_close(actual, linear_int8_activation(*encoded, *weight, bias, COLUMNS, spec.array_size, torch.float32))
 
 
 @pytest.mark.parametrize("with_bias", [True, False])

@@ -118,8 +118,8 @@ def test_activations_in_float(dtype):
     assert not nodes(graph_module, lobcq.quantize_activation.default)
     assert len(nodes(graph_module, lobcq.linear.float_activation)) == 2
     one, two = (layer.to(dtype).float() for layer in (linear(32, 64), linear(32, 64, bias=False, seed=1)))
-    expected = reference(x.float(), one.weight, one.bias, activations=False)
-    expected = (expected + reference(x.float(), two.weight, activations=False)) * parameter(32).to(dtype)
+    expected = reference(x.float(), one.weight, one.bias, mode="w4a16")
+    expected = (expected + reference(x.float(), two.weight, mode="w4a16")) * parameter(32).to(dtype)
     found = run(graph_module, x)
     assert found.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 0.1

@@ -4,13 +4,21 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from lobcq_fx.export.functions import linear, quantize_activation
+from lobcq_fx.export.functions import linear, quantize_activation, quantize_activation_int8
 from lobcq_fx.export.functions.body import function
-from lobcq_fx.export.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION, QUANTIZE_ACTIVATION
+from lobcq_fx.export.schemas import (
+    LINEAR,
+    LINEAR_FLOAT_ACTIVATION,
+    LINEAR_INT8_ACTIVATION,
+    QUANTIZE_ACTIVATION,
+    QUANTIZE_ACTIVATION_INT8,
+)
 
 _BUILDERS: dict[str, Callable[..., Sequence[ir.Value]]] = {
     QUANTIZE_ACTIVATION: quantize_activation.build,
+    QUANTIZE_ACTIVATION_INT8: quantize_activation_int8.build,
     LINEAR: linear.build_linear,
+    LINEAR_INT8_ACTIVATION: linear.build_linear_int8_activation,
     LINEAR_FLOAT_ACTIVATION: linear.build_linear_float_activation,
 }
 

@@ -13,10 +13,11 @@ from lobcq_fx.export.schemas import DOMAIN, SCHEMAS
 OPSET = 21
 """Of the standard ops in function bodies and in exported graphs; ONNX Runtime has it since 1.20."""
 
-FLOAT, INT32, INT64, UINT8, E4M3 = (
+FLOAT, INT8, INT32, INT64, UINT8, E4M3 = (
     int(kind)
     for kind in (
-        ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT8, ir.DataType.FLOAT8E4M3FN
+        ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT8,
+        ir.DataType.FLOAT8E4M3FN,
     )
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The bodies of `Linear` and `LinearFloatActivation`: docs/format.md, "Decoding", "Product", in standard ONNX ops."""
+"""The bodies of the linears: docs/format.md, "Decoding", "Product", in standard ONNX ops."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from lobcq_fx.export.functions.body import FLOAT, Body
-from lobcq_fx.export.functions.packing import last_size, leading_shape, reshape_last, scaled_entries
+from lobcq_fx.export.functions.packing import last_size, leading_shape, reshape_last, scaled, scaled_entries
 
 
 def build_linear(op: Body, *inputs: ir.Value) -> Sequence[ir.Value]:
     """y = `(sum * tensor_scale) * w_tensor_scale + bias`, the scales one at a time."""
-    codes, selectors, scales, tensor_scale, codebooks = inputs[:5]
-    w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, bias = inputs[5:]
+    codes, selectors, scales, tensor_scale, codebooks, *weight = inputs
     a = scaled_entries(op, codes, selectors, scales, codebooks, op.attribute("activation_array_size"))
-    w = scaled_entries(op, w_codes, w_selectors, w_scales, w_codebooks, op.attribute("array_size"))
-    a = op("Slice", a, [0], op.attribute("in_features"), [-1])  # what lies behind K must not count
-    product = op("Mul", op("Mul", _product(op, a, w), tensor_scale), w_tensor_scale)
-    return (op("Add", product, _offset(op, w_codes, bias)),)
+    return _scaled_product(op, a, tensor_scale, *weight)
+
+
+def build_linear_int8_activation(op: Body, *inputs: ir.Value) -> Sequence[ir.Value]:
+    """The same of an activation in int8."""
+    entries, scales, tensor_scale, *weight = inputs
+    a = scaled(op, entries, scales, op.attribute("array_size"), leading_shape(op, entries), last_size(op, entries))
+    return _scaled_product(op, a, tensor_scale, *weight)
 
 
 def build_linear_float_activation(op: Body, *inputs: ir.Value) -> Sequence[ir.Value]:
@@ -27,6 +30,15 @@ def build_linear_float_activation(op: Body, *inputs: ir.Value) -> Sequence[ir.Va
     entries = scaled_entries(op, w_codes, w_selectors, w_scales, w_codebooks, op.attribute("array_size"))
     product = _product(op, op("Cast", x, to=FLOAT), op("Mul", entries, w_tensor_scale))
     return (op("CastLike", op("Add", product, _offset(op, w_codes, bias)), x),)
+
+
+def _scaled_product(op: Body, a: ir.Value, tensor_scale: ir.Value, *weight: ir.Value) -> Sequence[ir.Value]:
+    """Of scaled entries [..., Kp] and a packed weight with its bias."""
+    w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, bias = weight
+    w = scaled_entries(op, w_codes, w_selectors, w_scales, w_codebooks, op.attribute("array_size"))
+    a = op("Slice", a, [0], op.attribute("in_features"), [-1])  # what lies behind K must not count
+    product = op("Mul", op("Mul", _product(op, a, w), tensor_scale), w_tensor_scale)
+    return (op("Add", product, _offset(op, w_codes, bias)),)
 
 
 def _product(op: Body, x: ir.Value, w: ir.Value) -> ir.Value:

@@ -93,9 +93,16 @@ def scaled_entries(
     first = op("Unsqueeze", op("Mul", chosen, np.array(BYTE_VALUES, np.int32)), [-1])
     by_block = reshape_last(op, op("Cast", codes, to=INT32), leading, blocks, BLOCK_SIZE // PAIR)
     entries = op("Gather", _entry_pairs(op, codebooks), op("Add", by_block, first))
+    return scaled(op, entries, scales, array_size, leading, op("Mul", last_size(op, codes), [PAIR]))
+
+
+def scaled(
+    op: Body, entries: ir.Value, scales: ir.Value, array_size: ir.Value, leading: ir.Value, width: ir.Value
+) -> ir.Value:
+    """int8 entries times block-array scales, exact, fp32 [..., width]."""
     arrays = op("Reshape", entries, op("Concat", [-1], array_size, axis=0))
-    scaled = op("DequantizeLinear", arrays, op("Reshape", op("Cast", scales, to=FLOAT), [-1]), axis=0)
-    return reshape_last(op, scaled, leading, op("Mul", last_size(op, codes), [PAIR]))
+    product = op("DequantizeLinear", arrays, op("Reshape", op("Cast", scales, to=FLOAT), [-1]), axis=0)
+    return reshape_last(op, product, leading, width)
 
 
 def _entry_pairs(op: Body, codebooks: ir.Value) -> ir.Value:

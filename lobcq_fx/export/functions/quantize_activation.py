@@ -17,15 +17,8 @@ from lobcq_fx.export.functions.packing import (
     reshape_last,
     selector_bits,
 )
-from lobcq_fx.format.spec import (
-    BLOCK_SIZE,
-    E4M3_MAX,
-    E4M3_MIN_SUBNORMAL,
-    ENTRY_MAX,
-    GRID,
-    GRID_MAX,
-    TENSOR_SCALE_DIVISOR,
-)
+from lobcq_fx.export.functions.scaling import at_least_smallest, marked, scale_ratio, scaled_rows
+from lobcq_fx.format.spec import BLOCK_SIZE, ENTRY_MAX, GRID, GRID_MAX
 
 BUCKET = GRID // 2
 """Grid steps between two midpoints of entries: within (8(m - 1), 8m] the nearest entry is the same (step 4)."""
@@ -37,47 +30,13 @@ BUCKETS = LAST_BUCKET - FIRST_BUCKET + 1
 
 def build(op: Body, x: ir.Value, codebooks: ir.Value, static_scale: ir.Value) -> Sequence[ir.Value]:
     """codes, selectors, scales and tensor_scale of x, encoded along its last dimension."""
-    rows = op("Cast", x, to=FLOAT)
-    # 0 * x is NaN for NaN and infinity, and so is the sum with it: a row that holds one is coded as zeros.
-    mark = op("ReduceSum", op("Mul", rows, 0.0), [-1], keepdims=1)
-    spoiled = op("IsNaN", mark)
-    arrays = _block_arrays(op, op("Where", spoiled, 0.0, rows))
-    absmax = op("ReduceMax", op("Abs", arrays), [-1], keepdims=1)
-    tensor_scale = _tensor_scale(op, op("ReduceMax", absmax, [-2], keepdims=1), static_scale)
-    scales = _array_scales(op, absmax, tensor_scale)
-    grid = _to_grid(op, arrays, op("Mul", scales, tensor_scale))
+    rows = scaled_rows(op, x, static_scale, ENTRY_MAX)
+    ratio = scale_ratio(op, rows.absmax, rows.tensor_scale, ENTRY_MAX)
+    scales = at_least_smallest(op, op("Cast", op("Cast", ratio, to=E4M3), to=FLOAT), rows.absmax)
+    grid = _to_grid(op, rows.arrays, op("Mul", scales, rows.tensor_scale))
     codes, selectors = _assign_codes(op, grid, codebooks)
-
-    return (
-        pack_codes(op, codes),
-        pack_selectors(op, selectors, selector_bits(op, codebooks)),
-        op("Cast", op("Where", spoiled, float("nan"), op("Squeeze", scales, [-1])), to=E4M3),
-        op("Where", spoiled, float("nan"), op("Squeeze", tensor_scale, [-1])),
-    )
-
-
-def _block_arrays(op: Body, rows: ir.Value) -> ir.Value:
-    """fp32 [..., K] -> [..., Kp / L_A, L_A], filled up with zeros."""
-    array_size, columns = op.attribute("array_size"), last_size(op, rows)
-    fill = op("Mod", op("Neg", columns), array_size)
-    padded = op("Pad", rows, op("Concat", [0], fill, axis=0), None, [-1])
-    return reshape_last(
-        op, padded, leading_shape(op, rows), op("Div", op("Add", columns, fill), array_size), array_size
-    )
-
-
-def _tensor_scale(op: Body, absmax: ir.Value, static_scale: ir.Value) -> ir.Value:
-    """Step 1. A static scale, if there is one, is both bounds of Clip and replaces the row's own."""
-    own = op("Where", op("Equal", absmax, 0.0), 1.0, op("Div", absmax, TENSOR_SCALE_DIVISOR))
-    return op("Clip", own, static_scale, static_scale)
-
-
-def _array_scales(op: Body, absmax: ir.Value, tensor_scale: ir.Value) -> ir.Value:
-    """Step 2, as fp32."""
-    ratio = op("Div", op("Div", absmax, float(ENTRY_MAX)), tensor_scale)
-    ratio = op("Where", op("IsNaN", ratio), 0.0, ratio)  # 0 / 0
-    rounded = op("Cast", op("Cast", op("Min", ratio, E4M3_MAX), to=E4M3), to=FLOAT)
-    return op("Where", op("Equal", absmax, 0.0), 0.0, op("Max", rounded, E4M3_MIN_SUBNORMAL))
+    packed_selectors = pack_selectors(op, selectors, selector_bits(op, codebooks))
+    return (pack_codes(op, codes), packed_selectors, *marked(op, rows, scales))
 
 
 def _to_grid(op: Body, arrays: ir.Value, divisor: ir.Value) -> ir.Value:

@@ -12,6 +12,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
+from lobcq_fx.export.schemas import SCHEMAS
 from lobcq_fx.format import Encoded
 
 ELEMENT_TYPES = {
@@ -28,6 +29,7 @@ _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.float32, 8: torch.int64}
 """What numpy, which lacks half of the dtypes, holds an element's bytes as."""
 
 ENCODED = ("codes", "selectors", "scales", "tensor_scale")
+IN_INT8 = ("entries", "scales", "tensor_scale")
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Model:
     outputs: list[str] = field(default_factory=list)
 
     def node(self, op: str, inputs: list[str], outputs: list[str], **attributes: int) -> None:
-        domain = "lobcq" if op in ("QuantizeActivation", "Linear", "LinearFloatActivation") else ""
+        domain = "lobcq" if op in SCHEMAS else ""
         name = f"{op}_{sum(node.op_type == op for node in self.nodes)}"
         self.nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
 
@@ -87,6 +89,20 @@ def quantize_model(x: torch.dtype, codebooks: Tensor, array_size: int, scale: Te
         model.constants["static_scale"] = scale
         model.nodes[-1].input.append("static_scale")
     return model
+
+
+def int8_quantize_model(x: torch.dtype, array_size: int, scale: Tensor | None = None) -> Model:
+    """x -> the three parts of an activation in int8."""
+    model = Model({"x": x}, {} if scale is None else {"static_scale": scale}, outputs=list(IN_INT8))
+    model.node("QuantizeActivationInt8", ["x", *model.constants], list(IN_INT8), array_size=array_size)
+    return model
+
+
+def int8_model(w: Encoded, bias: Tensor | None = None) -> Model:
+    """x -> QuantizeActivationInt8 -> LinearInt8Activation -> y."""
+    model = int8_quantize_model(torch.float32, w.spec.array_size)
+    model.outputs = ["y"]
+    return _with_linear(model, "LinearInt8Activation", [*IN_INT8], w, bias, in_features=w.columns)
 
 
 def linear_model(w: Encoded, bias: Tensor | None = None) -> Model:

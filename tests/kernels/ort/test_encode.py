@@ -1,4 +1,4 @@
-"""QuantizeActivation in ONNX Runtime: every byte against the reference."""
+"""QuantizeActivation and QuantizeActivationInt8 in ONNX Runtime: every byte against the reference."""
 
 from __future__ import annotations
 
@@ -8,18 +8,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import FormatSpec, absmax_row_scale, encode
+from lobcq_fx.format import Encoded, FormatSpec, Int8Activation, absmax_row_scale, encode, encode_int8
 from tests.format.cases import ALL_SPECS, KINDS, matrix
 from tests.kernels.cpu.operands import codebooks
-from tests.kernels.ort.models import ENCODED, quantize_model
+from tests.kernels.ort.models import ENCODED, IN_INT8, Model, int8_quantize_model, quantize_model
 
 
 def assert_encodes(library: Path, x: Tensor, spec: FormatSpec, scale: Tensor | None = None, threads: int = 1) -> None:
     books, rows = codebooks(spec), x.flatten(end_dim=-2) if x.dim() > 1 else x[None]
-    row_scale = absmax_row_scale(rows) if scale is None else scale.expand(rows.shape[0], 1)
-    expected = encode(rows, spec, books, row_scale)
-    actual = quantize_model(x.dtype, books, spec.array_size, scale).session(library, threads).run(x=x)
-    for name in ENCODED:
+    given = None if scale is None else scale.expand(rows.shape[0], 1)
+    expected = encode(rows, spec, books, absmax_row_scale(rows) if given is None else given)
+    assert_same(library, x, quantize_model(x.dtype, books, spec.array_size, scale), expected, ENCODED, threads)
+    if spec.num_codebooks == 8:
+        model = int8_quantize_model(x.dtype, spec.array_size, scale)
+        assert_same(library, x, model, encode_int8(rows, spec.array_size, given), IN_INT8, threads)
+
+
+def assert_same(
+    library: Path, x: Tensor, model: Model, expected: Encoded | Int8Activation, names: tuple[str, ...], threads: int
+) -> None:
+    actual = model.session(library, threads).run(x=x)
+    for name in names:
         part: Tensor = getattr(expected, name).contiguous()
         assert actual[name].dtype == part.dtype
         assert actual[name].shape == (*x.shape[:-1], part.shape[-1])
@@ -41,7 +50,7 @@ def test_every_kind_of_values(core_file: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(core_file: Path, dtype: torch.dtype) -> None:
-    assert_encodes(core_file, torch.randn(3, 5, 200).to(dtype), FormatSpec(4, 32))
+    assert_encodes(core_file, torch.randn(3, 5, 200).to(dtype), FormatSpec(8, 32))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -1,4 +1,4 @@
-"""Linear and LinearFloatActivation in ONNX Runtime, against float64 products of what the reference decodes."""
+"""The linears in ONNX Runtime, against float64 products of what the reference decodes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import Encoded, FormatSpec, decode, encode
+from lobcq_fx.format import Encoded, FormatSpec, decode, encode, encode_int8
 from tests.format.cases import ALL_SPECS
 from tests.kernels.cpu.operands import activation, codebooks, encode_rows
-from tests.kernels.ort.models import ENCODED, Model, Session, float_model, linear_model, weight_parts
+from tests.kernels.ort.models import ENCODED, Model, Session, float_model, int8_model, linear_model, weight_parts
 from tests.kernels.products import assert_product
 
 SHAPES = [(1, 1, 1), (2, 37, 200), (31, 70, 777)]
@@ -33,6 +33,15 @@ def test_w4a4(core_file: Path, spec: FormatSpec, shape: tuple[int, int, int]) ->
     truth = decode(encode_rows(x, spec))
     assert_product(linear_model(w).session(core_file).run(x=x)["y"], truth, w)
     assert_product(linear_model(w, bias).session(core_file).run(x=x)["y"], truth, w, bias)
+
+
+@pytest.mark.parametrize("spec", ALL_SPECS[-8:], ids=lambda s: s.name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_w4a8(core_file: Path, spec: FormatSpec, shape: tuple[int, int, int]) -> None:
+    rows, outputs, columns = shape
+    w, x, bias = encoded_weight(spec, outputs, columns), activation(rows, columns), torch.randn(outputs)
+    truth = decode(encode_int8(x, spec.array_size))
+    assert_product(int8_model(w, bias).session(core_file).run(x=x)["y"], truth, w, bias)
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)

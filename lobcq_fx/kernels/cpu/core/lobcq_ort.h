@@ -11,11 +11,17 @@
  *        [..., Kp/array_size]; tensor_scale float [..., 1]
  *   Encodes each row by its largest magnitude, or by static_scale. A row with NaN or infinity gets NaN scales.
  *
+ * QuantizeActivationInt8: attribute array_size.
+ *   in   x, static_scale: as above
+ *   out  entries int8 [..., Kp]; scales float8e4m3fn [..., Kp/array_size]; tensor_scale float [..., 1]
+ *
  * Linear: attributes in_features (K), array_size.
  *   in   codes, selectors, scales, tensor_scale: an encoded activation; codebooks int8 [N_a, 16]: the activation's;
  *        w_codes uint8 [N, Kp/2]; w_selectors uint8 [N, ...]; w_scales float8e4m3fn [N, Kp/array_size];
  *        w_tensor_scale float []; w_codebooks int8 [N_c, 16]; bias float [N], optional
  *   out  y float [..., N]: decoded activation @ decoded weight^T + bias
+ *
+ * LinearInt8Activation: as Linear, of entries, scales, tensor_scale in place of its first five inputs.
  *
  * LinearFloatActivation: attribute array_size.
  *   in   x T [..., K]; w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, bias: as above

@@ -63,12 +63,43 @@ struct Activation {
     }
 };
 
-class QuantizeActivation : public Kernel {
+// What both encoders have in common.
+class Encoder : public Kernel {
+  protected:
+    Encoder(const Signature& op, const Api& api, const KernelInfo* info, size_t static_scale)
+        : node_(op.node(api, info)), array_size_(array_size_of(node_, info)), static_scale_(static_scale) {
+        if (node_.is_constant(static_scale)) checked(node_.constant(static_scale));
+    }
+
+    // The rule for tensor scales [rows], which are filled in where a static one is given: for each row, the rule that
+    // makes NaN of a whole row with NaN or infinity in it.
+    int32_t scale_rule(const Call& call, float* scales, int64_t rows) const {
+        const Tensor given = call.input(static_scale_);
+        if (!given) return LOBCQ_ABSMAX_SCALES;
+        const float scale = checked(given);
+        for (int64_t i = 0; i < rows; ++i) scales[i] = scale;
+        return LOBCQ_ROW_SCALES;
+    }
+
+    Node node_;
+    int32_t array_size_;
+
+  private:
+    float checked(const Tensor& tensor) const {
+        const float scale = scalar(node_, static_scale_, tensor);
+        if (!(scale > 0 && std::isfinite(scale)))
+            node_.refuse("static_scale is " + std::to_string(scale) + ": it must be positive and finite");
+        return scale;
+    }
+
+    size_t static_scale_;  // its input
+};
+
+class QuantizeActivation : public Encoder {
   public:
     QuantizeActivation(const Signature& op, const Api& api, const KernelInfo* info)
-        : node_(op.node(api, info)), array_size_(array_size_of(node_, info)) {
+        : Encoder(op, api, info, kStaticScale) {
         if (node_.is_constant(kCodebooks)) tables_ = tables_of(node_, kCodebooks, node_.constant(kCodebooks));
-        if (node_.is_constant(kStaticScale)) static_scale(node_.constant(kStaticScale));
     }
 
     void compute(KernelContext* context) const override;
@@ -76,21 +107,12 @@ class QuantizeActivation : public Kernel {
   private:
     enum { kX, kCodebooks, kStaticScale };
 
-    float static_scale(const Tensor& tensor) const {
-        const float scale = scalar(node_, kStaticScale, tensor);
-        if (!(scale > 0 && std::isfinite(scale)))
-            node_.refuse("static_scale is " + std::to_string(scale) + ": it must be positive and finite");
-        return scale;
-    }
-
-    Node node_;
-    int32_t array_size_;
     SharedTables tables_;  // null where the codebooks are not constant
 };
 
 void QuantizeActivation::compute(KernelContext* context) const {
     const Call call(node_, context);
-    const Tensor x = call.input(kX), given = call.input(kStaticScale);
+    const Tensor x = call.input(kX);
     const SharedTables tables = tables_ ? tables_ : tables_of(node_, kCodebooks, call.input(kCodebooks));
     const Shape leading = leading_of(node_, kX, x);
     const int64_t rows = elements(leading), columns = x.shape.back();
@@ -99,17 +121,34 @@ void QuantizeActivation::compute(KernelContext* context) const {
     lobcq_packed out{static_cast<uint8_t*>(output(0, row.codes)), static_cast<uint8_t*>(output(1, row.selectors)),
                      static_cast<uint8_t*>(output(2, row.scales)), static_cast<float*>(output(3, 1)), rows, rows,
                      columns, tables->num_codebooks, array_size_};
-    if (given) {
-        const float scale = static_scale(given);
-        for (int64_t i = 0; i < rows; ++i) out.tensor_scale[i] = scale;
-    }
     const lobcq_matrix matrix{x.data, rows, columns, columns, dtype_of(x.type)};
-    // Given for each row, the rule that makes NaN of a whole row with NaN or infinity in it.
-    const int32_t rule = given ? LOBCQ_ROW_SCALES : LOBCQ_ABSMAX_SCALES;
+    const int32_t rule = scale_rule(call, out.tensor_scale, rows);
     node_.check_core(lobcq_encode(tables.get(), &matrix, rule, &out, parallel_for), "x");
 }
 
-// What both linears have in common.
+class QuantizeActivationInt8 : public Encoder {
+  public:
+    QuantizeActivationInt8(const Signature& op, const Api& api, const KernelInfo* info)
+        : Encoder(op, api, info, kStaticScale) {}
+
+    void compute(KernelContext* context) const override {
+        const Call call(node_, context);
+        const Tensor x = call.input(kX);
+        const Shape leading = leading_of(node_, kX, x);
+        const int64_t rows = elements(leading), columns = x.shape.back(), padded = round_up(columns, array_size_);
+        auto output = [&](size_t index, int64_t last) { return call.output(index, with(leading, last)); };
+        lobcq_int8 out{static_cast<int8_t*>(output(0, padded)), static_cast<uint8_t*>(output(1, padded / array_size_)),
+                       static_cast<float*>(output(2, 1)), rows, rows, columns, array_size_};
+        const lobcq_matrix matrix{x.data, rows, columns, columns, dtype_of(x.type)};
+        const int32_t rule = scale_rule(call, out.tensor_scale, rows);
+        node_.check_core(lobcq_encode_int8(&matrix, rule, &out, parallel_for), "x");
+    }
+
+  private:
+    enum { kX, kStaticScale };
+};
+
+// What all linears have in common.
 class Product : public Kernel {
   protected:
     Product(const Signature& op, const Api& api, const KernelInfo* info, size_t first_weight_input)
@@ -155,11 +194,16 @@ void Product::multiply(const Call& call, const Activation& a, const Shape& leadi
     node_.check_core(lobcq_linear(&product, 1, &a.view, parallel_for), "the product");
 }
 
+int64_t in_features_of(const Node& node, const KernelInfo* info) {
+    const int64_t features = node.attribute(info, "in_features");
+    if (features < 0) node.refuse("in_features is " + std::to_string(features));
+    return features;
+}
+
 class Linear : public Product {
   public:
     Linear(const Signature& op, const Api& api, const KernelInfo* info)
-        : Product(op, api, info, kWeight), in_features_(node_.attribute(info, "in_features")) {
-        if (in_features_ < 0) node_.refuse("in_features is " + std::to_string(in_features_));
+        : Product(op, api, info, kWeight), in_features_(in_features_of(node_, info)) {
         if (node_.is_constant(kCodebooks)) tables_ = tables_of(node_, kCodebooks, node_.constant(kCodebooks));
     }
 
@@ -190,6 +234,34 @@ void Linear::compute(KernelContext* context) const {
     node_.check_core(lobcq_activation_load(tables.get(), &packed, &activation.view, parallel_for), "the activation");
     multiply(call, activation, leading, kFloat);
 }
+
+class LinearInt8Activation : public Product {
+  public:
+    LinearInt8Activation(const Signature& op, const Api& api, const KernelInfo* info)
+        : Product(op, api, info, kWeight), in_features_(in_features_of(node_, info)) {}
+
+    void compute(KernelContext* context) const override {
+        const Call call(node_, context);
+        const Tensor entries = call.input(kEntries), scales = call.input(kScales),
+                     tensor_scale = call.input(kTensorScale);
+        const Shape leading = leading_of(node_, kEntries, entries);
+        const int64_t rows = elements(leading);
+        Activation activation(node_, rows, in_features_, array_size_, LOBCQ_INT8);
+        const int64_t padded = round_up(in_features_, array_size_);
+        node_.check_shape(kEntries, entries, with(leading, padded));
+        node_.check_shape(kScales, scales, with(leading, padded / array_size_));
+        node_.check_shape(kTensorScale, tensor_scale, with(leading, 1));
+        const lobcq_int8 operand{entries.as<int8_t>(), scales.as<uint8_t>(), tensor_scale.as<float>(), rows, rows,
+                                 in_features_, array_size_};
+        node_.check_core(lobcq_activation_load_int8(&operand, &activation.view, parallel_for), "the activation");
+        multiply(call, activation, leading, kFloat);
+    }
+
+  private:
+    enum { kEntries, kScales, kTensorScale, kWeight };
+
+    int64_t in_features_;
+};
 
 class LinearFloatActivation : public Product {
   public:
@@ -229,15 +301,18 @@ std::vector<Signature> signatures() {
         {"codes", kUint8}, {"selectors", kUint8}, {"scales", kFloat8E4M3FN}, {"tensor_scale", kFloat}};
     const std::vector<Port> weight{{"w_codes", kUint8},        {"w_selectors", kUint8}, {"w_scales", kFloat8E4M3FN},
                                    {"w_tensor_scale", kFloat}, {"w_codebooks", kInt8},  {"bias", kFloat, kOptional}};
+    const std::vector<Port> in_int8{{"entries", kInt8}, {"scales", kFloat8E4M3FN}, {"tensor_scale", kFloat}};
     const Port x{"x", kSame}, y{"y", kFloat}, y_like_x{"y", kSame}, codebooks{"codebooks", kInt8};
-    std::vector<Port> linear = encoded, float_activation{x};
+    const Port static_scale{"static_scale", kFloat, kOptional};
+    std::vector<Port> linear = encoded, int8_activation = in_int8, float_activation{x};
     linear.push_back(codebooks);
-    linear.insert(linear.end(), weight.begin(), weight.end());
-    float_activation.insert(float_activation.end(), weight.begin(), weight.end());
+    for (std::vector<Port>* inputs : {&linear, &int8_activation, &float_activation})
+        inputs->insert(inputs->end(), weight.begin(), weight.end());
     return {
-        {"QuantizeActivation", {x, codebooks, {"static_scale", kFloat, kOptional}}, encoded,
-         create<QuantizeActivation>},
+        {"QuantizeActivation", {x, codebooks, static_scale}, encoded, create<QuantizeActivation>},
+        {"QuantizeActivationInt8", {x, static_scale}, in_int8, create<QuantizeActivationInt8>},
         {"Linear", linear, {y}, create<Linear>},
+        {"LinearInt8Activation", int8_activation, {y}, create<LinearInt8Activation>},
         {"LinearFloatActivation", float_activation, {y_like_x}, create<LinearFloatActivation>},
     };
 }
