@@ -15,7 +15,7 @@ from torch import Tensor
 
 import lobcq_fx.ops
 from lobcq_fx.errors import LobcqError
-from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
+from lobcq_fx.format import FormatSpec, Operand, absmax_row_scale, decode, encode, encode_int8, universal_codebooks
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.ops import schemas
 from lobcq_fx.ops.contracts import OPERANDS
@@ -30,10 +30,12 @@ POOL = 24
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCES = {
     schemas.QUANTIZE_ACTIVATION: lobcq_fx.ops.quantize_activation,
+    schemas.QUANTIZE_ACTIVATION_INT8: lobcq_fx.ops.quantize_activation_int8,
     schemas.QUANTIZE_WEIGHT: lobcq_fx.ops.quantize_weight,
     schemas.DEQUANTIZE_WEIGHT: lobcq_fx.ops.dequantize_weight,
     schemas.COMPENSATE: lobcq_fx.ops.compensate,
     schemas.LINEAR: lobcq_fx.ops.linear,
+    schemas.LINEAR_INT8_ACTIVATION: lobcq_fx.ops.linear_int8_activation,
     schemas.LINEAR_FLOAT_ACTIVATION: lobcq_fx.ops.linear_float_activation,
 }
 
@@ -102,7 +104,7 @@ class Weights:
         ]
         scales = [w.tensor_scale for w in self.encoded]
         rest = [list(self.packed), scales, self.tables, biases, list(self.outputs), self.spec.array_size]
-        given = prepacked_call(op, x, self.tables, rest)
+        given = prepacked_call(op, x, rng.choice((self.tables, None)), rest)
         if "dtype" in given:
             given["dtype"] = rng.choice(FLOATS)
         if "residuals" in given:
@@ -115,6 +117,13 @@ class Weights:
             if name in given:
                 given[name] = move(given[name])
         return given
+
+    def encoded_rows(self, rows: Tensor, given: dict[str, Any]) -> Operand:
+        """What a call makes of its activation."""
+        static = given["static_scale"]
+        if given["activation_tables"] is None:
+            return encode_int8(rows, self.spec.array_size, static)
+        return encode(rows, self.spec, self.codebooks, absmax_row_scale(rows) if static is None else static)
 
     def check(self, op: str, given: dict[str, Any], results: Any) -> None:
         """Against the products of what the operands stand for."""
@@ -130,8 +139,7 @@ class Weights:
             return  # their parts are compared bit for bit in tests/ops/test_fused.py
         rows = given["x"].float().reshape(given["x"].shape[:-1].numel(), self.columns)
         if "activation_tables" in given:
-            static = given["static_scale"]
-            rows = decode(encode(rows, self.spec, self.codebooks, absmax_row_scale(rows) if static is None else static))
+            rows = decode(self.encoded_rows(rows, given))
         for out, w, bias in zip(results, self.encoded, given["biases"], strict=True):
             assert_product(out.reshape(len(rows), w.shape[0]), rows, w, bias.float() if bias.numel() else None)
 
