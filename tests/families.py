@@ -125,7 +125,7 @@ def _forward(
     weight: Tensor, bias: Tensor | None, spec: FormatSpec, mode: str, exact: bool
 ) -> Callable[[Tensor], Tensor]:
     codebooks = universal_codebooks(spec.num_codebooks)
-    encoded_weight = encode(weight, spec, codebooks)
+    encoded_weight = encode(weight, spec, codebooks, search_scales=True)
     decoded_weight = decode(encoded_weight)
     float_bias = None if bias is None else bias.float()
 

@@ -46,7 +46,8 @@ def truth(x: Tensor, format: str, activation_format: str) -> Tensor:
 
     def rounded(value: Tensor, name: str, scale: Tensor | None = None) -> Tensor:
         spec = FormatSpec.from_name(name)
-        return decode(encode(value, spec, universal_codebooks(spec.num_codebooks), scale))
+        books = universal_codebooks(spec.num_codebooks)
+        return decode(encode(value, spec, books, scale, search_scales=scale is None))
 
     def linear(layer: nn.Linear, value: Tensor) -> Tensor:
         rows = value.flatten(0, -2)

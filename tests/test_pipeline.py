@@ -101,7 +101,7 @@ def test_static_scales_are_what_the_model_encodes_with():
     x = batches(seed=9)[0]
     codebooks = universal_codebooks(8)
     a = decode(encode(x, FormatSpec(), codebooks, q.state_dict()["up.activation_scale"]))
-    w = decode(encode(model.up.weight.detach(), FormatSpec(), codebooks))
+    w = decode(encode(model.up.weight.detach(), FormatSpec(), codebooks, search_scales=True))
     expected = model.down(torch.relu(nn.functional.linear(a, w, model.up.bias)))
     torch.testing.assert_close(q(x), expected, rtol=1e-4, atol=1e-5)
 

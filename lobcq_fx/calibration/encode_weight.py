@@ -14,7 +14,7 @@ from lobcq_fx.format import Encoded, FormatSpec
 def encode_weight(
     weight: Tensor, spec: FormatSpec, codebooks: Tensor, name: str, second_moments: Tensor | None = None
 ) -> Encoded:
-    """Round a weight to the nearest of the format, or with feedback of its errors.
+    """Round a weight to the nearest of the format under searched scales, or with feedback of its errors.
 
     Args:
         weight: [N, K], fp32, bf16 or fp16.
@@ -28,7 +28,7 @@ def encode_weight(
     """
     codebooks = codebooks.to(weight.device)
     try:
-        parts = torch.ops.lobcq.quantize_weight(weight, codebooks, spec.array_size)
+        parts = torch.ops.lobcq.quantize_weight.searched(weight, codebooks, spec.array_size)
     except ValueError as error:
         raise LobcqError(
             f"cannot encode {name}: {error}. Remedy: repair the checkpoint, or exclude the layer"

@@ -81,6 +81,14 @@ def assign_codes(grid: Tensor, tables: CodeTables) -> tuple[Tensor, Tensor]:
     return codes.view(grid.shape), selectors.to(torch.uint8).view(grid.shape[0], grid.shape[1] // BLOCK_SIZE)
 
 
+def squared_errors(grid: Tensor, tables: CodeTables) -> Tensor:
+    """What `assign_codes` leaves of each scalar: `(q - 16 * C)**2`, int64 [R, Kp]."""
+    _, selectors = assign_codes(grid, tables)
+    rows, codebook = grid.long() + GRID_MAX, selectors.long().repeat_interleave(BLOCK_SIZE, dim=1)
+    costs = tables.costs.flatten().take(rows * tables.costs.shape[1] + codebook).long()
+    return 2 * GRID * costs + grid.long().square()
+
+
 def entries_of(codes: Tensor, selectors: Tensor, codebooks: Tensor) -> Tensor:
     """Look up codebook entries: codes uint8 [R, Kp], selectors uint8 [R, Kp/8] -> int8 [R, Kp]."""
     index = selectors.long().unsqueeze(-1) * CODEBOOK_SIZE + codes.view(*selectors.shape, BLOCK_SIZE)

@@ -8,11 +8,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lobcq_fx.format.codes import CHUNK, CodeTables, assign_codes, entries_of, to_grid
+from lobcq_fx.format.codes import CHUNK, CodeTables, assign_codes, entries_of, squared_errors, to_grid
 from lobcq_fx.format.int8_activation import Int8Activation
 from lobcq_fx.format.operand import check_operand, given_tensor_scale
 from lobcq_fx.format.packing import pack_codes, pack_selectors, unpack_codes, unpack_selectors
-from lobcq_fx.format.scales import absmax_tensor_scale, array_scales, block_arrays
+from lobcq_fx.format.scales import absmax_tensor_scale, array_scales, block_arrays, neighbour_scales
 from lobcq_fx.format.spec import BLOCK_SIZE, CODEBOOK_SIZE, ENTRY_MAX, FormatSpec
 
 
@@ -62,7 +62,14 @@ Operand = Encoded | Int8Activation
 """What a product takes as its activation."""
 
 
-def encode(x: Tensor, spec: FormatSpec, codebooks: Tensor, tensor_scale: Tensor | None = None) -> Encoded:
+def encode(
+    x: Tensor,
+    spec: FormatSpec,
+    codebooks: Tensor,
+    tensor_scale: Tensor | None = None,
+    *,
+    search_scales: bool = False,
+) -> Encoded:
     """Encode x along its last dimension.
 
     Args:
@@ -71,6 +78,8 @@ def encode(x: Tensor, spec: FormatSpec, codebooks: Tensor, tensor_scale: Tensor 
         codebooks: int8 [N_c, 16], each row sorted ascending in [-31, 31].
         tensor_scale: None for the weight rule (absmax(x) / 13888); or fp32, positive, a scalar (a static scale) or
             [R, 1] (one a row, see `absmax_row_scale`).
+        search_scales: give each block array the one of some neighbouring scales that costs least (docs/format.md); for
+            weights.
 
     Returns:
         The packed operand. Where a tensor scale is given (an activation), NaN or infinity in x marks its block array
@@ -86,7 +95,7 @@ def encode(x: Tensor, spec: FormatSpec, codebooks: Tensor, tensor_scale: Tensor 
     codebooks = codebooks.to(x.device)
     tables = _tables(codebooks, spec)
     tensor_scale = given_tensor_scale(x, finite_tensor_scale(x) if tensor_scale is None else tensor_scale)
-    codes, selectors, scales = _encode_rows(x, spec, tables, tensor_scale)
+    codes, selectors, scales = _encode_rows(x, spec, tables, tensor_scale, search_scales)
     return Encoded(codes, selectors, scales, tensor_scale, codebooks, spec, x.shape[1])
 
 
@@ -148,7 +157,7 @@ def _cached_tables(
 
 
 def _encode_rows(
-    x: Tensor, spec: FormatSpec, tables: CodeTables, tensor_scale: Tensor
+    x: Tensor, spec: FormatSpec, tables: CodeTables, tensor_scale: Tensor, search_scales: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Encode a chunk of rows at a time into preallocated outputs, so that working memory does not grow with R."""
     rows, columns = x.shape
@@ -163,11 +172,23 @@ def _encode_rows(
         arrays = block_arrays(x[part], spec)
         scale = tensor_scale[part] if tensor_scale.dim() else tensor_scale
         scales[part] = array_scales(arrays, scale)
+        if search_scales:
+            scales[part] = _cheapest_scales(arrays, scales[part], scale, tables)
         grid = to_grid(arrays, scales[part], scale).flatten(1)
         part_codes, part_selectors = assign_codes(grid, tables)
         codes[part] = pack_codes(part_codes)
         selectors[part] = pack_selectors(part_selectors, spec.selector_bits)
     return codes, selectors, scales
+
+
+def _cheapest_scales(arrays: Tensor, scales: Tensor, tensor_scale: Tensor, tables: CodeTables) -> Tensor:
+    """Of the neighbours of scales [R, G], those with the least error, the first of equal ones. Exact in fp64."""
+    tried, costs = neighbour_scales(scales), []
+    for one in tried:
+        errors = squared_errors(to_grid(arrays, one, tensor_scale).flatten(1), tables).view(arrays.shape)
+        costs.append(errors.sum(-1).double() * one.double().square())
+    best = torch.stack(costs).argmin(0, keepdim=True)
+    return torch.stack([one.view(torch.uint8) for one in tried]).gather(0, best)[0].view(torch.float8_e4m3fn)
 
 
 def finite_tensor_scale(x: Tensor) -> Tensor:

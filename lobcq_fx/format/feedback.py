@@ -21,13 +21,8 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.format.codes import CodeTables
-from lobcq_fx.format.scales import array_scales
+from lobcq_fx.format.scales import array_scales, neighbour_scales
 from lobcq_fx.format.spec import BLOCK_SIZE, GRID, GRID_MAX, FormatSpec
-
-SCALE_STEPS = (0, -1, -2, 1)
-"""E4M3 neighbours of the scale that the array's largest magnitude asks for; of equal costs, the first."""
-
-LARGEST_SCALE_BYTE = 0x7E
 
 
 @dataclass(frozen=True)
@@ -118,12 +113,10 @@ class _Rounding:
 
     def cheapest_scales(self, targets: Tensor, power: Tensor) -> Tensor:
         """Of each row's array, float8_e4m3fn [N]: the cheapest if every column were rounded by itself."""
-        first = array_scales(targets, self.tensor_scale).view(torch.uint8).int()
-        tried = torch.stack([torch.where(first > 0, (first + step).clamp(1, LARGEST_SCALE_BYTE), first)
-                             for step in SCALE_STEPS])  # fmt: skip
-        scales = tried.to(torch.uint8).view(torch.float8_e4m3fn)
-        best = torch.stack([self._price(targets, power, one.float()) for one in scales]).argmin(0, keepdim=True)
-        return scales.view(torch.uint8).gather(0, best)[0].view(torch.float8_e4m3fn)
+        tried = neighbour_scales(array_scales(targets, self.tensor_scale))
+        best = torch.stack([self._price(targets, power, one.float()) for one in tried]).argmin(0, keepdim=True)
+        scales = torch.stack([one.view(torch.uint8) for one in tried])
+        return scales.gather(0, best)[0].view(torch.float8_e4m3fn)
 
     def _price(self, targets: Tensor, power: Tensor, scales: Tensor) -> Tensor:
         """Of scales [N], with the cheapest codebook for each block: fp32 [N]. The order of the sums is a rule."""

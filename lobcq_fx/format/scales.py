@@ -7,6 +7,12 @@ from torch import Tensor
 
 from lobcq_fx.format.spec import E4M3_MAX, E4M3_MIN_SUBNORMAL, ENTRY_MAX, INT8_MAX, FormatSpec
 
+SCALE_STEPS = (0, -1, 1)
+"""E4M3 neighbours, in bytes, of the scale that an array's largest magnitude asks for. They are worth 0.19 dB for
+Gaussian data in 8x64; a step of 2 would add 0.06 dB there and a third to the time, a step of -2 nothing."""
+
+_LARGEST_SCALE_BYTE = 0x7E
+
 
 def tensor_scale_of_absmax(absmax: Tensor, entry_max: int = ENTRY_MAX) -> Tensor:
     """Tensor scale that goes with a largest magnitude: `absmax / (entry_max * 448)`, and 1 where that magnitude is 0.
@@ -76,6 +82,14 @@ def _marked(scales: Tensor, absmax: Tensor, tensor_scale: Tensor) -> Tensor:
     positive = torch.where(absmax == 0, 0.0, scales.float().clamp(min=E4M3_MIN_SUBNORMAL))
     finite = torch.isfinite(absmax) & torch.isfinite(tensor_scale)
     return torch.where(finite, positive, torch.nan).to(torch.float8_e4m3fn)
+
+
+def neighbour_scales(scales: Tensor) -> list[Tensor]:
+    """The scales that are worth a search, `scales` float8_e4m3fn [...] first; 0 and NaN have no neighbours."""
+    first = scales.view(torch.uint8).int()
+    alone = (first == 0) | (first > _LARGEST_SCALE_BYTE)
+    tried = [torch.where(alone, first, (first + step).clamp(1, _LARGEST_SCALE_BYTE)) for step in SCALE_STEPS]
+    return [one.to(torch.uint8).view(torch.float8_e4m3fn) for one in tried]
 
 
 def _absmax(x: Tensor) -> Tensor:

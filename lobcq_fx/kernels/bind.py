@@ -61,6 +61,7 @@ def bind_cpu_core() -> bool:
     torch.library.impl(schemas.QUANTIZE_ACTIVATION, "CPU", _quantize_activation)
     torch.library.impl(schemas.QUANTIZE_ACTIVATION_INT8, "CPU", _quantize_activation_int8)
     torch.library.impl(schemas.QUANTIZE_WEIGHT, "CPU", _quantize_weight)
+    torch.library.impl(schemas.QUANTIZE_WEIGHT_SEARCHED, "CPU", _quantize_weight_searched)
     torch.library.impl(schemas.DEQUANTIZE_WEIGHT, "CPU", _dequantize_weight)
     torch.library.impl(schemas.COMPENSATE, "CPU", _compensate)
     stored = StoredLinears(_scaled_entries)
@@ -155,7 +156,16 @@ def _row_scales(static_scale: Tensor | None, rows: Tensor) -> Tensor | None:
 def _quantize_weight(w: Tensor, codebooks: Tensor, array_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check(schemas.QUANTIZE_WEIGHT, locals())
     core, rows = _core(), w.detach().contiguous()
-    packed = core.encode(tables_of(codebooks), rows, array_size, core.tensor_scale(rows))
+    return _parts(core.encode(tables_of(codebooks), rows, array_size, core.tensor_scale(rows)))
+
+
+def _quantize_weight_searched(w: Tensor, codebooks: Tensor, array_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check(schemas.QUANTIZE_WEIGHT_SEARCHED, locals())
+    core, rows = _core(), w.detach().contiguous()
+    return _parts(core.encode_searched(tables_of(codebooks), rows, array_size, core.tensor_scale(rows)))
+
+
+def _parts(packed: PackedOperand) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return packed.codes, packed.selectors, packed.scales.view(torch.float8_e4m3fn), packed.tensor_scale
 
 

@@ -7,7 +7,7 @@ from lobcq_fx.ops.dequantize_weight import dequantize_weight
 from lobcq_fx.ops.linear import linear, linear_float_activation, linear_int8_activation
 from lobcq_fx.ops.quantize_activation import quantize_activation
 from lobcq_fx.ops.quantize_activation_int8 import quantize_activation_int8
-from lobcq_fx.ops.quantize_weight import quantize_weight
+from lobcq_fx.ops.quantize_weight import quantize_weight, quantize_weight_searched
 
 __all__ = [
     "compensate",
@@ -18,4 +18,5 @@ __all__ = [
     "quantize_activation",
     "quantize_activation_int8",
     "quantize_weight",
+    "quantize_weight_searched",
 ]

@@ -54,6 +54,7 @@ _WEIGHT = (
 _ACTIVATION_SCALES = (Operand("scales", E4M3, (..., "arrays")), Operand("tensor_scale", FLOAT32, (..., 1)))
 _X = Operand("x", FLOATS, (..., "K"))
 _CODEBOOKS = Operand("codebooks", INT8, ("N_c", CODEBOOK_SIZE))
+_W = (Operand("w", FLOATS, ("N", "K")), _CODEBOOKS)
 _STATIC_SCALE = Operand("static_scale", FLOAT32, (), contiguous=True, positive=True)
 _TABLES = Operand("activation_tables", UINT8, ("table_bytes",), contiguous=True)
 _PREPACKED = (
@@ -69,7 +70,8 @@ _NORM_WEIGHT, _NORM_BIAS = Operand("norm_weight", FLOATS, ("K",)), Operand("norm
 OPERANDS: dict[str, tuple[Operand, ...]] = {
     schemas.QUANTIZE_ACTIVATION: (_X, _CODEBOOKS, _STATIC_SCALE),
     schemas.QUANTIZE_ACTIVATION_INT8: (_X, _STATIC_SCALE),
-    schemas.QUANTIZE_WEIGHT: (Operand("w", FLOATS, ("N", "K")), _CODEBOOKS),
+    schemas.QUANTIZE_WEIGHT: _W,
+    schemas.QUANTIZE_WEIGHT_SEARCHED: _W,
     schemas.DEQUANTIZE_WEIGHT: _WEIGHT[:-1],
     schemas.COMPENSATE: (
         Operand("weight", FLOAT32, ("N", "K")),

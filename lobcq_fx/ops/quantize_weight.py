@@ -1,13 +1,13 @@
-"""`lobcq::quantize_weight`: default implementation and fake kernel."""
+"""`lobcq::quantize_weight` and `lobcq::quantize_weight.searched`: default implementations and fake kernels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import FormatSpec, encode
+from lobcq_fx.format import Encoded, FormatSpec, encode
 from lobcq_fx.ops.operand_checks import check, check_fake
-from lobcq_fx.ops.schemas import QUANTIZE_WEIGHT
+from lobcq_fx.ops.schemas import QUANTIZE_WEIGHT, QUANTIZE_WEIGHT_SEARCHED
 
 Packed = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -29,15 +29,29 @@ def quantize_weight(w: Tensor, codebooks: Tensor, array_size: int) -> Packed:
         ValueError: w holds NaN or infinity (names the first bad index).
     """
     check(QUANTIZE_WEIGHT, locals())
-    encoded = encode(w, FormatSpec(codebooks.shape[0], array_size), codebooks)
+    return _packed(encode(w, FormatSpec(codebooks.shape[0], array_size), codebooks))
+
+
+def quantize_weight_searched(w: Tensor, codebooks: Tensor, array_size: int) -> Packed:
+    """Encode a weight, each block array under the one of some neighbouring scales that costs least.
+
+    Arguments, results and errors are those of `quantize_weight`.
+    """
+    check(QUANTIZE_WEIGHT_SEARCHED, locals())
+    return _packed(encode(w, FormatSpec(codebooks.shape[0], array_size), codebooks, search_scales=True))
+
+
+def _packed(encoded: Encoded) -> Packed:
     return encoded.codes, encoded.selectors, encoded.scales, encoded.tensor_scale
 
 
 # As a decorator this call would replace the function by None.
 torch.library.impl(QUANTIZE_WEIGHT, "CompositeExplicitAutograd", quantize_weight)
+torch.library.impl(QUANTIZE_WEIGHT_SEARCHED, "CompositeExplicitAutograd", quantize_weight_searched)
 
 
 @torch.library.register_fake(QUANTIZE_WEIGHT)
+@torch.library.register_fake(QUANTIZE_WEIGHT_SEARCHED)
 def _fake(w: Tensor, codebooks: Tensor, array_size: int) -> Packed:
     check_fake(QUANTIZE_WEIGHT, locals())
     spec = FormatSpec(codebooks.shape[0], array_size)

@@ -22,6 +22,7 @@ from lobcq_fx.errors import LobcqError
 QUANTIZE_ACTIVATION = "lobcq::quantize_activation"
 QUANTIZE_ACTIVATION_INT8 = "lobcq::quantize_activation_int8"
 QUANTIZE_WEIGHT = "lobcq::quantize_weight"
+QUANTIZE_WEIGHT_SEARCHED = "lobcq::quantize_weight.searched"
 DEQUANTIZE_WEIGHT = "lobcq::dequantize_weight"
 COMPENSATE = "lobcq::compensate"
 LINEAR = "lobcq::linear"
@@ -47,11 +48,12 @@ torch.library.define(
     QUANTIZE_ACTIVATION_INT8,
     "(Tensor x, int array_size, Tensor? static_scale=None) -> (Tensor entries, Tensor scales, Tensor tensor_scale)",
 )
-torch.library.define(
-    QUANTIZE_WEIGHT,
-    "(Tensor w, Tensor codebooks, int array_size)"
-    " -> (Tensor codes, Tensor selectors, Tensor scales, Tensor tensor_scale)",
-)
+for _name in (QUANTIZE_WEIGHT, QUANTIZE_WEIGHT_SEARCHED):
+    torch.library.define(
+        _name,
+        "(Tensor w, Tensor codebooks, int array_size)"
+        " -> (Tensor codes, Tensor selectors, Tensor scales, Tensor tensor_scale)",
+    )
 torch.library.define(DEQUANTIZE_WEIGHT, f"({_WEIGHT}, int in_features, int array_size) -> Tensor")
 torch.library.define(
     COMPENSATE,
@@ -111,8 +113,8 @@ def _refuse_backward(*_: Any) -> NoReturn:
 
 
 _ON_STORED = (
-    QUANTIZE_ACTIVATION, QUANTIZE_ACTIVATION_INT8, QUANTIZE_WEIGHT, DEQUANTIZE_WEIGHT, COMPENSATE, LINEAR,
-    LINEAR_INT8_ACTIVATION, LINEAR_FLOAT_ACTIVATION,
+    QUANTIZE_ACTIVATION, QUANTIZE_ACTIVATION_INT8, QUANTIZE_WEIGHT, QUANTIZE_WEIGHT_SEARCHED, DEQUANTIZE_WEIGHT,
+    COMPENSATE, LINEAR, LINEAR_INT8_ACTIVATION, LINEAR_FLOAT_ACTIVATION,
 )  # fmt: skip
 for _name in _ON_STORED:
     torch.library.register_autograd(_name, _refuse_backward)

@@ -70,7 +70,8 @@ def decoded(model: nn.Module, q: nn.Module) -> nn.Module:
         for name, weight in model.named_parameters():
             if f"{usable_name(name)}.codes" not in stored:
                 continue
-            weight.copy_(decode(encode(weight.detach(), spec, universal_codebooks(spec.num_codebooks))))
+            books = universal_codebooks(spec.num_codebooks)
+            weight.copy_(decode(encode(weight.detach(), spec, books, search_scales=True)))
     return model
 
 

@@ -62,13 +62,15 @@ def matrix(kind: str, rows: int, columns: int, seed: int) -> np.ndarray:
     return values.astype(np.float32)
 
 
-def same_bytes(x: torch.Tensor, spec: FormatSpec, codebooks: list[list[int]], tensor_scale=None) -> Encoded:
+def same_bytes(
+    x: torch.Tensor, spec: FormatSpec, codebooks: list[list[int]], tensor_scale=None, search=False
+) -> Encoded:
     """Encode with the package and with the oracle, compare every byte and every decoded bit."""
-    encoded = encode(x, spec, int8(codebooks), tensor_scale)
+    encoded = encode(x, spec, int8(codebooks), tensor_scale, search_scales=search)
     per_row = None if tensor_scale is None else tensor_scale.reshape(-1).tolist()
     if per_row is not None and len(per_row) == 1:
         per_row *= x.shape[0]
-    expected = oracle.encode(x.float().numpy(), spec.array_size, codebooks, per_row)
+    expected = oracle.encode(x.float().numpy(), spec.array_size, codebooks, per_row, search)
     assert encoded.codes.tolist() == expected.codes
     assert encoded.selectors.tolist() == expected.selectors
     assert encoded.scales.view(torch.uint8).tolist() == expected.scales

@@ -7,6 +7,7 @@ finite values; everything after the grid is Python integers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -98,7 +99,28 @@ def selector_width(num_codebooks: int) -> int:
     return {1: 0, 2: 1, 4: 2, 8: 3, 16: 4}[num_codebooks]
 
 
-def encode_row(row, array_size: int, codebooks: list[list[int]], t: np.float32):
+def encode_array(array, scale: int, codebooks: list[list[int]], t: np.float32):
+    """(codes, selectors, cost) under a scale; the cost is exact, in squares of a sixteenth of t."""
+    codes: list[int] = []
+    selectors: list[int] = []
+    error = 0
+    q = [grid_value(v, scale, t) for v in array]
+    for first in range(0, len(array), BLOCK):
+        block = q[first : first + BLOCK]
+        selector, block_codes = encode_block(block, codebooks)
+        selectors.append(selector)
+        codes += block_codes
+        error += sum((v - 16 * codebooks[selector][j]) ** 2 for v, j in zip(block, block_codes, strict=True))
+    return codes, selectors, error * Fraction(E4M3[scale]) ** 2
+
+
+def scales_to_try(first: int, search: bool) -> list[int]:
+    if first == 0 or not search:
+        return [first]
+    return [min(max(first + step, 1), len(E4M3) - 1) for step in (0, -1, 1)]
+
+
+def encode_row(row, array_size: int, codebooks: list[list[int]], t: np.float32, search: bool = False):
     """(codes, selectors, scale bytes), unpacked, of one row."""
     scalars = [F32(v) for v in row]
     scalars += [F32(0)] * (-len(scalars) % array_size)
@@ -107,12 +129,12 @@ def encode_row(row, array_size: int, codebooks: list[list[int]], t: np.float32):
     scales: list[int] = []
     for start in range(0, len(scalars), array_size):
         array = scalars[start : start + array_size]
-        scales.append(array_scale_byte(array, t))
-        q = [grid_value(v, scales[-1], t) for v in array]
-        for first in range(0, array_size, BLOCK):
-            selector, block_codes = encode_block(q[first : first + BLOCK], codebooks)
-            selectors.append(selector)
-            codes += block_codes
+        tried = scales_to_try(array_scale_byte(array, t), search)
+        results = [encode_array(array, scale, codebooks, t) for scale in tried]
+        best = min(range(len(tried)), key=lambda i: results[i][2])  # the first of equals
+        scales.append(tried[best])
+        codes += results[best][0]
+        selectors += results[best][1]
     return codes, selectors, scales
 
 
@@ -126,7 +148,7 @@ def pack_bits(values: list[int], width: int) -> list[int]:
     return list(number.to_bytes((width * len(values) + 7) // 8, "little"))
 
 
-def encode(x, array_size: int, codebooks: list[list[int]], tensor_scales=None) -> Packed:
+def encode(x, array_size: int, codebooks: list[list[int]], tensor_scales=None, search: bool = False) -> Packed:
     """x: float32 [R, K]. tensor_scales: None (the weight rule), or one fp32 a row."""
     with np.errstate(all="ignore"):
         if tensor_scales is None:
@@ -135,7 +157,7 @@ def encode(x, array_size: int, codebooks: list[list[int]], tensor_scales=None) -
         width = selector_width(len(codebooks))
         for r, row in enumerate(x):
             t = out.tensor_scales[r]
-            codes, selectors, scales = encode_row(row, array_size, codebooks, t)
+            codes, selectors, scales = encode_row(row, array_size, codebooks, t, search)
             out.codes.append(pack_nibbles(codes))
             out.selectors.append(pack_bits(selectors, width))
             out.scales.append(scales)

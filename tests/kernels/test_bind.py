@@ -71,6 +71,10 @@ def test_weights_are_encoded_as_by_default(name, shape, dtype):
         expected = lobcq_fx.ops.quantize_weight(weight, books, spec.array_size)
         for one, other in zip(torch.ops.lobcq.quantize_weight(weight, books, spec.array_size), expected, strict=True):
             same_bits(one, other)
+        expected = lobcq_fx.ops.quantize_weight_searched(weight, books, spec.array_size)
+        actual = torch.ops.lobcq.quantize_weight.searched(weight, books, spec.array_size)
+        for one, other in zip(actual, expected, strict=True):
+            same_bits(one, other)
         call = (*expected, books, shape[1], spec.array_size)
         same_bits(torch.ops.lobcq.dequantize_weight(*call), lobcq_fx.ops.dequantize_weight(*call))
 

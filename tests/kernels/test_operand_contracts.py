@@ -53,6 +53,7 @@ DEFAULTS = {
     schemas.QUANTIZE_ACTIVATION: lobcq_fx.ops.quantize_activation,
     schemas.QUANTIZE_ACTIVATION_INT8: lobcq_fx.ops.quantize_activation_int8,
     schemas.QUANTIZE_WEIGHT: lobcq_fx.ops.quantize_weight,
+    schemas.QUANTIZE_WEIGHT_SEARCHED: lobcq_fx.ops.quantize_weight_searched,
     schemas.DEQUANTIZE_WEIGHT: lobcq_fx.ops.dequantize_weight,
     schemas.COMPENSATE: lobcq_fx.ops.compensate,
     schemas.LINEAR: lobcq_fx.ops.linear,

@@ -106,6 +106,7 @@ def test_dtypes_and_strides_agree_with_the_fake_kernels(dtype):
         (torch.ops.lobcq.linear.int8_activation, (*in_int8, *weight_args(w), bias, 200, 64, dtype)),
         (torch.ops.lobcq.linear.float_activation, (x, *weight_args(w), bias, 64)),
         (torch.ops.lobcq.quantize_weight.default, (x[0], codebooks, 64)),
+        (torch.ops.lobcq.quantize_weight.searched, (x[0], codebooks, 64)),
         (torch.ops.lobcq.dequantize_weight.default, (*weight_args(w), 200, 64)),
         (torch.ops.lobcq.compensate.default, (*feedback_args(), codebooks, 64)),
     ]

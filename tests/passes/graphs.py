@@ -136,7 +136,7 @@ def assert_unchanged(one: GraphPass, graph_module: fx.GraphModule) -> PassResult
 
 def decoded(weight: Tensor, spec: FormatSpec | None = None) -> Tensor:
     spec = spec or FormatSpec()
-    return decode(encode(weight.detach(), spec, universal_codebooks(spec.num_codebooks)))
+    return decode(encode(weight.detach(), spec, universal_codebooks(spec.num_codebooks), search_scales=True))
 
 
 def fake_quantized(

@@ -111,7 +111,7 @@ def folder(saved, tmp_path):
 def test_plain_safetensors_reads_the_format_s_names_and_layout(saved):
     tensors = load_file(saved / "lobcq.safetensors")
     spec = FormatSpec.from_name("2x128")
-    encoded = encode(model()[0].weight.detach(), spec, universal_codebooks(2))
+    encoded = encode(model()[0].weight.detach(), spec, universal_codebooks(2), search_scales=True)
     assert set(tensors) == {
         *(f"{layer}.weight.{part}" for layer in "023" for part in PARTS),
         *(f"{layer}.{rest}" for layer in "023" for rest in ("bias", "activation_scale")),

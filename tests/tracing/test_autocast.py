@@ -75,7 +75,7 @@ def test_the_ops_multiply_in_fp32() -> None:
     """Those on stored weights, whose product is torch's."""
     spec, codebooks = FormatSpec(), universal_codebooks(8)
     rows = X.flatten(0, 1)
-    w = encode(torch.randn(48, 64, generator=torch.Generator().manual_seed(1)), spec, codebooks)
+    w = encode(torch.randn(48, 64, generator=torch.Generator().manual_seed(1)), spec, codebooks, search_scales=True)
     weight = (w.codes, w.selectors, w.scales, w.tensor_scale, codebooks)
     a = encode(rows, spec, codebooks, absmax_row_scale(rows))
 

@@ -134,6 +134,14 @@ class Core:
         self._call("encode_int8", ctypes.byref(matrix), _scale_rule(tensor_scale), ctypes.byref(out), self._parallel())
         return operand
 
+    def encode_searched(self, tables: Tables, x: Tensor, array_size: int, tensor_scale: Tensor) -> PackedOperand:
+        """Encode x [R, K] with one tensor scale [], and block-array scales that cost least among neighbours."""
+        spec, (rows, columns) = FormatSpec(tables.num_codebooks, array_size), x.shape
+        packed = PackedOperand.empty(rows, columns, spec, tensor_scale.to(torch.float32).clone())
+        matrix, out = c_matrix(x), c_packed(packed)
+        self._call("encode_searched", _pointer(tables.data), ctypes.byref(matrix), ctypes.byref(out), self._parallel())
+        return packed
+
     def compensate(
         self, tables: Tables, weight: Tensor, other_errors: Tensor, coupling: Tensor, power: Tensor,
         tensor_scale: float, array_size: int,

@@ -50,6 +50,8 @@ def assert_encodes(core: Core, x: torch.Tensor, spec: FormatSpec, books: torch.T
         assert_same_bytes(actual, expected)
         values, truth = core.decode(tables, actual), decode(expected)
         assert torch.equal(values.view(torch.int32), truth.view(torch.int32))
+    expected = encode(x, spec, books, search_scales=True)
+    assert_same_bytes(core.encode_searched(tables, x, spec.array_size, static), expected)
 
 
 @pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)

@@ -205,16 +205,26 @@ int32_t lobcq_tensor_scale(const lobcq_matrix* x, float* tensor_scale, int64_t b
     return LOBCQ_OK;
 }
 
-int32_t lobcq_encode(const void* tables, const lobcq_matrix* x, int32_t scale_rule, lobcq_packed* out,
-                     lobcq_parallel_for parallel) {
+static int32_t encode(const void* tables, const lobcq_matrix* x, int32_t scale_rule, bool search, lobcq_packed* out,
+                      lobcq_parallel_for parallel) {
     if (!valid_tables(tables) || !valid_matrix(x)) return LOBCQ_INVALID_ARGUMENT;
     if (!valid_scale_rule(scale_rule)) return LOBCQ_INVALID_ARGUMENT;
     if (const int32_t status = check_packed(out, true)) return status;
     if (!same_shape(*x, *out) || out->num_codebooks != as_tables(tables).num_codebooks) return LOBCQ_INVALID_ARGUMENT;
     if (out->num_tensor_scales != scales_of(scale_rule, out->rows)) return LOBCQ_INVALID_ARGUMENT;
     return run(x->rows, row_grain(x->columns), parallel, [&](int64_t begin, int64_t end) {
-        encode_packed(as_tables(tables), *x, scale_rule, *out, begin, end);
+        encode_packed(as_tables(tables), *x, scale_rule, search, *out, begin, end);
     });
+}
+
+int32_t lobcq_encode(const void* tables, const lobcq_matrix* x, int32_t scale_rule, lobcq_packed* out,
+                     lobcq_parallel_for parallel) {
+    return encode(tables, x, scale_rule, false, out, parallel);
+}
+
+int32_t lobcq_encode_searched(const void* tables, const lobcq_matrix* x, lobcq_packed* out,
+                              lobcq_parallel_for parallel) {
+    return encode(tables, x, LOBCQ_SHARED_SCALE, true, out, parallel);
 }
 
 int32_t lobcq_compensate(const void* tables, const lobcq_feedback* feedback, lobcq_parallel_for parallel) {

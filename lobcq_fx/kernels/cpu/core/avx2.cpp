@@ -17,6 +17,7 @@ const Isa kAvx2 = {
     .array_scales = array_scales<kEntryMax>,
     .encode = avx2::encode,
     .entries = avx2::entries,
+    .errors = grid_errors,
     .compensate = compensate,
     .correct = avx2::correct,
     .correct_wide = correct_arrays,

@@ -16,6 +16,7 @@ const Isa kAvx512 = {
     .array_scales = array_scales<kEntryMax>,
     .encode = avx512::encode,
     .entries = avx512::entries,
+    .errors = grid_errors,
     .compensate = compensate,
     .correct = correct_arrays,
     .correct_wide = correct_arrays,

@@ -8,18 +8,73 @@
 namespace lobcq {
 namespace {
 
-void encode(const Tables& t, Slab& slab, int64_t columns, int array_size, float tensor_scale) {
-    const int64_t groups = ceil_div(columns, kGroup), arrays = groups * (kGroup / array_size);
-    isa().absmax(slab.x, arrays, array_size, slab.absmax);
-    isa().array_scales(slab.absmax, arrays, tensor_scale, slab.scales, slab.divisors);
-    alignas(64) float spread[kSlabArrays];  // a divisor for each 16 scalars
+// The block arrays of a slab, and a divisor for each 16 of their scalars.
+struct Arrays {
+    int64_t number;
+    int size;
+    alignas(64) float spread[kSlabArrays];
+
+    int64_t groups() const { return number * size / kGroup; }
+};
+
+// Codes and selectors under the scales that the slab has.
+void assign(const Tables& t, Slab& slab, Arrays& arrays) {
     bool wide = false;
-    for (int64_t g = 0; g < arrays; ++g) {
-        if (slab.scales[g] == kScaleNaN) slab.clear(g, array_size);
+    for (int64_t g = 0; g < arrays.number; ++g) {
+        if (slab.scales[g] == kScaleNaN) slab.clear(g, arrays.size);
         else wide |= !(as_float(slab.absmax[g]) <= kNarrow * slab.divisors[g]);
-        for (int i = 0; i < array_size / 16; ++i) spread[g * (array_size / 16) + i] = slab.divisors[g];
+        const int parts = arrays.size / 16;
+        for (int i = 0; i < parts; ++i) arrays.spread[g * parts + i] = slab.divisors[g];
     }
-    (wide ? kPortable : isa()).encode(t, slab.x, spread, groups, slab.codes, slab.selectors);
+    (wide ? kPortable : isa()).encode(t, slab.x, arrays.spread, arrays.groups(), slab.codes, slab.selectors);
+}
+
+// Of each array, in squares of the tensor scale's sixteenth: 31 bits times 8, so that doubles are exact.
+void costs(const Tables& t, Slab& slab, const Arrays& arrays, double* costs) {
+    int32_t errors[kSlabArrays];
+    isa().entries(t, slab.codes, slab.selectors, arrays.groups(), slab.entries);
+    isa().errors(slab.x, arrays.spread, slab.entries, arrays.number, arrays.size, errors);
+    for (int64_t g = 0; g < arrays.number; ++g) {
+        const auto scale = static_cast<double>(e4m3_value(slab.scales[g]));
+        costs[g] = static_cast<double>(errors[g]) * (scale * scale);
+    }
+}
+
+void copy_array(const Slab& from, Slab& to, int64_t array, int array_size) {
+    const int64_t first = array * array_size;
+    to.scales[array] = from.scales[array];
+    std::memcpy(to.codes + first, from.codes + first, static_cast<size_t>(array_size));
+    std::memcpy(to.selectors + first / kBlock, from.selectors + first / kBlock,
+                static_cast<size_t>(array_size / kBlock));
+}
+
+// Gives each array the cheapest of its scale and that one's neighbours. Finite values only.
+void search_scales(const Tables& t, Slab& slab, Arrays& arrays, float tensor_scale) {
+    double least[kSlabArrays], cost[kSlabArrays];
+    costs(t, slab, arrays, least);
+    uint8_t first[kSlabArrays];
+    std::memcpy(first, slab.scales, sizeof first);
+    Slab tried = slab;
+    for (const int step : kScaleSteps) {
+        for (int64_t g = 0; g < arrays.number; ++g) {
+            tried.scales[g] = neighbour(first[g], step);
+            const float divisor = e4m3_value(tried.scales[g]) * tensor_scale;
+            tried.divisors[g] = divisor > 0.0f ? divisor : HUGE_VALF;
+        }
+        assign(t, tried, arrays);
+        costs(t, tried, arrays, cost);
+        for (int64_t g = 0; g < arrays.number; ++g)
+            if (cost[g] < least[g]) least[g] = cost[g], copy_array(tried, slab, g, arrays.size);
+    }
+}
+
+// Every array under its absmax scale; `search`: or under the neighbour of it that costs least.
+void encode(const Tables& t, Slab& slab, int64_t columns, int array_size, float tensor_scale, bool search) {
+    Arrays arrays{ceil_div(columns, kGroup) * (kGroup / array_size), array_size, {}};
+    isa().absmax(slab.x, arrays.number, array_size, slab.absmax);
+    isa().array_scales(slab.absmax, arrays.number, tensor_scale, slab.scales, slab.divisors);
+    assign(t, slab, arrays);
+    if (search) search_scales(t, slab, arrays, tensor_scale);
 }
 
 uint32_t absmax_of_row(const lobcq_matrix& m, int64_t row) {
@@ -65,15 +120,15 @@ uint32_t absmax_of_rows(const lobcq_matrix& x, int64_t begin, int64_t end) {
     return most;
 }
 
-void encode_packed(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, const lobcq_packed& out, int64_t begin,
-                   int64_t end) {
+void encode_packed(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, bool search, const lobcq_packed& out,
+                   int64_t begin, int64_t end) {
     const PackedRow bytes(x.columns, t.num_codebooks, out.array_size);
     const int bits = selector_bits(t.num_codebooks);
     for (int64_t row = begin; row < end; ++row) {
         const float scale = row_scale(x, scale_rule, out.tensor_scale, row, kEntryMax);
         if (scale_rule != LOBCQ_SHARED_SCALE) out.tensor_scale[row] = scale;
         for_slabs(x, row, [&](Slab& slab, int64_t column, int64_t columns) {
-            encode(t, slab, columns, out.array_size, scale);
+            encode(t, slab, columns, out.array_size, scale, search);
             const int64_t padded = round_up(columns, out.array_size);
             pack_codes(slab.codes, padded, out.codes + row * bytes.codes + column / 2);
             pack_selectors(slab.selectors, padded / kBlock, bits,
@@ -90,7 +145,7 @@ void encode_activation(const Tables& t, const lobcq_matrix& x, int32_t scale_rul
         clear_padding(a, row);
         a.row_scales[row] = row_scale(x, scale_rule, tensor_scale, row, kEntryMax);
         for_slabs(x, row, [&](Slab& slab, int64_t column, int64_t columns) {
-            encode(t, slab, columns, a.array_size, a.row_scales[row]);
+            encode(t, slab, columns, a.array_size, a.row_scales[row], false);
             store_entries(t, slab, a, row, column, columns);
         });
         isa().correct(a.entries_at(row), a.arrays, a.array_size, a.corrections_at(row));

@@ -14,9 +14,9 @@ float row_scale(const lobcq_matrix& x, int32_t rule, const float* given, int64_t
 // max|x| over rows [begin, end), as bits; infinity's or more where x is not finite.
 uint32_t absmax_of_rows(const lobcq_matrix& x, int64_t begin, int64_t end);
 
-// Rows [begin, end) of an operand into packed bytes.
-void encode_packed(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, const lobcq_packed& out, int64_t begin,
-                   int64_t end);
+// Rows [begin, end) of an operand into packed bytes; `search`: each array under the cheapest of some scales.
+void encode_packed(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, bool search, const lobcq_packed& out,
+                   int64_t begin, int64_t end);
 
 // Rows [begin, end) into an activation: encoded, from packed bytes, or split into digits.
 void encode_activation(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, const float* tensor_scale,

@@ -10,8 +10,6 @@ namespace {
 constexpr int kPanelColumns = 16;   // of couplings that lie together
 constexpr int kChunkColumns = 128;  // columns whose feedback from all columns before them is computed at once
 constexpr int kTogether = 4;        // rows that share what is loaded for that
-constexpr int kScaleSteps[] = {0, -1, -2, 1};
-constexpr uint8_t kLargestScale = 0x7e;
 
 int bucket_of_steps(float steps) {
     const float bound = static_cast<float>(kGridMax);
@@ -95,16 +93,15 @@ class FeedbackRounding {
         float divisor;
         absmax_rows(targets, 1, f_.array_size, &absmax);
         array_scales<kEntryMax>(&absmax, 1, f_.tensor_scale, &first, &divisor);
-        int best = first;
-        float least = HUGE_VALF;
+        uint8_t best = first;
+        float least = price_of(ArrayScale(first, f_.tensor_scale), column, targets);
         for (const int step : kScaleSteps) {
-            if (first == 0) break;
-            const int tried = first + step < 1 ? 1 : first + step > kLargestScale ? kLargestScale : first + step;
-            const float price = price_of(ArrayScale(static_cast<uint8_t>(tried), f_.tensor_scale), column, targets);
+            const uint8_t tried = neighbour(first, step);
+            const float price = price_of(ArrayScale(tried, f_.tensor_scale), column, targets);
             if (price < least) least = price, best = tried;
         }
-        f_.scales[(row * f_.columns + column) / f_.array_size] = static_cast<uint8_t>(best);
-        return ArrayScale(static_cast<uint8_t>(best), f_.tensor_scale);
+        f_.scales[(row * f_.columns + column) / f_.array_size] = best;
+        return ArrayScale(best, f_.tensor_scale);
     }
 
     // What the array costs if every column is rounded by itself.

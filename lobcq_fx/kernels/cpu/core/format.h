@@ -63,6 +63,17 @@ inline float e4m3_value(uint8_t byte) {
     return as_float((static_cast<uint32_t>(byte) << 20) + (120u << 23));
 }
 
+// Neighbours of the scale that an array's largest magnitude asks for, tried after it where scales are searched.
+constexpr int kScaleSteps[] = {-1, 1};
+constexpr uint8_t kLargestScale = 0x7e;
+
+// A scale some steps further; 0 and NaN have no neighbours.
+inline uint8_t neighbour(uint8_t scale, int step) {
+    const int byte = scale + step;
+    if (scale == 0 || scale >= kScaleNaN) return scale;
+    return static_cast<uint8_t>(byte < 1 ? 1 : byte > kLargestScale ? kLargestScale : byte);
+}
+
 // Bytes of one row of a packed operand.
 struct PackedRow {
     int64_t blocks, codes, selectors, scales;

@@ -36,6 +36,9 @@ struct Isa {
                    uint8_t* selectors);
     // Entries of `groups` times kGroup codes.
     void (*entries)(const Tables& t, const uint8_t* codes, const uint8_t* selectors, int64_t groups, int8_t* entries);
+    // Errors on the grid of arrays with these entries, divisors as for encode.
+    void (*errors)(const float* x, const float* divisors, const int8_t* entries, int64_t arrays, int array_size,
+                   int32_t* errors);
     // Rows [first, last) of lobcq_compensate.
     void (*compensate)(const Tables& t, const lobcq_feedback& f, int64_t first, int64_t last);
     // Corrections of one row of entries [arrays * array_size]; what they are is up to the kernels below. Those of wide

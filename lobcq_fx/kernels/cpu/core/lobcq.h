@@ -153,6 +153,12 @@ LOBCQ_API int32_t lobcq_encode(const void* tables, const lobcq_matrix* x, int32_
 LOBCQ_API int32_t lobcq_encode_int8(const lobcq_matrix* x, int32_t scale_rule, lobcq_int8* out,
                                     lobcq_parallel_for parallel);
 
+/* lobcq_encode with LOBCQ_SHARED_SCALE, but that each block array gets, of the scale that the rule asks for and the E4M3
+ * numbers below and above it, the one with the least sum of (q - 16 entry)^2 times its square; of equal ones, the first
+ * of these. */
+LOBCQ_API int32_t lobcq_encode_searched(const void* tables, const lobcq_matrix* x, lobcq_packed* out,
+                                        lobcq_parallel_for parallel);
+
 /* A weight to be rounded with feedback of its errors, and what becomes of it. Every array is contiguous.
  *   weight       fp32 [rows, columns], columns a multiple of array_size
  *   other_errors fp32 [rows, columns], of another rounding, whose cost is wanted too

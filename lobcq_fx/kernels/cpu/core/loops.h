@@ -61,6 +61,25 @@ void array_scales(const uint32_t* absmax, int64_t n, float t, uint8_t* scales, f
     }
 }
 
+// Sum of (q - 16 entry)^2 over each array, with one divisor for each 16 scalars.
+void grid_errors(const float* x, const float* divisors, const int8_t* entries, int64_t arrays, int array_size,
+                 int32_t* errors) {
+    const float bound = static_cast<float>(kGridMax);
+    for (int64_t g = 0; g < arrays; ++g) {
+        int32_t sum = 0;  // below 2^31: 128 times (2047 + 496)^2
+        for (int part = 0; part < array_size; part += 16, x += 16, entries += 16, ++divisors)
+            for (int i = 0; i < 16; ++i) {
+                const float steps = x[i] / *divisors * static_cast<float>(kGrid);
+                const float clamped = steps > bound ? bound : steps < -bound ? -bound : steps;
+                // 1.5 * 2^23 added: the nearest integer is left in the lowest bits.
+                const auto q = static_cast<int32_t>(as_bits(clamped + 0x1.8p23f) - as_bits(0x1.8p23f));
+                const int32_t error = q - kGrid * entries[i];
+                sum += error * error;
+            }
+        errors[g] = sum;
+    }
+}
+
 // The correction -kBias * sum(entries) of each array, for kernels that accumulate in 32 bits.
 void correct_arrays(const int8_t* entries, int64_t arrays, int array_size, int32_t* corrections) {
     const int parts = array_size > kChunk ? array_size / kChunk : 1;

@@ -16,6 +16,7 @@ const Isa kNeon = {
     .array_scales = array_scales<kEntryMax>,
     .encode = neon::encode,
     .entries = neon::entries,
+    .errors = grid_errors,
     .compensate = compensate,
     .correct = correct_arrays,
     .correct_wide = correct_arrays,

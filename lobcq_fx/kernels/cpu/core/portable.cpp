@@ -107,6 +107,7 @@ const Isa kPortable = {
     .array_scales = array_scales<kEntryMax>,
     .encode = encode,
     .entries = entries,
+    .errors = grid_errors,
     .compensate = compensate,
     .correct = correct_arrays,
     .correct_wide = correct_arrays,
