@@ -34,7 +34,7 @@ Statistics = Mapping[PlannedMatmul, ActivationStatistics]
 
 def choose_codebooks(
     plan: QuantizationPlan,
-    read_weight: Callable[[str], Tensor],
+    read_weight: Callable[[PlannedWeight], Tensor],
     statistics: Statistics,
     config: LobcqConfig,
     progress: Progress,
@@ -43,7 +43,7 @@ def choose_codebooks(
 
     Args:
         plan: what is to be encoded.
-        read_weight: called with a weight's attribute name.
+        read_weight: gives a weight as it is encoded, [N, K].
         statistics: what was seen of the activations.
         config: which codebooks.
         progress: called with ("fit codebooks", iteration, None).
@@ -86,7 +86,7 @@ def read_codebooks(path: Path, spec: FormatSpec) -> Tensor:
 
 def fit_to_model(
     plan: QuantizationPlan,
-    read_weight: Callable[[str], Tensor],
+    read_weight: Callable[[PlannedWeight], Tensor],
     statistics: Statistics,
     spec: FormatSpec,
     progress: Progress,
@@ -128,12 +128,13 @@ def _sampled(arrays: Iterator[Tensor]) -> Tensor:
     return sample.rows() if sample.num_seen else torch.empty(0, dtype=torch.float32, device="cpu")
 
 
-def _weight_arrays(weights: Iterable[PlannedWeight], read_weight: Callable[[str], Tensor]) -> Iterator[Tensor]:
+def _weight_arrays(
+    weights: Iterable[PlannedWeight], read_weight: Callable[[PlannedWeight], Tensor]
+) -> Iterator[Tensor]:
     """Block arrays [n, L_A] of each distinct weight, divided by its tensor scale."""
     distinct = {weight.source: weight for weight in reversed(list(weights))}
     for weight in reversed(distinct.values()):
-        float_weight = read_weight(weight.source).detach()
-        rows = float_weight.t() if weight.flipped else float_weight
+        rows = read_weight(weight)
         arrays = block_arrays(rows, weight.spec).flatten(0, 1)
         yield (arrays / absmax_tensor_scale(rows)).cpu()
 

@@ -15,7 +15,11 @@ MODES = ("w4a4", "w4a8", "w4a16")
 ACTIVATION_SCALES = ("per_token", "static")
 CODEBOOKS = ("universal", "fitted")
 ROUNDINGS = ("nearest", "compensated")
-OVERRIDABLE = ("format", "mode", "activation_format", "activation_scale", "rounding")
+SMOOTHINGS = ("none", "folded", "everywhere")
+OVERRIDABLE = ("format", "mode", "activation_format", "activation_scale", "rounding", "smoothing")
+
+CALIBRATED = "static scales, fitted codebooks, smoothing and compensated rounding"
+"""The settings that need calibration data, for messages."""
 
 ROLES = ("head",)
 """What a layer can be to a model, for patterns: `@head` is an output head, whatever the model calls it."""
@@ -39,6 +43,9 @@ class LobcqConfig:
         rounding: `"nearest"` rounds every weight to the nearest of the format; `"compensated"` lets columns that are
             rounded later make up for the errors of earlier ones (GPTQ inside the format), which needs calibration data,
             time, and memory for K^2 floats a layer.
+        smoothing: a scale for each input column of a layer, which activations are divided by and weights multiplied,
+            so that neither has columns that stand out: `"folded"` where a norm or a linear before takes the division
+            over, at no cost; `"everywhere"` with a multiplication where none does. Needs calibration data.
         include: shell-style patterns of layer names, or `@head` for output heads, whatever they are called (known for
             Hugging Face models); a layer is quantized if one matches.
         exclude: shell-style patterns of layer names left in float; they win over `include`.
@@ -56,6 +63,7 @@ class LobcqConfig:
     activation_scale: str = "per_token"
     codebooks: str = "universal"
     rounding: str = "nearest"
+    smoothing: str = "none"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -70,6 +78,7 @@ class LobcqConfig:
         _check_choice("mode", self.mode, MODES)
         _check_choice("activation_scale", self.activation_scale, ACTIVATION_SCALES)
         _check_choice("rounding", self.rounding, ROUNDINGS)
+        _check_choice("smoothing", self.smoothing, SMOOTHINGS)
         if self.codebooks not in CODEBOOKS and not str(self.codebooks).endswith(".json"):
             hint = nearest(str(self.codebooks), CODEBOOKS)
             raise ConfigError(f"codebooks={self.codebooks!r}: use one of {CODEBOOKS} or the path of a .json file{hint}")
@@ -106,6 +115,7 @@ class LobcqConfig:
             "activation_scale": self.activation_scale,
             "codebooks": self.codebooks,
             "rounding": self.rounding,
+            "smoothing": self.smoothing,
             "include": list(self.include),
             "exclude": list(self.exclude),
             "overrides": {
@@ -138,8 +148,8 @@ class LobcqConfig:
     def needs_calibration(self) -> bool:
         """Whether these settings cannot be applied without calibration data."""
         every = [self, *map(self._overridden, self.overrides)]
-        wanted = {setting for one in every for setting in (one.activation_scale, one.rounding)}
-        return self.codebooks == "fitted" or not wanted.isdisjoint(("static", "compensated"))
+        wanted = {setting for one in every for setting in (one.activation_scale, one.rounding, one.smoothing)}
+        return self.codebooks == "fitted" or not wanted.isdisjoint(("static", "compensated", *SMOOTHINGS[1:]))
 
     def _check_activation_format(self) -> None:
         given = self.activation_format

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.calibration.encode_weight import encode_weight
 from lobcq_fx.calibration.statistics import ActivationStatistics, scaled_sample
+from lobcq_fx.float_weights import FloatWeights
 from lobcq_fx.format import encode, encode_int8, sqnr_db
 from lobcq_fx.format.spec import ENTRY_MAX, INT8_MAX
 from lobcq_fx.graph.attributes import delete_attribute, get_attribute, has_attribute, register_attribute
@@ -31,7 +32,7 @@ class EncodedWeight:
 
 def encode_weights(
     plan: QuantizationPlan,
-    graph_module: fx.GraphModule,
+    weights: FloatWeights,
     codebooks: CodebookSets,
     statistics: Mapping[PlannedMatmul, ActivationStatistics] | None = None,
     release_from: nn.Module | None = None,
@@ -40,9 +41,9 @@ def encode_weights(
     """Encode every weight of the plan; each float weight is let go before the next one is encoded.
 
     Args:
-        plan: made of `graph_module`.
-        graph_module: has the float weights, and gets the packed ones and the codebooks. Its graph goes on naming float
-            weights that are gone until `Emit` has run.
+        plan: made of the weights' graph module.
+        weights: the float ones. Their graph module gets the packed ones and the codebooks; its graph goes on naming
+            float weights that are gone until `Emit` has run.
         codebooks: the sets to encode with.
         statistics: of the activations, with second moments where the plan wants errors compensated.
         release_from: the float model, whose weights are freed as they are encoded; None keeps them.
@@ -52,6 +53,7 @@ def encode_weights(
         LobcqError: a weight holds NaN or infinity (names the weight and the first bad index).
         CalibrationError: errors are to be compensated, and the layer saw no data.
     """
+    graph_module = weights.graph_module
     device = _device(graph_module)
     for name, tensor in codebooks.named().items():
         if not has_attribute(graph_module, name):
@@ -59,7 +61,7 @@ def encode_weights(
     done: dict[PlannedWeight, EncodedWeight] = {}
     for weight in plan.weights:
         moments = _second_moments(plan, weight, statistics or {})
-        done[weight] = _encode(weight, graph_module, codebooks, moments, release_from)
+        done[weight] = _encode(weight, weights, codebooks, moments, release_from)
         if progress is not None:
             progress(len(done), len(plan.weights))
     return done
@@ -79,17 +81,15 @@ def _second_moments(
 
 def _encode(
     planned: PlannedWeight,
-    graph_module: fx.GraphModule,
+    weights: FloatWeights,
     codebooks: CodebookSets,
     second_moments: Tensor | None,
     release_from: nn.Module | None,
 ) -> EncodedWeight:
-    weight = get_attribute(graph_module, planned.source).detach()
-    weight = weight.t() if planned.flipped else weight
+    graph_module, weight = weights.graph_module, weights(planned)
     encoded = encode_weight(weight, planned.spec, codebooks.weights[planned.spec], planned.source, second_moments)
-    result = EncodedWeight(
-        0 if planned.keeps_float else weight.numel() * weight.element_size(), encoded.nbytes, sqnr_db(weight, encoded)
-    )
+    let_go = 0 if planned.keeps_float else get_attribute(graph_module, planned.source).nbytes
+    result = EncodedWeight(let_go, encoded.nbytes, sqnr_db(weight, encoded))
     del weight
     if not planned.keeps_float:
         delete_attribute(graph_module, planned.source)

@@ -15,14 +15,14 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.calibration.fit import CodebookFit
 from lobcq_fx.codebook_choice import choose_codebooks, fit_to_model
-from lobcq_fx.config import LobcqConfig
+from lobcq_fx.config import CALIBRATED, LobcqConfig
 from lobcq_fx.encoding import encode_weights, records_of, register_static_scales
 from lobcq_fx.errors import CalibrationError, ConfigError, TraceError
+from lobcq_fx.float_weights import FloatWeights
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.frontends import front_end_of
 from lobcq_fx.frontends.base import FrontEnd
 from lobcq_fx.graph.aliasing import writes_inputs, written_attributes
-from lobcq_fx.graph.attributes import get_attribute
 from lobcq_fx.graph.shared_tensors import drop_shared, share
 from lobcq_fx.graph.written import kept, state_of
 from lobcq_fx.inventory import Inventory, MatmulRecord
@@ -32,6 +32,7 @@ from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.insert_observers import InsertObservers, observed
 from lobcq_fx.passes.order import NORMALIZE, emitting
 from lobcq_fx.plan import QuantizationPlan
+from lobcq_fx.smoothing import smooth
 from lobcq_fx.tracing.autocast import no_autocast
 from lobcq_fx.tracing.examples import calibration_inputs
 from lobcq_fx.tracing.progress import counted_calls
@@ -88,9 +89,7 @@ def quantize(
     config = config or LobcqConfig()
     report = progress or _silent
     if config.needs_calibration and calibration_data is None:
-        raise CalibrationError(
-            "static scales, fitted codebooks and compensated rounding need calibration_data: pass an iterable of inputs"
-        )
+        raise CalibrationError(f"{CALIBRATED} need calibration_data: pass an iterable of inputs")
     model = unwrapped(model)
     bind_cpu_core()
     front_end = front_end_of(model)
@@ -177,9 +176,10 @@ def quantize_graphs(
     """
     report = progress or _silent
     root = graph_modules[MAIN]
-    statistics = observed(root, plan)
-    codebooks = choose_codebooks(plan, partial(get_attribute, root), statistics, config, report)
-    encoded = encode_weights(plan, root, codebooks, statistics, release_from, partial(report, "encode"))
+    smoothed = smooth(plan, graph_modules, observed(root, plan))
+    statistics, weights = smoothed.statistics, FloatWeights(root, smoothed.scales)
+    codebooks = choose_codebooks(plan, weights, statistics, config, report)
+    encoded = encode_weights(plan, weights, codebooks, statistics, release_from, partial(report, "encode"))
     register_static_scales(plan, root, statistics)
     emitted = {name: root if name == MAIN else share(one, root) for name, one in graph_modules.items()}
     for graph_module in emitted.values():
@@ -217,8 +217,9 @@ def fit_shared_codebooks(
     main = traced.graphs[MAIN]
     InsertObservers(plan)(main.graph_module)
     _calibrate(main, data or (), report)
-    statistics = observed(main.graph_module, plan)
-    return fit_to_model(plan, partial(get_attribute, main.graph_module), statistics, spec, report)
+    smoothed = smooth(plan, traced.graph_modules, observed(main.graph_module, plan))
+    weights = FloatWeights(main.graph_module, smoothed.scales)
+    return fit_to_model(plan, weights, smoothed.statistics, spec, report)
 
 
 def _silent(step: str, done: int, total: int | None) -> None:

@@ -46,6 +46,8 @@ class PlannedMatmul:
     refusal: why it stays in float; None where it does not. asked: the settings name it, by a pattern.
     float_bytes: of the constants that no earlier matmul reads. multiply_adds: with them, in the traced example.
     static_scale: name that its activation's static scale gets, None without one.
+    input_scale: name of what its activation is multiplied with, where that turns out to be needed; the same for all
+        that read one activation. None where the settings have no place for it.
     """
 
     layer: str
@@ -59,6 +61,7 @@ class PlannedMatmul:
     float_bytes: int
     multiply_adds: int
     static_scale: str | None
+    input_scale: str | None
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,7 @@ def _planned(
         float_bytes=counted.new_bytes(matmul),
         multiply_adds=counted.multiply_adds(matmul),
         static_scale=names.new(matmul.layer, "activation_scale") if quantized and choice.static else None,
+        input_scale=names.of_input(matmul) if quantized and choice.config.smoothing == "everywhere" else None,
     )
 
 
@@ -225,6 +229,13 @@ class _Names:
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self._graph_module = graph_module
         self._given: set[str] = set()
+        self._inputs: dict[fx.Node, str] = {}
+
+    def of_input(self, matmul: Matmul) -> str:
+        """For the scale of an activation: one name, whoever reads it."""
+        if matmul.activation not in self._inputs:
+            self._inputs[matmul.activation] = self.new(matmul.layer, "input_scale")
+        return self._inputs[matmul.activation]
 
     def new(self, layer: str, last: str) -> str:
         name = free_name(self._graph_module, layer, last, self._given)

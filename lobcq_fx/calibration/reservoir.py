@@ -33,6 +33,12 @@ class Reservoir:
         candidates = rows.detach().cpu() if self._rows is None else torch.cat((self._rows, rows.detach().cpu()))
         self._rows = candidates[order]
 
+    def replaced(self, rows: Tensor) -> Reservoir:
+        """A reservoir with other rows in the place of each of these."""
+        result = Reservoir(self.capacity, 0)
+        result.num_seen, result._keys, result._rows = self.num_seen, self._keys, rows
+        return result
+
     def rows(self) -> Tensor:
         """The sample so far, [min(capacity, num_seen), width], in random order.
 

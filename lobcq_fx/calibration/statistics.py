@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
-from lobcq_fx.calibration.lloyd_max import NUM_BINS
 from lobcq_fx.calibration.reservoir import Reservoir
 from lobcq_fx.errors import CalibrationError
-from lobcq_fx.format.codes import CHUNK, to_grid
-from lobcq_fx.format.scales import absmax_row_scale, array_scales, block_arrays, tensor_scale_of_absmax
-from lobcq_fx.format.spec import ENTRY_MAX, GRID_MAX, FormatSpec
+from lobcq_fx.format.codes import CHUNK
+from lobcq_fx.format.scales import absmax_row_scale, block_arrays, tensor_scale_of_absmax
+from lobcq_fx.format.spec import ENTRY_MAX, FormatSpec
 
 SAMPLED_ARRAYS = 4096
 """Block arrays kept for fitting codebooks: 1 MiB a layer at L_A = 64."""
@@ -19,7 +20,7 @@ SAMPLED_ARRAYS = 4096
 class ActivationStatistics:
     """Streaming statistics of one activation operand x [..., K].
 
-    The result depends on the rows and their order, not on how they are cut into batches.
+    The result depends on the rows and their order, not on how they are cut into batches, but for the last bits of sums.
 
     Attributes:
         layer: the layer whose activations these are, for messages.
@@ -27,9 +28,7 @@ class ActivationStatistics:
         num_updates: tensors seen, empty ones included.
         num_rows: rows (tokens) seen.
         num_scalars: scalars seen, padding not counted.
-        keeps_second_moments: whether x^T x is summed too, fp32 [K, K]; how batches are cut may show in its last bits.
-        histogram: int64 [4095], how often each value of the grid (-2047 to 2047, docs/format.md step 3) occurred
-            when every row has its own tensor scale; padding not counted.
+        keeps_second_moments: whether x^T x is summed too, fp32 [K, K].
     """
 
     def __init__(
@@ -46,8 +45,8 @@ class ActivationStatistics:
         self.num_updates = 0
         self.num_rows = 0
         self.num_scalars = 0
-        self.histogram = torch.zeros(NUM_BINS, dtype=torch.long, device="cpu")
-        self._absmax = torch.zeros((), dtype=torch.float32, device="cpu")
+        self._absmax: Tensor | None = None  # fp32 [K]
+        self._square_sums: Tensor | None = None  # fp64 [K]
         self._sample = Reservoir(sampled_arrays, seed)
         self.keeps_second_moments = second_moments
         self._second_moments: Tensor | None = None
@@ -81,7 +80,42 @@ class ActivationStatistics:
             CalibrationError: no data seen.
         """
         self._require_data()
-        return self._absmax.clone()
+        assert self._absmax is not None
+        return self._absmax.max()
+
+    def mean_squares(self) -> Tensor:
+        """The mean square of each column, fp32 [K], on the CPU.
+
+        Raises:
+            CalibrationError: no data seen.
+        """
+        self._require_data()
+        assert self._square_sums is not None
+        return (self._square_sums / self.num_rows).float()
+
+    def divided(self, scale: Tensor) -> ActivationStatistics:
+        """Those of x / scale, fp32 [K] on the CPU, powers of two.
+
+        Rows of the sample have no tensor scale of their own any more: all have the static one.
+
+        Raises:
+            CalibrationError: no data seen.
+        """
+        self._require_data()
+        assert self._absmax is not None
+        assert self._square_sums is not None
+        result = copy.copy(self)
+        result._absmax, result._square_sums = self._absmax / scale, self._square_sums / scale.double().square()
+        if self._second_moments is not None:
+            there = scale.to(self._second_moments.device)
+            result._second_moments = self._second_moments / there / there[:, None]
+        rows = self._sample.rows()
+        arrays, places = rows[:, :-2], rows[:, -1].long()
+        scales = torch.nn.functional.pad(scale, (0, -len(scale) % self.spec.array_size), value=1.0)
+        arrays = arrays / scales.view(-1, self.spec.array_size)[places]
+        static = tensor_scale_of_absmax(result._absmax.max()).expand(len(rows), 1)
+        result._sample = self._sample.replaced(torch.cat((arrays, static, rows[:, -1:]), dim=1))
+        return result
 
     def static_tensor_scale(self, entry_max: int = ENTRY_MAX) -> Tensor:
         """The static scale for this operand, whose entries reach `entry_max`: of the largest magnitude seen, fp32 [].
@@ -98,7 +132,7 @@ class ActivationStatistics:
             CalibrationError: no data seen.
         """
         self._require_data()
-        return self._sample.rows()[:, :-1].clone()
+        return self._sample.rows()[:, :-2].clone()
 
     def sample_in_row_scales(self) -> Tensor:
         """`sample()`, each array divided by its own row's tensor scale: what per-token scales make of it.
@@ -108,7 +142,7 @@ class ActivationStatistics:
         """
         self._require_data()
         rows = self._sample.rows()
-        return rows[:, :-1] / rows[:, -1:]
+        return rows[:, :-2] / rows[:, -2:-1]
 
     def second_moments(self) -> Tensor:
         """The sum of x^T x over the rows seen, fp32 [K, K], on the device of the activations.
@@ -122,16 +156,16 @@ class ActivationStatistics:
 
     def _add(self, rows: Tensor, row_scale: Tensor) -> None:
         """rows fp32 [n, K] and their tensor scales fp32 [n, 1]."""
-        columns = rows.shape[1]
         if self.keeps_second_moments:
             product = rows.t() @ rows
             self._second_moments = product if self._second_moments is None else self._second_moments.add_(product)
+        absmax, squares = rows.abs().amax(0).cpu(), rows.double().square().sum(0).cpu()
+        self._absmax = absmax if self._absmax is None else torch.maximum(self._absmax, absmax)
+        self._square_sums = squares if self._square_sums is None else self._square_sums + squares
         arrays = block_arrays(rows, self.spec)
-        grid = to_grid(arrays, array_scales(arrays, row_scale), row_scale).flatten(1)[:, :columns]
-        self.histogram += torch.bincount(grid.flatten() + GRID_MAX, minlength=NUM_BINS).cpu()
-        self._absmax = torch.maximum(self._absmax, rows.abs().max().cpu())
         scales = row_scale.unsqueeze(1).expand(-1, arrays.shape[1], 1)
-        self._sample.add(torch.cat((arrays, scales), dim=-1).flatten(0, 1))
+        places = torch.arange(arrays.shape[1], dtype=torch.float32, device=rows.device).view(1, -1, 1).expand_as(scales)
+        self._sample.add(torch.cat((arrays, scales, places), dim=-1).flatten(0, 1))
 
     def _rows_at_a_time(self, columns: int) -> int:
         return max(1, CHUNK // columns)

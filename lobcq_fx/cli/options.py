@@ -65,6 +65,14 @@ class Rounding(StrEnum):
     compensated = "compensated"
 
 
+class Smoothing(StrEnum):
+    """Whether columns of activations that stand out are evened out against the weight's."""
+
+    none = "none"
+    folded = "folded"
+    everywhere = "everywhere"
+
+
 class Dtype(StrEnum):
     """Floating-point type of what stays in float."""
 

@@ -20,6 +20,7 @@ from lobcq_fx.cli.options import (
     OverwriteOption,
     Rounding,
     SamplesOption,
+    Smoothing,
 )
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="TEXT",
-            help="UTF-8 text to calibrate on: for static scales, fitted codebooks, compensated rounding, and to measure"
-            " activations.",
+            help="UTF-8 text to calibrate on: for static scales, fitted codebooks, smoothing, compensated rounding, and"
+            " to measure activations.",
         ),
     ] = None,
     format: FormatOption = "8x64",
@@ -55,6 +56,10 @@ def quantize(
     rounding: Annotated[
         Rounding, typer.Option(help="Round weights to the nearest, or make up for their errors, which costs time.")
     ] = Rounding.nearest,
+    smoothing: Annotated[
+        Smoothing,
+        typer.Option(help="Even out columns of activations against the weight's: where it is free, or everywhere."),
+    ] = Smoothing.none,
     include: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Quantize only layers whose name matches; repeatable.")
     ] = None,
@@ -79,7 +84,9 @@ def quantize(
     from lobcq_fx.cli.summary import print_summary, summary
     from lobcq_fx.cli.texts import CalibrationText
 
-    config = _config(format, mode, activation_format, activation_scale, codebooks, rounding, include, exclude)
+    config = _config(
+        format, mode, activation_format, activation_scale, codebooks, rounding, smoothing, include, exclude
+    )
     folder = model_folder(model)
     _check(config, folder, output, calibrate, overwrite=overwrite)
     text = CalibrationText(read_text(calibrate)[0], calibration_samples, calibration_length) if calibrate else None
@@ -97,13 +104,11 @@ def _check(config: LobcqConfig, folder: ModelFolder, output: Path, calibrate: Pa
     """Refuse now what would fail after the long work."""
     from lobcq_fx.cli.outputs import check_folder
     from lobcq_fx.codebook_choice import read_codebooks
-    from lobcq_fx.config import CODEBOOKS
+    from lobcq_fx.config import CALIBRATED, CODEBOOKS
     from lobcq_fx.storage.checkpoint import is_checkpoint
 
     if config.needs_calibration and calibrate is None:
-        raise typer.BadParameter(
-            "static scales, fitted codebooks and compensated rounding need a text: pass --calibrate TEXT"
-        )
+        raise typer.BadParameter(f"{CALIBRATED} need a text: pass --calibrate TEXT")
     if config.codebooks not in CODEBOOKS:
         for spec in (config.format, config.activations):
             read_codebooks(Path(config.codebooks), spec)
@@ -118,6 +123,7 @@ def _config(
     activation_scale: ActivationScale,
     codebooks: str,
     rounding: Rounding,
+    smoothing: Smoothing,
     include: list[str] | None,
     exclude: list[str] | None,
 ) -> LobcqConfig:
@@ -130,6 +136,7 @@ def _config(
         activation_scale=activation_scale.value,
         codebooks=codebooks,
         rounding=rounding.value,
+        smoothing=smoothing.value,
         include=tuple(include or ("*",)),
         exclude=(*DEFAULT_EXCLUDE, *(exclude or ())),
     )

@@ -10,7 +10,7 @@ from torch import fx
 from transformers.exporters.configs import ExportFormat
 from transformers.exporters.quantizers import ExportQuantizer
 
-from lobcq_fx.config import LobcqConfig
+from lobcq_fx.config import CALIBRATED, LobcqConfig
 from lobcq_fx.errors import CalibrationError
 from lobcq_fx.export.convert import add_function_bodies
 from lobcq_fx.export.translation import translation_table
@@ -52,9 +52,7 @@ class LobcqQuantizer(ExportQuantizer):  # type: ignore[misc]
         """
         super().validate_environment(export_format)
         if self.config.needs_calibration and not self.calibration_dataset:
-            raise CalibrationError(
-                "static scales, fitted codebooks and compensated rounding need data: pass calibration_dataset"
-            )
+            raise CalibrationError(f"{CALIBRATED} need data: pass calibration_dataset")
 
     def quantize(
         self, model: fx.GraphModule, sample_inputs: dict[str, Any], export_format: ExportFormat

@@ -3,6 +3,8 @@
 linear(x, w, b)  ->  lobcq::linear(*lobcq::quantize_activation(x), *packed w, b)                         W4A4
 linear(x, w, b)  ->  lobcq::linear.int8_activation(*lobcq::quantize_activation_int8(x), *packed w, b)    W4A8
 linear(x, w, b)  ->  lobcq::linear.float_activation(x, *packed w, b)                                     W4A16
+
+Where the graph module has a matmul's input scale, x is multiplied with it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import fx
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops that this pass emits)
 from lobcq_fx.calibration.codebook_sets import CodebookSets
-from lobcq_fx.graph.attributes import add_call, get_attr_node
+from lobcq_fx.graph.attributes import add_call, get_attr_node, has_attribute
 from lobcq_fx.graph.matmuls import Matmul
 from lobcq_fx.graph.operands import erase_unread
 from lobcq_fx.graph.stored_linear import ENCODERS
@@ -51,20 +53,25 @@ class Emit(GraphPass):
             TraceError: the graph does not run the matmuls of the plan; nothing was changed.
         """
         pairs = [(matmul, planned) for matmul, planned in self.plan.pair(graph_module) if planned.weight is not None]
+        scaled: dict[fx.Node, fx.Node] = {}
         for matmul, planned in pairs:
-            self._replace(graph_module, matmul, planned)
+            self._replace(graph_module, matmul, planned, scaled)
         for weight in dict.fromkeys(matmul.weight for matmul, _ in pairs):
             assert weight is not None
             erase_unread(weight)
         return bool(pairs)
 
-    def _replace(self, graph_module: fx.GraphModule, matmul: Matmul, planned: PlannedMatmul) -> None:
+    def _replace(
+        self, graph_module: fx.GraphModule, matmul: Matmul, planned: PlannedMatmul, scaled: dict[fx.Node, fx.Node]
+    ) -> None:
+        """scaled: activations multiplied with their scale, by what they were."""
         graph, node, spec, weight = graph_module.graph, matmul.node, planned.config.format, planned.weight
         assert weight is not None
         x = unobserved(graph_module, matmul.activation)
         packed = [get_attr_node(graph_module, f"{weight.stored}.{part}") for part in PARTS]
         packed.append(get_attr_node(graph_module, self.codebooks.name_of(self.codebooks.weights[spec])))
         with graph.inserting_before(node):
+            x = _scaled(graph_module, node, x, planned, scaled)
             if planned.config.mode == "w4a16":
                 target, args = ops.linear.float_activation, (x, *packed, matmul.bias, spec.array_size)
             else:
@@ -90,3 +97,16 @@ class Emit(GraphPass):
         encoded = add_call(graph, encoder, (x, *codebooks, spec.array_size, scale), like=node)
         indices = range(len(encoder._schema.returns))
         return [*(add_call(graph, operator.getitem, (encoded, index), like=node) for index in indices), *codebooks]
+
+
+def _scaled(
+    graph_module: fx.GraphModule, node: fx.Node, x: fx.Node, planned: PlannedMatmul, scaled: dict[fx.Node, fx.Node]
+) -> fx.Node:
+    """x times its scale where it has one, multiplied once for all that read it; at the insertion point."""
+    name = planned.input_scale
+    if name is None or not has_attribute(graph_module, name):
+        return x
+    if x not in scaled:
+        scale = get_attr_node(graph_module, name)
+        scaled[x] = add_call(graph_module.graph, torch.ops.aten.mul.Tensor, (x, scale), like=node)
+    return scaled[x]

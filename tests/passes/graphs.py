@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.encoding import encode_weights, records_of, register_static_scales
+from lobcq_fx.float_weights import FloatWeights
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, encode_int8, universal_codebooks
 from lobcq_fx.inventory import MatmulRecord
 from lobcq_fx.kernels.bind import weight_layout
@@ -71,7 +72,7 @@ def rewritten(
     plan = QuantizationPlan.of(graph_module, config or LobcqConfig())
     codebooks = codebooks or CodebookSets.universal(set(plan.formats) or {FormatSpec()})
     statistics = observed(graph_module, plan)
-    encoded = encode_weights(plan, graph_module, codebooks) if plan.weights else {}
+    encoded = encode_weights(plan, FloatWeights(graph_module), codebooks) if plan.weights else {}
     register_static_scales(plan, graph_module, statistics)
     return Emit(plan, codebooks)(graph_module), records_of(plan, encoded, codebooks, statistics)
 

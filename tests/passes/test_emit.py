@@ -17,6 +17,7 @@ from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.encoding import encode_weights
 from lobcq_fx.errors import LobcqError
+from lobcq_fx.float_weights import FloatWeights
 from lobcq_fx.format import FormatSpec, encode, sqnr_db, universal_codebooks
 from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
@@ -270,7 +271,9 @@ def test_progress_counts_weights():
     graph_module = normalized(nn.Sequential(linear(64, 64), linear(64, 64), linear(32, 64)))
     calls = []
     plan = QuantizationPlan.of(graph_module, LobcqConfig())
-    encode_weights(plan, graph_module, CodebookSets.universal({FormatSpec()}), progress=lambda *c: calls.append(c))
+    encode_weights(
+        plan, FloatWeights(graph_module), CodebookSets.universal({FormatSpec()}), progress=lambda *c: calls.append(c)
+    )
     assert calls == [(1, 3), (2, 3), (3, 3)]
 
 

@@ -10,6 +10,7 @@ from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.encoding import encode_weights
 from lobcq_fx.errors import TraceError
+from lobcq_fx.float_weights import FloatWeights
 from lobcq_fx.graph.shared_tensors import drop_shared, share
 from lobcq_fx.modules.packed_weight import PackedWeight
 from lobcq_fx.passes.emit import Emit
@@ -70,7 +71,7 @@ def pair(config=None, second=written_differently, first=plain):
     weights = CodebookSets.universal(set(plan.formats)).weights
     activations = {spec: -codebooks.flip(1) for spec, codebooks in weights.items()}
     emit = Emit(plan, CodebookSets(weights, activations))
-    encode_weights(plan, root, emit.codebooks)
+    encode_weights(plan, FloatWeights(root), emit.codebooks)
     emit(root)
     return root, share(other, root), emit
 
@@ -167,7 +168,7 @@ def test_a_tied_weight_that_stays_in_float_is_found_under_its_packed_name():
     drop_shared(other, root)
     plan = QuantizationPlan.of(root, LobcqConfig())
     emit = Emit(plan, CodebookSets.universal(set(plan.formats)))
-    encode_weights(plan, root, emit.codebooks)
+    encode_weights(plan, FloatWeights(root), emit.codebooks)
     other = share(other, root)
     assert emit(root).modified
     assert emit(other).modified

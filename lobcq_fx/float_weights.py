@@ -1,0 +1,38 @@
+"""The float weights of a graph module as they are encoded: [N, K], with the scales that smoothing gave them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+
+from lobcq_fx.graph.attributes import get_attribute
+from lobcq_fx.plan import PlannedWeight
+
+
+@dataclass(frozen=True)
+class WeightScales:
+    """Powers of two that a weight is multiplied with, each fp32, None for none: rows [N], columns [K]."""
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FloatWeights:
+    """Reads the weights of a plan from the graph module that it was made of."""
+
+    graph_module: fx.GraphModule
+    scales: Mapping[PlannedWeight, WeightScales] = field(default_factory=dict)
+
+    def __call__(self, planned: PlannedWeight) -> Tensor:
+        """The weight, [N, K]; in fp32 where it has scales, which are exact in it."""
+        weight: Tensor = get_attribute(self.graph_module, planned.source).detach()
+        weight = weight.t() if planned.flipped else weight
+        scales = self.scales.get(planned, WeightScales())
+        if scales.rows is not None:
+            weight = weight.float() * scales.rows.to(weight.device)[:, None]
+        if scales.columns is not None:
+            weight = weight.float() * scales.columns.to(weight.device)
+        return weight
