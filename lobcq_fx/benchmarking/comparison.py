@@ -32,7 +32,7 @@ class Plan:
         rows: each M.
         rounds: of every race.
         threads: that every contender gets.
-        mode: "w4a4" or "w4a16".
+        mode: "w4a4", "w4a8" or "w4a16".
         peers: those with packages that are not installed are left out.
     """
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import lobcq_fx.ops  # noqa: F401  (defines the ops)
 from lobcq_fx.benchmarking.contender import Call, Contender
 from lobcq_fx.errors import LobcqError
-from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
+from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, decode, encode, encode_int8, universal_codebooks
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.kernels.cpu.installed import SWITCH, cpu_core
 from lobcq_fx.kernels.cpu.library import Core
@@ -50,7 +50,7 @@ class OurLinear:
 
     @classmethod
     def of(cls, weight: Tensor, spec: FormatSpec, mode: str) -> OurLinear:
-        """Encode a weight, fp32 [N, K]; mode is "w4a4" or "w4a16"."""
+        """Encode a weight, fp32 [N, K]; mode is "w4a4", "w4a8" or "w4a16"."""
         require_core()
         codebooks = universal_codebooks(spec.num_codebooks)
         codes, selectors, scales, tensor_scale = ops.quantize_weight(weight, codebooks, spec.array_size)
@@ -58,7 +58,9 @@ class OurLinear:
 
     def expected(self, x: Tensor) -> Tensor:
         """By `lobcq_fx.format`: the product of the decoded operands, fp64 [M, N]."""
-        if self.mode == "w4a4":
+        if self.mode == "w4a8":
+            x = decode(encode_int8(x, self.weight.spec.array_size))
+        elif self.mode == "w4a4":
             x = decode(encode(x, self.weight.spec, self.weight.codebooks, absmax_row_scale(x)))
         return x.double() @ self._decoded.double().t()
 
@@ -84,6 +86,7 @@ class OurLinear:
             rest = ([own], [w.tensor_scale], tables, [no_bias], outputs, array_size)
             if self.mode == "w4a16":
                 return lambda x: ops.linear_prepacked.float_activation(x, *rest)
-            return lambda x: ops.linear_prepacked.default(x, tables, None, *rest, torch.float32)
+            activation_tables = tables if self.mode == "w4a4" else None
+            return lambda x: ops.linear_prepacked.default(x, activation_tables, None, *rest, torch.float32)
 
         return Contender(packed.numel(), copy, product=lambda results: results[0])

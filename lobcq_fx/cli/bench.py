@@ -32,7 +32,7 @@ def bench(
         list[str] | None,
         typer.Option("--format", metavar="NxL", help="As of [bold]lobcq quantize[/]; repeatable. Default: 8x64."),
     ] = None,
-    mode: Annotated[Mode, typer.Option(help="Weights and activations in 4 bits, or weights alone.")] = Mode.w4a4,
+    mode: Annotated[Mode, typer.Option(help="Activations in 4 bits as weights are, in 8, or in float.")] = Mode.w4a4,
     threads: Annotated[int | None, typer.Option(min=1, help="For everybody; default: what torch uses.")] = None,
     rounds: Annotated[
         int, typer.Option(min=1, help="Each contender takes a turn a round; medians over the rounds are printed.")

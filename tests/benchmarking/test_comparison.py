@@ -50,7 +50,7 @@ def check_peer(index: int) -> None:
 
 
 @needs_core
-@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+@pytest.mark.parametrize("mode", ["w4a4", "w4a8", "w4a16"])
 @pytest.mark.parametrize("name", ["8x64", "16x128"])
 def test_ours_is_held_to_the_format(name: str, mode: str) -> None:
     ours = OurLinear.of(WEIGHT, FormatSpec.from_name(name), mode)
