@@ -24,6 +24,13 @@ CALIBRATED = "static scales, fitted codebooks, smoothing and compensated roundin
 ROLES = ("head",)
 """What a layer can be to a model, for patterns: `@head` is an output head, whatever the model calls it."""
 
+RECIPES: dict[str, dict[str, str]] = {
+    "fast": {},
+    "balanced": {"smoothing": "folded", "rounding": "compensated"},
+    "best": {"smoothing": "everywhere", "rounding": "compensated"},
+}
+"""Settings that go together, by name: without data; at no cost when the model runs; all that lowers the error."""
+
 DEFAULT_EXCLUDE = ("@head", "*lm_head", "*router*", "*.gate", "*classifier", "*score")
 """Output heads and mixture-of-experts routers stay in float, as in the paper. Embeddings and norms are no matmuls."""
 
@@ -92,6 +99,16 @@ class LobcqConfig:
                 raise ConfigError(f"pattern {pattern!r} names no role: use one of {[f'@{role}' for role in ROLES]}")
         for pattern in self.overrides:
             self._overridden(pattern)
+
+    @classmethod
+    def of_recipe(cls, name: str, **settings: Any) -> LobcqConfig:
+        """The settings of a recipe, `"fast"`, `"balanced"` or `"best"`, and others, which win.
+
+        Raises:
+            ConfigError: another name (with the nearest recipe), or a bad setting.
+        """
+        _check_choice("recipe", name, tuple(RECIPES))
+        return cls.from_dict({**RECIPES[name], **settings})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LobcqConfig:

@@ -56,6 +56,7 @@ def quantize(
     config: LobcqConfig | None = None,
     example_inputs: Any = None,
     *,
+    recipe: str | None = None,
     inplace: bool = False,
     static_cache: bool = True,
     progress: Progress | None = None,
@@ -71,6 +72,7 @@ def quantize(
             for each token.
         example_inputs: one call, in the same forms, to trace the model with. Hugging Face models need none; for others
             the first item of `calibration_data` serves if this is None.
+        recipe: `"fast"`, `"balanced"` or `"best"`, in the place of `config`: `LobcqConfig.of_recipe(recipe)`.
         inplace: free each float weight as soon as it is encoded, so that the peak stays below the float model plus one
             layer. `model` is unusable afterwards.
         static_cache: trace a language model once more, so that it takes static caches too; False saves that time.
@@ -86,7 +88,7 @@ def quantize(
         ConfigError: the settings leave nothing to quantize.
         LobcqError: a weight holds NaN or infinity.
     """
-    config = config or LobcqConfig()
+    config = _config_of(config, recipe)
     report = progress or _silent
     if config.needs_calibration and calibration_data is None:
         raise CalibrationError(f"{CALIBRATED} need calibration_data: pass an iterable of inputs")
@@ -220,6 +222,14 @@ def fit_shared_codebooks(
     smoothed = smooth(plan, traced.graph_modules, observed(main.graph_module, plan))
     weights = FloatWeights(main.graph_module, smoothed.scales)
     return fit_to_model(plan, weights, smoothed.statistics, spec, report)
+
+
+def _config_of(config: LobcqConfig | None, recipe: str | None) -> LobcqConfig:
+    if recipe is None:
+        return config or LobcqConfig()
+    if config is not None:
+        raise ConfigError(f"pass config or recipe, not both: LobcqConfig.of_recipe({recipe!r}, mode=...) has settings")
+    return LobcqConfig.of_recipe(recipe)
 
 
 def _silent(step: str, done: int, total: int | None) -> None:

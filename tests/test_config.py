@@ -155,3 +155,14 @@ def test_frozen():
     with pytest.raises(FrozenInstanceError):
         config.mode = "w4a16"  # type: ignore[misc]
     assert replace(config, mode="w4a16").exclude == ("a",)
+
+
+def test_recipes_are_settings_that_others_win_over():
+    assert LobcqConfig.of_recipe("fast") == LobcqConfig()
+    balanced = LobcqConfig.of_recipe("balanced", mode="w4a8")
+    assert (balanced.mode, balanced.smoothing, balanced.rounding) == ("w4a8", "folded", "compensated")
+    assert LobcqConfig.of_recipe("best", smoothing="none").smoothing == "none"
+    assert not LobcqConfig.of_recipe("fast").needs_calibration
+    assert all(LobcqConfig.of_recipe(name).needs_calibration for name in ("balanced", "best"))
+    with pytest.raises(ConfigError, match=r"recipe='balance': .*did you mean 'balanced'"):
+        LobcqConfig.of_recipe("balance")

@@ -274,3 +274,11 @@ def test_generation_by_sampling_beams_and_pipelines():
             expected = model.generate(ids, **settings, **extra)
             torch.manual_seed(3)
             assert torch.equal(q.generate(ids, **settings, **extra), expected)
+
+
+def test_a_recipe_in_the_place_of_settings():
+    x = batches()
+    q = lobcq_fx.quantize(mlp(), x, recipe="balanced")
+    assert (q.lobcq_config.smoothing, q.lobcq_config.rounding) == ("folded", "compensated")
+    with pytest.raises(ConfigError, match="pass config or recipe, not both"):
+        lobcq_fx.quantize(mlp(), x, LobcqConfig(), recipe="balanced")

@@ -65,6 +65,14 @@ class Rounding(StrEnum):
     compensated = "compensated"
 
 
+class Recipe(StrEnum):
+    """Settings of rounding and smoothing that go together."""
+
+    fast = "fast"
+    balanced = "balanced"
+    best = "best"
+
+
 class Smoothing(StrEnum):
     """Whether columns of activations that stand out are evened out against the weight's."""
 

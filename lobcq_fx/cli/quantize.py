@@ -18,6 +18,7 @@ from lobcq_fx.cli.options import (
     Mode,
     ModelArgument,
     OverwriteOption,
+    Recipe,
     Rounding,
     SamplesOption,
     Smoothing,
@@ -53,13 +54,23 @@ def quantize(
     codebooks: Annotated[
         str, typer.Option(metavar="universal|fitted|FILE", help="FILE is one that `lobcq calibrate` wrote.")
     ] = "universal",
+    recipe: Annotated[
+        Recipe,
+        typer.Option(help="fast needs no data; balanced makes up for errors where that costs nothing at run time."),
+    ] = Recipe.fast,
     rounding: Annotated[
-        Rounding, typer.Option(help="Round weights to the nearest, or make up for their errors, which costs time.")
-    ] = Rounding.nearest,
+        Rounding | None,
+        typer.Option(
+            help="The recipe's; or round weights to the nearest, or make up for their errors.", show_default=False
+        ),
+    ] = None,
     smoothing: Annotated[
-        Smoothing,
-        typer.Option(help="Even out columns of activations against the weight's: where it is free, or everywhere."),
-    ] = Smoothing.none,
+        Smoothing | None,
+        typer.Option(
+            help="The recipe's; or even out columns of activations against the weight's, where free or everywhere.",
+            show_default=False,
+        ),
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Quantize only layers whose name matches; repeatable.")
     ] = None,
@@ -85,7 +96,7 @@ def quantize(
     from lobcq_fx.cli.texts import CalibrationText
 
     config = _config(
-        format, mode, activation_format, activation_scale, codebooks, rounding, smoothing, include, exclude
+        recipe, format, mode, activation_format, activation_scale, codebooks, rounding, smoothing, include, exclude
     )
     folder = model_folder(model)
     _check(config, folder, output, calibrate, overwrite=overwrite)
@@ -117,28 +128,30 @@ def _check(config: LobcqConfig, folder: ModelFolder, output: Path, calibrate: Pa
 
 
 def _config(
+    recipe: Recipe,
     format: str,
     mode: Mode,
     activation_format: str | None,
     activation_scale: ActivationScale,
     codebooks: str,
-    rounding: Rounding,
-    smoothing: Smoothing,
+    rounding: Rounding | None,
+    smoothing: Smoothing | None,
     include: list[str] | None,
     exclude: list[str] | None,
 ) -> LobcqConfig:
     from lobcq_fx.config import DEFAULT_EXCLUDE, LobcqConfig
 
-    return LobcqConfig(
-        format=format,  # type: ignore[arg-type]
+    given = {"rounding": rounding, "smoothing": smoothing}
+    return LobcqConfig.of_recipe(
+        recipe.value,
+        format=format,
         mode=mode.value,
-        activation_format=activation_format,  # type: ignore[arg-type]
+        activation_format=activation_format,
         activation_scale=activation_scale.value,
         codebooks=codebooks,
-        rounding=rounding.value,
-        smoothing=smoothing.value,
         include=tuple(include or ("*",)),
         exclude=(*DEFAULT_EXCLUDE, *(exclude or ())),
+        **{name: choice.value for name, choice in given.items() if choice is not None},
     )
 
 
