@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.format import FormatSpec
-from lobcq_fx.kernels.cpu.library import CoreError
+from lobcq_fx.kernels.cpu.library import COUPLING_PANEL, CoreError
 from lobcq_fx.kernels.cpu.operands import Int8Operand, KernelActivation, KernelWeight, PackedOperand, Tables
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -30,6 +30,8 @@ class _Operation(IntEnum):
     TENSOR_SCALE = auto()
     ENCODE = auto()
     ENCODE_INT8 = auto()
+    ENCODE_SEARCHED = auto()
+    COMPENSATE = auto()
     DECODE = auto()
     PACK_WEIGHT = auto()
     UNPACK_WEIGHT = auto()
@@ -112,6 +114,27 @@ class EmulatedCore:
             array_size,
             columns,
         )
+
+    def encode_searched(self, tables: Tables, x: Tensor, array_size: int, tensor_scale: Tensor) -> PackedOperand:
+        rows, columns = x.shape
+        spec, scale = FormatSpec(tables.num_codebooks, array_size), tensor_scale.float()
+        outputs = self._call(
+            _Operation.ENCODE_SEARCHED, [tables.data, _storage(x), scale], _packed_bytes(spec, rows, columns, scale),
+            **_matrix(x), **_operand(spec, rows, columns, 1),
+        )  # fmt: skip
+        return _packed(outputs, spec, rows, columns, outputs[3].view(torch.float32).reshape(scale.shape))
+
+    def compensate(
+        self, tables: Tables, weight: Tensor, other_errors: Tensor, coupling: Tensor, power: Tensor,
+        tensor_scale: float, array_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        rows, columns = weight.shape
+        panels = coupling.reshape(columns, columns // COUPLING_PANEL, COUPLING_PANEL).transpose(0, 1).contiguous()
+        arrays = [tables.data, weight, other_errors, panels, power, torch.tensor([tensor_scale])]
+        sizes = [rows * columns, rows * columns // 8, rows * columns // array_size, 4 * rows * columns, 16 * rows]
+        *parts, _, costs = self._call(_Operation.COMPENSATE, arrays, sizes, array_size=array_size, **_matrix(weight))
+        codes, selectors, scales = (part.view(rows, -1) for part in parts)
+        return codes, selectors, scales, costs.view(torch.float64).view(rows, 2)
 
     def decode(self, tables: Tables, packed: PackedOperand) -> Tensor:
         out = torch.empty((packed.codes.shape[0], packed.columns))

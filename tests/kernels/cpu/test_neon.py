@@ -21,6 +21,8 @@ from tests.kernels.cpu.emulated_core import EmulatedCore
 from tests.kernels.cpu.operands import activation, codebooks, weight
 
 # Imported here, these tests run with this file's fixture `core` too.
+from tests.kernels.cpu.test_compensate import test_every_format as test_feedback_in_every_format  # noqa: F401
+from tests.kernels.cpu.test_compensate import test_scales_at_both_ends_of_their_range  # noqa: F401
 from tests.kernels.cpu.test_encode import (  # noqa: F401
     assert_same_bytes,
     test_a_static_scale_far_too_small_saturates_exactly,

@@ -24,6 +24,8 @@ enum Operation {
     kTensorScale,
     kEncode,
     kEncodeInt8,
+    kEncodeSearched,
+    kCompensate,
     kDecode,
     kPackWeight,
     kUnpackWeight,
@@ -120,6 +122,8 @@ struct Call {
     int32_t tables();
     int32_t encode();
     int32_t encode_int8();
+    int32_t encode_searched();
+    int32_t compensate();
     int32_t decode();
     int32_t pack_weight();
     int32_t unpack_weight();
@@ -152,6 +156,20 @@ int32_t Call::encode_int8() {
     if (r.scale_rule != LOBCQ_ABSMAX_SCALES) std::memcpy(out[2].as(), in[1].as(), out[2].bytes());
     lobcq_int8 operand = int8(out.data());
     return lobcq_encode_int8(&x, narrow(r.scale_rule), &operand, nullptr);
+}
+
+int32_t Call::encode_searched() {
+    const lobcq_matrix x = matrix(in[1]);
+    std::memcpy(out[3].as(), in[2].as(), out[3].bytes());
+    lobcq_packed packed_out = packed(out.data());
+    return lobcq_encode_searched(in[0].as(), &x, &packed_out, nullptr);
+}
+
+int32_t Call::compensate() {
+    const lobcq_feedback feedback = {in[1].as<float>(), in[2].as<float>(), in[3].as<float>(), in[4].as<float>(),
+                                     out[0].as(), out[1].as(), out[2].as(), out[3].as<float>(), out[4].as<double>(),
+                                     r.rows, r.columns, narrow(r.array_size), *in[5].as<float>()};
+    return lobcq_compensate(in[0].as(), &feedback, nullptr);
 }
 
 int32_t Call::decode() {
@@ -223,6 +241,8 @@ int32_t Call::run() {
         }
         case kEncode: return encode();
         case kEncodeInt8: return encode_int8();
+        case kEncodeSearched: return encode_searched();
+        case kCompensate: return compensate();
         case kDecode: return decode();
         case kPackWeight: return pack_weight();
         case kUnpackWeight: return unpack_weight();
