@@ -128,6 +128,7 @@ def records_of(
     encoded: Mapping[PlannedWeight, EncodedWeight],
     codebooks: CodebookSets,
     statistics: Mapping[PlannedMatmul, ActivationStatistics],
+    smoothing: Mapping[PlannedMatmul, str] | None = None,
 ) -> tuple[MatmulRecord, ...]:
     """What became of every matmul; a weight's bytes are counted with the first that reads it."""
     seen: set[PlannedWeight] = set()
@@ -147,6 +148,7 @@ def records_of(
                 format=matmul.config.format.name,
                 mode=matmul.config.mode,
                 activation_format=None if activations is None else activations.name,
+                smoothing=(smoothing or {}).get(matmul),
                 float_bytes=result.float_bytes if first else 0,
                 packed_bytes=result.packed_bytes if first else 0,
                 weight_sqnr_db=result.sqnr_db,

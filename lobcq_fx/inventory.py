@@ -18,13 +18,14 @@ class MatmulRecord:
     shape: (N, K) of the constant weight; None for activation x activation.
     reason: why it was left in float; None if it was quantized.
     format: name of the number format, mode: `w4a4`, `w4a8` or `w4a16`; None if left in float.
-    activation_format: the activation's, where it is another than the weight's.
     float_bytes, packed_bytes: of the weight, before and after (equal if left in float; 0 without a weight, and for all
         but the first matmul that reads it; float_bytes is 0 where the float weight stays for something else).
     weight_sqnr_db, activation_sqnr_db: signal-to-quantization-noise ratio in dB; None if not measured.
     multiply_adds: with its weight, in the example that the model was traced with; routed experts count by the tokens
         they get. None in folders of releases that did not count them.
     excluded: a pattern of the settings asked for it to stay in float.
+    activation_format: the activation's, where it is another than the weight's.
+    smoothing: where the division of its activation by scales went, "folded" or "multiplied"; None without one.
     """
 
     layer: str
@@ -33,13 +34,14 @@ class MatmulRecord:
     reason: str | None = None
     format: str | None = None
     mode: str | None = None
-    activation_format: str | None = None
     float_bytes: int = 0
     packed_bytes: int = 0
     weight_sqnr_db: float | None = None
     activation_sqnr_db: float | None = None
     multiply_adds: int | None = None
     excluded: bool = False
+    activation_format: str | None = None
+    smoothing: str | None = None
 
     @property
     def quantized(self) -> bool:

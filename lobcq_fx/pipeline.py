@@ -187,7 +187,7 @@ def quantize_graphs(
     for graph_module in emitted.values():
         emitting(plan, codebooks)(graph_module)
     EliminateDeadCode(tuple(one for one in emitted.values() if one is not root))(root)
-    return emitted, records_of(plan, encoded, codebooks, statistics)
+    return emitted, records_of(plan, encoded, codebooks, statistics, smoothed.matmuls)
 
 
 @no_autocast()

@@ -13,7 +13,7 @@ multiplied with 1 / s, where the settings allow that.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
@@ -36,10 +36,15 @@ Statistics = Mapping[PlannedMatmul, ActivationStatistics]
 
 @dataclass(frozen=True)
 class Smoothed:
-    """What smoothing did. scales: of weights. statistics: of activations as they are encoded now."""
+    """What smoothing did.
+
+    scales: of weights. statistics: of activations as they are encoded now. matmuls: where each division went, "folded"
+        into what comes before or "multiplied".
+    """
 
     scales: dict[PlannedWeight, WeightScales]
     statistics: dict[PlannedMatmul, ActivationStatistics]
+    matmuls: dict[PlannedMatmul, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,13 @@ def smooth(plan: QuantizationPlan, graph_modules: Mapping[str, fx.GraphModule], 
             _divide(root, group, scale, result.scales)
         else:
             _register_input_scale(root, group, scale)
+        divided = seen.divided(scale)
         for one in group.matmuls:
             if one.weight is not None:
                 known = result.scales.get(one.weight, WeightScales())
                 result.scales[one.weight] = replace(known, columns=scale)
-                result.statistics[one] = seen.divided(scale)
+                result.statistics[one] = divided
+                result.matmuls[one] = "folded" if free else "multiplied"
     return result
 
 

@@ -103,6 +103,8 @@ def test_what_cannot_be_folded_is_multiplied_or_left_alone(smoothing: str) -> No
     q = lobcq_fx.quantize(PostNorm(), [data()], LobcqConfig(smoothing=smoothing))
     scales = [node for node in q.stored_graph.nodes if node.op == "get_attr" and "input_scale" in str(node.target)]
     assert len(scales) == len(multiplied)
+    kinds = {record.smoothing for record in q.inventory.quantized}
+    assert kinds == ({"multiplied"} if smoothing == "everywhere" else {None})
 
 
 @torch.no_grad()
@@ -129,6 +131,7 @@ def test_it_combines_with_static_scales_compensation_and_fitted_codebooks() -> N
     config = LobcqConfig(smoothing="folded", rounding="compensated", activation_scale="static", codebooks="fitted")
     q = lobcq_fx.quantize(model, [data(rows=200)], config)
     assert (q(x) - model(x)).square().mean() < plain / 2
+    assert {record.smoothing for record in q.inventory.quantized} == {"folded"}
     (name,) = {
         str(node.target) for node in q.stored_graph.nodes if str(node.target).startswith("gate.activation_scale")
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ def _totals(inventory: Inventory, result: dict[str, Any]) -> Table:
     table.add_row("Parameters covered", f"{100 * result['parameter_coverage']:.1f} %")
     table.add_row("Multiply-adds covered", f"{100 * result['mac_coverage']:.1f} %")
     table.add_row("Bits per quantized weight", f"{result['bits_per_scalar']:.3f}")
+    smoothed = Counter(record.smoothing for record in inventory.quantized if record.smoothing)
+    if smoothed:
+        table.add_row("Smoothed layers", ", ".join(f"{count} {kind}" for kind, count in sorted(smoothed.items())))
     shrunk = result["float_bytes"] / max(1, result["packed_bytes"])
     sizes = f"{readable_size(result['float_bytes'])} → {readable_size(result['packed_bytes'])}"
     table.add_row("All parameters", f"{sizes} ({shrunk:.1f}x smaller)")
