@@ -45,10 +45,16 @@ def perplexity() -> str:
 def minilm() -> str:
     """all-MiniLM-L6-v2 beside other formats."""
     rows = [
-        [row["format"], f"{row['bits_per_scalar']:g}", row["operands"], f"{row['mean_cosine']:.4f}"]
+        [
+            row["format"],
+            f"{row['bits_per_scalar']:g}",
+            row["operands"],
+            row.get("recipe", "to the nearest"),
+            f"{row['mean_cosine']:.4f}",
+        ]
         for row in results("minilm_similarity")["rows"]
     ]
-    return table(["format", "bits a scalar", "weights / activations", "mean cosine"], rows)
+    return table(["format", "bits a scalar", "weights / activations", "recipe", "mean cosine"], rows)
 
 
 def sqnr() -> str:
