@@ -15,6 +15,16 @@ from typing import Any
 from benchmarks.pages.cpu_tables import cpu_section
 from benchmarks.pages.markdown import keep_page, table
 
+PERPLEXITIES = {
+    "fp32": "fp32",
+    "w4a16": "W4A16",
+    "w4a4": "W4A4",
+    "w4a16 balanced": "W4A16, balanced",
+    "w4a8 balanced": "W4A8, balanced",
+    "w4a4 balanced": "W4A4, balanced",
+}
+"""Columns, by their names in the results."""
+
 NOT_MEASURED = "Not measured yet."
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -29,17 +39,17 @@ def main() -> None:
 
 
 def perplexity() -> str:
-    """Three language models in fp32, W4A16 and W4A4."""
+    """Three language models in fp32 and quantized."""
     rows = [
         [
             row["model"],
             row["text"],
             f"{row['parameter_coverage']:.0%}",
-            *(f"{row[mode]:.2f}" for mode in ("fp32", "w4a16", "w4a4")),
+            *(f"{row[way]:.2f}" if way in row else "not measured" for way in PERPLEXITIES),
         ]
         for row in results("perplexity")["rows"]
     ]
-    return table(["model", "text", "parameters quantized", "fp32", "W4A16", "W4A4"], rows)
+    return table(["model", "text", "parameters quantized", *PERPLEXITIES.values()], rows)
 
 
 def minilm() -> str:

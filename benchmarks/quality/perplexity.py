@@ -24,7 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lobcq_fx
@@ -34,6 +34,14 @@ RESULT = Path(__file__).parents[1] / "results" / "perplexity.json"
 STORY_MODELS = ("stories260K", "tinystories-656k")
 STORIES = 80
 WINDOW, STRIDE = 512, 256
+WAYS = {
+    "w4a16": ("w4a16", "fast"),
+    "w4a4": ("w4a4", "fast"),
+    "w4a16 balanced": ("w4a16", "balanced"),
+    "w4a8 balanced": ("w4a8", "balanced"),
+    "w4a4 balanced": ("w4a4", "balanced"),
+}
+"""Mode and recipe."""
 
 
 def main() -> None:
@@ -59,10 +67,10 @@ def main() -> None:
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print("| model | parameters | tokens scored | fp32 | W4A16 | W4A4 |\n|---|---|---|---|---|---|")
+    print(f"| model | parameters | tokens scored | fp32 | {' | '.join(WAYS)} |\n|{'---|' * (4 + len(WAYS))}")
     for row in rows:
         rises = " | ".join(
-            f"{row[mode]:.3f} ({100 * (row[mode] / row['fp32'] - 1):+.1f} %)" for mode in ("w4a16", "w4a4")
+            f"{row[way]:.3f} ({100 * (row[way] / row['fp32'] - 1):+.1f} %)" if way in row else "-" for way in WAYS
         )
         print(f"| {row['model']} | {row['parameters']:,} | {row['tokens']:,} | {row['fp32']:.3f} | {rises} |")
 
@@ -76,36 +84,45 @@ def measure_embedded(max_tokens: int | None) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     window = min(WINDOW, model.config.max_position_embeddings)
     stride = window - STRIDE
-    row = in_three_precisions(model, lambda one: perplexity(one, ids, window=window, stride=stride, batch_size=8))
+    row = in_all_ways(model, None, lambda one: perplexity(one, ids, window=window, stride=stride, batch_size=8))
     return {"model": "embedded default", "text": f"held-out text, window {window}, stride {stride}", **row}
 
 
 def measure_stories(data: Path, name: str) -> dict[str, Any]:
-    """A story model on the first stories, each a sequence of its own."""
+    """A story model on the first stories, each a sequence of its own; the others calibrate."""
     folder = data / "models" / name
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     text = (data / "text" / "tinystories_196K.txt").read_text(encoding="utf-8")
-    stories = [story.strip() for story in re.split(r"\n+(?=Once)", text)][:STORIES]
+    stories = [story.strip() for story in re.split(r"\n+(?=Once)", text)]
     ids = [tokenizer(story, add_special_tokens=False, verbose=False)["input_ids"] for story in stories]
     length, bos = model.config.max_position_embeddings, model.config.bos_token_id
-    row = in_three_precisions(
-        model, lambda one: perplexity_of_sequences(one, ids, max_length=length, bos_token_id=bos, batch_size=8)
+    calibration = [torch.tensor([[bos, *story][:length]]) for story in ids[STORIES:]]
+    ids = ids[:STORIES]
+    row = in_all_ways(
+        model,
+        calibration,
+        lambda one: perplexity_of_sequences(one, ids, max_length=length, bos_token_id=bos, batch_size=8),
     )
     return {"model": name, "text": f"{STORIES} stories, at most {length} tokens each, BOS first", **row}
 
 
-def in_three_precisions(model: nn.Module, score: Callable[[nn.Module], PerplexityResult]) -> dict[str, Any]:
-    """Perplexity of the model and of its two quantized forms."""
+def in_all_ways(
+    model: nn.Module, calibration: list[Tensor] | None, score: Callable[[nn.Module], PerplexityResult]
+) -> dict[str, Any]:
+    """Perplexity of the model and of its quantized forms, of those that can be calibrated if there are data."""
     reference = score(model)
     row: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "tokens": reference.tokens,
         "fp32": reference.perplexity,
     }
-    for mode in ("w4a16", "w4a4"):
-        quantized = lobcq_fx.quantize(model, config=lobcq_fx.LobcqConfig(mode=mode))
-        row[mode] = score(quantized).perplexity
+    for way, (mode, recipe) in WAYS.items():
+        config = lobcq_fx.LobcqConfig.of_recipe(recipe, mode=mode)
+        if config.needs_calibration and calibration is None:
+            continue
+        quantized = lobcq_fx.quantize(model, calibration if config.needs_calibration else None, config)
+        row[way] = score(quantized).perplexity
         row["parameter_coverage"] = quantized.inventory.parameter_coverage
     return row
 
