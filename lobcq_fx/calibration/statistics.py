@@ -50,6 +50,7 @@ class ActivationStatistics:
         self._sample = Reservoir(sampled_arrays, seed)
         self.keeps_second_moments = second_moments
         self._second_moments: Tensor | None = None
+        self._divisor: Tensor | None = None  # of the second moments alone, whose copies would take as much memory again
 
     @property
     def seen(self) -> bool:
@@ -106,9 +107,7 @@ class ActivationStatistics:
         assert self._square_sums is not None
         result = copy.copy(self)
         result._absmax, result._square_sums = self._absmax / scale, self._square_sums / scale.double().square()
-        if self._second_moments is not None:
-            there = scale.to(self._second_moments.device)
-            result._second_moments = self._second_moments / there / there[:, None]
+        result._divisor = scale if self._divisor is None else self._divisor * scale
         rows = self._sample.rows()
         arrays, places = rows[:, :-2], rows[:, -1].long()
         scales = torch.nn.functional.pad(scale, (0, -len(scale) % self.spec.array_size), value=1.0)
@@ -151,8 +150,12 @@ class ActivationStatistics:
             CalibrationError: no data seen.
         """
         self._require_data()
-        assert self._second_moments is not None, "ask for second_moments when it is made"
-        return self._second_moments
+        moments = self._second_moments
+        assert moments is not None, "ask for second_moments when it is made"
+        if self._divisor is None:
+            return moments
+        divisor = self._divisor.to(moments.device)
+        return moments / divisor / divisor[:, None]
 
     def _add(self, rows: Tensor, row_scale: Tensor) -> None:
         """rows fp32 [n, K] and their tensor scales fp32 [n, 1]."""
