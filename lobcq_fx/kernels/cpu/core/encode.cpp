@@ -89,11 +89,10 @@ uint32_t absmax_of_row(const lobcq_matrix& m, int64_t row) {
 }
 
 // Codes and scales of a slab into an activation's row; positions from `columns` on hold zeros already.
-void store_entries(const Tables& t, const Slab& slab, const ActivationView& a, int64_t row, int64_t column,
+void store_entries(const Tables& t, Slab& slab, const ActivationView& a, int64_t row, int64_t column,
                    int64_t columns) {
-    alignas(64) int8_t entries[kSlab];
-    isa().entries(t, slab.codes, slab.selectors, ceil_div(columns, kGroup), entries);
-    std::memcpy(a.entries_at(row) + column, entries, static_cast<size_t>(columns));
+    isa().entries(t, slab.codes, slab.selectors, ceil_div(columns, kGroup), slab.entries);
+    std::memcpy(a.entries_at(row) + column, slab.entries, static_cast<size_t>(columns));
     store_scales(slab.scales, a, row, column, columns);
 }
 
