@@ -27,10 +27,10 @@ from lobcq_fx.kernels.cpu.installed import cpu_core, tables_of
 from lobcq_fx.kernels.cpu.library import Core
 from lobcq_fx.kernels.cpu.operands import PackedOperand
 from lobcq_fx.kernels.cpu.weight_layout import CpuWeightLayout
-from lobcq_fx.kernels.stored_linears import StoredLinears
 from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
 from lobcq_fx.ops import schemas
 from lobcq_fx.ops.compensate import check_whole_arrays
+from lobcq_fx.ops.linear import StoredLinears
 from lobcq_fx.ops.operand_checks import check
 
 logger = logging.getLogger(__name__)

@@ -105,14 +105,9 @@ IMPLEMENTATIONS: dict[str, Callable[..., list[Tensor]]] = {
 }
 
 
-def _names(name: str) -> list[str]:
-    overload = getattr(ops.linear_prepacked, name.partition(".")[2])
-    return [argument.name for argument in overload._schema.arguments]
-
-
 def _checked(name: str, implementation: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
     """Checks what the op adds to the one that is not fused, which checks the rest."""
-    names = _names(name)
+    names = schemas.argument_names(name)
     own = {*names} - {operand.name for operand in OPERANDS[schemas.LINEAR_PREPACKED]} | {"x"}
 
     @wraps(implementation)
@@ -125,7 +120,7 @@ def _checked(name: str, implementation: Callable[..., list[Tensor]]) -> Callable
 
 def _fake_of(name: str) -> Callable[..., list[Tensor]]:
     """The fake kernel of any of these ops: what it returns follows from arguments that all of them have."""
-    names = _names(name)
+    names = schemas.argument_names(name)
 
     def fake(*arguments: Any) -> list[Tensor]:
         given = dict(zip(names, arguments, strict=True))

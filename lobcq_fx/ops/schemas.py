@@ -102,6 +102,13 @@ for _name, _arguments in _FUSED.items():
     torch.library.define(_name, f"({_arguments}) -> Tensor[]")
 
 
+def argument_names(op: str) -> list[str]:
+    """Of an op's arguments, in order: what implementations of several ops at once bind them by."""
+    packet, _, overload = op.removeprefix("lobcq::").partition(".")
+    schema = getattr(getattr(torch.ops.lobcq, packet), overload or "default")._schema
+    return [argument.name for argument in schema.arguments]
+
+
 NO_GRADIENT = (
     "the lobcq:: ops are inference only and have no gradient: call the model under torch.inference_mode(), and"
     " fine-tune the float model before quantizing it"

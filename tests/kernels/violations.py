@@ -26,11 +26,6 @@ def torch_op(op: str) -> Any:
     return getattr(getattr(torch.ops.lobcq, packet), overload or "default")
 
 
-def names_of(op: str) -> list[str]:
-    """Of an op's arguments."""
-    return [argument.name for argument in torch_op(op)._schema.arguments]
-
-
 def violations(op: str, operand: Operand, valid: Tensor) -> Iterator[tuple[str, Tensor]]:
     """What `operand` must not be, each with what is wrong with it; `valid` is what it may be."""
     none = operand.or_empty and valid.shape == (0,)
@@ -129,7 +124,7 @@ def assert_refused(op: str, given: Arguments, run: Callable[..., object], errors
     first, accepted = OPERANDS[op][0].name, []
     for name, what, broken in broken_calls(op, given):
         try:
-            run(*(broken[argument] for argument in names_of(op)))
+            run(*(broken[argument] for argument in schemas.argument_names(op)))
         except (OperandError, *errors) as error:
             named = name in str(error) or name == first or name in UNNAMED
             if not (named and "lobcq::" in str(error)):
@@ -151,7 +146,7 @@ def prepacked_call(op: str, x: Tensor, tables: Tensor | None, rest: Sequence[Any
         "biases": biases, "out_features": outputs, "array_size": array_size, "residuals": residuals,
         "dtype": torch.float32,
     }  # fmt: skip
-    return {name: values[name] for name in names_of(op)}
+    return {name: values[name] for name in schemas.argument_names(op)}
 
 
 def stored_call(op: str, device: torch.device) -> dict[str, Any]:
@@ -177,4 +172,4 @@ def stored_call(op: str, device: torch.device) -> dict[str, Any]:
     if op == schemas.LINEAR_INT8_ACTIVATION:
         in_int8 = encode_int8(x, spec.array_size)
         values |= {"entries": in_int8.entries, "scales": in_int8.scales}
-    return {name: values[name] for name in names_of(op)}
+    return {name: values[name] for name in schemas.argument_names(op)}

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import FormatSpec
-from lobcq_fx.kernels.stored_linears import StoredLinears
 from lobcq_fx.kernels.triton.decode_gemm import MAX_ROWS, decode_gemm
 from lobcq_fx.kernels.triton.dequantize import dequantize
 from lobcq_fx.kernels.triton.encode import Packed, encode_rows
@@ -26,6 +25,7 @@ from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
 from lobcq_fx.kernels.triton.prologues import AddRmsNorm, LayerNorm, Prologue, RmsNorm, SiluMul
 from lobcq_fx.kernels.triton.weight_layout import WeightTiles, weight_bytes
 from lobcq_fx.ops import schemas
+from lobcq_fx.ops.linear import StoredLinears
 from lobcq_fx.ops.operand_checks import PrepackedSizes, check
 from lobcq_fx.ops.schemas import NO_GRADIENT
 
@@ -149,8 +149,7 @@ def _overload(name: str, prologue: Callable[[dict[str, Any]], Prologue] | None =
         name: of the overload.
         prologue: what the encoder begins with, from the arguments; None where it encodes x itself.
     """
-    schema = getattr(torch.ops.lobcq.linear_prepacked, name.partition(".")[2] or "default")._schema
-    names = [argument.name for argument in schema.arguments]
+    names = schemas.argument_names(name)
 
     def run(*arguments: Any) -> list[Tensor]:
         given = dict(zip(names, arguments, strict=True))
