@@ -11,6 +11,7 @@ from typing import Any
 from lobcq_fx.cli.failures import OutputError
 from lobcq_fx.cli.json_text import json_text
 from lobcq_fx.errors import CheckpointError
+from lobcq_fx.storage.atomic_file import write_whole
 
 
 def check_file(path: Path, *, overwrite: bool) -> None:
@@ -30,12 +31,7 @@ def check_file(path: Path, *, overwrite: bool) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """A file of one JSON object, which is there as a whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        unfinished.write_text(json_text(values) + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, json_text(values) + "\n")
 
 
 def check_folder(

@@ -16,6 +16,7 @@ from lobcq_fx.model import QuantizedModel
 from lobcq_fx.report import plots
 from lobcq_fx.report.content import ReportContent
 from lobcq_fx.report.layers import left_alone_by_reason, parameters_outside_matmuls, readable_size, worst_layers
+from lobcq_fx.storage.atomic_file import write_whole
 
 TEMPLATE = "report.html.j2"
 
@@ -25,13 +26,7 @@ def write_page(model: QuantizedModel | str | os.PathLike[str], path: str | os.Pa
     content = (
         ReportContent.of_model(model) if isinstance(model, QuantizedModel) else ReportContent.of_folder(Path(model))
     )
-    target = Path(path)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    try:
-        unfinished.write_text(render(content), encoding="utf-8")
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(Path(path), render(content))
 
 
 def render(content: ReportContent) -> str:
