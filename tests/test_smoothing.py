@@ -184,6 +184,26 @@ def test_a_weight_that_two_activations_meet_is_left_alone() -> None:
     assert not result.scales
 
 
+class Written(PreNorm):
+    """One activation node is two activations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        rows = h.view(-1, K)
+        first = self.gate(rows)
+        h.mul_(-3)
+        return first + self.up(rows)
+
+
+@torch.no_grad()
+def test_what_is_written_to_between_two_readers_is_multiplied_for_each() -> None:
+    x, model = data(9), Written()
+    expected = model(x)
+    q = lobcq_fx.quantize(model, [data()], LobcqConfig(smoothing="everywhere"))
+    assert {record.smoothing for record in q.inventory.quantized} == {"multiplied"}
+    assert (q(x) - expected).norm() < 0.1 * expected.norm()
+
+
 def test_the_scale_balances_columns() -> None:
     generator = torch.Generator().manual_seed(0)
     x, w = (

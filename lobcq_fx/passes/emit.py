@@ -18,6 +18,7 @@ from torch import fx
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops that this pass emits)
 from lobcq_fx.calibration.codebook_sets import CodebookSets
+from lobcq_fx.graph.aliasing import written_between
 from lobcq_fx.graph.attributes import add_call, get_attr_node, has_attribute
 from lobcq_fx.graph.matmuls import Matmul
 from lobcq_fx.graph.operands import erase_unread
@@ -102,11 +103,11 @@ class Emit(GraphPass):
 def _scaled(
     graph_module: fx.GraphModule, node: fx.Node, x: fx.Node, planned: PlannedMatmul, scaled: dict[fx.Node, fx.Node]
 ) -> fx.Node:
-    """x times its scale where it has one, multiplied once for all that read it; at the insertion point."""
+    """x times its scale where it has one, multiplied once for all that read one value of it; at the insertion point."""
     name = planned.input_scale
     if name is None or not has_attribute(graph_module, name):
         return x
-    if x not in scaled:
+    if x not in scaled or written_between(scaled[x], node, [x]):
         scale = get_attr_node(graph_module, name)
         scaled[x] = add_call(graph_module.graph, torch.ops.aten.mul.Tensor, (x, scale), like=node)
     return scaled[x]
