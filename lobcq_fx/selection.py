@@ -29,7 +29,7 @@ def refusal(
         return by_pattern
     if shape[1] < config.min_in_features:
         return f"too small: K = {shape[1]} is below min_in_features = {config.min_in_features}"
-    if config.activations != config.format and shape[1] % config.format.array_size:
+    if config.activations.array_size != config.format.array_size and shape[1] % config.format.array_size:
         return (
             f"K = {shape[1]} is no multiple of {config.format.array_size}, the weights' arrays, which activations in"
             f" {config.activations.name} need"

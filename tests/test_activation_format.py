@@ -125,6 +125,14 @@ def test_a_layer_whose_rows_are_filled_up_stays_in_float_and_says_why() -> None:
     ]  # fmt: skip
 
 
+def test_more_codebooks_alone_serve_rows_that_are_filled_up() -> None:
+    model, x = nn.Linear(200, 64).eval(), torch.randn(3, 200, generator=torch.Generator().manual_seed(3))
+    q = lobcq_fx.quantize(model, config=LobcqConfig(activation_format="16x64"), example_inputs=x)
+    rows = decode(encode(x, FormatSpec(16, 64), universal_codebooks(16), absmax_row_scale(x)))
+    weight = decode(encode(model.weight, FormatSpec(), universal_codebooks(8), search_scales=True))
+    assert_close(q(x), nn.functional.linear(rows, weight, model.bias))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
