@@ -22,33 +22,66 @@ NF4 = torch.tensor(
 """Quantiles of a normal distribution (Dettmers et al., "QLoRA", arXiv 2305.14314, appendix E)."""
 
 
-def nvfp4(x: Tensor) -> Tensor:
-    """E2M1 in blocks of 16 with an E4M3 scale each and one fp32 scale for the tensor.
+@dataclass(frozen=True)
+class BlockFormat:
+    """A format of codes with one scale for each block of a row.
 
-    Source: NVIDIA, "Pretraining Large Language Models with NVFP4", arXiv 2509.25149, section 2.
+    block: scalars that share a scale. levels: x in units of its scale, rounded to what the codes stand for.
+    scales: of blocks [R, n, block] of an operand, whose largest magnitude is given, [R, n, 1]; as they are stored.
     """
-    blocks = x.unflatten(-1, (-1, 16))
-    tensor_scale = blocks.abs().amax() / (448 * 6)
+
+    block: int
+    levels: Callable[[Tensor], Tensor]
+    scales: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [R, K] rounded, K a multiple of the block."""
+        blocks = x.unflatten(-1, (-1, self.block))
+        return self.rounded(blocks, self.scales(blocks, x.abs().amax())).flatten(-2)
+
+    def rounded(self, x: Tensor, scales: Tensor) -> Tensor:
+        """x to the nearest under scales that broadcast with it; 0 where they are 0."""
+        return self.levels(x / torch.where(scales == 0, 1.0, scales)) * scales
+
+
+def _nvfp4_scales(blocks: Tensor, largest: Tensor) -> Tensor:
+    tensor_scale = largest / (448 * 6)
     scales = blocks.abs().amax(dim=-1, keepdim=True) / 6 / tensor_scale
-    scales = scales.clamp(torch.finfo(torch.float8_e4m3fn).tiny, 448).to(torch.float8_e4m3fn).float() * tensor_scale
-    return (_round_to_e2m1(blocks / scales) * scales).flatten(-2)
+    return scales.clamp(torch.finfo(torch.float8_e4m3fn).tiny, 448).to(torch.float8_e4m3fn).float() * tensor_scale
 
 
-def mxfp4(x: Tensor) -> Tensor:
-    """E2M1 in blocks of 32 that share a power of two.
-
-    Source: OCP Microscaling Formats specification 1.0, section 6.3.
-    """
-    blocks = x.unflatten(-1, (-1, 32))
-    scales = torch.exp2(blocks.abs().amax(dim=-1, keepdim=True).log2().floor() - 2)
-    return (_round_to_e2m1(blocks / scales) * scales).flatten(-2)
+def _mxfp4_scales(blocks: Tensor, _largest: Tensor) -> Tensor:
+    return torch.exp2(blocks.abs().amax(dim=-1, keepdim=True).log2().floor() - 2)
 
 
-def int4(x: Tensor, group: int) -> Tensor:
+def _int4_scales(blocks: Tensor, _largest: Tensor) -> Tensor:
+    return (blocks.abs().amax(dim=-1, keepdim=True) / 7.5).bfloat16().float()
+
+
+def _round_to_e2m1(x: Tensor) -> Tensor:
+    """To the nearest 4-bit float, ties to the even code, saturating at 6."""
+    middles = (E2M1[1:] + E2M1[:-1]) / 2
+    below = torch.bucketize(x.abs(), middles)  # on a tie: the lower of the two codes
+    tie_up = (x.abs() == middles[below.clamp(max=6)]) & (below % 2 == 1)
+    return E2M1[below + tie_up] * x.sign()
+
+
+def int4(block: int) -> BlockFormat:
     """Symmetric integers in [-8, 7] in groups that share a bf16 scale, absmax / 7.5."""
-    groups = x.unflatten(-1, (-1, group))
-    scales = (groups.abs().amax(dim=-1, keepdim=True) / 7.5).bfloat16().float()
-    return ((groups / scales).round().clamp(-8, 7) * scales).flatten(-2)
+    return BlockFormat(block, lambda x: x.round().clamp(-8, 7), _int4_scales)
+
+
+NVFP4 = BlockFormat(16, _round_to_e2m1, _nvfp4_scales)
+"""E2M1 in blocks of 16 with an E4M3 scale each and one fp32 scale for the tensor.
+
+Source: NVIDIA, "Pretraining Large Language Models with NVFP4", arXiv 2509.25149, section 2.
+"""
+
+MXFP4 = BlockFormat(32, _round_to_e2m1, _mxfp4_scales)
+"""E2M1 in blocks of 32 that share a power of two.
+
+Source: OCP Microscaling Formats specification 1.0, section 6.3.
+"""
 
 
 def int4_asymmetric(x: Tensor, group: int) -> Tensor:
@@ -64,16 +97,16 @@ def int4_asymmetric(x: Tensor, group: int) -> Tensor:
 def nf4(x: Tensor) -> Tensor:
     """Normal-float codes in blocks of 64; absmax scales, less their mean, as int8 in groups of 256.
 
-    Source: as for `NF4`, section 3, "double quantization". The number of scalars is a multiple of 64 * 256.
+    Source: as for `NF4`, section 3, "double quantization". The number of scalars is a multiple of 64.
     """
     blocks = x.reshape(-1, 64)
     scales = blocks.abs().amax(dim=-1)
     mean = scales.mean()
-    groups = (scales - mean).view(-1, 256)
+    groups = torch.nn.functional.pad(scales - mean, (0, -len(scales) % 256)).view(-1, 256)
     step = groups.abs().amax(dim=-1, keepdim=True) / 128
-    stored = ((groups / step).round().clamp(-128, 127) * step).view(-1, 1) + mean
+    stored = ((groups / step).round().clamp(-128, 127) * step).flatten()[: len(scales)] + mean
     codes = torch.bucketize(blocks / scales.unsqueeze(-1), (NF4[1:] + NF4[:-1]) / 2)
-    return (NF4[codes] * stored).view(x.shape)
+    return (NF4[codes] * stored.unsqueeze(-1)).view(x.shape)
 
 
 @dataclass(frozen=True)
@@ -126,10 +159,10 @@ def _torchao_nf4(x: Tensor) -> Tensor:
 
 
 PEERS = (
-    Peer("MXFP4", 4 + 8 / 32, mxfp4, _torchao_mxfp4),
-    Peer("NVFP4", 4 + 8 / 16, nvfp4, _torchao_nvfp4),
-    Peer("INT4 group 128", 4 + 16 / 128, lambda x: int4(x, 128), lambda x: _torchao_int4(x, 128, symmetric=True)),
-    Peer("INT4 group 32", 4 + 16 / 32, lambda x: int4(x, 32), lambda x: _torchao_int4(x, 32, symmetric=True)),
+    Peer("MXFP4", 4 + 8 / 32, MXFP4, _torchao_mxfp4),
+    Peer("NVFP4", 4 + 8 / 16, NVFP4, _torchao_nvfp4),
+    Peer("INT4 group 128", 4 + 16 / 128, int4(128), lambda x: _torchao_int4(x, 128, symmetric=True)),
+    Peer("INT4 group 32", 4 + 16 / 32, int4(32), lambda x: _torchao_int4(x, 32, symmetric=True)),
     Peer(
         "INT4 asymmetric group 32",
         4 + 20 / 32,
@@ -147,11 +180,3 @@ def torchao_version() -> str | None:
     except ImportError:
         return None
     return str(torchao.__version__)
-
-
-def _round_to_e2m1(x: Tensor) -> Tensor:
-    """To the nearest 4-bit float, ties to the even code, saturating at 6."""
-    middles = (E2M1[1:] + E2M1[:-1]) / 2
-    below = torch.bucketize(x.abs(), middles)  # on a tie: the lower of the two codes
-    tie_up = (x.abs() == middles[below.clamp(max=6)]) & (below % 2 == 1)
-    return E2M1[below + tie_up] * x.sign()
