@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,16 +24,19 @@ class Reservoir:
 
     def add(self, rows: Tensor) -> None:
         """Offer rows [n, width]; those kept are copied to the CPU in their own dtype."""
-        self.num_seen += rows.shape[0]
-        keys = torch.rand(rows.shape[0], dtype=torch.float64, device="cpu", generator=self._generator)
-        if self._keys.numel() == self.capacity:
-            chosen = (keys < self._keys[-1]).nonzero().flatten()
-            keys, rows = keys[chosen], rows[chosen.to(rows.device)]
-        merged = torch.cat((self._keys, keys))
+        self.offer(rows.shape[0], lambda chosen: rows[chosen], rows.device)
+
+    def offer(self, count: int, rows: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        """The same for `count` rows that are made where they may be kept: of indices int64 [m], [m, width]."""
+        self.num_seen += count
+        keys = torch.rand(count, dtype=torch.float64, device="cpu", generator=self._generator)
+        full = self._keys.numel() == self.capacity and self.capacity > 0
+        chosen = (keys < self._keys[-1] if full else keys >= 0).nonzero().flatten()
+        candidates = rows(chosen.to(device)).detach().cpu()
+        merged = torch.cat((self._keys, keys[chosen]))
         order = merged.argsort(stable=True)[: self.capacity]
         self._keys = merged[order]
-        candidates = rows.detach().cpu() if self._rows is None else torch.cat((self._rows, rows.detach().cpu()))
-        self._rows = candidates[order]
+        self._rows = candidates[order] if self._rows is None else torch.cat((self._rows, candidates))[order]
 
     def replaced(self, rows: Tensor) -> Reservoir:
         """A reservoir with other rows in the place of each of these."""

@@ -13,6 +13,9 @@ from lobcq_fx.format.codes import CHUNK
 from lobcq_fx.format.scales import absmax_row_scale, block_arrays, tensor_scale_of_absmax
 from lobcq_fx.format.spec import ENTRY_MAX, FormatSpec
 
+MOMENT_ROWS = 4096
+"""Rows whose second moments are summed by one product."""
+
 SAMPLED_ARRAYS = 4096
 """Block arrays kept for fitting codebooks: 1 MiB a layer at L_A = 64."""
 
@@ -70,6 +73,9 @@ class ActivationStatistics:
         self.num_updates += 1
         self.num_rows += rows.shape[0]
         self.num_scalars += rows.numel()
+        if self.keeps_second_moments:
+            for chunk in rows.split(MOMENT_ROWS):
+                self._add_moments(chunk.float())
         for part in range(0, rows.shape[0], self._rows_at_a_time(rows.shape[1])):
             chunk = slice(part, part + self._rows_at_a_time(rows.shape[1]))
             self._add(rows[chunk].float(), row_scale[chunk])
@@ -157,18 +163,23 @@ class ActivationStatistics:
         divisor = self._divisor.to(moments.device)
         return moments / divisor / divisor[:, None]
 
+    def _add_moments(self, rows: Tensor) -> None:
+        product = rows.t() @ rows
+        self._second_moments = product if self._second_moments is None else self._second_moments.add_(product)
+
     def _add(self, rows: Tensor, row_scale: Tensor) -> None:
         """rows fp32 [n, K] and their tensor scales fp32 [n, 1]."""
-        if self.keeps_second_moments:
-            product = rows.t() @ rows
-            self._second_moments = product if self._second_moments is None else self._second_moments.add_(product)
-        absmax, squares = rows.abs().amax(0).cpu(), rows.double().square().sum(0).cpu()
+        absmax, squares = rows.abs().amax(0).cpu(), rows.square().double().sum(0).cpu()
         self._absmax = absmax if self._absmax is None else torch.maximum(self._absmax, absmax)
         self._square_sums = squares if self._square_sums is None else self._square_sums + squares
         arrays = block_arrays(rows, self.spec)
-        scales = row_scale.unsqueeze(1).expand(-1, arrays.shape[1], 1)
-        places = torch.arange(arrays.shape[1], dtype=torch.float32, device=rows.device).view(1, -1, 1).expand_as(scales)
-        self._sample.add(torch.cat((arrays, scales, places), dim=-1).flatten(0, 1))
+
+        def sampled(chosen: Tensor) -> Tensor:
+            """Arrays by their places among all [n, L_A + 2]: their values, their rows' scales, their places in rows."""
+            row, place = chosen // arrays.shape[1], chosen % arrays.shape[1]
+            return torch.cat((arrays[row, place], row_scale[row], place[:, None].float()), dim=1)
+
+        self._sample.offer(arrays.shape[0] * arrays.shape[1], sampled, rows.device)
 
     def _rows_at_a_time(self, columns: int) -> int:
         return max(1, CHUNK // columns)

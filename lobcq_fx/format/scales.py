@@ -43,8 +43,8 @@ def absmax_row_scale(x: Tensor, entry_max: int = ENTRY_MAX) -> Tensor:
 def block_arrays(x: Tensor, spec: FormatSpec) -> Tensor:
     """Cut x [R, K], any float dtype, into block arrays: fp32 [R, Kp / L_A, L_A], padded with zeros."""
     padding = spec.padded_columns(x.shape[1]) - x.shape[1]
-    padded = torch.nn.functional.pad(x.float(), (0, padding))
-    return padded.view(x.shape[0], spec.num_arrays(x.shape[1]), spec.array_size)
+    padded = torch.nn.functional.pad(x.float(), (0, padding)) if padding else x.float()
+    return padded.reshape(x.shape[0], spec.num_arrays(x.shape[1]), spec.array_size)
 
 
 def array_scales(arrays: Tensor, tensor_scale: Tensor) -> Tensor:
