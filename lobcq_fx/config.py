@@ -16,9 +16,10 @@ ACTIVATION_SCALES = ("per_token", "static")
 CODEBOOKS = ("universal", "fitted")
 ROUNDINGS = ("nearest", "compensated")
 SMOOTHINGS = ("none", "folded", "everywhere")
-OVERRIDABLE = ("format", "mode", "activation_format", "activation_scale", "rounding", "smoothing")
+ROTATIONS = ("none", "hadamard")
+OVERRIDABLE = ("format", "mode", "activation_format", "activation_scale", "rounding", "smoothing", "rotation")
 
-CALIBRATED = "static scales, fitted codebooks, smoothing and compensated rounding"
+CALIBRATED = "static scales, fitted codebooks, smoothing, rotation and compensated rounding"
 """The settings that need calibration data, for messages."""
 
 ROLES = ("head",)
@@ -27,7 +28,7 @@ ROLES = ("head",)
 RECIPES: dict[str, dict[str, str]] = {
     "fast": {},
     "balanced": {"smoothing": "folded", "rounding": "compensated"},
-    "best": {"smoothing": "everywhere", "rounding": "compensated"},
+    "best": {"smoothing": "everywhere", "rotation": "hadamard", "rounding": "compensated"},
 }
 """Settings that go together, by name: without data; at no cost when the model runs; all that lowers the error."""
 
@@ -53,6 +54,8 @@ class LobcqConfig:
         smoothing: a scale for each input column of a layer, which activations are divided by and weights multiplied,
             so that neither has columns that stand out: `"folded"` where a norm or a linear before takes the division
             over, at no cost; `"everywhere"` with a multiplication where none does. Needs calibration data.
+        rotation: `"hadamard"` rotates the columns of each block array wherever calibration data show a smaller error
+            with it. Activations are rotated when the model runs, by a small matrix product.
         include: shell-style patterns of layer names, or `@head` for output heads, whatever they are called (known for
             Hugging Face models); a layer is quantized if one matches.
         exclude: shell-style patterns of layer names left in float; they win over `include`.
@@ -71,6 +74,7 @@ class LobcqConfig:
     codebooks: str = "universal"
     rounding: str = "nearest"
     smoothing: str = "none"
+    rotation: str = "none"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -86,11 +90,17 @@ class LobcqConfig:
         _check_choice("activation_scale", self.activation_scale, ACTIVATION_SCALES)
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("smoothing", self.smoothing, SMOOTHINGS)
+        _check_choice("rotation", self.rotation, ROTATIONS)
         if self.codebooks not in CODEBOOKS and not str(self.codebooks).endswith(".json"):
             hint = nearest(str(self.codebooks), CODEBOOKS)
             raise ConfigError(f"codebooks={self.codebooks!r}: use one of {CODEBOOKS} or the path of a .json file{hint}")
         if self.mode == "w4a16" and self.activation_scale == "static":
             raise ConfigError("activation_scale='static' contradicts mode='w4a16', which leaves activations in float")
+        if self.rotation != "none" and self.activation_scale == "static":
+            raise ConfigError(
+                f"activation_scale='static' contradicts rotation={self.rotation!r}: the extremes of rotated activations"
+                " are not known; use activation_scale='per_token', or rotation='none'"
+            )
         self._check_activation_format()
         if not isinstance(self.min_in_features, int) or self.min_in_features < 1:
             raise ConfigError(f"min_in_features={self.min_in_features!r}: pass a positive integer")
@@ -133,6 +143,7 @@ class LobcqConfig:
             "codebooks": self.codebooks,
             "rounding": self.rounding,
             "smoothing": self.smoothing,
+            "rotation": self.rotation,
             "include": list(self.include),
             "exclude": list(self.exclude),
             "overrides": {
@@ -165,8 +176,9 @@ class LobcqConfig:
     def needs_calibration(self) -> bool:
         """Whether these settings cannot be applied without calibration data."""
         every = [self, *map(self._overridden, self.overrides)]
-        wanted = {setting for one in every for setting in (one.activation_scale, one.rounding, one.smoothing)}
-        return self.codebooks == "fitted" or not wanted.isdisjoint(("static", "compensated", *SMOOTHINGS[1:]))
+        choices = [(one.activation_scale, one.rounding, one.smoothing, one.rotation) for one in every]
+        needing = ("static", "compensated", *SMOOTHINGS[1:], *ROTATIONS[1:])
+        return self.codebooks == "fitted" or not {setting for one in choices for setting in one}.isdisjoint(needing)
 
     def _check_activation_format(self) -> None:
         given = self.activation_format

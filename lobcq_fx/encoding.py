@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -129,6 +129,7 @@ def records_of(
     codebooks: CodebookSets,
     statistics: Mapping[PlannedMatmul, ActivationStatistics],
     smoothing: Mapping[PlannedMatmul, str] | None = None,
+    rotated: Container[PlannedMatmul] = (),
 ) -> tuple[MatmulRecord, ...]:
     """What became of every matmul; a weight's bytes are counted with the first that reads it."""
     seen: set[PlannedWeight] = set()
@@ -149,6 +150,7 @@ def records_of(
                 mode=matmul.config.mode,
                 activation_format=None if activations is None else activations.name,
                 smoothing=(smoothing or {}).get(matmul),
+                rotated=matmul in rotated,
                 float_bytes=result.float_bytes if first else 0,
                 packed_bytes=result.packed_bytes if first else 0,
                 weight_sqnr_db=result.sqnr_db,

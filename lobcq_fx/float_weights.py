@@ -1,4 +1,4 @@
-"""The float weights of a graph module as they are encoded: [N, K], with the scales that smoothing gave them."""
+"""The float weights of a graph module as they are encoded: [N, K], with smoothing's scales, and rotated."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
+from lobcq_fx.calibration.hadamard import rotated
 from lobcq_fx.graph.attributes import get_attribute
 from lobcq_fx.plan import PlannedWeight
 
 
 @dataclass(frozen=True)
 class WeightScales:
-    """Powers of two that a weight is multiplied with, each fp32, None for none: rows [N], columns [K]."""
+    """Powers of two that a weight is multiplied with, each fp32, None for none: rows [N], columns [K].
+
+    rotation: how many columns are rotated together then, each time; 0 for none.
+    """
 
     rows: Tensor | None = None
     columns: Tensor | None = None
+    rotation: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class FloatWeights:
     scales: Mapping[PlannedWeight, WeightScales] = field(default_factory=dict)
 
     def __call__(self, planned: PlannedWeight) -> Tensor:
-        """The weight, [N, K]; in fp32 where it has scales, which are exact in it."""
+        """The weight, [N, K]; in fp32 where it has scales, which are exact in it, or is rotated."""
         weight: Tensor = get_attribute(self.graph_module, planned.source).detach()
         weight = weight.t() if planned.flipped else weight
         scales = self.scales.get(planned, WeightScales())
@@ -35,4 +40,6 @@ class FloatWeights:
             weight = weight.float() * scales.rows.to(weight.device)[:, None]
         if scales.columns is not None:
             weight = weight.float() * scales.columns.to(weight.device)
+        if scales.rotation:
+            weight = rotated(weight.float(), scales.rotation, "weight")
         return weight

@@ -26,6 +26,7 @@ class MatmulRecord:
     excluded: a pattern of the settings asked for it to stay in float.
     activation_format: the activation's, where it is another than the weight's.
     smoothing: where the division of its activation by scales went, "folded" or "multiplied"; None without one.
+    rotated: whether the columns of its block arrays are rotated.
     """
 
     layer: str
@@ -42,6 +43,7 @@ class MatmulRecord:
     excluded: bool = False
     activation_format: str | None = None
     smoothing: str | None = None
+    rotated: bool = False
 
     @property
     def quantized(self) -> bool:

@@ -32,6 +32,7 @@ from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.insert_observers import InsertObservers, observed
 from lobcq_fx.passes.order import NORMALIZE, emitting
 from lobcq_fx.plan import QuantizationPlan
+from lobcq_fx.rotation import rotate
 from lobcq_fx.smoothing import smooth
 from lobcq_fx.tracing.autocast import no_autocast
 from lobcq_fx.tracing.examples import calibration_inputs
@@ -179,15 +180,16 @@ def quantize_graphs(
     report = progress or _silent
     root = graph_modules[MAIN]
     smoothed = smooth(plan, graph_modules, observed(root, plan))
-    statistics, weights = smoothed.statistics, FloatWeights(root, smoothed.scales)
+    rotation = rotate(plan, FloatWeights(root, smoothed.scales), smoothed.statistics)
+    statistics, weights = rotation.statistics, rotation.weights
     codebooks = choose_codebooks(plan, weights, statistics, config, report)
     encoded = encode_weights(plan, weights, codebooks, statistics, release_from, partial(report, "encode"))
     register_static_scales(plan, root, statistics)
     emitted = {name: root if name == MAIN else share(one, root) for name, one in graph_modules.items()}
     for graph_module in emitted.values():
-        emitting(plan, codebooks)(graph_module)
+        emitting(plan, codebooks, rotation.matrices)(graph_module)
     EliminateDeadCode(tuple(one for one in emitted.values() if one is not root))(root)
-    return emitted, records_of(plan, encoded, codebooks, statistics, smoothed.matmuls)
+    return emitted, records_of(plan, encoded, codebooks, statistics, smoothed.matmuls, set(rotation.matrices))
 
 
 @no_autocast()
@@ -220,8 +222,8 @@ def fit_shared_codebooks(
     InsertObservers(plan)(main.graph_module)
     _calibrate(main, data or (), report)
     smoothed = smooth(plan, traced.graph_modules, observed(main.graph_module, plan))
-    weights = FloatWeights(main.graph_module, smoothed.scales)
-    return fit_to_model(plan, weights, smoothed.statistics, spec, report)
+    rotation = rotate(plan, FloatWeights(main.graph_module, smoothed.scales), smoothed.statistics)
+    return fit_to_model(plan, rotation.weights, rotation.statistics, spec, report)
 
 
 def _config_of(config: LobcqConfig | None, recipe: str | None) -> LobcqConfig:

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
+from lobcq_fx.calibration.hadamard import rotated
 from lobcq_fx.calibration.reservoir import Reservoir
 from lobcq_fx.errors import CalibrationError
 from lobcq_fx.format.codes import CHUNK
@@ -53,7 +54,9 @@ class ActivationStatistics:
         self._sample = Reservoir(sampled_arrays, seed)
         self.keeps_second_moments = second_moments
         self._second_moments: Tensor | None = None
-        self._divisor: Tensor | None = None  # of the second moments alone, whose copies would take as much memory again
+        # Of the second moments alone, whose copies would take as much memory again.
+        self._divisor: Tensor | None = None
+        self._rotated_columns = 0
 
     @property
     def seen(self) -> bool:
@@ -122,6 +125,27 @@ class ActivationStatistics:
         result._sample = self._sample.replaced(torch.cat((arrays, static, rows[:, -1:]), dim=1))
         return result
 
+    def rotated(self, size: int) -> ActivationStatistics:
+        """Those of x with each `size` columns rotated: `calibration.hadamard`'s activation matrix.
+
+        Samples and second moments are; nothing is known of the extremes of rotated columns. K is a multiple of `size`,
+        and so is L_A.
+
+        Raises:
+            CalibrationError: no data seen.
+        """
+        self._require_data()
+        assert self.spec.array_size % size == 0
+        result = copy.copy(self)
+        result._absmax = result._square_sums = None
+        result._rotated_columns = size
+        rows = self._sample.rows()
+        arrays = rotated(rows[:, :-2], size, "activation")
+        # A rotated array may outgrow its row's scale: then it sets that scale.
+        scales = torch.maximum(rows[:, -2:-1], tensor_scale_of_absmax(arrays.abs().amax(1, keepdim=True)))
+        result._sample = self._sample.replaced(torch.cat((arrays, scales, rows[:, -1:]), dim=1))
+        return result
+
     def static_tensor_scale(self, entry_max: int = ENTRY_MAX) -> Tensor:
         """The static scale for this operand, whose entries reach `entry_max`: of the largest magnitude seen, fp32 [].
 
@@ -149,6 +173,15 @@ class ActivationStatistics:
         rows = self._sample.rows()
         return rows[:, :-2] / rows[:, -2:-1]
 
+    def sampled_places(self) -> Tensor:
+        """Which array of its row each array of `sample()` is, int64 [n].
+
+        Raises:
+            CalibrationError: no data seen.
+        """
+        self._require_data()
+        return self._sample.rows()[:, -1].long()
+
     def second_moments(self) -> Tensor:
         """The sum of x^T x over the rows seen, fp32 [K, K], on the device of the activations.
 
@@ -158,10 +191,13 @@ class ActivationStatistics:
         self._require_data()
         moments = self._second_moments
         assert moments is not None, "ask for second_moments when it is made"
-        if self._divisor is None:
-            return moments
-        divisor = self._divisor.to(moments.device)
-        return moments / divisor / divisor[:, None]
+        if self._divisor is not None:
+            divisor = self._divisor.to(moments.device)
+            moments = moments / divisor / divisor[:, None]
+        if self._rotated_columns:
+            for _ in range(2):  # columns, and rows as columns of the transpose
+                moments = rotated(moments, self._rotated_columns, "activation").t()
+        return moments
 
     def _add_moments(self, rows: Tensor) -> None:
         product = rows.t() @ rows

@@ -66,7 +66,7 @@ class Rounding(StrEnum):
 
 
 class Recipe(StrEnum):
-    """Settings of rounding and smoothing that go together."""
+    """Settings of rounding, smoothing and rotation that go together."""
 
     fast = "fast"
     balanced = "balanced"
@@ -79,6 +79,13 @@ class Smoothing(StrEnum):
     none = "none"
     folded = "folded"
     everywhere = "everywhere"
+
+
+class Rotation(StrEnum):
+    """Whether the columns of block arrays are rotated where that lowers the error."""
+
+    none = "none"
+    hadamard = "hadamard"
 
 
 class Dtype(StrEnum):

@@ -19,6 +19,7 @@ from lobcq_fx.cli.options import (
     ModelArgument,
     OverwriteOption,
     Recipe,
+    Rotation,
     Rounding,
     SamplesOption,
     Smoothing,
@@ -39,8 +40,8 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="TEXT",
-            help="UTF-8 text to calibrate on: for static scales, fitted codebooks, smoothing, compensated rounding, and"
-            " to measure activations.",
+            help="UTF-8 text to calibrate on: for static scales, fitted codebooks, smoothing, rotation, compensated"
+            " rounding, and to measure activations.",
         ),
     ] = None,
     format: FormatOption = "8x64",
@@ -71,6 +72,13 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    rotation: Annotated[
+        Rotation | None,
+        typer.Option(
+            help="The recipe's; or rotate the columns of block arrays where calibration shows a smaller error.",
+            show_default=False,
+        ),
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Quantize only layers whose name matches; repeatable.")
     ] = None,
@@ -96,7 +104,17 @@ def quantize(
     from lobcq_fx.cli.texts import CalibrationText
 
     config = _config(
-        recipe, format, mode, activation_format, activation_scale, codebooks, rounding, smoothing, include, exclude
+        recipe,
+        format,
+        mode,
+        activation_format,
+        activation_scale,
+        codebooks,
+        rounding,
+        smoothing,
+        rotation,
+        include,
+        exclude,
     )
     folder = model_folder(model)
     _check(config, folder, output, calibrate, overwrite=overwrite)
@@ -136,12 +154,13 @@ def _config(
     codebooks: str,
     rounding: Rounding | None,
     smoothing: Smoothing | None,
+    rotation: Rotation | None,
     include: list[str] | None,
     exclude: list[str] | None,
 ) -> LobcqConfig:
     from lobcq_fx.config import DEFAULT_EXCLUDE, LobcqConfig
 
-    given = {"rounding": rounding, "smoothing": smoothing}
+    given = {"rounding": rounding, "smoothing": smoothing, "rotation": rotation}
     return LobcqConfig.of_recipe(
         recipe.value,
         format=format,

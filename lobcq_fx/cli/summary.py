@@ -70,6 +70,9 @@ def _totals(inventory: Inventory, result: dict[str, Any]) -> Table:
     smoothed = Counter(record.smoothing for record in inventory.quantized if record.smoothing)
     if smoothed:
         table.add_row("Smoothed layers", ", ".join(f"{count} {kind}" for kind, count in sorted(smoothed.items())))
+    rotated = sum(record.rotated for record in inventory.quantized)
+    if rotated:
+        table.add_row("Rotated layers", str(rotated))
     shrunk = result["float_bytes"] / max(1, result["packed_bytes"])
     sizes = f"{readable_size(result['float_bytes'])} → {readable_size(result['packed_bytes'])}"
     table.add_row("All parameters", f"{sizes} ({shrunk:.1f}x smaller)")

@@ -4,13 +4,15 @@ linear(x, w, b)  ->  lobcq::linear(*lobcq::quantize_activation(x), *packed w, b)
 linear(x, w, b)  ->  lobcq::linear.int8_activation(*lobcq::quantize_activation_int8(x), *packed w, b)    W4A8
 linear(x, w, b)  ->  lobcq::linear.float_activation(x, *packed w, b)                                     W4A16
 
-Where the graph module has a matmul's input scale, x is multiplied with it.
+Where the graph module has a matmul's input scale, x is multiplied with it; and then with a matrix, array by array,
+where it is rotated.
 """
 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +21,7 @@ from torch import fx
 import lobcq_fx.ops  # noqa: F401  (registers the ops that this pass emits)
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.graph.aliasing import written_between
-from lobcq_fx.graph.attributes import add_call, get_attr_node, has_attribute
+from lobcq_fx.graph.attributes import add_call, get_attr_node, get_attribute, has_attribute
 from lobcq_fx.graph.matmuls import Matmul
 from lobcq_fx.graph.operands import erase_unread
 from lobcq_fx.graph.stored_linear import ENCODERS
@@ -29,6 +31,7 @@ from lobcq_fx.passes.insert_observers import unobserved
 from lobcq_fx.passes.normalize_matmuls import normal_form
 from lobcq_fx.plan import PlannedMatmul, QuantizationPlan
 
+aten = torch.ops.aten
 ops = torch.ops.lobcq
 
 
@@ -39,6 +42,7 @@ class Emit(GraphPass):
     Args:
         plan: made of this graph, or of another that runs the same matmuls.
         codebooks: the sets that weights and activations are encoded with, registered in the graph module.
+        matrices: names of what rotated activations are multiplied with, registered there too.
     """
 
     name: ClassVar[str] = "emit"
@@ -46,6 +50,7 @@ class Emit(GraphPass):
 
     plan: QuantizationPlan
     codebooks: CodebookSets
+    matrices: Mapping[PlannedMatmul, str] = field(default_factory=dict)
 
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Check every matmul against the plan, then replace those that it quantizes.
@@ -54,25 +59,25 @@ class Emit(GraphPass):
             TraceError: the graph does not run the matmuls of the plan; nothing was changed.
         """
         pairs = [(matmul, planned) for matmul, planned in self.plan.pair(graph_module) if planned.weight is not None]
-        scaled: dict[fx.Node, fx.Node] = {}
+        prepared: dict[fx.Node, fx.Node] = {}
         for matmul, planned in pairs:
-            self._replace(graph_module, matmul, planned, scaled)
+            self._replace(graph_module, matmul, planned, prepared)
         for weight in dict.fromkeys(matmul.weight for matmul, _ in pairs):
             assert weight is not None
             erase_unread(weight)
         return bool(pairs)
 
     def _replace(
-        self, graph_module: fx.GraphModule, matmul: Matmul, planned: PlannedMatmul, scaled: dict[fx.Node, fx.Node]
+        self, graph_module: fx.GraphModule, matmul: Matmul, planned: PlannedMatmul, prepared: dict[fx.Node, fx.Node]
     ) -> None:
-        """scaled: activations multiplied with their scale, by what they were."""
+        """prepared: activations as they are encoded, by what they were."""
         graph, node, spec, weight = graph_module.graph, matmul.node, planned.config.format, planned.weight
         assert weight is not None
         x = unobserved(graph_module, matmul.activation)
         packed = [get_attr_node(graph_module, f"{weight.stored}.{part}") for part in PARTS]
         packed.append(get_attr_node(graph_module, self.codebooks.name_of(self.codebooks.weights[spec])))
         with graph.inserting_before(node):
-            x = _scaled(graph_module, node, x, planned, scaled)
+            x = self._prepared(graph_module, node, x, planned, prepared)
             if planned.config.mode == "w4a16":
                 target, args = ops.linear.float_activation, (x, *packed, matmul.bias, spec.array_size)
             else:
@@ -99,15 +104,32 @@ class Emit(GraphPass):
         indices = range(len(encoder._schema.returns))
         return [*(add_call(graph, operator.getitem, (encoded, index), like=node) for index in indices), *codebooks]
 
+    def _prepared(
+        self,
+        graph_module: fx.GraphModule,
+        node: fx.Node,
+        x: fx.Node,
+        planned: PlannedMatmul,
+        prepared: dict[fx.Node, fx.Node],
+    ) -> fx.Node:
+        """x scaled and rotated where it is to be, once for all that read one value of it; at the insertion point."""
+        scale, matrix = planned.input_scale, self.matrices.get(planned)
+        if scale is not None and not has_attribute(graph_module, scale):
+            scale = None
+        if scale is None and matrix is None:
+            return x
+        if x not in prepared or written_between(prepared[x], node, [x]):
+            y = x
+            if scale is not None:
+                y = add_call(graph_module.graph, aten.mul.Tensor, (y, get_attr_node(graph_module, scale)), like=node)
+            prepared[x] = y if matrix is None else _rotated(graph_module, node, y, matrix)
+        return prepared[x]
 
-def _scaled(
-    graph_module: fx.GraphModule, node: fx.Node, x: fx.Node, planned: PlannedMatmul, scaled: dict[fx.Node, fx.Node]
-) -> fx.Node:
-    """x times its scale where it has one, multiplied once for all that read one value of it; at the insertion point."""
-    name = planned.input_scale
-    if name is None or not has_attribute(graph_module, name):
-        return x
-    if x not in scaled or written_between(scaled[x], node, [x]):
-        scale = get_attr_node(graph_module, name)
-        scaled[x] = add_call(graph_module.graph, torch.ops.aten.mul.Tensor, (x, scale), like=node)
-    return scaled[x]
+
+def _rotated(graph_module: fx.GraphModule, node: fx.Node, x: fx.Node, matrix: str) -> fx.Node:
+    """x with each of its arrays multiplied with the matrix, at the insertion point."""
+    size = get_attribute(graph_module, matrix).shape[0]
+    columns = node.args[1].meta["val"].shape[1]  # type: ignore[union-attr]
+    arrays = add_call(graph_module.graph, aten.unflatten.int, (x, -1, [columns // size, size]), like=node)
+    mixed = add_call(graph_module.graph, aten.matmul.default, (arrays, get_attr_node(graph_module, matrix)), like=node)
+    return add_call(graph_module.graph, aten.flatten.using_ints, (mixed, -2, -1), like=node)

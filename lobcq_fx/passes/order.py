@@ -9,7 +9,7 @@ ONNX        from the stored graph too: `lobcq_fx.export.folder`
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
@@ -29,7 +29,7 @@ from lobcq_fx.passes.merge_siblings import MergeSiblings
 from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
 from lobcq_fx.passes.prepack import Prepack
 from lobcq_fx.passes.share_activations import ShareActivations
-from lobcq_fx.plan import QuantizationPlan
+from lobcq_fx.plan import PlannedMatmul, QuantizationPlan
 from lobcq_fx.refusal import Refusal
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,9 @@ GUARDS: tuple[GraphPass, ...] = (GuardAttention(), GuardRecurrence())
 """For graphs that come from files, whatever they run on."""
 
 
-def emitting(plan: QuantizationPlan, codebooks: CodebookSets) -> Sequential:
+def emitting(plan: QuantizationPlan, codebooks: CodebookSets, matrices: Mapping[PlannedMatmul, str]) -> Sequential:
     """From a normalized graph to the one that is stored. `EliminateDeadCode` follows once all graphs are emitted."""
-    return Sequential((Emit(plan, codebooks), ShareActivations()))
+    return Sequential((Emit(plan, codebooks, matrices), ShareActivations()))
 
 
 def lowering(device: torch.device, prepack: Prepack) -> tuple[GraphPass, ...]:

@@ -1,0 +1,151 @@
+"""Rotation within block arrays: exact in float, chosen by measured error, in every graph and every form of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lobcq_fx
+from lobcq_fx import LobcqConfig
+from lobcq_fx.calibration.hadamard import hadamard, rotated
+from lobcq_fx.calibration.rounding_error import expected_error
+from lobcq_fx.calibration.statistics import ActivationStatistics
+from lobcq_fx.errors import CalibrationError, ConfigError
+from lobcq_fx.float_weights import FloatWeights
+from lobcq_fx.format import FormatSpec, decode, encode, universal_codebooks
+from lobcq_fx.graph.attributes import get_attribute
+from lobcq_fx.passes.insert_observers import InsertObservers, observed
+from lobcq_fx.pipeline import make_plan
+from lobcq_fx.rotation import rotate
+from lobcq_fx.tracing.trace import MAIN, trace_module
+from tests.families import causal_lm
+
+K = 128
+
+
+class TwoLayers(nn.Module):
+    """`spiky`'s input has a column of its array that stands out; `even`'s input gains nothing by a rotation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.spiky, self.other = nn.Linear(K, K), nn.Linear(K, 48)
+        self.even = nn.Linear(K, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.even(torch.sign(self.spiky(x))) + self.other(x).sum(-1, keepdim=True)
+
+
+def data(seed: int = 1) -> Tensor:
+    x = torch.randn(2, 60, K, generator=torch.Generator().manual_seed(seed))
+    x[..., 5] *= 25
+    x[..., 70] *= 25
+    return x
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_both_matrices_are_each_others_inverse_in_every_dtype(size: int) -> None:
+    one, other = hadamard(size, "activation"), hadamard(size, "weight")
+    assert torch.equal(one @ other.T, torch.eye(size))
+    assert torch.equal(one, one.T)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(one.to(dtype).float(), one)
+    x, w = torch.randn(5, 256), torch.randn(7, 256)
+    torch.testing.assert_close(rotated(x, size, "activation") @ rotated(w, size, "weight").T, x @ w.T)
+
+
+def test_expected_error_is_that_of_rounding_both() -> None:
+    """Against the reference format on whole rows: nothing sampled, every product computed."""
+    spec, x, w = FormatSpec(8, 64), data().flatten(0, 1), torch.randn(40, K) * 0.1
+    statistics = ActivationStatistics("layer", spec)
+    statistics.update(x)
+    expected = expected_error(statistics, [w], spec, "w4a4")
+    codebooks = universal_codebooks(8)
+    activation = torch.cat([row - decode(encode(row, spec, codebooks)) for row in x.split(1)])
+    weight = w - decode(encode(w, spec, codebooks))
+    products = ((activation @ w.T).square().sum() + (x @ weight.T).square().sum()) / len(x)
+    assert expected == pytest.approx(float(products), rel=0.15)  # columns' errors taken as independent, scales searched
+    assert expected_error(statistics, [w], spec, "w4a16") < expected_error(statistics, [w], spec, "w4a8") < expected
+
+
+def test_second_moments_are_those_of_rotated_rows() -> None:
+    x, divisor = data().flatten(0, 1), torch.exp2(torch.arange(K) % 5 - 2.0)
+    seen = ActivationStatistics("layer", FormatSpec(8, 64), second_moments=True)
+    seen.update(x)
+    rows = rotated(x / divisor, 32, "activation").double()
+    found = seen.divided(divisor).rotated(32)
+    torch.testing.assert_close(found.second_moments(), (rows.T @ rows).float(), rtol=1e-4, atol=1e-2)
+    arrays = rotated(x / divisor, 32, "activation").view(-1, 64)
+    missing = (found.sample()[:, None] - arrays).abs().amax(2).amin(1)
+    assert float(missing.max()) < 1e-3
+
+
+@torch.no_grad()
+def test_it_is_chosen_where_it_lowers_the_error_for_all_that_read_an_activation() -> None:
+    model, x = TwoLayers(), data()
+    graph_module = trace_module(model, (x,)).graph_module
+    plan, _ = make_plan({MAIN: graph_module}, LobcqConfig(rotation="hadamard"))
+    InsertObservers(plan)(graph_module)
+    graph_module(x)
+    weights = FloatWeights(graph_module)
+    result = rotate(plan, weights, observed(graph_module, plan))
+    assert {one.layer for one in result.matrices} == {"spiky", "other"}
+    (name,) = set(result.matrices.values())
+    assert torch.equal(get_attribute(graph_module, name), hadamard(64, "activation"))
+    for one in plan.quantized:
+        assert one.weight is not None
+        changed = torch.equal(result.weights(one.weight), weights(one.weight))
+        assert changed == (one.layer == "even")
+    q = lobcq_fx.quantize(model, [x], LobcqConfig(rotation="hadamard"))
+    assert {record.layer: record.rotated for record in q.inventory.quantized} == {
+        "spiky": True,
+        "other": True,
+        "even": False,
+    }
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"mode": "w4a8"}, {"activation_format": "16x16"}, {"format": "16x128"}])
+@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+def test_outputs_come_closer_and_survive_a_round_trip(settings: dict[str, str], rounding: str, tmp_path: Path) -> None:
+    x, model = data(9), TwoLayers().spiky
+    errors = {}
+    for rotation in ("none", "hadamard"):
+        q = lobcq_fx.quantize(model, [data()], LobcqConfig(rotation=rotation, rounding=rounding, **settings))
+        errors[rotation] = float((q(x) - model(x)).square().mean())
+    chosen = q.inventory.quantized[0].rotated
+    assert chosen == ("mode" not in settings and "activation_format" not in settings)  # too little to gain in those
+    assert errors["hadamard"] * 1.3 < errors["none"] if chosen else errors["hadamard"] == errors["none"]
+    q.save_pretrained(tmp_path / "q")
+    assert torch.equal(lobcq_fx.load(tmp_path / "q")(x), q(x))
+    assert torch.equal(torch.compile(q, fullgraph=True, backend="aot_eager")(x), q(x))
+
+
+@torch.no_grad()
+def test_a_language_model_is_rotated_in_every_graph_of_it() -> None:
+    model = causal_lm("llama", hidden_size=64, intermediate_size=128, head_dim=16)
+    for layer in model.model.layers:
+        layer.input_layernorm.weight[5::32] *= 60
+    ids = torch.randint(3, 90, (4, 24), generator=torch.Generator().manual_seed(2))
+    config = LobcqConfig.of_recipe("best", smoothing="none")
+    q = lobcq_fx.quantize(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], config=config)
+    assert sum(record.rotated for record in q.inventory.quantized) >= 2
+    growing, static = (q.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation=kind)
+                       for kind in (None, "static"))  # fmt: skip
+    assert torch.equal(growing, static)
+
+
+def test_what_it_cannot_do_is_refused_or_left_alone() -> None:
+    with pytest.raises(ConfigError, match="rotation='none'"):
+        LobcqConfig(rotation="hadamard", activation_scale="static")
+    with pytest.raises(ConfigError, match="did you mean 'hadamard'"):
+        LobcqConfig(rotation="hadamar")
+    with pytest.raises(CalibrationError, match="rotation"):
+        lobcq_fx.quantize(TwoLayers(), None, LobcqConfig(rotation="hadamard"))
+    x = torch.randn(3, 10, 40)
+    x[..., 5] *= 30
+    q = lobcq_fx.quantize(nn.Linear(40, 16), [x], LobcqConfig(rotation="hadamard"))  # no whole arrays
+    assert not any(record.rotated for record in q.inventory.quantized)
