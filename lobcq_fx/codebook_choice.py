@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +17,15 @@ from lobcq_fx.calibration.reservoir import Reservoir
 from lobcq_fx.calibration.statistics import ActivationStatistics, scaled_sample
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CalibrationError, ConfigError
-from lobcq_fx.format import FormatSpec, absmax_tensor_scale, block_arrays, check_codebooks
+from lobcq_fx.format import (
+    FormatSpec,
+    absmax_tensor_scale,
+    block_arrays,
+    check_codebooks,
+    encode,
+    sqnr_db,
+    universal_codebooks,
+)
 from lobcq_fx.plan import PlannedMatmul, PlannedWeight, QuantizationPlan
 
 logger = logging.getLogger(__name__)
@@ -27,9 +36,35 @@ SAMPLED_ARRAYS = 1 << 15
 ENOUGH_ARRAYS = 1 << 13
 """Sets fitted on fewer block arrays measured worse than the universal ones."""
 
+HELD_OUT = 8
+"""One of so many sampled arrays judges a fitted set, and is not fitted on."""
+
 Progress = Callable[[str, int, int | None], None]
 
 Statistics = Mapping[PlannedMatmul, ActivationStatistics]
+
+
+@dataclass(frozen=True)
+class ModelFit:
+    """A set fitted to a model, and how it does against the universal one on arrays that it was not fitted on.
+
+    fitted_db, universal_db: signal to quantization noise, the mean of weights and activations in dB.
+    """
+
+    fit: CodebookFit
+    universal: Tensor
+    fitted_db: float
+    universal_db: float
+
+    @property
+    def is_better(self) -> bool:
+        """Than the universal set."""
+        return self.fitted_db > self.universal_db
+
+    @property
+    def codebooks(self) -> Tensor:
+        """The better set, int8 [N_c, 16]."""
+        return self.fit.codebooks if self.is_better else self.universal
 
 
 def choose_codebooks(
@@ -55,10 +90,6 @@ def choose_codebooks(
     if config.codebooks == "universal":
         return CodebookSets.universal(set(plan.formats))
     if config.codebooks == "fitted":
-        logger.warning(
-            "fitted codebooks can be much worse than the universal ones on a whole language model: compare both with"
-            " `lobcq eval` before you rely on them"
-        )
         fitted = {spec: fit_to_model(plan, read_weight, statistics, spec, progress).codebooks for spec in plan.formats}
         return CodebookSets(fitted, fitted)
     shared = {spec: read_codebooks(Path(config.codebooks), spec) for spec in plan.formats}
@@ -90,8 +121,8 @@ def fit_to_model(
     statistics: Statistics,
     spec: FormatSpec,
     progress: Progress,
-) -> CodebookFit:
-    """One set for weights and activations alike, fitted to a bounded sample of both in equal parts.
+) -> ModelFit:
+    """One set for weights and activations alike, fitted to a bounded sample of both in equal parts, and judged.
 
     The arguments are those of `choose_codebooks`; it fits to what is encoded in the format `spec`.
 
@@ -113,12 +144,26 @@ def fit_to_model(
             ENOUGH_ARRAYS,
         )
     # Operands in units of their own tensor scales: the scale they have in common is 1.
-    return fit_codebooks(
-        samples,
+    one = torch.ones((), dtype=torch.float32, device="cpu")
+    held_out = [sample[::HELD_OUT] for sample in samples]
+    fit = fit_codebooks(
+        [sample[torch.arange(len(sample), dtype=torch.long, device="cpu") % HELD_OUT != 0] for sample in samples],
         spec,
-        tensor_scale=torch.ones((), dtype=torch.float32, device="cpu"),
+        tensor_scale=one,
         on_iteration=lambda iteration, mse: progress("fit codebooks", iteration, None),
     )
+    universal = universal_codebooks(spec.num_codebooks)
+    fitted_db, universal_db = (
+        sum(sqnr_db(sample, encode(sample, spec, codebooks, one)) for sample in held_out) / len(held_out)
+        for codebooks in (fit.codebooks, universal)
+    )
+    found = ModelFit(fit, universal, fitted_db, universal_db)
+    logger.warning(
+        "%s: on arrays held out, the fitted codebooks reach %.2f dB, the universal ones %.2f dB: the %s ones are taken"
+        " (a whole model may see it otherwise: compare with `lobcq eval`)",
+        spec.name, fitted_db, universal_db, "fitted" if found.is_better else "universal",
+    )  # fmt: skip
+    return found
 
 
 def _sampled(arrays: Iterator[Tensor]) -> Tensor:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lobcq_fx.calibration.fit import CodebookFit
-from lobcq_fx.codebook_choice import choose_codebooks, fit_to_model
+from lobcq_fx.codebook_choice import ModelFit, choose_codebooks, fit_to_model
 from lobcq_fx.config import CALIBRATED, LobcqConfig
 from lobcq_fx.encoding import encode_weights, records_of, register_static_scales
 from lobcq_fx.errors import CalibrationError, ConfigError, TraceError
@@ -201,8 +200,8 @@ def fit_shared_codebooks(
     example_inputs: Any = None,
     *,
     progress: Progress | None = None,
-) -> CodebookFit:
-    """Fit one codebook set to a model's weights and activations, without quantizing it.
+) -> ModelFit:
+    """Fit one codebook set to a model's weights and activations, without quantizing it, and judge it.
 
     The arguments are those of `quantize`; of the settings only those count that choose layers and scales. What comes
     out is what `quantize(..., LobcqConfig(codebooks="fitted"))` encodes with.

@@ -133,7 +133,20 @@ def test_codebooks_fitted_apart_are_those_that_quantize_fits(tmp_path):
     fit = fit_shared_codebooks(mlp(), batches(), FormatSpec(4, 32))
     q = lobcq_fx.quantize(mlp(), batches(), LobcqConfig(codebooks="fitted", format="4x32"))
     assert torch.equal(q.state_dict()["lobcq.codebooks"], fit.codebooks)
-    assert fit.mse_history[-1] < fit.mse_history[0]
+    assert fit.fit.mse_history[-1] < fit.fit.mse_history[0]
+
+
+def test_fitted_codebooks_that_lose_on_arrays_held_out_are_not_taken(caplog):
+    """A handful of arrays: a fit learns them by heart, and does worse on others than the universal set."""
+    torch.manual_seed(3)
+    model, data = nn.Linear(64, 24), [torch.randn(24, 64)]
+    fit = fit_shared_codebooks(model, data, FormatSpec(16, 64))
+    assert not fit.is_better
+    assert fit.fitted_db < fit.universal_db
+    assert torch.equal(fit.codebooks, universal_codebooks(16))
+    q = lobcq_fx.quantize(model, data, LobcqConfig(codebooks="fitted", format="16x64"))
+    assert torch.equal(q.state_dict()["lobcq.codebooks"], universal_codebooks(16))
+    assert "the universal ones are taken" in caplog.text
 
 
 def test_codebooks_of_a_file(tmp_path):

@@ -19,9 +19,9 @@ from lobcq_fx.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lobcq_fx.calibration import CodebookFit
     from lobcq_fx.cli.inputs import ModelFolder
     from lobcq_fx.cli.texts import CalibrationText
+    from lobcq_fx.codebook_choice import ModelFit
     from lobcq_fx.config import LobcqConfig
 
 
@@ -54,22 +54,25 @@ def calibrate(
         raise typer.BadParameter(f"-o {output}: give the file a name that ends in .json")
     content, source = read_text(text)
     started = time.perf_counter()
-    fit = _fit(folder, config, CalibrationText(content, samples, length))
+    found = _fit(folder, config, CalibrationText(content, samples, length))
     seconds = round(time.perf_counter() - started, 2)
     provenance = {"model": folder.path.resolve().name, "text": Path(source).name, "format": config.format.name}
-    summary = {**provenance, **_quality(fit), "seconds": seconds}
-    codebooks = {str(config.format.num_codebooks): fit.codebooks.tolist()}
+    summary = {**provenance, **_quality(found), "seconds": seconds}
+    codebooks = {str(config.format.num_codebooks): found.codebooks.tolist()}
     write_json(output, {"written_by": "lobcq calibrate", **summary, "codebooks": codebooks})
     if json:
         print_json({"output": str(output), **summary})
     else:
+        fit = found.fit
+        kept = "fitted" if found.is_better else "universal, which are better on arrays held out:"
         typer.echo(
-            f"Wrote {output}: {config.format.num_codebooks} codebooks fitted on {fit.num_blocks:,} blocks in"
+            f"Wrote {output}: {config.format.num_codebooks} codebooks, {kept} {found.fitted_db:.2f} dB fitted,"
+            f" {found.universal_db:.2f} dB universal; {fit.num_blocks:,} blocks in"
             f" {fit.iterations} iterations; rounding the entries cost {fit.rounding_cost_db:.3f} dB"
         )
 
 
-def _fit(folder: ModelFolder, config: LobcqConfig, text: CalibrationText) -> CodebookFit:
+def _fit(folder: ModelFolder, config: LobcqConfig, text: CalibrationText) -> ModelFit:
     from lobcq_fx.cli.console import ProgressBars
     from lobcq_fx.cli.inputs import load_float_model, load_tokenizer
     from lobcq_fx.cli.texts import example_call
@@ -85,8 +88,12 @@ def _fit(folder: ModelFolder, config: LobcqConfig, text: CalibrationText) -> Cod
         return fit_shared_codebooks(model, data, config.format, config, example, progress=progress)
 
 
-def _quality(fit: CodebookFit) -> dict[str, Any]:
+def _quality(found: ModelFit) -> dict[str, Any]:
+    fit = found.fit
     return {
+        "chosen": "fitted" if found.is_better else "universal",
+        "held_out_db": found.fitted_db,
+        "universal_held_out_db": found.universal_db,
         "blocks": fit.num_blocks,
         "iterations": fit.iterations,
         "mse_start": fit.mse_history[0],
