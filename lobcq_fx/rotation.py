@@ -1,4 +1,4 @@
-"""Rotate activations and weights within their block arrays where that lowers the error that samples show.
+"""Rotate activations and weights within their block arrays where samples show a clearly smaller error for it.
 
 The activation is multiplied with a constant matrix before it is encoded, once for all layers that read it; weights are
 multiplied before they are encoded, at no cost afterwards.
@@ -18,6 +18,9 @@ from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.float_weights import FloatWeights, WeightScales
 from lobcq_fx.graph.attributes import get_attribute, has_attribute, register_attribute
 from lobcq_fx.plan import PlannedMatmul, PlannedWeight, QuantizationPlan
+
+LEAST_GAIN = 0.05
+"""Of the error: what is less is not worth the product that it costs."""
 
 Statistics = Mapping[PlannedMatmul, ActivationStatistics]
 
@@ -63,7 +66,7 @@ def rotate(plan: QuantizationPlan, weights: FloatWeights, statistics: Statistics
             sum(expected_error(one, [read_weight(w)], w.spec, matmuls[0].config.mode) for w in read)
             for one, read_weight in ((seen, weights), (tried, FloatWeights(weights.graph_module, changed)))
         )
-        if after < before:
+        if after < (1 - LEAST_GAIN) * before:
             scales |= changed
             name = _matrix(weights.graph_module, read[0], size)
             for one in matmuls:

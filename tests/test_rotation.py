@@ -14,9 +14,11 @@ from lobcq_fx.calibration.hadamard import hadamard, rotated
 from lobcq_fx.calibration.rounding_error import expected_error
 from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.errors import CalibrationError, ConfigError
+from lobcq_fx.export import export_onnx, register
 from lobcq_fx.float_weights import FloatWeights
 from lobcq_fx.format import FormatSpec, decode, encode, universal_codebooks
 from lobcq_fx.graph.attributes import get_attribute
+from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.passes.insert_observers import InsertObservers, observed
 from lobcq_fx.pipeline import make_plan
 from lobcq_fx.rotation import rotate
@@ -53,7 +55,7 @@ def test_both_matrices_are_each_others_inverse_in_every_dtype(size: int) -> None
     assert torch.equal(one, one.T)
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(one.to(dtype).float(), one)
-    x, w = torch.randn(5, 256), torch.randn(7, 256)
+    x, w = torch.randn(5, 256, dtype=torch.float64), torch.randn(7, 256, dtype=torch.float64)
     torch.testing.assert_close(rotated(x, size, "activation") @ rotated(w, size, "weight").T, x @ w.T)
 
 
@@ -136,6 +138,26 @@ def test_a_language_model_is_rotated_in_every_graph_of_it() -> None:
     growing, static = (q.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation=kind)
                        for kind in (None, "static"))  # fmt: skip
     assert torch.equal(growing, static)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("native", [False, True], ids=["function bodies", "library"])
+def test_onnx(native: bool, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    if native and weight_layout(torch.device("cpu")) is None:
+        pytest.skip("the CPU core was not built, or is switched off")
+    x = data(9)
+    q = lobcq_fx.quantize(TwoLayers().spiky, [data()], LobcqConfig(rotation="hadamard"))
+    assert q.inventory.quantized[0].rotated
+    export_onnx(q, tmp_path / "onnx", data())
+    options = onnxruntime.SessionOptions()
+    if native:
+        register(options)
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx", options)
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    difference = (torch.from_numpy(y) - q(x)).abs()
+    assert float(difference.median()) <= 1e-5 * float(q(x).abs().max())
+    assert float(difference.max()) <= 0.05 * float(q(x).abs().max())  # products in another order may flip a code
 
 
 def test_what_it_cannot_do_is_refused_or_left_alone() -> None:

@@ -1,4 +1,4 @@
-"""Put what benchmarks/quality/minilm_similarity.py measured into docs/accuracy.md, between its markers.
+"""Put what benchmarks/quality measured of whole models into docs/accuracy.md, between its markers.
 
 python -m benchmarks.pages.accuracy           # rewrite the page
 python -m benchmarks.pages.accuracy --check   # exit with 1 if it differs
@@ -19,8 +19,58 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def main() -> None:
     """Rewrite or check."""
-    found = json.loads((RESULTS / "minilm_similarity.json").read_text(encoding="utf-8"))
-    keep_page(PAGE, {"minilm": encoder(found)}, "accuracy", __doc__)
+    found = {
+        name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("minilm_similarity", "smollm2", "same_treatment")
+    }
+    sections = {
+        "minilm": encoder(found["minilm_similarity"]),
+        "smollm2": language_model(found["smollm2"]),
+        "same treatment": formats(found["same_treatment"]),
+    }
+    keep_page(PAGE, sections, "accuracy", __doc__)
+
+
+def language_model(found: dict[str, Any]) -> str:
+    """One line for each way to quantize SmolLM2-135M-Instruct, and what it was measured with."""
+    texts = list(found["tokens"])
+    rows = [
+        [
+            name,
+            f"{row['bits of activations']:g}",
+            *(_rise(row[text]) for text in texts),
+            f"{row[texts[0]]['KL']:.3f}",
+            f"{100 * row[texts[0]]['same first token']:.1f} %",
+        ]
+        for name, row in found["rows"].items()
+    ]
+    first = next(iter(found["rows"].values()))
+    lines = table(["recipe", "bits of activations", *texts, f"KL, {texts[0]}", "same first token"], rows)
+    measured = "; ".join(
+        f"{text}: {found['tokens'][text]:,} tokens, fp32 {first[text]['fp32 perplexity']:.2f}" for text in texts
+    )
+    return f"{lines}\n\nCalibrated on {found['calibration_tokens']:,} tokens. {measured}."
+
+
+def formats(found: dict[str, Any]) -> str:
+    """One line for each format and treatment, a column for each form of activations."""
+    activations = ("float", "int8", "4 bit")
+    by_line: dict[tuple[str, float, str], dict[str, str]] = {}
+    for row in found["rows"]:
+        line = by_line.setdefault((row["format"], row["bits"], row["treatment"]), {})
+        line[row["activations"]] = _rise(row)
+    rows = [
+        [name, f"{bits:g}", treatment, *(line.get(one, "-") for one in activations)]
+        for (name, bits, treatment), line in by_line.items()
+    ]
+    lines = table(["format", "bits", "weights", *(f"activations: {one}" for one in activations)], rows)
+    tokens = f"{found['tokens']:,} tokens, fp32 {found['rows'][0]['fp32 perplexity']:.2f}"
+    return f"{lines}\n\nCalibrated on {found['calibration_tokens']:,} tokens. WikiText-2: {tokens}."
+
+
+def _rise(row: dict[str, float]) -> str:
+    """Of perplexity over fp32's."""
+    return f"+{100 * (row['perplexity'] / row['fp32 perplexity'] - 1):.1f} %"
 
 
 def encoder(found: dict[str, Any]) -> str:
