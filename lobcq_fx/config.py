@@ -50,7 +50,7 @@ class LobcqConfig:
             data), or the path of a JSON file written by `lobcq calibrate`.
         rounding: `"nearest"` rounds every weight to the nearest of the format; `"compensated"` lets columns that are
             rounded later make up for the errors of earlier ones (GPTQ inside the format), which needs calibration data,
-            time, and memory for K^2 floats a layer.
+            time, and memory: for K^2 floats of one layer, and for what all calls hold between two layers.
         smoothing: a scale for each input column of a layer, which activations are divided by and weights multiplied,
             so that neither has columns that stand out: `"folded"` where a norm or a linear before takes the division
             over, at no cost; `"everywhere"` with a multiplication where none does. Needs calibration data.

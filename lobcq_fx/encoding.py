@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -35,7 +35,7 @@ def encode_weights(
     plan: QuantizationPlan,
     weights: FloatWeights,
     codebooks: CodebookSets,
-    statistics: Mapping[PlannedMatmul, ActivationStatistics] | None = None,
+    moments: Iterable[tuple[PlannedWeight, Tensor | None]] | None = None,
     release_from: nn.Module | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[PlannedWeight, EncodedWeight]:
@@ -46,13 +46,14 @@ def encode_weights(
         weights: the float ones. Their graph module gets the packed ones and the codebooks; its graph goes on naming
             float weights that are gone until `Emit` has run.
         codebooks: the sets to encode with.
-        statistics: of the activations, with second moments where the plan wants errors compensated.
+        moments: each weight of the plan once, in the order to encode them, with the second moments fp32 [K, K] by which
+            its errors are compensated, or None. Without any, all are rounded to the nearest, in execution order.
         release_from: the float model, whose weights are freed as they are encoded; None keeps them.
         progress: called with (weights encoded, weights in all).
 
     Raises:
         LobcqError: a weight holds NaN or infinity (names the weight and the first bad index).
-        CalibrationError: errors are to be compensated, and the layer saw no data.
+        CalibrationError: second moments hold NaN or infinity.
     """
     graph_module = weights.graph_module
     device = _device(graph_module)
@@ -60,24 +61,11 @@ def encode_weights(
         if not has_attribute(graph_module, name):
             register_attribute(graph_module, name, tensor.to(device))
     done: dict[PlannedWeight, EncodedWeight] = {}
-    for weight in plan.weights:
-        moments = _second_moments(plan, weight, statistics or {})
-        done[weight] = _encode(weight, weights, codebooks, moments, release_from)
+    for weight, seen in moments if moments is not None else ((one, None) for one in plan.weights):
+        done[weight] = _encode(weight, weights, codebooks, seen, release_from)
         if progress is not None:
             progress(len(done), len(plan.weights))
     return done
-
-
-def _second_moments(
-    plan: QuantizationPlan, weight: PlannedWeight, statistics: Mapping[PlannedMatmul, ActivationStatistics]
-) -> Tensor | None:
-    """Of the inputs of all layers that read a weight, fp32 [K, K]; None where errors are not to be compensated."""
-    reading = [one for one in plan.quantized if one.weight == weight and one.config.rounding == "compensated"]
-    if not reading:
-        return None
-    assert all(one in statistics for one in reading), "compensation needs observers: run insert_observers and calibrate"
-    first, *others = (statistics[one].second_moments() for one in reading)
-    return first + sum(others) if others else first
 
 
 def _encode(

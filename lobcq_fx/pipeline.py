@@ -32,6 +32,7 @@ from lobcq_fx.passes.insert_observers import InsertObservers, observed
 from lobcq_fx.passes.order import NORMALIZE, emitting
 from lobcq_fx.plan import QuantizationPlan
 from lobcq_fx.rotation import rotate
+from lobcq_fx.second_moments import SecondMoments
 from lobcq_fx.smoothing import smooth
 from lobcq_fx.tracing.autocast import no_autocast
 from lobcq_fx.tracing.examples import calibration_inputs
@@ -104,11 +105,11 @@ def quantize(
     unlike = differing(traced, trials, expected)
     plan, others = make_plan(traced.graph_modules, config, front_end.roles(model))
     unlike |= others
+    moments = None
     if data is not None:
-        InsertObservers(plan)(traced.graphs[MAIN].graph_module)
-        _calibrate(traced.graphs[MAIN], data, report)
+        moments = _calibrate(traced.graphs[MAIN], plan, data, report)
     alike = {name: one.graph_module for name, one in traced.graphs.items() if name not in unlike}
-    emitted, records = quantize_graphs(alike, plan, config, report, release_from=model if inplace else None)
+    emitted, records = quantize_graphs(alike, plan, config, report, model if inplace else None, moments)
     saved = sum(record.float_bytes - record.packed_bytes for record in records)
     inventory = Inventory(records, count, float_bytes, float_bytes - saved)
     _warn_of_leftovers(inventory)
@@ -159,6 +160,7 @@ def quantize_graphs(
     config: LobcqConfig,
     progress: Progress | None = None,
     release_from: nn.Module | None = None,
+    moments: SecondMoments | None = None,
 ) -> tuple[dict[str, fx.GraphModule], tuple[MatmulRecord, ...]]:
     """Encode what is planned, with what the main graph's observers have seen if it has any, and emit every graph.
 
@@ -168,6 +170,7 @@ def quantize_graphs(
         config: which codebooks to encode with.
         progress: called as weights are encoded.
         release_from: a module whose float weights are freed as they are encoded.
+        moments: made of the main graph, where the plan compensates.
 
     Returns:
         The emitted graphs, all on the tensors of the main one, which is changed in place; what became of each matmul.
@@ -177,12 +180,14 @@ def quantize_graphs(
         CalibrationError: a layer that needs calibration data saw none.
     """
     report = progress or _silent
+    assert moments is not None or not plan.compensates, "second moments are needed: SecondMoments(graph, plan, calls)"
     root = graph_modules[MAIN]
     smoothed = smooth(plan, graph_modules, observed(root, plan))
     rotation = rotate(plan, FloatWeights(root, smoothed.scales), smoothed.statistics)
     statistics, weights = rotation.statistics, rotation.weights
     codebooks = choose_codebooks(plan, weights, statistics, config, report)
-    encoded = encode_weights(plan, weights, codebooks, statistics, release_from, partial(report, "encode"))
+    by_weight = None if moments is None else moments.of_weights(statistics)
+    encoded = encode_weights(plan, weights, codebooks, by_weight, release_from, partial(report, "encode"))
     register_static_scales(plan, root, statistics)
     emitted = {name: root if name == MAIN else share(one, root) for name, one in graph_modules.items()}
     for graph_module in emitted.values():
@@ -218,8 +223,7 @@ def fit_shared_codebooks(
         traced = front_end.trace(model, example_inputs, static_cache=False)
     plan, _ = make_plan(traced.graph_modules, config, front_end.roles(model))
     main = traced.graphs[MAIN]
-    InsertObservers(plan)(main.graph_module)
-    _calibrate(main, data or (), report)
+    _calibrate(main, plan, data or (), report)
     smoothed = smooth(plan, traced.graph_modules, observed(main.graph_module, plan))
     rotation = rotate(plan, FloatWeights(main.graph_module, smoothed.scales), smoothed.statistics)
     return fit_to_model(plan, rotation.weights, rotation.statistics, spec, report)
@@ -249,8 +253,10 @@ def _example(front_end: FrontEnd, example_inputs: Any, data: Iterable[Any] | Non
     return front_end.example_of(first), chain([first], iterator) if iterator is data else data
 
 
-def _calibrate(traced: TracedModel, data: Iterable[Any], report: Progress) -> None:
-    """Run the observed graph over the data; only statistics are kept."""
+def _calibrate(traced: TracedModel, plan: QuantizationPlan, data: Iterable[Any], report: Progress) -> SecondMoments:
+    """Run the graph with observers over the data; statistics are kept, and the inputs where the data are read again."""
+    InsertObservers(plan)(traced.graph_module)
+    calls: list[list[Any]] = []
     total = len(data) if isinstance(data, Sized) else None
     device = next(iter(traced.graph_module.parameters())).device
     written = writes_inputs(traced.graph_module.graph)
@@ -260,9 +266,12 @@ def _calibrate(traced: TracedModel, data: Iterable[Any], report: Progress) -> No
             inputs = calibration_inputs(traced.calling, item, device)
             with torch.inference_mode():
                 traced.graph_module(*(value.clone() if written else value for value in inputs))
+            if plan.compensates:
+                calls.append(inputs)
             report("calibrate", done, total)
     if done == 0:
         raise CalibrationError("calibration_data is empty: pass at least one model input")
+    return SecondMoments(traced.graph_module, plan, calls)
 
 
 def _size(parameters: Iterable[Tensor]) -> tuple[int, int]:

@@ -105,6 +105,11 @@ class QuantizationPlan:
         return tuple(dict.fromkeys(matmul.weight for matmul in self.quantized if matmul.weight is not None))
 
     @property
+    def compensates(self) -> bool:
+        """Whether any weight is to be encoded with second moments of what it meets."""
+        return any(matmul.config.rounding == "compensated" for matmul in self.quantized)
+
+    @property
     def formats(self) -> tuple[FormatSpec, ...]:
         """The formats that weights or activations are encoded in, by name."""
         used = {spec for one in self.quantized for spec in (one.config.format, one.config.activations)}

@@ -63,8 +63,8 @@ def rotate(plan: QuantizationPlan, weights: FloatWeights, statistics: Statistics
         changed = {one: replace(scales.get(one, WeightScales()), rotation=size) for one in read}
         tried = seen.rotated(size)
         before, after = (
-            sum(expected_error(one, [read_weight(w)], w.spec, matmuls[0].config.mode) for w in read)
-            for one, read_weight in ((seen, weights), (tried, FloatWeights(weights.graph_module, changed)))
+            expected_error(one, ((float_weight(w), w.spec) for w in read), matmuls[0].config.mode)
+            for one, float_weight in ((seen, weights), (tried, FloatWeights(weights.graph_module, changed)))
         )
         if after < (1 - LEAST_GAIN) * before:
             scales |= changed

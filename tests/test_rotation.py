@@ -64,22 +64,23 @@ def test_expected_error_is_that_of_rounding_both() -> None:
     spec, x, w = FormatSpec(8, 64), data().flatten(0, 1), torch.randn(40, K) * 0.1
     statistics = ActivationStatistics("layer", spec)
     statistics.update(x)
-    expected = expected_error(statistics, [w], spec, "w4a4")
+    expected = expected_error(statistics, [(w, spec)], "w4a4")
     codebooks = universal_codebooks(8)
     activation = torch.cat([row - decode(encode(row, spec, codebooks)) for row in x.split(1)])
     weight = w - decode(encode(w, spec, codebooks))
     products = ((activation @ w.T).square().sum() + (x @ weight.T).square().sum()) / len(x)
     assert expected == pytest.approx(float(products), rel=0.15)  # columns' errors taken as independent, scales searched
-    assert expected_error(statistics, [w], spec, "w4a16") < expected_error(statistics, [w], spec, "w4a8") < expected
+    float_activation, int8_activation = (expected_error(statistics, [(w, spec)], mode) for mode in ("w4a16", "w4a8"))
+    assert float_activation < int8_activation < expected
 
 
 def test_second_moments_are_those_of_rotated_rows() -> None:
     x, divisor = data().flatten(0, 1), torch.exp2(torch.arange(K) % 5 - 2.0)
-    seen = ActivationStatistics("layer", FormatSpec(8, 64), second_moments=True)
+    seen = ActivationStatistics("layer", FormatSpec(8, 64))
     seen.update(x)
     rows = rotated(x / divisor, 32, "activation").double()
     found = seen.divided(divisor).rotated(32)
-    torch.testing.assert_close(found.second_moments(), (rows.T @ rows).float(), rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(found.encoded_moments(x.T @ x), (rows.T @ rows).float(), rtol=1e-4, atol=1e-2)
     arrays = rotated(x / divisor, 32, "activation").view(-1, 64)
     missing = (found.sample()[:, None] - arrays).abs().amax(2).amin(1)
     assert float(missing.max()) < 1e-3

@@ -16,20 +16,18 @@ from lobcq_fx.format import FormatSpec, universal_codebooks
 from lobcq_fx.format.spec import ENTRY_MAX, INT8_MAX
 
 
-def expected_error(
-    statistics: ActivationStatistics, weights: Iterable[Tensor], weight_format: FormatSpec, mode: str
-) -> float:
+def expected_error(statistics: ActivationStatistics, weights: Iterable[tuple[Tensor, FormatSpec]], mode: str) -> float:
     """What rounding both operands costs, in the squares of a token's results: each error alone, to first order.
 
     Args:
         statistics: of the activation.
-        weights: [N_i, K], those that are multiplied with it.
-        weight_format: theirs.
+        weights: [N_i, K] and its format, those that are multiplied with it.
         mode: of these layers.
     """
     power, errors = _by_column(statistics, mode)
-    spec, codebooks, total = weight_format, universal_codebooks(weight_format.num_codebooks), 0.0
-    for weight in weights:
+    total = 0.0
+    for weight, spec in weights:
+        codebooks = universal_codebooks(spec.num_codebooks)
         rounding = weight.float() - decoded_weight(encode_weight(weight, spec, codebooks, "a weight"))
         own, lost = (part.double().square().sum(0).cpu() for part in (weight, rounding))
         total += float((errors[: len(own)] * own).sum() + (power[: len(own)] * lost).sum())

@@ -14,9 +14,6 @@ from lobcq_fx.format.codes import CHUNK
 from lobcq_fx.format.scales import absmax_row_scale, block_arrays, tensor_scale_of_absmax
 from lobcq_fx.format.spec import ENTRY_MAX, FormatSpec
 
-MOMENT_ROWS = 4096
-"""Rows whose second moments are summed by one product."""
-
 SAMPLED_ARRAYS = 4096
 """Block arrays kept for fitting codebooks: 1 MiB a layer at L_A = 64."""
 
@@ -32,18 +29,9 @@ class ActivationStatistics:
         num_updates: tensors seen, empty ones included.
         num_rows: rows (tokens) seen.
         num_scalars: scalars seen, padding not counted.
-        keeps_second_moments: whether x^T x is summed too, fp32 [K, K].
     """
 
-    def __init__(
-        self,
-        layer: str,
-        spec: FormatSpec,
-        sampled_arrays: int = SAMPLED_ARRAYS,
-        seed: int = 0,
-        *,
-        second_moments: bool = False,
-    ) -> None:
+    def __init__(self, layer: str, spec: FormatSpec, sampled_arrays: int = SAMPLED_ARRAYS, seed: int = 0) -> None:
         self.layer = layer
         self.spec = spec
         self.num_updates = 0
@@ -52,10 +40,7 @@ class ActivationStatistics:
         self._absmax: Tensor | None = None  # fp32 [K]
         self._square_sums: Tensor | None = None  # fp64 [K]
         self._sample = Reservoir(sampled_arrays, seed)
-        self.keeps_second_moments = second_moments
-        self._second_moments: Tensor | None = None
-        # Of the second moments alone, whose copies would take as much memory again.
-        self._divisor: Tensor | None = None
+        self._divisor: Tensor | None = None  # fp32 [K]: what became of the columns since they were seen
         self._rotated_columns = 0
 
     @property
@@ -76,9 +61,6 @@ class ActivationStatistics:
         self.num_updates += 1
         self.num_rows += rows.shape[0]
         self.num_scalars += rows.numel()
-        if self.keeps_second_moments:
-            for chunk in rows.split(MOMENT_ROWS):
-                self._add_moments(chunk.float())
         for part in range(0, rows.shape[0], self._rows_at_a_time(rows.shape[1])):
             chunk = slice(part, part + self._rows_at_a_time(rows.shape[1]))
             self._add(rows[chunk].float(), row_scale[chunk])
@@ -128,8 +110,7 @@ class ActivationStatistics:
     def rotated(self, size: int) -> ActivationStatistics:
         """Those of x with each `size` columns rotated: `calibration.hadamard`'s activation matrix.
 
-        Samples and second moments are; nothing is known of the extremes of rotated columns. K is a multiple of `size`,
-        and so is L_A.
+        Of the samples, that is; nothing is known of the extremes of rotated columns. K and L_A are multiples of `size`.
 
         Raises:
             CalibrationError: no data seen.
@@ -182,15 +163,8 @@ class ActivationStatistics:
         self._require_data()
         return self._sample.rows()[:, -1].long()
 
-    def second_moments(self) -> Tensor:
-        """The sum of x^T x over the rows seen, fp32 [K, K], on the device of the activations.
-
-        Raises:
-            CalibrationError: no data seen.
-        """
-        self._require_data()
-        moments = self._second_moments
-        assert moments is not None, "ask for second_moments when it is made"
+    def encoded_moments(self, moments: Tensor) -> Tensor:
+        """Second moments fp32 [K, K] of an activation as it was seen, divided and rotated as these statistics were."""
         if self._divisor is not None:
             divisor = self._divisor.to(moments.device)
             moments = moments / divisor / divisor[:, None]
@@ -198,10 +172,6 @@ class ActivationStatistics:
             for _ in range(2):  # columns, and rows as columns of the transpose
                 moments = rotated(moments, self._rotated_columns, "activation").t()
         return moments
-
-    def _add_moments(self, rows: Tensor) -> None:
-        product = rows.t() @ rows
-        self._second_moments = product if self._second_moments is None else self._second_moments.add_(product)
 
     def _add(self, rows: Tensor, row_scale: Tensor) -> None:
         """rows fp32 [n, K] and their tensor scales fp32 [n, 1]."""

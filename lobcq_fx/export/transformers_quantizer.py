@@ -17,6 +17,7 @@ from lobcq_fx.export.translation import translation_table
 from lobcq_fx.integrations.transformers_onnx import extend_onnx_exporter
 from lobcq_fx.passes.insert_observers import InsertObservers
 from lobcq_fx.pipeline import make_plan, quantize_graphs
+from lobcq_fx.second_moments import SecondMoments
 from lobcq_fx.tracing.trace import MAIN, own_graph_module
 
 # Now: an exporter looks up what it applies before it asks its quantizer anything.
@@ -65,10 +66,14 @@ class LobcqQuantizer(ExportQuantizer):  # type: ignore[misc]
         graph_module = own_graph_module(model)
         graphs = {MAIN: graph_module}
         plan, _ = make_plan(graphs, self.config)
+        moments = None
         if self.calibration_dataset:
             InsertObservers(plan)(graph_module)
+            names = [str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")]
+            calls = [[inputs[name] for name in names] for inputs in self.traced_calibration(sample_inputs)]
             with torch.inference_mode():
-                for inputs in self.traced_calibration(sample_inputs):
-                    graph_module(**inputs)
-        quantize_graphs(graphs, plan, self.config)
+                for inputs in calls:
+                    graph_module(*inputs)
+            moments = SecondMoments(graph_module, plan, calls if plan.compensates else ())
+        quantize_graphs(graphs, plan, self.config, moments=moments)
         return graph_module

@@ -11,10 +11,10 @@ from lobcq_fx.graph.attributes import named_arguments
 
 def erase_dead_nodes(graph: fx.Graph) -> bool:
     """Erase them, from the last node to the first, so that chains go in one run; whether there were any."""
-    return bool(graph.eliminate_dead_code(_has_effects))
+    return bool(graph.eliminate_dead_code(has_effects))
 
 
-def _has_effects(node: fx.Node) -> bool:
+def has_effects(node: fx.Node) -> bool:
     """As FX sees it, but for two things that operators do not declare.
 
     Some write to their arguments: batch norms in training. And every attention passes for a random one, which advances

@@ -47,8 +47,7 @@ class InsertObservers(GraphPass):
         for index, (activation, reading) in enumerate(by_activation.items()):
             _, first = reading[0]
             target = f"{PREFIX}.{index}"
-            compensated = any(one.config.rounding == "compensated" for _, one in reading)
-            statistics = ActivationStatistics(first.layer, first.config.activations, second_moments=compensated)
+            statistics = ActivationStatistics(first.layer, first.config.activations)
             register_attribute(graph_module, target, Observer(statistics))
             with graph_module.graph.inserting_after(activation):
                 observer = graph_module.graph.call_module(target, (activation,))

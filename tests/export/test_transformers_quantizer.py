@@ -57,8 +57,9 @@ def test_both_exporters_compute_what_quantize_does(config):
 
 
 @torch.no_grad()
-def test_static_scales_are_calibrated():
-    config = lobcq_fx.LobcqConfig(activation_scale="static")
+@pytest.mark.parametrize("settings", [{"activation_scale": "static"}, {"rounding": "compensated"}], ids=str)
+def test_what_needs_data_is_calibrated(settings):
+    config = lobcq_fx.LobcqConfig(**settings)
     model, data = (
         causal_lm("llama"),
         [{"input_ids": IDS + offset, "attention_mask": INPUTS["attention_mask"]} for offset in (0, 9)],
