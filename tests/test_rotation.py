@@ -124,7 +124,13 @@ def test_outputs_come_closer_and_survive_a_round_trip(settings: dict[str, str], 
     assert errors["hadamard"] * 1.3 < errors["none"] if chosen else errors["hadamard"] == errors["none"]
     q.save_pretrained(tmp_path / "q")
     assert torch.equal(lobcq_fx.load(tmp_path / "q")(x), q(x))
-    assert torch.equal(torch.compile(q, fullgraph=True, backend="aot_eager")(x), q(x))
+
+
+@torch.no_grad()
+def test_compiled() -> None:
+    q = lobcq_fx.quantize(TwoLayers(), [data()], LobcqConfig(rotation="hadamard"))
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(q, fullgraph=True, backend="aot_eager")(data(9)), q(data(9)))
 
 
 @torch.no_grad()
