@@ -60,7 +60,7 @@ def formats(found: dict[str, Any]) -> str:
         line = by_line.setdefault((row["format"], row["bits"], row["treatment"]), {})
         line[row["activations"]] = _rise(row)
     rows = [
-        [name, f"{bits:g}", treatment, *(line.get(one, "-") for one in activations)]
+        [name, f"{bits:g}", treatment, *(line.get(one, "not measured") for one in activations)]
         for (name, bits, treatment), line in by_line.items()
     ]
     lines = table(["format", "bits", "weights", *(f"activations: {one}" for one in activations)], rows)

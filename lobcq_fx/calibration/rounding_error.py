@@ -43,10 +43,11 @@ def _by_column(statistics: ActivationStatistics, mode: str) -> tuple[Tensor, Ten
     back = values.abs().amax(1, keepdim=True) / scaled.abs().amax(1, keepdim=True).clamp_min(math.ulp(0.0))
     errors = (scaled - _rounded(scaled, statistics.spec, mode)) * back
     places = statistics.sampled_places()
-    sums = torch.zeros(2, int(places.max()) + 1, size, dtype=torch.float64, device="cpu")
+    arrays = statistics.spec.num_arrays(statistics.num_scalars // statistics.num_rows)
+    sums = torch.zeros(2, arrays, size, dtype=torch.float64, device="cpu")
     for total, part in zip(sums, (values, errors), strict=True):
         total.index_add_(0, places, part.double().square())
-    means = sums / places.bincount(minlength=sums.shape[1]).clamp_min(1)[:, None]
+    means = sums / places.bincount(minlength=arrays).clamp_min(1)[:, None]
     return means[0].flatten(), means[1].flatten()
 
 
