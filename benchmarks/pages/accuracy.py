@@ -7,6 +7,7 @@ python -m benchmarks.pages.accuracy --check   # exit with 1 if it differs
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +22,14 @@ def main() -> None:
     """Rewrite or check."""
     found = {
         name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("minilm_similarity", "smollm2", "same_treatment")
+        for name in ("minilm_similarity", "same_treatment", "ablations")
     }
     sections = {
         "minilm": encoder(found["minilm_similarity"]),
-        "smollm2": language_model(found["smollm2"]),
         "same treatment": formats(found["same_treatment"]),
+        "ablations": ablations(found["ablations"]),
     }
     keep_page(PAGE, sections, "accuracy", __doc__)
-
-
-def language_model(found: dict[str, Any]) -> str:
-    """One line for each way to quantize SmolLM2-135M-Instruct, and what it was measured with."""
-    texts = list(found["tokens"])
-    rows = [
-        [
-            name,
-            f"{row['bits of activations']:g}",
-            *(_rise(row[text]) for text in texts),
-            f"{row[texts[0]]['KL']:.3f}",
-            f"{100 * row[texts[0]]['same first token']:.1f} %",
-        ]
-        for name, row in found["rows"].items()
-    ]
-    first = next(iter(found["rows"].values()))
-    lines = table(["recipe", "bits of activations", *texts, f"KL, {texts[0]}", "same first token"], rows)
-    measured = "; ".join(
-        f"{text}: {found['tokens'][text]:,} tokens, fp32 {first[text]['fp32 perplexity']:.2f}" for text in texts
-    )
-    return f"{lines}\n\nCalibrated on {found['calibration_tokens']:,} tokens. {measured}."
 
 
 def formats(found: dict[str, Any]) -> str:
@@ -66,6 +46,42 @@ def formats(found: dict[str, Any]) -> str:
     lines = table(["format", "bits", "weights", *(f"activations: {one}" for one in activations)], rows)
     tokens = f"{found['tokens']:,} tokens, fp32 {found['rows'][0]['fp32 perplexity']:.2f}"
     return f"{lines}\n\nCalibrated on {found['calibration_tokens']:,} tokens. WikiText-2: {tokens}."
+
+
+SETTINGS = {
+    "codebooks N_c": "codebooks",
+    "block length L_b": "block",
+    "array length L_A": "array",
+    "bits of entries": "entry_bits",
+    "bits of codes": "entries",
+    "start of the fit": "start",
+}
+"""Ablation -> the setting that it varies."""
+
+
+def ablations(found: dict[str, Any]) -> str:
+    """One line for each setting of each ablation, and the library's own codebooks below."""
+    rows = [
+        [
+            row["ablation"],
+            f"{row['entries'].bit_length() - 1}"
+            if row["ablation"] == "bits of codes"
+            else str(row[SETTINGS[row["ablation"]]]),
+            f"{row['bits']:.4g}",
+            _decibels(row["weights"]),
+            _decibels(row["activations"]),
+        ]
+        for row in sorted(found["rows"], key=lambda row: list(SETTINGS).index(row["ablation"]))
+    ]
+    rows += [
+        [f"the library, 8x64, {books}", "", "4.5", _decibels(errors["weights"]), _decibels(errors["activations"])]
+        for books, errors in found["library"].items()
+    ]
+    return table(["what varies", "setting", "bits", "weights, dB", "activations, dB"], rows)
+
+
+def _decibels(error: float) -> str:
+    return f"{-10 * math.log10(error):.2f}"
 
 
 def _rise(row: dict[str, float]) -> str:
