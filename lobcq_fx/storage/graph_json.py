@@ -7,7 +7,7 @@ import math
 import operator
 import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -71,12 +71,24 @@ def graph_from_json(nodes: list[dict[str, Any]]) -> fx.Graph:
         except _DAMAGE as error:
             text = reprlib.repr(entry)
             raise CheckpointError(f"graph.json: node {text} is malformed: {type(error).__name__}: {error}") from None
+    _check_inputs(by_name)
     try:
         graph.lint()
     except RuntimeError as error:
         raise CheckpointError(f"graph.json: {error}") from None
     check_numbers(graph)
     return graph
+
+
+def _check_inputs(by_name: Mapping[str, fx.Node]) -> None:
+    """FX names the arguments of `forward` after the targets of inputs: another value of that name would replace one."""
+    inputs = {node.target: node for node in by_name.values() if node.op == "placeholder"}
+    for node in by_name.values():
+        if node.op == "placeholder" and inputs[node.target] is not node:
+            raise CheckpointError(f"graph.json: the inputs {node.name!r} and {inputs[node.target].name!r} are one")
+        given = inputs.get(node.name)
+        if given is not None and given is not node:
+            raise CheckpointError(f"graph.json: node {node.name!r} has the name of the argument for {given.name!r}")
 
 
 def _append(graph: fx.Graph, entry: dict[str, Any], by_name: dict[str, fx.Node]) -> None:
@@ -90,6 +102,8 @@ def _append(graph: fx.Graph, entry: dict[str, Any], by_name: dict[str, fx.Node])
     _check_identifiers(name, op, target, kwargs)
     if op == "output" and (kwargs or len(args) != 1):
         raise ValueError("an output has one argument")
+    if kwargs.get("pin_memory"):
+        raise ValueError("it asks for pinned memory, which not every machine has")
     resolved = _resolve(target) if op == "call_function" else target
     if resolved is operator.getitem and not _picks_a_result(args, kwargs):
         raise ValueError("getitem takes a node and a number")

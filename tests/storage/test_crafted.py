@@ -43,6 +43,7 @@ def nested(levels):
 X, N = {"node": "x"}, {"node": "size"}
 INPUT = node("placeholder", "x", name="x")
 SIZE = call("ops.aten.sym_size.int", X, 0, name="size")
+OTHER_INPUT = node("placeholder", "given", name="other")
 OUTPUT = node("output", "output", [X], name="output")
 
 
@@ -76,6 +77,9 @@ CRAFTED = {
     "long text": [call("ops.aten.gelu.default", X, approximate="n" * 100_000)],
     "name that is no text": [call("ops.aten.relu.default", X, name=["n"])],
     "too many nodes": [OUTPUT] * 300_000,
+    "pinned memory": [call("ops.aten.arange.default", N, device={"device": "cpu"}, pin_memory=1)],
+    "input that another value replaces": [call("ops.aten.relu.default", X, name="given"), OTHER_INPUT],
+    "two inputs of one name": [OTHER_INPUT, {**OTHER_INPUT, "name": "third"}],
 }
 
 
