@@ -33,7 +33,7 @@ README = RESULTS.parents[1] / "README.md"
 
 def main() -> None:
     """Rewrite or check."""
-    sections = {"perplexity": perplexity(), "minilm": minilm(), "sqnr": sqnr(), "cpu": cpu()}
+    sections = {"perplexity": perplexity(), "treated": treated(), "minilm": minilm(), "sqnr": sqnr(), "cpu": cpu()}
     sections |= {"cpu-model": cpu_model(), "cpu-model-step": cpu_model_step(), "onnx": onnx()}
     keep_page(README, sections, "readme", __doc__)
 
@@ -50,6 +50,20 @@ def perplexity() -> str:
         for row in results("perplexity")["rows"]
     ]
     return table(["model", "text", "parameters quantized", *PERPLEXITIES.values()], rows)
+
+
+def treated() -> str:
+    """SmolLM2-135M-Instruct in formats under the same treatment, by what becomes of activations."""
+    rises: dict[tuple[str, float], dict[str, str]] = {}
+    for row in results("same_treatment")["rows"]:
+        if row["treatment"] != "nearest":
+            rise = 100 * (row["perplexity"] / row["fp32 perplexity"] - 1)
+            rises.setdefault((row["format"], row["bits"]), {})[row["activations"]] = f"+{rise:.1f} %"
+    rows = [
+        [name, f"{bits:g}", *(found.get(one, "not measured") for one in ("float", "int8", "4 bit"))]
+        for (name, bits), found in rises.items()
+    ]
+    return table(["format", "bits a scalar", "W4A16", "W4A8", "W4A4"], rows)
 
 
 def minilm() -> str:
