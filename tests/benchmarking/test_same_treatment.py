@@ -1,0 +1,44 @@
+"""What the comparison of formats calls LO-BCQ under a recipe's treatment is what `quantize` makes with that recipe."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lobcq_fx
+from benchmarks.quality.same_treatment import evaluate, second_moments, treat
+from benchmarks.quality.smollm2 import Remembered
+from benchmarks.quality.treated_formats import FORMATS, int8_activation
+from lobcq_fx import LobcqConfig
+from lobcq_fx.evaluation import divergence_of_sequences
+from tests.families import causal_lm
+
+ENCODERS = {"w4a16": None, "w4a8": int8_activation, "w4a4": FORMATS["LO-BCQ 8x64"].activation}
+
+
+@pytest.mark.parametrize("recipe", ["fast", "balanced"])
+@pytest.mark.parametrize("mode", ENCODERS)
+def test_the_comparison_measures_what_users_get(mode, recipe):
+    model = causal_lm("llama", hidden_size=64, intermediate_size=128, head_dim=16)
+    ids = torch.randint(3, 90, (10, 24), generator=torch.Generator().manual_seed(2))
+    calibration, text = ids[:6], ids[6:]
+    reference = Remembered(model)
+    divergence_of_sequences(reference, model, list(text), max_length=24)
+    layers = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and name != "lm_head"}
+    before = {name: layer.weight.clone() for name, layer in layers.items()}
+    moments = second_moments(model, layers, calibration)
+    treated = treat(layers, moments, FORMATS["LO-BCQ 8x64"], recipe == "balanced")
+    found = evaluate(model, reference, layers, treated, ENCODERS[mode], text)
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in layers.items())
+
+    config = LobcqConfig.of_recipe(recipe, mode=mode)
+    data = [one[None] for one in calibration] if config.needs_calibration else None
+    q = lobcq_fx.quantize(model, data, config, static_cache=False)
+    expected = divergence_of_sequences(q, model, list(text), max_length=24)
+    # Where rows of a weight take over a scale, array scales round otherwise than where its readers divide.
+    close = 1e-3 if recipe == "fast" else 0.05
+    assert found["fp32 perplexity"] == pytest.approx(expected.reference.perplexity, rel=1e-6)
+    assert found["perplexity"] == pytest.approx(expected.model.perplexity, rel=close / 10)
+    assert found["KL"] == pytest.approx(expected.kl_divergence, rel=close)
+    assert found["KL"] > 0
