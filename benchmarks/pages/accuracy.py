@@ -22,12 +22,13 @@ def main() -> None:
     """Rewrite or check."""
     found = {
         name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("minilm_similarity", "same_treatment", "ablations")
+        for name in ("minilm_similarity", "same_treatment", "ablations", "rotation")
     }
     sections = {
         "minilm": encoder(found["minilm_similarity"]),
         "same treatment": formats(found["same_treatment"]),
         "ablations": ablations(found["ablations"]),
+        "rotation": rotation(found["rotation"]),
     }
     keep_page(PAGE, sections, "accuracy", __doc__)
 
@@ -46,6 +47,16 @@ def formats(found: dict[str, Any]) -> str:
     lines = table(["format", "bits", "weights", *(f"activations: {one}" for one in activations)], rows)
     tokens = f"{found['tokens']:,} tokens, fp32 {found['rows'][0]['fp32 perplexity']:.2f}"
     return f"{lines}\n\nCalibrated on {found['calibration_tokens']:,} tokens. WikiText-2: {tokens}."
+
+
+def rotation(found: dict[str, Any]) -> str:
+    """One line for each shape, a column for each number of rows."""
+    counts = list(dict.fromkeys(row["rows"] for row in found["rows"]))
+    times = {(row["N x K"], row["rows"]): row["times"] for row in found["rows"]}
+    shapes = list(dict.fromkeys(row["N x K"] for row in found["rows"]))
+    rows = [[shape, *(f"{times[shape, count]:.2f}" for count in counts)] for shape in shapes]
+    cpu = f"{found['cpu']}, {found['threads']} threads"
+    return table(["N x K", *("1 row" if count == 1 else f"{count} rows" for count in counts)], rows) + f"\n\n{cpu}."
 
 
 SETTINGS = {
