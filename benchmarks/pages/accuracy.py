@@ -22,15 +22,37 @@ def main() -> None:
     """Rewrite or check."""
     found = {
         name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("minilm_similarity", "same_treatment", "ablations", "rotation")
+        for name in ("minilm_similarity", "smollm2", "same_treatment", "ablations", "rotation")
     }
     sections = {
         "minilm": encoder(found["minilm_similarity"]),
+        "smollm2": language_model(found["smollm2"]),
         "same treatment": formats(found["same_treatment"]),
         "ablations": ablations(found["ablations"]),
         "rotation": rotation(found["rotation"]),
     }
     keep_page(PAGE, sections, "accuracy", __doc__)
+
+
+def language_model(found: dict[str, Any]) -> str:
+    """One line for each way to quantize SmolLM2-135M-Instruct, and what it was measured with."""
+    texts = list(found["tokens"])
+    rows = [
+        [
+            name,
+            f"{row['bits of activations']:g}",
+            *(_rise(row[text]) for text in texts),
+            f"{row[texts[0]]['KL']:.3f}",
+            f"{100 * row[texts[0]]['same first token']:.1f} %",
+        ]
+        for name, row in found["rows"].items()
+    ]
+    first = next(iter(found["rows"].values()))
+    lines = table(["recipe", "bits of activations", *texts, f"KL, {texts[0]}", "same first token"], rows)
+    measured = "; ".join(
+        f"{text}: {found['tokens'][text]:,} tokens, fp32 {first[text]['fp32 perplexity']:.2f}" for text in texts
+    )
+    return f"{lines}\n\nCalibrated on {found['calibration_tokens']:,} tokens. {measured}."
 
 
 def formats(found: dict[str, Any]) -> str:
