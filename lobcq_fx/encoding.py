@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.calibration.compensate import decoded_weight
 from lobcq_fx.calibration.encode_weight import encode_weight
-from lobcq_fx.calibration.statistics import ActivationStatistics, scaled_sample
+from lobcq_fx.calibration.rounding_error import encoded_sample
+from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.float_weights import FloatWeights
-from lobcq_fx.format import encode, encode_int8, sqnr_db
+from lobcq_fx.format import sqnr_db
 from lobcq_fx.format.spec import ENTRY_MAX, INT8_MAX
 from lobcq_fx.graph.attributes import delete_attribute, get_attribute, has_attribute, register_attribute
 from lobcq_fx.inventory import MatmulRecord
@@ -169,8 +170,4 @@ def _activation_sqnr_db(
     if statistics is None or not statistics.seen or matmul.config.mode == "w4a16":
         return None
     spec, scale = matmul.config.activations, matmul.config.activation_scale
-    if matmul.config.mode == "w4a8":
-        sample = scaled_sample(statistics, scale, INT8_MAX)
-        return sqnr_db(sample, encode_int8(sample, spec.array_size, sample.new_ones(())))
-    sample = scaled_sample(statistics, scale)
-    return sqnr_db(sample, encode(sample, spec, codebooks.activations[spec], sample.new_ones(())))
+    return sqnr_db(*encoded_sample(statistics, spec, matmul.config.mode, scale, codebooks.activations[spec]))

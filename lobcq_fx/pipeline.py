@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -31,9 +31,9 @@ from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.insert_observers import InsertObservers, observed
 from lobcq_fx.passes.order import NORMALIZE, emitting
 from lobcq_fx.plan import QuantizationPlan
-from lobcq_fx.rotation import rotate
+from lobcq_fx.rotation import Rotated, rotate
 from lobcq_fx.second_moments import SecondMoments
-from lobcq_fx.smoothing import smooth
+from lobcq_fx.smoothing import Smoothed, smooth
 from lobcq_fx.tracing.autocast import no_autocast
 from lobcq_fx.tracing.examples import calibration_inputs
 from lobcq_fx.tracing.progress import counted_calls
@@ -180,10 +180,9 @@ def quantize_graphs(
         CalibrationError: a layer that needs calibration data saw none.
     """
     report = progress or _silent
-    assert moments is not None or not plan.compensates, "second moments are needed: SecondMoments(graph, plan, calls)"
+    assert moments is not None or not plan.compensates, "second moments are needed: observe(graph, plan, calls)"
     root = graph_modules[MAIN]
-    smoothed = smooth(plan, graph_modules, observed(root, plan))
-    rotation = rotate(plan, FloatWeights(root, smoothed.scales), smoothed.statistics)
+    smoothed, rotation = _prepared(plan, graph_modules)
     statistics, weights = rotation.statistics, rotation.weights
     codebooks = choose_codebooks(plan, weights, statistics, config, report)
     by_weight = None if moments is None else moments.of_weights(statistics)
@@ -194,6 +193,27 @@ def quantize_graphs(
         emitting(plan, codebooks, rotation.matrices)(graph_module)
     EliminateDeadCode(tuple(one for one in emitted.values() if one is not root))(root)
     return emitted, records_of(plan, encoded, codebooks, statistics, smoothed.matmuls, set(rotation.matrices))
+
+
+def _prepared(plan: QuantizationPlan, graph_modules: Mapping[str, fx.GraphModule]) -> tuple[Smoothed, Rotated]:
+    """Smooth and rotate as the settings want it, by what the main graph's observers have seen."""
+    root = graph_modules[MAIN]
+    smoothed = smooth(plan, graph_modules, observed(root, plan))
+    return smoothed, rotate(plan, FloatWeights(root, smoothed.scales), smoothed.statistics)
+
+
+def observe(graph_module: fx.GraphModule, plan: QuantizationPlan, calls: Iterable[Sequence[Any]]) -> SecondMoments:
+    """Run a graph with observers over calls of it, flat inputs each, which are kept where they are run once more."""
+    InsertObservers(plan)(graph_module)
+    written = writes_inputs(graph_module.graph)
+    again: list[Sequence[Any]] = []
+    with kept(state_of(graph_module)):
+        for inputs in calls:
+            with torch.inference_mode():
+                graph_module(*(value.clone() if written else value for value in inputs))
+            if plan.compensates:
+                again.append(inputs)
+    return SecondMoments(graph_module, plan, again)
 
 
 @no_autocast()
@@ -222,10 +242,8 @@ def fit_shared_codebooks(
     with counted_calls(model, partial(report, "trace")):
         traced = front_end.trace(model, example_inputs, static_cache=False)
     plan, _ = make_plan(traced.graph_modules, config, front_end.roles(model))
-    main = traced.graphs[MAIN]
-    _calibrate(main, plan, data or (), report)
-    smoothed = smooth(plan, traced.graph_modules, observed(main.graph_module, plan))
-    rotation = rotate(plan, FloatWeights(main.graph_module, smoothed.scales), smoothed.statistics)
+    _calibrate(traced.graphs[MAIN], plan, data or (), report)
+    _, rotation = _prepared(plan, traced.graph_modules)
     return fit_to_model(plan, rotation.weights, rotation.statistics, spec, report)
 
 
@@ -254,24 +272,21 @@ def _example(front_end: FrontEnd, example_inputs: Any, data: Iterable[Any] | Non
 
 
 def _calibrate(traced: TracedModel, plan: QuantizationPlan, data: Iterable[Any], report: Progress) -> SecondMoments:
-    """Run the graph with observers over the data; statistics are kept, and the inputs where the data are read again."""
-    InsertObservers(plan)(traced.graph_module)
-    calls: list[list[Any]] = []
+    """Observe the graph on the data."""
     total = len(data) if isinstance(data, Sized) else None
     device = next(iter(traced.graph_module.parameters())).device
-    written = writes_inputs(traced.graph_module.graph)
     done = 0
-    with kept(state_of(traced.graph_module)):
+
+    def calls() -> Iterator[list[Any]]:
+        nonlocal done
         for done, item in enumerate(data, start=1):
-            inputs = calibration_inputs(traced.calling, item, device)
-            with torch.inference_mode():
-                traced.graph_module(*(value.clone() if written else value for value in inputs))
-            if plan.compensates:
-                calls.append(inputs)
+            yield calibration_inputs(traced.calling, item, device)
             report("calibrate", done, total)
+
+    moments = observe(traced.graph_module, plan, calls())
     if done == 0:
         raise CalibrationError("calibration_data is empty: pass at least one model input")
-    return SecondMoments(traced.graph_module, plan, calls)
+    return moments
 
 
 def _size(parameters: Iterable[Tensor]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -103,6 +104,11 @@ class QuantizationPlan:
     def weights(self) -> tuple[PlannedWeight, ...]:
         """Each weight to encode once, in execution order."""
         return tuple(dict.fromkeys(matmul.weight for matmul in self.quantized if matmul.weight is not None))
+
+    @property
+    def times_read(self) -> Mapping[PlannedWeight, int]:
+        """By how many matmuls each weight is read."""
+        return Counter(matmul.weight for matmul in self.quantized if matmul.weight is not None)
 
     @property
     def compensates(self) -> bool:

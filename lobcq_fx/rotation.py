@@ -51,7 +51,7 @@ def rotate(plan: QuantizationPlan, weights: FloatWeights, statistics: Statistics
     for one in plan.quantized:
         if one in statistics and statistics[one].seen:
             reading.setdefault(id(statistics[one]), []).append(one)
-    times_read = {weight: sum(one.weight == weight for one in plan.quantized) for weight in plan.weights}
+    times_read = plan.times_read
     scales = dict(weights.scales)
     for matmuls in reading.values():
         seen, read = statistics[matmuls[0]], [one.weight for one in matmuls if one.weight is not None]

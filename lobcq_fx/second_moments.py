@@ -6,6 +6,7 @@ layers can be encoded one after the other, in the memory that one of them takes,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,11 +78,7 @@ class SecondMoments:
         Args:
             statistics: say what becomes of an activation before it is encoded.
         """
-        waiting: dict[PlannedWeight, int] = {}
-        for gate in self._gates:
-            for matmul in gate.matmuls:
-                assert matmul.weight is not None
-                waiting[matmul.weight] = waiting.get(matmul.weight, 0) + 1
+        waiting = Counter(matmul.weight for gate in self._gates for matmul in gate.matmuls)
         yield from ((weight, None) for weight in self._plan.weights if weight not in waiting)
         sums: dict[PlannedWeight, Tensor] = {}
         for matmuls, moments in self._in_order():

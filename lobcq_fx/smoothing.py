@@ -72,7 +72,7 @@ def smooth(plan: QuantizationPlan, graph_modules: Mapping[str, fx.GraphModule], 
     result, root = Smoothed({}, dict(statistics)), graph_modules[MAIN]
     groups = _groups(plan, graph_modules[MAIN])
     others = [(_groups(plan, one), one) for name, one in graph_modules.items() if name != MAIN]
-    times_read = {weight: sum(one.weight == weight for one in plan.quantized) for weight in plan.weights}
+    times_read = plan.times_read
     for place, group in enumerate(groups):
         weights = [one.weight for one in group.matmuls if one.weight is not None]
         seen = next((statistics[one] for one in group.matmuls if one in statistics), None)

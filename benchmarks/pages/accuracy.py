@@ -57,18 +57,21 @@ def language_model(found: dict[str, Any]) -> str:
 
 def formats(found: dict[str, Any]) -> str:
     """One line for each format and treatment, a column for each form of activations."""
-    activations = ("float", "int8", "4 bit")
-    by_line: dict[tuple[str, float, str], dict[str, str]] = {}
-    for row in found["rows"]:
-        line = by_line.setdefault((row["format"], row["bits"], row["treatment"]), {})
-        line[row["activations"]] = _rise(row)
-    rows = [
-        [name, f"{bits:g}", treatment, *(line.get(one, "not measured") for one in activations)]
-        for (name, bits, treatment), line in by_line.items()
-    ]
-    lines = table(["format", "bits", "weights", *(f"activations: {one}" for one in activations)], rows)
+    rows = [[name, bits, treatment, *rises] for (name, bits, treatment), rises in by_activations(found).items()]
+    lines = table(["format", "bits", "weights", *(f"activations: {one}" for one in ACTIVATIONS)], rows)
     tokens = f"{found['tokens']:,} tokens, fp32 {found['rows'][0]['fp32 perplexity']:.2f}"
     return f"{lines}\n\nCalibrated on {found['calibration_tokens']:,} tokens. WikiText-2: {tokens}."
+
+
+ACTIVATIONS = ("float", "int8", "4 bit")
+
+
+def by_activations(found: dict[str, Any]) -> dict[tuple[str, str, str], list[str]]:
+    """(format, bits, treatment) of same_treatment.json -> the rise with each form of activations."""
+    rises: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in found["rows"]:
+        rises.setdefault((row["format"], f"{row['bits']:g}", row["treatment"]), {})[row["activations"]] = _rise(row)
+    return {line: [of.get(one, "not measured") for one in ACTIVATIONS] for line, of in rises.items()}
 
 
 def rotation(found: dict[str, Any]) -> str:

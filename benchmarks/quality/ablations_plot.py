@@ -12,20 +12,19 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.quality.format_quality_plot import GRID, INK, MUTED, OURS
+from benchmarks.quality.format_quality_plot import MUTED, OURS, STYLE, quiet
 
 STYLES = {
-    "codebooks N_c": (OURS, "o", "codebooks", "N_c 1, 2, 4, 8, 16"),
-    "block length L_b": ("#3f7d20", "D", "block", "L_b 32, 16, 8, 4, 2"),
-    "array length L_A": ("#c2410c", "s", "array", "L_A 128, 64, 32, 16"),
+    "codebooks N_c": (OURS, "o", "N_c 1, 2, 4, 8, 16"),
+    "block length L_b": ("#3f7d20", "D", "L_b 32, 16, 8, 4, 2"),
+    "array length L_A": ("#c2410c", "s", "L_A 128, 64, 32, 16"),
 }
 OPERANDS = ("weights", "activations")
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Two panels of errors, one for each operand, and one of the fit's progress; rows as in ablations.json."""
-    style = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK}
-    with mpl.rc_context({**style, "xtick.color": MUTED, "ytick.color": MUTED}):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(11.5, 4.4))
         for axis, operand in zip(axes, OPERANDS, strict=False):
             _errors(axis, rows, operand)
@@ -40,13 +39,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _errors(axis: Axes, rows: list[dict[str, Any]], operand: str) -> None:
-    for ablation, (color, marker, _, label) in STYLES.items():
+    for ablation, (color, marker, label) in STYLES.items():
         found = sorted((row for row in rows if row["ablation"] == ablation), key=lambda row: row["bits"])
         bits = [row["bits"] for row in found]
         axis.plot(bits, [-10 * math.log10(row[operand]) for row in found], color=color, marker=marker, label=label)
     axis.set_title(operand, loc="left", fontsize=11)
     axis.set_xlabel("bits a scalar, scales and selectors included")
-    _quiet(axis)
+    quiet(axis)
 
 
 def _convergence(axis: Axes, rows: list[dict[str, Any]]) -> None:
@@ -58,13 +57,4 @@ def _convergence(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.set_xlabel("iterations")
     axis.set_yscale("log")
     axis.legend(frameon=False, fontsize=9.5)
-    _quiet(axis)
-
-
-def _quiet(axis: Axes) -> None:
-    axis.grid(color=GRID, lw=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(length=0)
-    for side in ("top", "right", "left"):
-        axis.spines[side].set_visible(False)
-    axis.spines["bottom"].set_color(GRID)
+    quiet(axis)

@@ -15,6 +15,14 @@ from matplotlib.axes import Axes
 TITLES = {"gaussian": "Gaussian", "laplace": "Laplace", "student-t4": "Student-t (4)"}
 INK, MUTED, GRID = "#1b1f24", "#6e7781", "#e6e8eb"
 OURS = "#0b6bcb"
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+}
 PEER_STYLES = {
     "MXFP4": ("#c2410c", "s"),
     "NVFP4": ("#3f7d20", "D"),
@@ -28,8 +36,7 @@ DEFAULT = "LO-BCQ 8x64"
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """One panel a source, sharing both axes; rows as in format_quality.json."""
-    style = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK}
-    with mpl.rc_context({**style, "xtick.color": MUTED, "ytick.color": MUTED}):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(11.5, 4.9), sharex=True, sharey=True)
         for axis, source in zip(axes, TITLES, strict=True):
             _panel(axis, rows, source)
@@ -77,6 +84,11 @@ def _panel(axis: Axes, rows: list[dict[str, Any]], source: str) -> None:
     axis.annotate(label, point, xytext=(-2, 9), textcoords="offset points", ha="right", fontsize=9.5, color=OURS)
     axis.set_title(TITLES[source], loc="left", fontsize=11, color=INK)
     axis.set_xlim(4.08, 4.82)
+    quiet(axis)
+
+
+def quiet(axis: Axes) -> None:
+    """A light grid, and no frame but a line below."""
     axis.grid(color=GRID, lw=0.8)
     axis.set_axisbelow(True)
     axis.tick_params(length=0)

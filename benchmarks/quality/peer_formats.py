@@ -26,13 +26,20 @@ NF4 = torch.tensor(
 class BlockFormat:
     """A format of codes with one scale for each block of a row.
 
-    block: scalars that share a scale. levels: x in units of its scale, rounded to what the codes stand for.
+    block: scalars that share a scale. scale_bits: of one.
+    levels: x in units of its scale, rounded to what the codes stand for.
     scales: of blocks [R, n, block] of an operand, whose largest magnitude is given, [R, n, 1]; as they are stored.
     """
 
     block: int
+    scale_bits: int
     levels: Callable[[Tensor], Tensor]
     scales: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def bits(self) -> float:
+        """Stored for each scalar, an fp32 scale of a whole tensor not counted."""
+        return 4 + self.scale_bits / self.block
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [R, K] rounded, K a multiple of the block."""
@@ -68,16 +75,16 @@ def _round_to_e2m1(x: Tensor) -> Tensor:
 
 def int4(block: int) -> BlockFormat:
     """Symmetric integers in [-8, 7] in groups that share a bf16 scale, absmax / 7.5."""
-    return BlockFormat(block, lambda x: x.round().clamp(-8, 7), _int4_scales)
+    return BlockFormat(block, 16, lambda x: x.round().clamp(-8, 7), _int4_scales)
 
 
-NVFP4 = BlockFormat(16, _round_to_e2m1, _nvfp4_scales)
+NVFP4 = BlockFormat(16, 8, _round_to_e2m1, _nvfp4_scales)
 """E2M1 in blocks of 16 with an E4M3 scale each and one fp32 scale for the tensor.
 
 Source: NVIDIA, "Pretraining Large Language Models with NVFP4", arXiv 2509.25149, section 2.
 """
 
-MXFP4 = BlockFormat(32, _round_to_e2m1, _mxfp4_scales)
+MXFP4 = BlockFormat(32, 8, _round_to_e2m1, _mxfp4_scales)
 """E2M1 in blocks of 32 that share a power of two.
 
 Source: OCP Microscaling Formats specification 1.0, section 6.3.
@@ -92,6 +99,10 @@ def int4_asymmetric(x: Tensor, group: int) -> Tensor:
     scales = ((high - low) / 15).bfloat16().float()
     zero = (-low / scales).round().clamp(0, 15)
     return (((groups / scales).round() + zero).clamp(0, 15).sub(zero) * scales).flatten(-2)
+
+
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+"""Stored for each scalar."""
 
 
 def nf4(x: Tensor) -> Tensor:
@@ -159,17 +170,17 @@ def _torchao_nf4(x: Tensor) -> Tensor:
 
 
 PEERS = (
-    Peer("MXFP4", 4 + 8 / 32, MXFP4, _torchao_mxfp4),
-    Peer("NVFP4", 4 + 8 / 16, NVFP4, _torchao_nvfp4),
-    Peer("INT4 group 128", 4 + 16 / 128, int4(128), lambda x: _torchao_int4(x, 128, symmetric=True)),
-    Peer("INT4 group 32", 4 + 16 / 32, int4(32), lambda x: _torchao_int4(x, 32, symmetric=True)),
+    Peer("MXFP4", MXFP4.bits, MXFP4, _torchao_mxfp4),
+    Peer("NVFP4", NVFP4.bits, NVFP4, _torchao_nvfp4),
+    Peer("INT4 group 128", int4(128).bits, int4(128), lambda x: _torchao_int4(x, 128, symmetric=True)),
+    Peer("INT4 group 32", int4(32).bits, int4(32), lambda x: _torchao_int4(x, 32, symmetric=True)),
     Peer(
         "INT4 asymmetric group 32",
         4 + 20 / 32,
         lambda x: int4_asymmetric(x, 32),
         lambda x: _torchao_int4(x, 32, symmetric=False),
     ),
-    Peer("NF4 block 64", 4 + 8 / 64 + 32 / (64 * 256), nf4, _torchao_nf4),
+    Peer("NF4 block 64", NF4_BITS, nf4, _torchao_nf4),
 )
 
 

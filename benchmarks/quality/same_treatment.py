@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +46,7 @@ def main() -> None:
     calibration, texts = smollm2.texts(tokenizer, arguments.calibration_windows, arguments.windows)
     text = texts["WikiText-2"]
     found = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {"rows": []}
-    found |= {
-        "versions": {package: version(package) for package in ("torch", "transformers")},
-        "machine": platform.machine(),
-        "calibration_tokens": calibration.numel(),
-        "tokens": text.numel(),
-    }
+    found |= smollm2.origin(calibration) | {"tokens": text.numel()}
     reference = smollm2.Remembered(model)
     same = divergence_of_sequences(reference, model, list(text), max_length=text.shape[1])  # before weights change
     assert same.kl_divergence == 0.0
@@ -149,12 +142,7 @@ def evaluate(
             handle.remove()
         for name, weight in own.items():
             layers[name].weight.data = weight
-    return {
-        "fp32 perplexity": one.reference.perplexity,
-        "perplexity": one.model.perplexity,
-        "KL": one.kl_divergence,
-        "same first token": one.top1_agreement,
-    }
+    return smollm2.scores(one)
 
 
 def _activations(operand: Operand) -> dict[str, Activation | None]:

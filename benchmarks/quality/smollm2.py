@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lobcq_fx
 from lobcq_fx import LobcqConfig
-from lobcq_fx.evaluation import divergence_of_sequences
+from lobcq_fx.evaluation import DivergenceResult, divergence_of_sequences
 
 RESULT = Path(__file__).parents[1] / "results" / "smollm2.json"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -60,12 +60,7 @@ def main() -> None:
     calibration, measured = texts(tokenizer, arguments.calibration_windows, arguments.windows)
     reference = Remembered(model)
     found = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {"rows": {}}
-    found |= {
-        "versions": {package: version(package) for package in ("torch", "transformers")},
-        "machine": platform.machine(),
-        "calibration_tokens": calibration.numel(),
-        "tokens": {name: text.numel() for name, text in measured.items()},
-    }
+    found |= origin(calibration) | {"tokens": {name: text.numel() for name, text in measured.items()}}
     for name in arguments.rows or ROWS:
         found["rows"][name] = row = measure(reference, *ROWS[name], calibration, measured)
         arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -135,13 +130,27 @@ def measure(
     }
     for name, text in measured.items():
         one = divergence_of_sequences(q, reference, list(text), max_length=WINDOW)
-        row[name] = {
-            "fp32 perplexity": one.reference.perplexity,
-            "perplexity": one.model.perplexity,
-            "KL": one.kl_divergence,
-            "same first token": one.top1_agreement,
-        }
+        row[name] = scores(one)
     return row
+
+
+def scores(one: DivergenceResult) -> dict[str, float]:
+    """Perplexity and distance from the float model, as rows have them."""
+    return {
+        "fp32 perplexity": one.reference.perplexity,
+        "perplexity": one.model.perplexity,
+        "KL": one.kl_divergence,
+        "same first token": one.top1_agreement,
+    }
+
+
+def origin(calibration: Tensor) -> dict[str, Any]:
+    """What a result says of how it came about."""
+    return {
+        "versions": {package: version(package) for package in ("torch", "transformers")},
+        "machine": platform.machine(),
+        "calibration_tokens": calibration.numel(),
+    }
 
 
 def bits_of_activations(config: LobcqConfig) -> float:

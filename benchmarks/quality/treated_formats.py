@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops)
-from benchmarks.quality.peer_formats import MXFP4, NVFP4, BlockFormat, int4, nf4
+from benchmarks.quality.peer_formats import MXFP4, NF4_BITS, NVFP4, BlockFormat, int4, nf4
 from lobcq_fx.calibration.compensate import DAMPING, decoded_weight
 from lobcq_fx.calibration.encode_weight import encode_weight
 from lobcq_fx.format import FormatSpec, universal_codebooks
@@ -64,11 +64,15 @@ class LoBcq:
 
 
 @dataclass(frozen=True)
-class Peer:
+class Blocks:
     """A block format of benchmarks/quality/peer_formats.py."""
 
-    bits: float
     blocks: BlockFormat
+
+    @property
+    def bits(self) -> float:
+        """Stored for each scalar."""
+        return self.blocks.bits
 
     def weight(self, w: Tensor, second_moments: Tensor | None) -> Tensor:
         """Under searched scales."""
@@ -115,7 +119,7 @@ class Peer:
 class Nf4:
     """NF4 with double quantization, which takes its scales from whole weights: to the nearest alone."""
 
-    bits: float = 4 + 8 / 64 + 32 / (64 * 256)
+    bits: float = NF4_BITS
 
     def weight(self, w: Tensor, second_moments: Tensor | None) -> Tensor:
         """Under absmax scales."""
@@ -131,11 +135,11 @@ class Nf4:
 FORMATS: dict[str, Operand] = {
     "LO-BCQ 8x64": LoBcq(FormatSpec(8, 64)),
     "LO-BCQ 16x64": LoBcq(FormatSpec(16, 64)),
-    "NVFP4": Peer(4 + 8 / 16, NVFP4),
-    "MXFP4": Peer(4 + 8 / 32, MXFP4),
-    "INT4, groups of 32": Peer(4 + 16 / 32, int4(32)),
-    "INT4, groups of 64": Peer(4 + 16 / 64, int4(64)),
-    "INT4, groups of 128": Peer(4 + 16 / 128, int4(128)),
+    "NVFP4": Blocks(NVFP4),
+    "MXFP4": Blocks(MXFP4),
+    "INT4, groups of 32": Blocks(int4(32)),
+    "INT4, groups of 64": Blocks(int4(64)),
+    "INT4, groups of 128": Blocks(int4(128)),
     "NF4, blocks of 64": Nf4(),
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import fx
 from transformers.exporters.configs import ExportFormat
 from transformers.exporters.quantizers import ExportQuantizer
@@ -15,9 +14,7 @@ from lobcq_fx.errors import CalibrationError
 from lobcq_fx.export.convert import add_function_bodies
 from lobcq_fx.export.translation import translation_table
 from lobcq_fx.integrations.transformers_onnx import extend_onnx_exporter
-from lobcq_fx.passes.insert_observers import InsertObservers
-from lobcq_fx.pipeline import make_plan, quantize_graphs
-from lobcq_fx.second_moments import SecondMoments
+from lobcq_fx.pipeline import make_plan, observe, quantize_graphs
 from lobcq_fx.tracing.trace import MAIN, own_graph_module
 
 # Now: an exporter looks up what it applies before it asks its quantizer anything.
@@ -68,12 +65,8 @@ class LobcqQuantizer(ExportQuantizer):  # type: ignore[misc]
         plan, _ = make_plan(graphs, self.config)
         moments = None
         if self.calibration_dataset:
-            InsertObservers(plan)(graph_module)
             names = [str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")]
-            calls = [[inputs[name] for name in names] for inputs in self.traced_calibration(sample_inputs)]
-            with torch.inference_mode():
-                for inputs in calls:
-                    graph_module(*inputs)
-            moments = SecondMoments(graph_module, plan, calls if plan.compensates else ())
+            calls = ([inputs[name] for name in names] for inputs in self.traced_calibration(sample_inputs))
+            moments = observe(graph_module, plan, calls)
         quantize_graphs(graphs, plan, self.config, moments=moments)
         return graph_module

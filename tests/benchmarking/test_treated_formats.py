@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from benchmarks.quality.peer_formats import MXFP4, NVFP4, BlockFormat, int4
-from benchmarks.quality.treated_formats import FORMATS, LoBcq, Peer, int8_activation
+from benchmarks.quality.treated_formats import FORMATS, Blocks, LoBcq, int8_activation
 from lobcq_fx import FormatSpec
 from lobcq_fx.calibration.compensate import DAMPING
 from lobcq_fx.format import decode, encode, universal_codebooks
 
-PEERS = {"NVFP4": Peer(4.5, NVFP4), "MXFP4": Peer(4.25, MXFP4), "INT4": Peer(4.5, int4(32))}
+PEERS = {"NVFP4": Blocks(NVFP4), "MXFP4": Blocks(MXFP4), "INT4": Blocks(int4(32))}
 
 
 def correlated(rows, columns):
@@ -41,9 +41,9 @@ def by_the_textbook(w, moments, blocks):
 
 
 def test_feedback_is_the_textbooks():
-    blocks = BlockFormat(32, int4(32).levels, lambda x, _largest: torch.full_like(x[..., :1], 0.3))
+    blocks = BlockFormat(32, 16, int4(32).levels, lambda x, _largest: torch.full_like(x[..., :1], 0.3))
     x, w = correlated(500, 128).double(), weight(12, 128).double()
-    assert torch.equal(Peer(4.0, blocks).weight(w, x.T @ x), by_the_textbook(w, x.T @ x, blocks))
+    assert torch.equal(Blocks(blocks).weight(w, x.T @ x), by_the_textbook(w, x.T @ x, blocks))
 
 
 @pytest.mark.parametrize("name", PEERS)
