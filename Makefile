@@ -75,8 +75,10 @@ fuzz: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz.core --inputs 100000 --record
 
 # The core's tests once more, on a build with AddressSanitizer and UBSan, whose reports go to the process's stderr.
-# Python itself leaks at exit. Left out is what runs no such build: Triton, and the core that is emulated.
-UNSANITIZED := tests/kernels/triton tests/kernels/test_bind_triton.py tests/kernels/cpu/test_neon.py
+# Python itself leaks at exit. Left out is what runs no such build: Triton, and the core that is emulated; and forks of a
+# process with threads, after which AddressSanitizer's own locks can stay held (until LLVM 18 and GCC 15).
+UNSANITIZED := --ignore=tests/kernels/triton --ignore=tests/kernels/test_bind_triton.py \
+  --ignore=tests/kernels/cpu/test_neon.py --deselect=tests/kernels/test_linear_prepacked.py::test_forked_workers
 SANITIZED := build/sanitized_core.so
 sanitize: $(VENV)/.installed
 	@mkdir -p build
@@ -84,7 +86,7 @@ sanitize: $(VENV)/.installed
 	  CXX=g++ $(BIN)/python -m lobcq_fx.kernels.cpu.build $(SANITIZED) --sanitize; \
 	  LOBCQ_CPU_CORE=$(abspath $(SANITIZED)) ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(BIN)/python -m pytest --capture=sys $(addprefix --ignore=,$(UNSANITIZED)) tests/kernels; fi
+	  $(BIN)/python -m pytest --capture=sys $(UNSANITIZED) tests/kernels; fi
 
 # The op library and the function bodies once more, in the oldest ONNX Runtime that opens our exports; and the GPU
 # kernels compiled by the oldest Triton, which the interpreter does not show.
