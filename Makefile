@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := demo-output
+TORCH := 2.13.0
 TEXT := lobcq_fx/assets/default_model/heldout.txt
 
 .PHONY: demo test lint unit unit-export unit-rest default-dtype differential reliability crash fuzz sanitize oldest \
@@ -119,7 +120,7 @@ families: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard lobcq_fx/kernels/cpu/core/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --require-hashes --no-deps --requirement constraints.txt
-	$(BIN)/pip install --quiet --editable ".[dev]" torch==2.13.0
+	$(BIN)/pip install --quiet --editable ".[dev]" torch==$(TORCH)
 	touch $@
 
 # The versions of constraints.in with the hashes of all their archives. Needs uv.
@@ -141,7 +142,7 @@ release:
 	$(RELEASE)/bin/twine check --strict dist/*
 	$(RELEASE)/bin/check-wheel-contents dist/*.whl
 	$(PYTHON) -m venv $(RELEASE)/installed
-	$(RELEASE)/installed/bin/pip install --quiet "$$(ls dist/*.whl)[report,onnx,triton]"
+	$(RELEASE)/installed/bin/pip install --quiet "$$(ls dist/*.whl)[report,onnx,triton]" torch==$(TORCH)
 	cd $(RELEASE) && installed/bin/lobcq quantize default -o smoke --overwrite && installed/bin/lobcq verify smoke
 	$(RELEASE)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-file dist/sbom.cdx.json \
 	  $(RELEASE)/installed/bin/python
