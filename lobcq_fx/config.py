@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -19,7 +20,7 @@ SMOOTHINGS = ("none", "folded", "everywhere")
 ROTATIONS = ("none", "hadamard")
 OVERRIDABLE = ("format", "mode", "activation_format", "activation_scale", "rounding", "smoothing", "rotation")
 
-CALIBRATED = "static scales, fitted codebooks, smoothing, rotation and compensated rounding"
+CALIBRATED = "static scales, fitted codebooks, smoothing, rotation, compensated rounding and budgets of bits"
 """The settings that need calibration data, for messages."""
 
 ROLES = ("head",)
@@ -31,6 +32,9 @@ RECIPES: dict[str, dict[str, str]] = {
     "best": {"smoothing": "everywhere", "rotation": "hadamard", "rounding": "compensated"},
 }
 """Settings that go together, by name: without data; at no cost when the model runs; all that lowers the error."""
+
+LEAST_BITS = FormatSpec(2, 128).bits_per_scalar
+"""Of a budget: the smallest format that one chooses from."""
 
 DEFAULT_EXCLUDE = ("@head", "*lm_head", "*router*", "*.gate", "*classifier", "*score")
 """Output heads and mixture-of-experts routers stay in float, as in the paper. Embeddings and norms are no matmuls."""
@@ -62,6 +66,11 @@ class LobcqConfig:
         overrides: pattern -> settings (`format`, `mode`, `activation_format`, ...) for the layers it matches; the
             last matching pattern wins.
         min_in_features: matmuls with a shorter reduction dimension are left in float.
+        bits: a budget for a scalar of the weights, on the average. `quantize` measures on the calibration data what
+            each layer does to the model's results, and gives each its own mode and formats: an override for each layer,
+            which the quantized model's settings then have in the place of the budget. `overrides` win.
+        activation_bits: the same for activations, weighted by multiply-adds; None is `bits` in `"w4a4"`, and what the
+            mode takes in others. An activation in float counts 16.
 
     Raises:
         ConfigError: an unknown value or setting (with the nearest valid one), or settings that contradict each other.
@@ -79,6 +88,8 @@ class LobcqConfig:
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     min_in_features: int = 16
+    bits: float | None = None
+    activation_bits: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", _format_of(self.format))
@@ -104,6 +115,7 @@ class LobcqConfig:
         self._check_activation_format()
         if not isinstance(self.min_in_features, int) or self.min_in_features < 1:
             raise ConfigError(f"min_in_features={self.min_in_features!r}: pass a positive integer")
+        self._check_budget()
         for pattern in (*self.include, *self.exclude, *self.overrides):
             if pattern.startswith("@") and pattern[1:] not in ROLES:
                 raise ConfigError(f"pattern {pattern!r} names no role: use one of {[f'@{role}' for role in ROLES]}")
@@ -119,6 +131,15 @@ class LobcqConfig:
         """
         _check_choice("recipe", name, tuple(RECIPES))
         return cls.from_dict({**RECIPES[name], **settings})
+
+    @classmethod
+    def auto(cls, bits: float = 4.5, activation_bits: float | None = None, **settings: Any) -> LobcqConfig:
+        """The settings of recipe `"best"` within a budget of bits, and others, which win.
+
+        Raises:
+            ConfigError: a budget that no format fits in, or a bad setting.
+        """
+        return cls.of_recipe("best", **{"bits": bits, "activation_bits": activation_bits, **settings})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LobcqConfig:
@@ -151,12 +172,26 @@ class LobcqConfig:
                 for pattern, settings in self.overrides.items()
             },
             "min_in_features": self.min_in_features,
+            "bits": self.bits,
+            "activation_bits": self.activation_bits,
         }
 
     @property
     def activations(self) -> FormatSpec:
         """The format of activations that are encoded."""
         return self.format if self.activation_format is None else self.activation_format
+
+    def require_decided(self) -> None:
+        """Refuse a budget, for what needs a mode and formats for each layer.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        if self.bits is not None:
+            raise ConfigError(
+                f"bits={self.bits!r} is a budget, which only quantize() spends: pass the settings of what it gives"
+                " (`quantize(...).lobcq_config`), or leave bits out"
+            )
 
     def for_layer(self, layer: str, role: str | None = None) -> LobcqConfig:
         """The settings that hold for a layer, of a role or of none, overrides applied."""
@@ -178,7 +213,17 @@ class LobcqConfig:
         every = [self, *map(self._overridden, self.overrides)]
         choices = [(one.activation_scale, one.rounding, one.smoothing, one.rotation) for one in every]
         needing = ("static", "compensated", *SMOOTHINGS[1:], *ROTATIONS[1:])
-        return self.codebooks == "fitted" or not {setting for one in choices for setting in one}.isdisjoint(needing)
+        if self.codebooks == "fitted" or self.bits is not None:
+            return True
+        return not {setting for one in choices for setting in one}.isdisjoint(needing)
+
+    def _check_budget(self) -> None:
+        if self.activation_bits is not None and self.bits is None:
+            raise ConfigError(f"activation_bits={self.activation_bits!r} needs bits, the budget of the weights")
+        for name in ("bits", "activation_bits"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and LEAST_BITS <= value < math.inf):
+                raise ConfigError(f"{name}={value!r}: pass a number of bits a scalar, from {LEAST_BITS} on")
 
     def _check_activation_format(self) -> None:
         given = self.activation_format
@@ -208,7 +253,7 @@ class LobcqConfig:
         if mode == "w4a16":
             dropped["activation_scale"] = "per_token"
         try:
-            return replace(self, overrides={}, **{**dropped, **settings})
+            return replace(self, overrides={}, bits=None, activation_bits=None, **{**dropped, **settings})
         except ConfigError as error:
             raise ConfigError(f"overrides[{pattern!r}]: {error}") from None
 

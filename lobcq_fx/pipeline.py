@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lobcq_fx.budget import MEASURED_CALLS, within_budget
 from lobcq_fx.codebook_choice import ModelFit, choose_codebooks, fit_to_model
 from lobcq_fx.config import CALIBRATED, LobcqConfig
 from lobcq_fx.encoding import encode_weights, records_of, register_static_scales
@@ -103,7 +105,12 @@ def quantize(
     trials = front_end.trials(model, example_inputs, traced)
     expected = expected_of(model, trials[MAIN], written_attributes(traced.graphs[MAIN].graph_module.graph))
     unlike = differing(traced, trials, expected)
-    plan, others = make_plan(traced.graph_modules, config, front_end.roles(model))
+    roles = front_end.roles(model)
+    plan, others = make_plan(traced.graph_modules, config, roles)
+    if config.bits is not None:
+        data = list(data or ())
+        config = _decided(traced.graphs[MAIN], plan, config, front_end, data, report)
+        plan, others = _planned(traced.graph_modules, config, roles)
     unlike |= others
     moments = None
     if data is not None:
@@ -139,6 +146,17 @@ def make_plan(
     """
     for graph_module in graph_modules.values():
         NORMALIZE(graph_module)
+    plan, unlike = _planned(graph_modules, config, roles)
+    for name, graph_module in graph_modules.items():
+        if name != MAIN:
+            drop_shared(graph_module, graph_modules[MAIN])
+    return plan, unlike
+
+
+def _planned(
+    graph_modules: Mapping[str, fx.GraphModule], config: LobcqConfig, roles: Mapping[str, str] | None
+) -> tuple[QuantizationPlan, dict[str, str]]:
+    """The same of graphs that are normalized."""
     plan = QuantizationPlan.of(graph_modules[MAIN], config, roles)
     if not plan.quantized:
         raise ConfigError(f"nothing to quantize in the model: {_reasons(plan)}")
@@ -149,9 +167,22 @@ def make_plan(
         except TraceError as error:
             logger.warning("the quantized model will have no %s graph: %s", name, error)
             unlike[name] = str(error)
-        if name != MAIN:
-            drop_shared(graph_module, graph_modules[MAIN])
     return plan, unlike
+
+
+def _decided(
+    traced: TracedModel,
+    plan: QuantizationPlan,
+    config: LobcqConfig,
+    front_end: FrontEnd,
+    data: Sequence[Any],
+    report: Progress,
+) -> LobcqConfig:
+    """The settings with a mode and formats for each layer in the place of a budget of bits."""
+    graph_module = fx.GraphModule(traced.graph_module, copy.deepcopy(traced.graph_module.graph))
+    _calibrate(TracedModel(graph_module, traced.calling), plan, data, report)
+    calls = [calibration_inputs(traced.calling, item, _device(graph_module)) for item in data[:MEASURED_CALLS]]
+    return within_budget(graph_module, plan, config, calls, front_end.distance, partial(report, "weigh layers"))
 
 
 def quantize_graphs(
@@ -235,6 +266,7 @@ def fit_shared_codebooks(
         TraceError, CalibrationError, ConfigError: as `quantize`.
     """
     config = replace(config or LobcqConfig(), format=spec)
+    config.require_decided()
     report = progress or _silent
     model = unwrapped(model)
     front_end = front_end_of(model)
@@ -274,7 +306,7 @@ def _example(front_end: FrontEnd, example_inputs: Any, data: Iterable[Any] | Non
 def _calibrate(traced: TracedModel, plan: QuantizationPlan, data: Iterable[Any], report: Progress) -> SecondMoments:
     """Observe the graph on the data."""
     total = len(data) if isinstance(data, Sized) else None
-    device = next(iter(traced.graph_module.parameters())).device
+    device = _device(traced.graph_module)
     done = 0
 
     def calls() -> Iterator[list[Any]]:
@@ -287,6 +319,10 @@ def _calibrate(traced: TracedModel, plan: QuantizationPlan, data: Iterable[Any],
     if done == 0:
         raise CalibrationError("calibration_data is empty: pass at least one model input")
     return moments
+
+
+def _device(graph_module: fx.GraphModule) -> torch.device:
+    return next(iter(graph_module.parameters())).device
 
 
 def _size(parameters: Iterable[Tensor]) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -14,6 +13,9 @@ from lobcq_fx.calibration.statistics import ActivationStatistics, scaled_sample
 from lobcq_fx.format import FormatSpec, Operand, decode, encode, encode_int8, universal_codebooks
 from lobcq_fx.format.spec import INT8_MAX
 
+SMALLEST = torch.finfo(torch.float32).tiny
+"""Divides what is 0."""
+
 
 def expected_error(statistics: ActivationStatistics, weights: Iterable[tuple[Tensor, FormatSpec]], mode: str) -> float:
     """What rounding both operands costs, in the squares of a token's results: each error alone, to first order.
@@ -23,32 +25,50 @@ def expected_error(statistics: ActivationStatistics, weights: Iterable[tuple[Ten
         weights: [N_i, K] and its format, those that are multiplied with it.
         mode: of these layers.
     """
-    power, errors = _by_column(statistics, mode)
+    power, errors = sampled_power(statistics), activation_error(statistics, statistics.spec, mode)
     total = 0.0
     for weight, spec in weights:
-        codebooks = universal_codebooks(spec.num_codebooks)
-        rounding = weight.float() - decoded_weight(encode_weight(weight, spec, codebooks, "a weight"))
-        own, lost = (part.double().square().sum(0).cpu() for part in (weight, rounding))
+        own, lost = weight.double().square().sum(0).cpu(), weight_error(weight, spec)
         total += float((errors[: len(own)] * own).sum() + (power[: len(own)] * lost).sum())
     return total
 
 
-def _by_column(statistics: ActivationStatistics, mode: str) -> tuple[Tensor, Tensor]:
-    """Mean squares of an activation's columns and of their rounding errors in its sample, fp64 [Kp] each."""
-    values, spec = statistics.sample(), statistics.spec
-    errors = torch.zeros_like(values)
-    if mode != "w4a16":
-        scaled, encoded = encoded_sample(statistics, spec, mode, "per_token", universal_codebooks(spec.num_codebooks))
-        # An array's own ratio of both, whatever scaled it; 0 where the array is.
-        back = values.abs().amax(1, keepdim=True) / scaled.abs().amax(1, keepdim=True).clamp_min(math.ulp(0.0))
-        errors = (scaled - decode(encoded)) * back
-    places = statistics.sampled_places()
+def weight_error(weight: Tensor, spec: FormatSpec) -> Tensor:
+    """Squares of the rounding errors of a weight's columns, to the nearest: [N, K] -> fp64 [K], on the CPU."""
+    codebooks = universal_codebooks(spec.num_codebooks)
+    errors = weight.float() - decoded_weight(encode_weight(weight, spec, codebooks, "a weight"))
+    return errors.double().square().sum(0).cpu()
+
+
+def sampled_power(statistics: ActivationStatistics) -> Tensor:
+    """Mean squares of an activation's columns in its sample, fp64 [Kp]."""
+    return _column_means(statistics, statistics.sample())
+
+
+def activation_error(statistics: ActivationStatistics, spec: FormatSpec, mode: str) -> Tensor:
+    """Mean squares of the rounding errors of an activation's columns in its sample, fp64 [Kp].
+
+    Args:
+        statistics: of the activation.
+        spec: the format, in arrays that those of the statistics are a multiple of.
+        mode: "w4a16" rounds nothing.
+    """
+    values = statistics.sample()
+    if mode == "w4a16":
+        return _column_means(statistics, torch.zeros_like(values))
+    scaled, encoded = encoded_sample(statistics, spec, mode, "per_token", universal_codebooks(spec.num_codebooks))
+    # An array's own ratio of both, whatever scaled it; 0 where the array is.
+    back = values.abs().amax(1, keepdim=True) / scaled.abs().amax(1, keepdim=True).clamp_min(SMALLEST)
+    return _column_means(statistics, (scaled - decode(encoded)) * back)
+
+
+def _column_means(statistics: ActivationStatistics, sample: Tensor) -> Tensor:
+    """Mean squares of columns [Kp], of what the arrays of a sample [n, L_A] became."""
+    spec, places = statistics.spec, statistics.sampled_places()
     arrays = spec.num_arrays(statistics.num_scalars // statistics.num_rows)
-    sums = torch.zeros(2, arrays, spec.array_size, dtype=torch.float64, device="cpu")
-    for total, part in zip(sums, (values, errors), strict=True):
-        total.index_add_(0, places, part.double().square())
-    means = sums / places.bincount(minlength=arrays).clamp_min(1)[:, None]
-    return means[0].flatten(), means[1].flatten()
+    sums = torch.zeros(arrays, spec.array_size, dtype=torch.float64, device="cpu")
+    sums.index_add_(0, places, sample.double().square())
+    return (sums / places.bincount(minlength=arrays).clamp_min(1)[:, None]).flatten()
 
 
 def encoded_sample(

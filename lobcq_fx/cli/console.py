@@ -31,6 +31,7 @@ TITLES = {
     "load": "Load model",
     "trace": "Trace the graph",
     "calibrate": "Observe activations",
+    "weigh layers": "Weigh layers",
     "fit codebooks": "Fit codebooks",
     "encode": "Encode weights",
     "save": "Save and verify",

@@ -79,6 +79,20 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Bits a scalar of the weights, on the average, spent where calibration shows that results need them:"
+            " every layer gets its own mode and formats.",
+            show_default=False,
+        ),
+    ] = None,
+    activation_bits: Annotated[
+        float | None,
+        typer.Option(
+            help="The same for activations; the default is --bits, or what the mode takes.", show_default=False
+        ),
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Quantize only layers whose name matches; repeatable.")
     ] = None,
@@ -115,6 +129,8 @@ def quantize(
         rotation,
         include,
         exclude,
+        bits,
+        activation_bits,
     )
     folder = model_folder(model)
     _check(config, folder, output, calibrate, overwrite=overwrite)
@@ -122,7 +138,7 @@ def quantize(
     started = time.perf_counter()
     with ProgressBars() as progress:
         quantized = _run(folder, output, config, text, dtype, progress)
-    result = summary(quantized.inventory, config, output, time.perf_counter() - started)
+    result = summary(quantized.inventory, quantized.lobcq_config, output, time.perf_counter() - started)
     if json:
         print_json({"model": model, **result})
     else:
@@ -157,6 +173,8 @@ def _config(
     rotation: Rotation | None,
     include: list[str] | None,
     exclude: list[str] | None,
+    bits: float | None,
+    activation_bits: float | None,
 ) -> LobcqConfig:
     from lobcq_fx.config import DEFAULT_EXCLUDE, LobcqConfig
 
@@ -170,6 +188,8 @@ def _config(
         codebooks=codebooks,
         include=tuple(include or ("*",)),
         exclude=(*DEFAULT_EXCLUDE, *(exclude or ())),
+        bits=bits,
+        activation_bits=activation_bits,
         **{name: choice.value for name, choice in given.items() if choice is not None},
     )
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lobcq_fx.config import LobcqConfig
-from lobcq_fx.inventory import Inventory
+from lobcq_fx.inventory import Inventory, MatmulRecord
 from lobcq_fx.report.layers import left_alone_by_reason, readable_size, worst_layers
 
 WORST = 5
@@ -58,11 +58,11 @@ def print_summary(inventory: Inventory, result: dict[str, Any], model: str, *, c
 
 
 def _totals(inventory: Inventory, result: dict[str, Any]) -> Table:
-    config = result["config"]
-    title = f"Quantized to {config['mode'].upper()}, format {config['format']}"
-    if config["activation_format"] is not None:
-        title += f", activations {config['activation_format']}"
+    formats = Counter(map(_format, inventory.quantized))
+    title = f"Quantized to {next(iter(formats))}" if len(formats) == 1 else "Quantized"
     table = Table(title=title, show_header=False)
+    for name, count in formats.most_common() if len(formats) > 1 else ():
+        table.add_row(name, f"{count} matmuls")
     table.add_row("Layers", f"{result['layers_quantized']} of {len(inventory.records)} matmuls")
     table.add_row("Parameters covered", f"{100 * result['parameter_coverage']:.1f} %")
     table.add_row("Multiply-adds covered", f"{100 * result['mac_coverage']:.1f} %")
@@ -79,6 +79,13 @@ def _totals(inventory: Inventory, result: dict[str, Any]) -> Table:
     table.add_row("On disk", readable_size(result["bytes_on_disk"]))
     table.add_row("Time", f"{result['seconds']:.1f} s")
     return table
+
+
+def _format(record: MatmulRecord) -> str:
+    """A matmul's mode and formats."""
+    assert record.mode is not None
+    activations = "" if record.activation_format is None else f", activations {record.activation_format}"
+    return f"{record.mode.upper()}, format {record.format}{activations}"
 
 
 def _worst(result: dict[str, Any]) -> Table:

@@ -46,9 +46,11 @@ class LobcqQuantizer(ExportQuantizer):  # type: ignore[misc]
 
         Raises:
             ValueError: a format that has no LO-BCQ operators.
+            ConfigError: the settings have a budget of bits.
             CalibrationError: the settings need data and there are none.
         """
         super().validate_environment(export_format)
+        self.config.require_decided()
         if self.config.needs_calibration and not self.calibration_dataset:
             raise CalibrationError(f"{CALIBRATED} need data: pass calibration_dataset")
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.model import ModelParts, QuantizedModel
@@ -42,6 +43,16 @@ class FrontEnd(ABC):
 
         All of them are to give what the one for the main graph gives of the float model.
         """
+
+    def distance(self, outputs: Sequence[Any], expected: Sequence[Any]) -> float:
+        """How far results of the main graph, flat, are from the float model's: the relative square error of floats."""
+        pairs = [
+            (one.double(), other.double())
+            for one, other in zip(outputs, expected, strict=True)
+            if isinstance(one, Tensor) and one.is_floating_point()
+        ]
+        powers = float(sum(other.square().sum() for _, other in pairs))
+        return float(sum((one - other).square().sum() for one, other in pairs)) / max(powers, sys.float_info.min)
 
     def roles(self, model: nn.Module) -> Mapping[str, str]:
         """Module path -> role, for patterns such as `@head`; nothing is known of a plain module."""

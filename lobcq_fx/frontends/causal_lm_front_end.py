@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.functional import kl_div
 from transformers import GenerationConfig, PreTrainedModel
 
 from lobcq_fx.errors import TraceError
@@ -50,6 +51,12 @@ class CausalLMFrontEnd(FrontEnd):
         calling = traced.graphs[MAIN].calling
         assert isinstance(calling, CausalLMCall)
         return {MAIN: causal_lm_trial.growing(model), STATIC_CACHE: causal_lm_trial.static(model, calling)}
+
+    def distance(self, outputs: Sequence[Any], expected: Sequence[Any]) -> float:
+        """The KL divergence of the next token's distribution from the float model's, in nats a token."""
+        own, their = (one[0].float().log_softmax(-1) for one in (outputs, expected))
+        terms = kl_div(own, their, reduction="none", log_target=True)
+        return float(terms.nan_to_num(nan=0.0).sum(-1).mean())  # NaN is where both rule a token out
 
     def roles(self, model: nn.Module) -> Mapping[str, str]:
         """The language model's head."""
