@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lobcq_fx
-from lobcq_fx import LobcqConfig
+from lobcq_fx import FormatSpec, LobcqConfig
 from lobcq_fx.evaluation import DivergenceResult, divergence_of_sequences
+from lobcq_fx.inventory import Inventory, MatmulRecord
 
 RESULT = Path(__file__).parents[1] / "results" / "smollm2.json"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -40,6 +41,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "W4A4, balanced": ("balanced", {}),
     "W4A4, best": ("best", {}),
     "W4A4, activations in 16x16, best": ("best", {"activation_format": "16x16"}),
+    "4.5 bits by need, best": ("best", {"bits": 4.5}),
+    "4.5 bits by need, activations 5, best": ("best", {"bits": 4.5, "activation_bits": 5.0}),
     "W4A16, balanced": ("balanced", {"mode": "w4a16"}),
     "W4A16, fast": ("fast", {"mode": "w4a16"}),
     "W4A4, fast": ("fast", {}),
@@ -122,7 +125,7 @@ def measure(
     q = lobcq_fx.quantize(reference.model, data, config, static_cache=False)
     row: dict[str, Any] = {
         "bits of weights": q.inventory.bits_per_scalar,
-        "bits of activations": bits_of_activations(config),
+        "bits of activations": bits_of_activations(q.inventory),
         "parameters quantized": q.inventory.parameter_coverage,
         "layers rotated": sum(record.rotated for record in q.inventory.quantized),
         "layers": len(list(q.inventory.quantized)),
@@ -153,11 +156,15 @@ def origin(calibration: Tensor) -> dict[str, Any]:
     }
 
 
-def bits_of_activations(config: LobcqConfig) -> float:
-    """Stored for each scalar, without tensor scales."""
-    if config.mode == "w4a16":
-        return 32.0
-    return 8 + 8 / config.format.array_size if config.mode == "w4a8" else config.activations.bits_per_scalar
+def bits_of_activations(inventory: Inventory) -> float:
+    """Stored for each scalar that layers read, weighted by their multiply-adds, without tensor scales."""
+    read = inventory.quantized
+    return sum(record.macs * _bits(record) for record in read) / sum(record.macs for record in read)
+
+
+def _bits(record: MatmulRecord) -> float:
+    spec = FormatSpec.from_name(record.activation_format or str(record.format))
+    return {"w4a4": spec.bits_per_scalar, "w4a8": 8 + 8 / spec.array_size, "w4a16": 32.0}[str(record.mode)]
 
 
 if __name__ == "__main__":
