@@ -32,7 +32,7 @@ from lobcq_fx.format.scales import absmax_row_scale
 from lobcq_fx.format.spec import ALLOWED_ARRAY_SIZES, ENTRY_MAX, INT8_MAX
 from lobcq_fx.graph.aliasing import writes_inputs
 from lobcq_fx.graph.written import kept, state_of
-from lobcq_fx.passes.insert_observers import Observer, observed
+from lobcq_fx.passes.insert_observers import PastObservers, observed
 from lobcq_fx.plan import PlannedMatmul, PlannedWeight, QuantizationPlan
 
 Distance = Callable[[Sequence[Any], Sequence[Any]], float]
@@ -150,10 +150,7 @@ def within_budget(
     groups = _groups(plan, config, statistics)
     distances = _distances(graph_module, plan, groups, calls[:MEASURED_CALLS], distance, progress)
     weights = FloatWeights(graph_module)
-    options = [
-        _options(group, statistics[group.matmuls[0]], weights, moved)
-        for group, moved in zip(groups, distances, strict=True)
-    ]
+    options = [_options(group, statistics, weights, moved) for group, moved in zip(groups, distances, strict=True)]
     assert config.bits is not None
     limits = (config.bits, _activation_limit(config))
     sizes = [group.scalars for group in groups], [group.multiply_adds for group in groups]
@@ -206,8 +203,8 @@ def _groups(
     return groups
 
 
-class _Rounded(fx.Interpreter):
-    """Runs a graph with the operands of some matmuls rounded; observers see nothing of it."""
+class _Rounded(PastObservers):
+    """Runs a graph with the operands of some matmuls rounded."""
 
     def __init__(self, graph_module: fx.GraphModule, matmuls: Mapping[fx.Node, PlannedMatmul]) -> None:
         super().__init__(graph_module)
@@ -222,12 +219,6 @@ class _Rounded(fx.Interpreter):
         (x, weight, *bias), kwargs = self.fetch_args_kwargs_from_env(n)
         operands = rounded_activation(x, config), self._weight(weight, config.format)
         return super().call_function(n.target, (*operands, *bias), kwargs)
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Observers have seen all this before."""
-        assert isinstance(self.module, fx.GraphModule)
-        module = self.module.get_submodule(target)
-        return args[0] if isinstance(module, Observer) else module(*args, **kwargs)
 
 
 def rounded_activation(x: Tensor, config: LobcqConfig) -> Tensor:
@@ -277,31 +268,33 @@ def _distances(
     return sums
 
 
-def _options(group: Group, seen: ActivationStatistics, weights: FloatWeights, moved: float) -> list[Option]:
+def _options(
+    group: Group, statistics: Mapping[PlannedMatmul, ActivationStatistics], weights: FloatWeights, moved: float
+) -> list[Option]:
     """What a group may get, with the distance of the results that is expected of it.
 
     Args:
         group: layers of the same settings.
-        seen: what they read.
+        statistics: of what they read.
         weights: the float ones.
         moved: the distance, measured, in the settings that the group has.
     """
     config = group.matmuls[0].config
     if not group.free:
-        bits = config.format.bits_per_scalar, _activation_bits(config.mode, config.activations)
-        return [Option(None, bits)]
-    power = sampled_power(seen)
-    floats = [weights(one).float() for one in group.weights]
-    columns = sum(one.double().square().sum(0).cpu() for one in floats)
-    assert isinstance(columns, Tensor)
+        return [Option(None, (config.format.bits_per_scalar, _activation_bits(config.mode, config.activations)))]
+    pairs = [(statistics[one], weights(one.weight)) for one in group.matmuls if one.weight is not None]
+    power = cache(sampled_power)
+    own = [weight.double().square().sum(0).cpu() for _, weight in pairs]
 
     @cache
     def of_weights(spec: FormatSpec) -> float:
-        return sum(float((power[: len(columns)] * weight_error(one, spec)).sum()) for one in floats)
+        lost = [weight_error(weight, spec) for _, weight in pairs]
+        return sum(float((power(seen)[: len(one)] * one).sum()) for (seen, _), one in zip(pairs, lost, strict=True))
 
     @cache
     def of_activation(mode: str, spec: FormatSpec) -> float:
-        return float((activation_error(seen, spec, mode)[: len(columns)] * columns).sum())
+        error = cache(lambda seen: activation_error(seen, spec, mode))
+        return sum(float((error(seen)[: len(one)] * one).sum()) for (seen, _), one in zip(pairs, own, strict=True))
 
     size, mode = config.format.array_size, config.mode
     formats = [FormatSpec(number, size) for number in CODEBOOKS]

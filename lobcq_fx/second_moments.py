@@ -18,7 +18,7 @@ from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.graph.aliasing import writes_inputs, written_attributes, written_between
 from lobcq_fx.graph.attributes import get_attribute
 from lobcq_fx.graph.dead_code import has_effects
-from lobcq_fx.passes.insert_observers import Observer, unobserved
+from lobcq_fx.passes.insert_observers import PastObservers, unobserved
 from lobcq_fx.plan import PlannedMatmul, PlannedWeight, QuantizationPlan
 
 ROWS = 4096
@@ -134,7 +134,7 @@ def _added(total: Tensor | None, x: Tensor) -> Tensor:
     return total
 
 
-class _Call(fx.Interpreter):
+class _Call(PastObservers):
     """One call of a graph, whose values are kept between nodes.
 
     values: what the graph reads. own: names of those that it writes to, of which each call has its own.
@@ -151,12 +151,6 @@ class _Call(fx.Interpreter):
     def fetch_attr(self, target: str) -> Any:
         """From what was kept."""
         return self._own[target] if target in self._own else self._values[target]
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Observers have seen all this before."""
-        assert isinstance(self.module, fx.GraphModule)
-        module = self.module.get_submodule(target)
-        return args[0] if isinstance(module, Observer) else module(*args, **kwargs)
 
 
 def _gates(plan: QuantizationPlan, graph_module: fx.GraphModule) -> list[_Gate]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, fx, nn
 
@@ -27,6 +27,16 @@ class Observer(nn.Module):
         """x [..., K] unchanged."""
         self.statistics.update(x)
         return x
+
+
+class PastObservers(fx.Interpreter):
+    """Runs a graph whose observers see nothing of it."""
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A submodule, an observer's input for an observer."""
+        assert isinstance(self.module, fx.GraphModule)
+        module = self.module.get_submodule(target)
+        return args[0] if isinstance(module, Observer) else module(*args, **kwargs)
 
 
 @dataclass(frozen=True)
