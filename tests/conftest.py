@@ -19,8 +19,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
-# Test tensors are tiny: a second thread costs more than it brings, above all where cores are shared.
+# Test tensors are tiny: a second thread costs more than it brings, above all where cores are shared. Here, and in the
+# processes that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 DEFAULT_DTYPE = "LOBCQ_TEST_DEFAULT_DTYPE"
 """Environment variable: the tests run under this default dtype ("bfloat16"), their own tensors excepted."""

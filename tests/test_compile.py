@@ -26,10 +26,10 @@ def ids(batch, length):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("mode", "backend"), [("w4a4", "inductor"), ("w4a8", "aot_eager"), ("w4a16", "aot_eager")])
-def test_a_causal_lm_compiles_whole(mode, backend):
+@pytest.mark.parametrize("mode", ["w4a4", "w4a8", "w4a16"])
+def test_a_causal_lm_compiles_whole(mode):
     q = lobcq_fx.quantize(causal_lm("llama"), config=lobcq_fx.LobcqConfig(mode=mode), static_cache=False)
-    compiled = torch.compile(q, fullgraph=True, dynamic=True, backend=backend)
+    compiled = torch.compile(q, fullgraph=True, dynamic=True, backend="aot_eager")
     tokens = ids(2, 9)
     prefill = compiled(input_ids=tokens[:, :6], attention_mask=torch.ones(2, 6, dtype=torch.long))
     step = compiled(
@@ -62,11 +62,14 @@ def test_the_flat_graph_of_a_causal_lm_compiles_once_for_all_lengths():
 
 @torch.no_grad()
 def test_every_step_after_a_prompt_runs_one_graph():
+    """By inductor, which computes what eager torch does."""
     q = quantized_causal_lm("llama")[1]
     compiled = torch.compile(q, fullgraph=True, dynamic=True)
-    cache = transformers.DynamicCache()
+    cache, own = transformers.DynamicCache(), transformers.DynamicCache()
     for tokens in (ids(1, 6), ids(1, 1), ids(1, 1), ids(1, 1)):
-        compiled(input_ids=tokens, past_key_values=cache, logits_to_keep=1)
+        actual = compiled(input_ids=tokens, past_key_values=cache, logits_to_keep=1).logits
+        expected = q(input_ids=tokens, past_key_values=own, logits_to_keep=1).logits
+        assert (actual - expected).norm() < 1e-3 * expected.norm()
         assert all(state.is_contiguous() for layer in cache.layers for state in (layer.keys, layer.values))
     assert counters["stats"]["unique_graphs"] == 2  # the prompt's and the steps'
 

@@ -116,7 +116,7 @@ def test_bert(tmp_path):
 
 
 # Windows, soft caps and head norms; positions that start elsewhere; ALiBi. Others: test_parity.py, and `make families`.
-@pytest.mark.parametrize("family", ["gemma3", "opt", "bloom"])
+@pytest.mark.parametrize("family", ["gemma3", "opt", "bloom", "gpt-neox"])
 def test_other_families_export(family, tmp_path):
     """The self-check compares a prompt, a token after it, and several tokens after a cache."""
     q = quantized_causal_lm(family, static_cache=False)[1]
