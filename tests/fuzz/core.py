@@ -31,6 +31,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCES = {
     schemas.QUANTIZE_ACTIVATION: lobcq_fx.ops.quantize_activation,
     schemas.QUANTIZE_ACTIVATION_INT8: lobcq_fx.ops.quantize_activation_int8,
+    schemas.ROTATE: lobcq_fx.ops.rotate,
     schemas.QUANTIZE_WEIGHT: lobcq_fx.ops.quantize_weight,
     schemas.QUANTIZE_WEIGHT_SEARCHED: lobcq_fx.ops.quantize_weight_searched,
     schemas.DEQUANTIZE_WEIGHT: lobcq_fx.ops.dequantize_weight,
