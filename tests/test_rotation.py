@@ -16,6 +16,7 @@ from lobcq_fx.errors import CalibrationError, ConfigError
 from lobcq_fx.export import export_onnx, register
 from lobcq_fx.float_weights import FloatWeights
 from lobcq_fx.format import FormatSpec, decode, encode, rotate, universal_codebooks
+from lobcq_fx.graph.attributes import register_attribute
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.passes.insert_observers import InsertObservers, observed
 from lobcq_fx.pipeline import make_plan
@@ -109,6 +110,24 @@ def test_outputs_come_closer_and_survive_a_round_trip(settings: dict[str, str], 
     assert errors["hadamard"] * 1.3 < errors["none"] if chosen else errors["hadamard"] == errors["none"]
     q.save_pretrained(tmp_path / "q")
     assert torch.equal(lobcq_fx.load(tmp_path / "q")(x), q(x))
+
+
+@torch.no_grad()
+def test_folders_that_rotate_by_a_product_with_a_matrix(tmp_path: Path) -> None:
+    """As they were written before there was `lobcq::rotate`."""
+    q, x = lobcq_fx.quantize(TwoLayers().spiky, [data()], LobcqConfig(rotation="hadamard")), data(9)
+    graph, matrix = q.stored_graph, "lobcq.hadamard_64"
+    register_attribute(q.graph_module, matrix, rotate(torch.eye(64), 64))
+    (node,) = (node for node in graph.nodes if node.target is torch.ops.lobcq.rotate.default)
+    with graph.inserting_before(node):
+        arrays = graph.call_function(torch.ops.aten.unflatten.int, (node.args[0], -1, [K // 64, 64]))
+        mixed = graph.call_function(torch.ops.aten.matmul.default, (arrays, graph.get_attr(matrix)))
+        node.replace_all_uses_with(graph.call_function(torch.ops.aten.flatten.using_ints, (mixed, -2, -1)))
+    graph.erase_node(node)
+    q.save_pretrained(tmp_path / "q")
+    expected = q(x)
+    difference = (lobcq_fx.load(tmp_path / "q")(x) - expected).abs()
+    assert float(difference.median()) <= 1e-5 * float(expected.abs().max())  # sums in another order may flip a code
 
 
 @torch.no_grad()
