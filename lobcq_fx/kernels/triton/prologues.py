@@ -192,11 +192,26 @@ def rotate(numbers, ARRAY: tl.constexpr):
     ARRAYS: tl.constexpr = numbers.numel // ARRAY
     LEVELS: tl.constexpr = 4 if ARRAY == 16 else 5 if ARRAY == 32 else 6 if ARRAY == 64 else 7
     arrays = tl.reshape(numbers, (ARRAYS, ARRAY))
-    for _ in tl.static_range(LEVELS):
+    for _ in tl.static_range(LEVELS // 2):
+        arrays = two_stages(arrays)
+    if LEVELS % 2 == 1:
         first, second = tl.split(tl.reshape(arrays, (ARRAYS, ARRAY // 2, 2)))
         pairs = tl.permute(tl.join(first + second, first - second), (0, 2, 1))
         arrays = tl.reshape(pairs, (ARRAYS, ARRAY))
     return tl.reshape(arrays * (0.5 ** (LEVELS // 2)), numbers.shape)
+
+
+@triton.jit
+def two_stages(arrays):
+    """[A, L_A] -> two stages on, the two lowest bits of places now the highest. Threads exchange numbers once for both."""
+    ARRAYS: tl.constexpr = arrays.shape[0]
+    QUADS: tl.constexpr = arrays.shape[1] // 4
+    first, second = tl.split(tl.reshape(arrays, (ARRAYS, QUADS, 2, 2)))
+    sum_first, sum_second = tl.split(first + second)
+    difference_first, difference_second = tl.split(first - second)
+    sums = tl.join(sum_first + sum_second, sum_first - sum_second)
+    differences = tl.join(difference_first + difference_second, difference_first - difference_second)
+    return tl.reshape(tl.permute(tl.join(sums, differences), (0, 2, 3, 1)), (ARRAYS, 4 * QUADS))
 
 
 @triton.jit
