@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,27 @@ def test_compiled() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("mode", ["w4a4", "w4a8", "w4a16"])
+def test_every_mode(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotated whether or not that pays: the float product stays the same, and so does the error's magnitude."""
+    monkeypatch.setattr("lobcq_fx.rotation.LEAST_GAIN", -math.inf)
+    model, x = TwoLayers().bfloat16(), data(9).bfloat16()
+    plain, q = (
+        lobcq_fx.quantize(model, [data().bfloat16()], LobcqConfig(mode=mode, rotation=one))
+        for one in ("none", "hadamard")
+    )
+    assert all(record.rotated for record in q.inventory.quantized)
+    expected = model(x).float()
+    errors = [float((one(x).float() - expected).square().mean()) for one in (plain, q)]
+    assert errors[1] < 2 * errors[0]
+    assert q(x).dtype == torch.bfloat16
+    q.save_pretrained(tmp_path / "q")
+    assert torch.equal(lobcq_fx.load(tmp_path / "q")(x), q(x))
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(q, fullgraph=True, backend="aot_eager")(x), q(x))
+
+
+@torch.no_grad()
 def test_a_language_model_is_rotated_in_every_graph_of_it() -> None:
     model = causal_lm("llama", hidden_size=64, intermediate_size=128, head_dim=16)
     for layer in model.model.layers:
@@ -169,6 +191,20 @@ def test_onnx(native: bool, tmp_path: Path) -> None:
     difference = (torch.from_numpy(y) - q(x)).abs()
     assert float(difference.median()) <= 1e-5 * float(q(x).abs().max())
     assert float(difference.max()) <= 0.05 * float(q(x).abs().max())  # products in another order may flip a code
+
+
+@torch.no_grad()
+def test_onnx_with_activations_in_float(tmp_path: Path) -> None:
+    """They are rotated there too: without, nothing would be left of the product."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x, layer = data(9), TwoLayers().spiky
+    q = lobcq_fx.quantize(layer, [data()], LobcqConfig(rotation="hadamard"))
+    assert q.inventory.quantized[0].rotated
+    export_onnx(q, tmp_path / "onnx", data(), target="matmulnbits")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    errors = [float((one - layer(x)).square().mean()) for one in (torch.from_numpy(y), q(x))]
+    assert errors[0] < errors[1]
 
 
 def test_what_it_cannot_do_is_refused_or_left_alone() -> None:

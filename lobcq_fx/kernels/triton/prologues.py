@@ -203,7 +203,7 @@ def rotate(numbers, ARRAY: tl.constexpr):
 
 @triton.jit
 def two_stages(arrays):
-    """[A, L_A] -> two stages on, the two lowest bits of places now the highest. Threads exchange numbers once for both."""
+    """[A, L_A] -> two stages on, the two lowest bits of places now the highest: threads exchange once for both."""
     ARRAYS: tl.constexpr = arrays.shape[0]
     QUADS: tl.constexpr = arrays.shape[1] // 4
     first, second = tl.split(tl.reshape(arrays, (ARRAYS, QUADS, 2, 2)))
