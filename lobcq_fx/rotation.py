@@ -15,7 +15,7 @@ from lobcq_fx.float_weights import FloatWeights, WeightScales
 from lobcq_fx.plan import PlannedMatmul, QuantizationPlan
 
 LEAST_GAIN = 0.05
-"""Of the error: what is less is not worth the product that it costs."""
+"""Of the error: what is less is not worth what it costs."""
 
 Statistics = Mapping[PlannedMatmul, ActivationStatistics]
 
@@ -41,7 +41,7 @@ def rotate(plan: QuantizationPlan, weights: FloatWeights, statistics: Statistics
         weights: the float ones.
         statistics: of the activations; those without any are left as they are.
     """
-    kept, matmuls = dict(statistics), set[PlannedMatmul]()
+    as_encoded, matmuls = dict(statistics), set[PlannedMatmul]()
     reading: dict[int, list[PlannedMatmul]] = {}
     for one in plan.quantized:
         if one in statistics and statistics[one].seen:
@@ -63,6 +63,6 @@ def rotate(plan: QuantizationPlan, weights: FloatWeights, statistics: Statistics
         )
         if after < (1 - LEAST_GAIN) * before:
             scales |= changed
-            kept |= dict.fromkeys(readers, tried)
+            as_encoded |= dict.fromkeys(readers, tried)
             matmuls |= {*readers}
-    return Rotated(FloatWeights(weights.graph_module, scales), kept, frozenset(matmuls))
+    return Rotated(FloatWeights(weights.graph_module, scales), as_encoded, frozenset(matmuls))

@@ -26,6 +26,7 @@ from lobcq_fx.tracing.trace import MAIN, trace_module
 from tests.families import causal_lm
 
 K = 128
+lobcq = torch.ops.lobcq
 
 
 class TwoLayers(nn.Module):
@@ -119,7 +120,7 @@ def test_folders_that_rotate_by_a_product_with_a_matrix(tmp_path: Path) -> None:
     q, x = lobcq_fx.quantize(TwoLayers().spiky, [data()], LobcqConfig(rotation="hadamard")), data(9)
     graph, matrix = q.stored_graph, "lobcq.hadamard_64"
     register_attribute(q.graph_module, matrix, rotate(torch.eye(64), 64))
-    (node,) = (node for node in graph.nodes if node.target is torch.ops.lobcq.rotate.default)
+    (node,) = (node for node in graph.nodes if node.target is lobcq.rotate.default)
     with graph.inserting_before(node):
         arrays = graph.call_function(torch.ops.aten.unflatten.int, (node.args[0], -1, [K // 64, 64]))
         mixed = graph.call_function(torch.ops.aten.matmul.default, (arrays, graph.get_attr(matrix)))
@@ -171,6 +172,15 @@ def test_a_language_model_is_rotated_in_every_graph_of_it() -> None:
     growing, static = (q.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation=kind)
                        for kind in (None, "static"))  # fmt: skip
     assert torch.equal(growing, static)
+    layout = weight_layout(torch.device("cpu"))
+    if layout is None:
+        return
+    logits = q(ids).logits
+    q._restore()
+    q._lower(layout, torch.device("cuda"))  # whose passes fuse what stands before the encoders
+    calls = [node for node in q.graph_module.graph.nodes if node.target is lobcq.linear_prepacked.rms_norm]
+    assert any(call.args[-1] for call in calls)
+    assert float((q(ids).logits - logits).abs().median()) < 1e-4 * float(logits.std())
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 quantize_activation(x); linear(codes, ..., w)                   ->  linear_prepacked(x, tables, [w])             W4A4
 quantize_activation_int8(x); linear.int8_activation(..., w)     ->  linear_prepacked(x, None, [w])               W4A8
-                                        of rotate(x)    ->  linear_prepacked(x, ..., rotated=True)
+quantize_activation(rotate(x)); linear(codes, ..., w)           ->  linear_prepacked(x, ..., rotated=True)
 linear.float_activation(x, w)                                   ->  linear_prepacked.float_activation(x, [w])    W4A16
 """
 
