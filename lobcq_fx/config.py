@@ -59,7 +59,7 @@ class LobcqConfig:
             so that neither has columns that stand out: `"folded"` where a norm or a linear before takes the division
             over, at no cost; `"everywhere"` with a multiplication where none does. Needs calibration data.
         rotation: `"hadamard"` rotates the columns of each block array wherever calibration data show a smaller error
-            with it. Activations are rotated when the model runs, by a small matrix product.
+            with it. Activations are rotated when the model runs, on their way into the encoder.
         include: shell-style patterns of layer names, or `@head` for output heads, whatever they are called (known for
             Hugging Face models); a layer is quantized if one matches.
         exclude: shell-style patterns of layer names left in float; they win over `include`.

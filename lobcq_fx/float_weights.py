@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from lobcq_fx.calibration.hadamard import rotated
+from lobcq_fx.format import rotate
 from lobcq_fx.graph.attributes import get_attribute
 from lobcq_fx.plan import PlannedWeight
 
@@ -41,5 +41,5 @@ class FloatWeights:
         if scales.columns is not None:
             weight = weight.float() * scales.columns.to(weight.device)
         if scales.rotation:
-            weight = rotated(weight.float(), scales.rotation, "weight")
+            weight = rotate(weight.float(), scales.rotation, "weight")
         return weight

@@ -221,9 +221,9 @@ def quantize_graphs(
     register_static_scales(plan, root, statistics)
     emitted = {name: root if name == MAIN else share(one, root) for name, one in graph_modules.items()}
     for graph_module in emitted.values():
-        emitting(plan, codebooks, rotation.matrices)(graph_module)
+        emitting(plan, codebooks, rotation.matmuls)(graph_module)
     EliminateDeadCode(tuple(one for one in emitted.values() if one is not root))(root)
-    return emitted, records_of(plan, encoded, codebooks, statistics, smoothed.matmuls, set(rotation.matrices))
+    return emitted, records_of(plan, encoded, codebooks, statistics, smoothed.matmuls, rotation.matmuls)
 
 
 def _prepared(plan: QuantizationPlan, graph_modules: Mapping[str, fx.GraphModule]) -> tuple[Smoothed, Rotated]:

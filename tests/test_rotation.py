@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,22 +11,22 @@ from torch import Tensor, nn
 
 import lobcq_fx
 from lobcq_fx import LobcqConfig
-from lobcq_fx.calibration.hadamard import hadamard, rotated
 from lobcq_fx.calibration.rounding_error import expected_error
 from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.errors import CalibrationError, ConfigError
 from lobcq_fx.export import export_onnx, register
 from lobcq_fx.float_weights import FloatWeights
-from lobcq_fx.format import FormatSpec, decode, encode, universal_codebooks
-from lobcq_fx.graph.attributes import get_attribute
+from lobcq_fx.format import FormatSpec, decode, encode, rotate, universal_codebooks
+from lobcq_fx.graph.attributes import register_attribute
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.passes.insert_observers import InsertObservers, observed
 from lobcq_fx.pipeline import make_plan
-from lobcq_fx.rotation import rotate
+from lobcq_fx.rotation import rotate as choose_rotations
 from lobcq_fx.tracing.trace import MAIN, trace_module
 from tests.families import causal_lm
 
 K = 128
+lobcq = torch.ops.lobcq
 
 
 class TwoLayers(nn.Module):
@@ -48,17 +49,6 @@ def data(seed: int = 1) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("size", [16, 32, 64, 128])
-def test_both_matrices_are_each_others_inverse_in_every_dtype(size: int) -> None:
-    one, other = hadamard(size, "activation"), hadamard(size, "weight")
-    assert torch.equal(one @ other.T, torch.eye(size))
-    assert torch.equal(one, one.T)
-    for dtype in (torch.bfloat16, torch.float16):
-        assert torch.equal(one.to(dtype).float(), one)
-    x, w = torch.randn(5, 256, dtype=torch.float64), torch.randn(7, 256, dtype=torch.float64)
-    torch.testing.assert_close(rotated(x, size, "activation") @ rotated(w, size, "weight").T, x @ w.T)
-
-
 def test_expected_error_is_that_of_rounding_both() -> None:
     """Against the reference format on whole rows: nothing sampled, every product computed."""
     spec, x, w = FormatSpec(8, 64), data().flatten(0, 1), torch.randn(40, K) * 0.1
@@ -79,10 +69,10 @@ def test_second_moments_are_those_of_rotated_rows() -> None:
     x, divisor = data().flatten(0, 1), torch.exp2(torch.arange(K) % 5 - 2.0)
     seen = ActivationStatistics("layer", FormatSpec(8, 64))
     seen.update(x)
-    rows = rotated(x / divisor, 32, "activation").double()
+    rows = rotate(x / divisor, 32).double()
     found = seen.divided(divisor).rotated(32)
     torch.testing.assert_close(found.encoded_moments(x.T @ x), (rows.T @ rows).float(), rtol=1e-4, atol=1e-2)
-    arrays = rotated(x / divisor, 32, "activation").view(-1, 64)
+    arrays = rotate(x / divisor, 32).view(-1, 64)
     missing = (found.sample()[:, None] - arrays).abs().amax(2).amin(1)
     assert float(missing.max()) < 1e-3
 
@@ -95,10 +85,8 @@ def test_it_is_chosen_where_it_lowers_the_error_for_all_that_read_an_activation(
     InsertObservers(plan)(graph_module)
     graph_module(x)
     weights = FloatWeights(graph_module)
-    result = rotate(plan, weights, observed(graph_module, plan))
-    assert {one.layer for one in result.matrices} == {"spiky", "other"}
-    (name,) = set(result.matrices.values())
-    assert torch.equal(get_attribute(graph_module, name), hadamard(64, "activation"))
+    result = choose_rotations(plan, weights, observed(graph_module, plan))
+    assert {one.layer for one in result.matmuls} == {"spiky", "other"}
     for one in plan.quantized:
         assert one.weight is not None
         changed = torch.equal(result.weights(one.weight), weights(one.weight))
@@ -128,10 +116,49 @@ def test_outputs_come_closer_and_survive_a_round_trip(settings: dict[str, str], 
 
 
 @torch.no_grad()
+def test_folders_that_rotate_by_a_product_with_a_matrix(tmp_path: Path) -> None:
+    """As they were written before there was `lobcq::rotate`."""
+    q, x = lobcq_fx.quantize(TwoLayers().spiky, [data()], LobcqConfig(rotation="hadamard")), data(9)
+    graph, matrix = q.stored_graph, "lobcq.hadamard_64"
+    register_attribute(q.graph_module, matrix, rotate(torch.eye(64), 64))
+    (node,) = (node for node in graph.nodes if node.target is lobcq.rotate.default)
+    with graph.inserting_before(node):
+        arrays = graph.call_function(torch.ops.aten.unflatten.int, (node.args[0], -1, [K // 64, 64]))
+        mixed = graph.call_function(torch.ops.aten.matmul.default, (arrays, graph.get_attr(matrix)))
+        node.replace_all_uses_with(graph.call_function(torch.ops.aten.flatten.using_ints, (mixed, -2, -1)))
+    graph.erase_node(node)
+    q.save_pretrained(tmp_path / "q")
+    expected = q(x)
+    difference = (lobcq_fx.load(tmp_path / "q")(x) - expected).abs()
+    assert float(difference.median()) <= 1e-5 * float(expected.abs().max())  # sums in another order may flip a code
+
+
+@torch.no_grad()
 def test_compiled() -> None:
     q = lobcq_fx.quantize(TwoLayers(), [data()], LobcqConfig(rotation="hadamard"))
     torch._dynamo.reset()
     assert torch.equal(torch.compile(q, fullgraph=True, backend="aot_eager")(data(9)), q(data(9)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["w4a4", "w4a8", "w4a16"])
+def test_every_mode(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotated whether or not that pays: the float product stays the same, and so does the error's magnitude."""
+    monkeypatch.setattr("lobcq_fx.rotation.LEAST_GAIN", -math.inf)
+    model, x = TwoLayers().bfloat16(), data(9).bfloat16()
+    plain, q = (
+        lobcq_fx.quantize(model, [data().bfloat16()], LobcqConfig(mode=mode, rotation=one))
+        for one in ("none", "hadamard")
+    )
+    assert all(record.rotated for record in q.inventory.quantized)
+    expected = model(x).float()
+    errors = [float((one(x).float() - expected).square().mean()) for one in (plain, q)]
+    assert errors[1] < 2 * errors[0]
+    assert q(x).dtype == torch.bfloat16
+    q.save_pretrained(tmp_path / "q")
+    assert torch.equal(lobcq_fx.load(tmp_path / "q")(x), q(x))
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(q, fullgraph=True, backend="aot_eager")(x), q(x))
 
 
 @torch.no_grad()
@@ -146,6 +173,15 @@ def test_a_language_model_is_rotated_in_every_graph_of_it() -> None:
     growing, static = (q.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation=kind)
                        for kind in (None, "static"))  # fmt: skip
     assert torch.equal(growing, static)
+    layout = weight_layout(torch.device("cpu"))
+    if layout is None:
+        return
+    logits = q(ids).logits
+    q._restore()
+    q._lower(layout, torch.device("cuda"))  # whose passes fuse what stands before the encoders
+    calls = [node for node in q.graph_module.graph.nodes if node.target is lobcq.linear_prepacked.rms_norm]
+    assert any(call.args[-1] for call in calls)
+    assert float((q(ids).logits - logits).abs().median()) < 1e-4 * float(logits.std())
 
 
 @torch.no_grad()
@@ -166,6 +202,20 @@ def test_onnx(native: bool, tmp_path: Path) -> None:
     difference = (torch.from_numpy(y) - q(x)).abs()
     assert float(difference.median()) <= 1e-5 * float(q(x).abs().max())
     assert float(difference.max()) <= 0.05 * float(q(x).abs().max())  # products in another order may flip a code
+
+
+@torch.no_grad()
+def test_onnx_with_activations_in_float(tmp_path: Path) -> None:
+    """They are rotated there too: without, nothing would be left of the product."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x, layer = data(9), TwoLayers().spiky
+    q = lobcq_fx.quantize(layer, [data()], LobcqConfig(rotation="hadamard"))
+    assert q.inventory.quantized[0].rotated
+    export_onnx(q, tmp_path / "onnx", data(), target="matmulnbits")
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    errors = [float((one - layer(x)).square().mean()) for one in (torch.from_numpy(y), q(x))]
+    assert errors[0] < errors[1]
 
 
 def test_what_it_cannot_do_is_refused_or_left_alone() -> None:

@@ -90,11 +90,12 @@ def calls(spec: FormatSpec) -> Iterator[tuple[str, Call]]:
         for form in ENCODED:
             integers = form == ENCODED[0]
             if not integers or spec.array_size >= LEAST_INTEGER_ARRAY:
-                call = partial(encode_operand, x, lookup, spec, None, integers, prologue)
-                yield f"{name}encode to {form}", call
-                if spec.num_codebooks == 8:  # it reads no codebooks
-                    call = partial(encode_operand, x, None, spec, None, integers, prologue)
-                    yield f"{name}encode in int8 to {form}", call
+                for rotated, how in ((False, ""), (True, "rotated ")):
+                    call = partial(encode_operand, x, lookup, spec, None, integers, prologue, rotated)
+                    yield f"{name}encode {how}to {form}", call
+                    if spec.num_codebooks == 8:  # it reads no codebooks
+                        call = partial(encode_operand, x, None, spec, None, integers, prologue, rotated)
+                        yield f"{name}encode {how}in int8 to {form}", call
     yield "decode to bf16", partial(dequantize, *parts(spec), lookup.codebooks, spec, COLUMNS, torch.bfloat16)
     for form, a in activations(spec, LEAST_ROWS):
         yield f"at most 8 rows, {form}", gemm_call(decode_gemm, a, spec, MANY_OUTPUTS)

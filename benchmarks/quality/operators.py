@@ -167,7 +167,7 @@ def by_rule() -> set[str]:
     aten = [f"ops.aten.{name}" for name in IN_PLACE]
     aten += [name for packet in ORDINARY for name in functional(packet, core=False)]
     aten += [name for packet in dir(torch.ops.aten) + _core() for name in functional(packet, core=True)]
-    ours = ("linear.default", "linear.float_activation", "quantize_activation.default")
+    ours = ("linear.default", "linear.float_activation", "quantize_activation.default", "rotate.default")
     return {name for name in aten if not denial(name)} | {f"ops.lobcq.{name}" for name in ours} | set(CHECKED)
 
 

@@ -7,10 +7,10 @@ import copy
 import torch
 from torch import Tensor
 
-from lobcq_fx.calibration.hadamard import rotated
 from lobcq_fx.calibration.reservoir import Reservoir
 from lobcq_fx.errors import CalibrationError
 from lobcq_fx.format.codes import CHUNK
+from lobcq_fx.format.rotation import rotate
 from lobcq_fx.format.scales import absmax_row_scale, block_arrays, tensor_scale_of_absmax
 from lobcq_fx.format.spec import ENTRY_MAX, FormatSpec
 
@@ -108,7 +108,7 @@ class ActivationStatistics:
         return result
 
     def rotated(self, size: int) -> ActivationStatistics:
-        """Those of x with each `size` columns rotated: `calibration.hadamard`'s activation matrix.
+        """Those of x with each `size` columns rotated.
 
         Of the samples, that is; nothing is known of the extremes of rotated columns. K and L_A are multiples of `size`.
 
@@ -121,7 +121,7 @@ class ActivationStatistics:
         result._absmax = result._square_sums = None
         result._rotated_columns = size
         rows = self._sample.rows()
-        arrays = rotated(rows[:, :-2], size, "activation")
+        arrays = rotate(rows[:, :-2], size)
         # A rotated array may outgrow its row's scale: then it sets that scale.
         scales = torch.maximum(rows[:, -2:-1], tensor_scale_of_absmax(arrays.abs().amax(1, keepdim=True)))
         result._sample = self._sample.replaced(torch.cat((arrays, scales, rows[:, -1:]), dim=1))
@@ -170,7 +170,7 @@ class ActivationStatistics:
             moments = moments / divisor / divisor[:, None]
         if self._rotated_columns:
             for _ in range(2):  # columns, and rows as columns of the transpose
-                moments = rotated(moments, self._rotated_columns, "activation").t()
+                moments = rotate(moments, self._rotated_columns).t()
         return moments
 
     def _add(self, rows: Tensor, row_scale: Tensor) -> None:

@@ -15,6 +15,7 @@ VERSION = 1
 
 QUANTIZE_ACTIVATION = "QuantizeActivation"
 QUANTIZE_ACTIVATION_INT8 = "QuantizeActivationInt8"
+ROTATE = "Rotate"
 LINEAR = "Linear"
 LINEAR_INT8_ACTIVATION = "LinearInt8Activation"
 LINEAR_FLOAT_ACTIVATION = "LinearFloatActivation"
@@ -62,6 +63,7 @@ SCHEMAS: dict[str, OpSchema] = {
             QUANTIZE_ACTIVATION, (("x", "T"), ("codebooks", _INT8), ("static_scale?", _FLOAT)), PACKED, "array_size"
         ),
         _schema(QUANTIZE_ACTIVATION_INT8, (("x", "T"), ("static_scale?", _FLOAT)), INT8_ACTIVATION, "array_size"),
+        _schema(ROTATE, (("x", "T"),), (("y", _FLOAT),), "array_size"),
         _schema(
             LINEAR,
             (*ACTIVATION, *WEIGHT, BIAS),

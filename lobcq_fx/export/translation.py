@@ -16,6 +16,7 @@ from lobcq_fx.export.schemas import (
     LINEAR_INT8_ACTIVATION,
     QUANTIZE_ACTIVATION,
     QUANTIZE_ACTIVATION_INT8,
+    ROTATE,
     WEIGHT,
     operator,
 )
@@ -32,6 +33,7 @@ def translation_table() -> dict[Any, Any]:
     return {
         ops.quantize_activation.default: _quantize_activation,
         ops.quantize_activation_int8.default: _quantize_activation_int8,
+        ops.rotate.default: _rotate,
         ops.linear.default: _linear,
         ops.linear.int8_activation: _linear_int8_activation,
         ops.linear.float_activation: _linear_float_activation,
@@ -44,6 +46,10 @@ def _quantize_activation(x: Any, codebooks: Any, array_size: int, static_scale: 
 
 def _quantize_activation_int8(x: Any, array_size: int, static_scale: Any = None) -> Any:
     return operator(QUANTIZE_ACTIVATION_INT8)(x, static_scale, array_size=array_size)
+
+
+def _rotate(x: Any, array_size: int) -> Any:
+    return operator(ROTATE)(x, array_size=array_size)
 
 
 def _linear(*arguments: Any) -> Any:

@@ -4,6 +4,7 @@ from lobcq_fx.format.encoded import Encoded, Operand, check_codebooks, decode, e
 from lobcq_fx.format.error import sqnr_db
 from lobcq_fx.format.int8_activation import Int8Activation, encode_int8
 from lobcq_fx.format.matmul import matmul, product_in_fp32, scale_product
+from lobcq_fx.format.rotation import rotate
 from lobcq_fx.format.scales import absmax_row_scale, absmax_tensor_scale, block_arrays, tensor_scale_of_absmax
 from lobcq_fx.format.spec import PAPER_CONFIGURATIONS, FormatSpec
 from lobcq_fx.format.universal import universal_codebooks
@@ -23,6 +24,7 @@ __all__ = [
     "encode_int8",
     "matmul",
     "product_in_fp32",
+    "rotate",
     "scale_product",
     "scaled_entries",
     "sqnr_db",

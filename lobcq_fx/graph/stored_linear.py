@@ -99,7 +99,7 @@ class StoredLinear:
 
     @property
     def activation(self) -> fx.Node | None:
-        """The float activation [..., K], behind its encoder if there is one; None where it reads something else."""
+        """The floats [..., K], rotated or not, behind its encoder if there is one; None where it reads others."""
         encoder = self.encoder
         if self.encodes_activation and encoder is None:
             return None

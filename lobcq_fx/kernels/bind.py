@@ -29,9 +29,8 @@ from lobcq_fx.kernels.cpu.operands import PackedOperand
 from lobcq_fx.kernels.cpu.weight_layout import CpuWeightLayout
 from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
 from lobcq_fx.ops import schemas
-from lobcq_fx.ops.compensate import check_whole_arrays
 from lobcq_fx.ops.linear import StoredLinears
-from lobcq_fx.ops.operand_checks import check
+from lobcq_fx.ops.operand_checks import check, check_whole_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +59,7 @@ def bind_cpu_core() -> bool:
     core.register_torch_ops()
     torch.library.impl(schemas.QUANTIZE_ACTIVATION, "CPU", _quantize_activation)
     torch.library.impl(schemas.QUANTIZE_ACTIVATION_INT8, "CPU", _quantize_activation_int8)
+    torch.library.impl(schemas.ROTATE, "CPU", _rotate)
     torch.library.impl(schemas.QUANTIZE_WEIGHT, "CPU", _quantize_weight)
     torch.library.impl(schemas.QUANTIZE_WEIGHT_SEARCHED, "CPU", _quantize_weight_searched)
     torch.library.impl(schemas.DEQUANTIZE_WEIGHT, "CPU", _dequantize_weight)
@@ -143,6 +143,12 @@ def _quantize_activation_int8(
     return entries, scales, tensor_scale
 
 
+def _rotate(x: Tensor, array_size: int) -> Tensor:
+    check(schemas.ROTATE, locals())
+    check_whole_arrays(schemas.ROTATE, "x", x, array_size)
+    return _core().rotate(_rows(x), array_size).view(x.shape)
+
+
 def _rows(x: Tensor) -> Tensor:
     """An activation [..., K] as the core takes it, [R, K]."""
     return x.detach().reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
@@ -192,7 +198,7 @@ def _compensate(
     array_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check(schemas.COMPENSATE, locals())
-    check_whole_arrays(weight, array_size)
+    check_whole_arrays(schemas.COMPENSATE, "weight", weight, array_size)
     operands = (weight.detach(), other_errors, coupling, power, float(tensor_scale), array_size)
     codes, selectors, scales, costs = _core().compensate(tables_of(codebooks), *operands)
     return codes, selectors, scales.view(torch.float8_e4m3fn), costs

@@ -8,6 +8,7 @@ from lobcq_fx.ops.linear import linear, linear_float_activation, linear_int8_act
 from lobcq_fx.ops.quantize_activation import quantize_activation
 from lobcq_fx.ops.quantize_activation_int8 import quantize_activation_int8
 from lobcq_fx.ops.quantize_weight import quantize_weight, quantize_weight_searched
+from lobcq_fx.ops.rotate import rotate
 
 __all__ = [
     "compensate",
@@ -19,4 +20,5 @@ __all__ = [
     "quantize_activation_int8",
     "quantize_weight",
     "quantize_weight_searched",
+    "rotate",
 ]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lobcq_fx.errors import OperandError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.format.feedback import round_with_feedback
 from lobcq_fx.format.spec import BLOCK_SIZE
-from lobcq_fx.ops.operand_checks import check, check_fake
+from lobcq_fx.ops.operand_checks import check, check_fake, check_whole_arrays
 from lobcq_fx.ops.schemas import COMPENSATE
 
 Rounded = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -43,22 +42,10 @@ def compensate(
         OperandError: an operand is not what `contracts` says, or K is no multiple of L_A.
     """
     check(COMPENSATE, locals())
-    check_whole_arrays(weight, array_size)
+    check_whole_arrays(COMPENSATE, "weight", weight, array_size)
     spec = FormatSpec(codebooks.shape[0], array_size)
     done = round_with_feedback(weight, other_errors, coupling, power, tensor_scale, codebooks, spec)
     return done.codes, done.selectors, done.scales, done.costs
-
-
-def check_whole_arrays(weight: Tensor, array_size: int) -> None:
-    """Refuse columns that fill no block array.
-
-    Raises:
-        OperandError: K is no multiple of L_A.
-    """
-    if weight.shape[1] % array_size:
-        raise OperandError(
-            f"{COMPENSATE}: weight has {weight.shape[1]} columns: pass whole block arrays, multiples of {array_size}"
-        )
 
 
 torch.library.impl(COMPENSATE, "CompositeExplicitAutograd", compensate)

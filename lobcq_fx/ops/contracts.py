@@ -70,6 +70,7 @@ _NORM_WEIGHT, _NORM_BIAS = Operand("norm_weight", FLOATS, ("K",)), Operand("norm
 OPERANDS: dict[str, tuple[Operand, ...]] = {
     schemas.QUANTIZE_ACTIVATION: (_X, _CODEBOOKS, _STATIC_SCALE),
     schemas.QUANTIZE_ACTIVATION_INT8: (_X, _STATIC_SCALE),
+    schemas.ROTATE: (_X,),
     schemas.QUANTIZE_WEIGHT: _W,
     schemas.QUANTIZE_WEIGHT_SEARCHED: _W,
     schemas.DEQUANTIZE_WEIGHT: _WEIGHT[:-1],

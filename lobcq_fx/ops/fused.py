@@ -39,6 +39,7 @@ def linear_residual(
     array_size: int,
     residuals: list[Tensor],
     dtype: torch.dtype,
+    rotated: bool = False,
 ) -> list[Tensor]:
     """`x @ w.T + bias`, rounded, `+ residual`, rounded again: arguments as `lobcq::linear_prepacked`, and
 
@@ -46,7 +47,8 @@ def linear_residual(
         residuals: for each weight [..., N_i] in `dtype`, or [0] for none.
     """
     rest = (weights, tensor_scales, weight_tables, biases, out_features, array_size)
-    return _added(ops.linear_prepacked.default(x, activation_tables, static_scale, *rest, dtype), residuals)
+    results = ops.linear_prepacked.default(x, activation_tables, static_scale, *rest, dtype, rotated)
+    return _added(results, residuals)
 
 
 def linear_float_activation_residual(
@@ -112,7 +114,7 @@ def _checked(name: str, implementation: Callable[..., list[Tensor]]) -> Callable
 
     @wraps(implementation)
     def run(*arguments: Any) -> list[Tensor]:
-        check(name, {key: value for key, value in zip(names, arguments, strict=True) if key in own})
+        check(name, {key: value for key, value in zip(names, arguments, strict=False) if key in own})
         return implementation(*arguments)
 
     return run
@@ -123,7 +125,7 @@ def _fake_of(name: str) -> Callable[..., list[Tensor]]:
     names = schemas.argument_names(name)
 
     def fake(*arguments: Any) -> list[Tensor]:
-        given = dict(zip(names, arguments, strict=True))
+        given = dict(zip(names, arguments, strict=False))  # those left to their defaults are absent
         check_fake(name, given)
         x = given["gate"] if "gate" in given else given["x"]
         results = results_like(x, given["out_features"], given.get("dtype", x.dtype))

@@ -25,6 +25,7 @@ def _fake_linear_prepacked(
     out_features: list[int],
     array_size: int,
     dtype: torch.dtype,
+    rotated: bool = False,
 ) -> list[Tensor]:
     """`x @ w.T + bias` for each weight, the activation encoded once (W4A4, W4A8).
 
@@ -39,6 +40,7 @@ def _fake_linear_prepacked(
         out_features: each N_i.
         array_size: L_A, of all operands.
         dtype: of the results.
+        rotated: encodes `lobcq::rotate(x)` in place of x.
 
     Returns:
         For each weight [..., N_i], contiguous; NaN in the rows that hold NaN or infinity.

@@ -81,6 +81,17 @@ def check(op: str, given: Arguments, prepacked: PrepackedSizes | None = None) ->
                 raise OperandError(f"{op}: {name} is {tensor.item()}: it must be positive and finite")
 
 
+def check_whole_arrays(op: str, name: str, operand: Tensor, array_size: int) -> None:
+    """Refuse columns that fill no block array.
+
+    Raises:
+        OperandError: K is no multiple of L_A.
+    """
+    columns = operand.shape[-1]
+    if columns % array_size:
+        raise OperandError(f"{op}: {name} has {columns} columns: pass whole block arrays, multiples of {array_size}")
+
+
 def _tensors(op: str, operand: Operand, given: Arguments) -> Iterator[tuple[str, Tensor, int]]:
     """What a call gives as an operand: names, tensors and their places in a list."""
     value = given.get(operand.name)

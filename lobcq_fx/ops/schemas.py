@@ -21,6 +21,7 @@ from lobcq_fx.errors import LobcqError
 
 QUANTIZE_ACTIVATION = "lobcq::quantize_activation"
 QUANTIZE_ACTIVATION_INT8 = "lobcq::quantize_activation_int8"
+ROTATE = "lobcq::rotate"
 QUANTIZE_WEIGHT = "lobcq::quantize_weight"
 QUANTIZE_WEIGHT_SEARCHED = "lobcq::quantize_weight.searched"
 DEQUANTIZE_WEIGHT = "lobcq::dequantize_weight"
@@ -48,6 +49,7 @@ torch.library.define(
     QUANTIZE_ACTIVATION_INT8,
     "(Tensor x, int array_size, Tensor? static_scale=None) -> (Tensor entries, Tensor scales, Tensor tensor_scale)",
 )
+torch.library.define(ROTATE, "(Tensor x, int array_size) -> Tensor")
 for _name in (QUANTIZE_WEIGHT, QUANTIZE_WEIGHT_SEARCHED):
     torch.library.define(
         _name,
@@ -80,22 +82,19 @@ _WEIGHTS = "Tensor[] weights, Tensor[] tensor_scales, Tensor weight_tables"
 _PREPACKED = f"{_WEIGHTS}, Tensor[] biases, int[] out_features, int array_size"
 
 _TABLES = "Tensor? activation_tables, Tensor? static_scale"  # no tables: the activation is encoded in int8
-torch.library.define(LINEAR_PREPACKED, f"(Tensor x, {_TABLES}, {_PREPACKED}, ScalarType dtype) -> Tensor[]")
+_TAIL = "ScalarType dtype, bool rotated=False"
+torch.library.define(LINEAR_PREPACKED, f"(Tensor x, {_TABLES}, {_PREPACKED}, {_TAIL}) -> Tensor[]")
 torch.library.define(LINEAR_PREPACKED_FLOAT_ACTIVATION, f"(Tensor x, {_PREPACKED}) -> Tensor[]")
 
 _RMS_NORM = "Tensor? norm_weight, float eps, float offset, bool round_first"
 _FUSED = {
-    LINEAR_PREPACKED_RESIDUAL: f"Tensor x, {_TABLES}, {_PREPACKED}, Tensor[] residuals, ScalarType dtype",
+    LINEAR_PREPACKED_RESIDUAL: f"Tensor x, {_TABLES}, {_PREPACKED}, Tensor[] residuals, {_TAIL}",
     LINEAR_PREPACKED_FLOAT_ACTIVATION_RESIDUAL: f"Tensor x, {_PREPACKED}, Tensor[] residuals",
-    LINEAR_PREPACKED_SILU_MUL: (
-        f"Tensor gate, Tensor up, {_TABLES}, {_PREPACKED}, Tensor[] residuals, ScalarType dtype"
-    ),
-    LINEAR_PREPACKED_RMS_NORM: f"Tensor x, {_RMS_NORM}, {_TABLES}, {_PREPACKED}, ScalarType dtype",
-    LINEAR_PREPACKED_ADD_RMS_NORM: (
-        f"Tensor x, Tensor residual, {_RMS_NORM}, {_TABLES}, {_PREPACKED}, ScalarType dtype"
-    ),
+    LINEAR_PREPACKED_SILU_MUL: (f"Tensor gate, Tensor up, {_TABLES}, {_PREPACKED}, Tensor[] residuals, {_TAIL}"),
+    LINEAR_PREPACKED_RMS_NORM: f"Tensor x, {_RMS_NORM}, {_TABLES}, {_PREPACKED}, {_TAIL}",
+    LINEAR_PREPACKED_ADD_RMS_NORM: (f"Tensor x, Tensor residual, {_RMS_NORM}, {_TABLES}, {_PREPACKED}, {_TAIL}"),
     LINEAR_PREPACKED_LAYER_NORM: (
-        f"Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, {_TABLES}, {_PREPACKED}, ScalarType dtype"
+        f"Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, {_TABLES}, {_PREPACKED}, {_TAIL}"
     ),
 }
 for _name, _arguments in _FUSED.items():
@@ -120,8 +119,8 @@ def _refuse_backward(*_: Any) -> NoReturn:
 
 
 _ON_STORED = (
-    QUANTIZE_ACTIVATION, QUANTIZE_ACTIVATION_INT8, QUANTIZE_WEIGHT, QUANTIZE_WEIGHT_SEARCHED, DEQUANTIZE_WEIGHT,
-    COMPENSATE, LINEAR, LINEAR_INT8_ACTIVATION, LINEAR_FLOAT_ACTIVATION,
+    QUANTIZE_ACTIVATION, QUANTIZE_ACTIVATION_INT8, ROTATE, QUANTIZE_WEIGHT, QUANTIZE_WEIGHT_SEARCHED,
+    DEQUANTIZE_WEIGHT, COMPENSATE, LINEAR, LINEAR_INT8_ACTIVATION, LINEAR_FLOAT_ACTIVATION,
 )  # fmt: skip
 for _name in _ON_STORED:
     torch.library.register_autograd(_name, _refuse_backward)

@@ -4,15 +4,15 @@ linear(x, w, b)  ->  lobcq::linear(*lobcq::quantize_activation(x), *packed w, b)
 linear(x, w, b)  ->  lobcq::linear.int8_activation(*lobcq::quantize_activation_int8(x), *packed w, b)    W4A8
 linear(x, w, b)  ->  lobcq::linear.float_activation(x, *packed w, b)                                     W4A16
 
-Where the graph module has a matmul's input scale, x is multiplied with it; and then with a matrix, array by array,
-where it is rotated.
+Where the graph module has a matmul's input scale, x is multiplied with it; where it is to be rotated, `lobcq::rotate`
+follows.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from torch import fx
 import lobcq_fx.ops  # noqa: F401  (registers the ops that this pass emits)
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.graph.aliasing import written_between
-from lobcq_fx.graph.attributes import add_call, get_attr_node, get_attribute, has_attribute
+from lobcq_fx.graph.attributes import add_call, get_attr_node, has_attribute
 from lobcq_fx.graph.matmuls import Matmul
 from lobcq_fx.graph.operands import erase_unread
 from lobcq_fx.graph.stored_linear import ENCODERS
@@ -42,7 +42,7 @@ class Emit(GraphPass):
     Args:
         plan: made of this graph, or of another that runs the same matmuls.
         codebooks: the sets that weights and activations are encoded with, registered in the graph module.
-        matrices: names of what rotated activations are multiplied with, registered there too.
+        rotated: the matmuls whose activations are to be rotated.
     """
 
     name: ClassVar[str] = "emit"
@@ -50,7 +50,7 @@ class Emit(GraphPass):
 
     plan: QuantizationPlan
     codebooks: CodebookSets
-    matrices: Mapping[PlannedMatmul, str] = field(default_factory=dict)
+    rotated: AbstractSet[PlannedMatmul] = frozenset()
 
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Check every matmul against the plan, then replace those that it quantizes.
@@ -113,23 +113,21 @@ class Emit(GraphPass):
         prepared: dict[fx.Node, fx.Node],
     ) -> fx.Node:
         """x scaled and rotated where it is to be, once for all that read one value of it; at the insertion point."""
-        scale, matrix = planned.input_scale, self.matrices.get(planned)
+        scale, rotated = planned.input_scale, planned in self.rotated
         if scale is not None and not has_attribute(graph_module, scale):
             scale = None
-        if scale is None and matrix is None:
+        if scale is None and not rotated:
             return x
         if x not in prepared or written_between(prepared[x], node, [x]):
             y = x
             if scale is not None:
                 y = add_call(graph_module.graph, aten.mul.Tensor, (y, get_attr_node(graph_module, scale)), like=node)
-            prepared[x] = y if matrix is None else _rotated(graph_module, node, y, matrix)
+            prepared[x] = self._rotated(graph_module.graph, node, y, planned) if rotated else y
         return prepared[x]
 
-
-def _rotated(graph_module: fx.GraphModule, node: fx.Node, x: fx.Node, matrix: str) -> fx.Node:
-    """x with each of its arrays multiplied with the matrix, at the insertion point."""
-    size = get_attribute(graph_module, matrix).shape[0]
-    columns = node.args[1].meta["val"].shape[1]  # type: ignore[union-attr]
-    arrays = add_call(graph_module.graph, aten.unflatten.int, (x, -1, [columns // size, size]), like=node)
-    mixed = add_call(graph_module.graph, aten.matmul.default, (arrays, get_attr_node(graph_module, matrix)), like=node)
-    return add_call(graph_module.graph, aten.flatten.using_ints, (mixed, -2, -1), like=node)
+    def _rotated(self, graph: fx.Graph, node: fx.Node, x: fx.Node, planned: PlannedMatmul) -> fx.Node:
+        """x rotated, at the insertion point: in fp32 for an encoder; in x's dtype where it is multiplied as it is."""
+        rotated = add_call(graph, ops.rotate.default, (x, planned.config.activations.array_size), like=node)
+        if planned.config.mode != "w4a16":
+            return rotated
+        return add_call(graph, aten.to.dtype, (rotated, node.meta["val"].dtype), like=node)

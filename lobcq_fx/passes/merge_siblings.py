@@ -28,6 +28,7 @@ _WORDS = {
     "weight_tables": "codebook set",
     "array_size": "array size",
     "static_scale": "static scale",
+    "rotated": "rotation",
 }
 
 

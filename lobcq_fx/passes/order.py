@@ -9,7 +9,8 @@ ONNX        from the stored graph too: `lobcq_fx.export.folder`
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import fx
@@ -42,9 +43,9 @@ GUARDS: tuple[GraphPass, ...] = (GuardAttention(), GuardRecurrence())
 """For graphs that come from files, whatever they run on."""
 
 
-def emitting(plan: QuantizationPlan, codebooks: CodebookSets, matrices: Mapping[PlannedMatmul, str]) -> Sequential:
+def emitting(plan: QuantizationPlan, codebooks: CodebookSets, rotated: AbstractSet[PlannedMatmul]) -> Sequential:
     """From a normalized graph to the one that is stored. `EliminateDeadCode` follows once all graphs are emitted."""
-    return Sequential((Emit(plan, codebooks, matrices), ShareActivations()))
+    return Sequential((Emit(plan, codebooks, rotated), ShareActivations()))
 
 
 def lowering(device: torch.device, prepack: Prepack) -> tuple[GraphPass, ...]:

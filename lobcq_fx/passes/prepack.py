@@ -2,6 +2,7 @@
 
 quantize_activation(x); linear(codes, ..., w)                   ->  linear_prepacked(x, tables, [w])             W4A4
 quantize_activation_int8(x); linear.int8_activation(..., w)     ->  linear_prepacked(x, None, [w])               W4A8
+quantize_activation(rotate(x)); linear(codes, ..., w)           ->  linear_prepacked(x, ..., rotated=True)
 linear.float_activation(x, w)                                   ->  linear_prepacked.float_activation(x, [w])    W4A16
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops that this pass matches and emits)
 from lobcq_fx.calibration.codebook_sets import MODULE
+from lobcq_fx.graph.aliasing import written_between
 from lobcq_fx.graph.attributes import (
     add_call,
     add_get_attr,
@@ -88,7 +90,8 @@ class Prepack(GraphPass):
             encoded = named_arguments(encoder)
             tables = self._tables(graph_module, encoded["codebooks"]) if "codebooks" in encoded else None
             target = ops.linear_prepacked.default
-            args = (encoded["x"], tables, encoded.get("static_scale"), *rest, linear.arguments["dtype"])
+            x, rotated = _to_encode(encoder)
+            args = (x, tables, encoded.get("static_scale"), *rest, linear.arguments["dtype"], rotated)
         with graph.inserting_before(encoder or node):
             call = add_call(graph, target, args, like=node)
             result = add_call(graph, operator.getitem, (call, 0), like=node)
@@ -144,9 +147,22 @@ def _register_transient(graph_module: fx.GraphModule, name: str, value: Tensor) 
     module.register_buffer(last, value, persistent=False)
 
 
+def _to_encode(encoder: fx.Node) -> tuple[fx.Node, bool]:
+    """What stands before an encoder, or before the rotation of its block arrays; and whether that has to be rotated."""
+    encoded = named_arguments(encoder)
+    x: fx.Node = encoded["x"]
+    if x.target is not ops.rotate.default:
+        return x, False
+    source, array_size = x.args
+    assert isinstance(source, fx.Node)
+    if array_size != encoded["array_size"] or written_between(x, encoder, [source]):
+        return x, False
+    return source, True
+
+
 def _erase_unread(graph: fx.Graph) -> None:
-    """Erase the encoded activations and stored weights that nothing reads now, last to first, so that chains go."""
+    """Erase what nothing reads now of encoded activations and stored weights, last to first, so that chains go."""
     for node in reversed(list(graph.nodes)):
-        encoded = node.target in ENCODERS.values() or node.target is operator.getitem
+        encoded = node.target in (*ENCODERS.values(), ops.rotate.default, operator.getitem)
         if not node.users and (node.op == "get_attr" or encoded):
             graph.erase_node(node)

@@ -46,9 +46,10 @@ def test_mma_instructions(tmp_path: Path, only: str, instructions: list[str]) ->
         assert "int8" not in only or result["sm"] == 100 or ".s8.s8" in found
 
 
-def test_encoding_divides_and_keeps_subnormals_as_ieee_asks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("only", ["encode to int8", "encode rotated to int8"])
+def test_encoding_divides_and_keeps_subnormals_as_ieee_asks(tmp_path: Path, only: str) -> None:
     """By itself, and after each of four prologues, whose operations are rounded one by one."""
-    for result in run(tmp_path, "encode to int8", kernels=5):
+    for result in run(tmp_path, only, kernels=5):
         assert not result["flushes_subnormals"]
         assert not result["approximate_division"]
         assert not (result["fused_multiply_adds"] and ", encode" in result["what"])

@@ -127,6 +127,14 @@ def test_activations_in_float(dtype):
     assert_unchanged(UseFloatActivations(), graph_module)
 
 
+def test_activations_in_float_stay_rotated():
+    graph_module = quantized(lambda m, x: m.a(x), a=linear(32, 64), rotated=("a",))
+    assert UseFloatActivations()(graph_module).modified
+    (rotation,) = nodes(graph_module, lobcq.rotate.default)
+    (product,) = nodes(graph_module, lobcq.linear.float_activation)
+    assert product.args[0] is rotation
+
+
 def test_float_layers_and_float_activations_stay():
     assert_unchanged(UseFloatActivations(), two_layers("w4a16"))
     assert_unchanged(UseFloatActivations(), graph_of(linear(32, 64)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lobcq_fx.ops import quantize_activation, quantize_activation_int8
+from lobcq_fx.ops import quantize_activation, quantize_activation_int8, rotate
 from tests.export.single_node import Operator, sums_empty_tensors
 from tests.format.cases import ALL_SPECS, KINDS, codebooks_of, int8, matrix
 
@@ -23,6 +23,17 @@ def test_int8_byte_for_byte(array_size):
         for columns in (1, 60, 200):
             x = torch.from_numpy(matrix(kind, 6, columns, seed=columns)).view(2, 3, columns)
             assert_same(quantize_activation_int8(x, array_size), encode(x))
+
+
+@pytest.mark.parametrize("array_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rotation_bit_for_bit(array_size, dtype):
+    turn = Operator("Rotate", dtype, array_size=array_size)
+    for kind in KINDS:
+        x = torch.from_numpy(matrix(kind, 6, 256, seed=array_size)).view(2, 3, 256).to(dtype)
+        assert_same((rotate(x, array_size),), turn(x))
+    for shape in ((128,), (2, 0, 128), (0, 128)):
+        assert_same((rotate(torch.ones(shape, dtype=dtype), array_size),), turn(torch.ones(shape, dtype=dtype)))
 
 
 def test_every_int8_scale_is_rounded_up():

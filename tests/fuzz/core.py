@@ -15,7 +15,16 @@ from torch import Tensor
 
 import lobcq_fx.ops
 from lobcq_fx.errors import LobcqError
-from lobcq_fx.format import FormatSpec, Operand, absmax_row_scale, decode, encode, encode_int8, universal_codebooks
+from lobcq_fx.format import (
+    FormatSpec,
+    Operand,
+    absmax_row_scale,
+    decode,
+    encode,
+    encode_int8,
+    rotate,
+    universal_codebooks,
+)
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.ops import schemas
 from lobcq_fx.ops.contracts import OPERANDS
@@ -31,6 +40,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 REFERENCES = {
     schemas.QUANTIZE_ACTIVATION: lobcq_fx.ops.quantize_activation,
     schemas.QUANTIZE_ACTIVATION_INT8: lobcq_fx.ops.quantize_activation_int8,
+    schemas.ROTATE: lobcq_fx.ops.rotate,
     schemas.QUANTIZE_WEIGHT: lobcq_fx.ops.quantize_weight,
     schemas.QUANTIZE_WEIGHT_SEARCHED: lobcq_fx.ops.quantize_weight_searched,
     schemas.DEQUANTIZE_WEIGHT: lobcq_fx.ops.dequantize_weight,
@@ -111,6 +121,8 @@ class Weights:
         if "residuals" in given:
             dtype = given.get("dtype", x.dtype)
             given["residuals"] = [residual.to(dtype) for residual in given["residuals"]]
+        if "rotated" in given and self.columns % self.spec.array_size == 0:
+            given["rotated"] = rng.random() < 0.5
         if rng.random() < 0.5 and "static_scale" in given:
             given["static_scale"] = None
         move = rng.choice((lambda t: t, lambda t: at_offset(t, rng.choice((1, 2, 4))), strided))
@@ -122,6 +134,7 @@ class Weights:
     def encoded_rows(self, rows: Tensor, given: dict[str, Any]) -> Operand:
         """What a call makes of its activation."""
         static = given["static_scale"]
+        rows = rotate(rows, self.spec.array_size) if given["rotated"] else rows
         if given["activation_tables"] is None:
             return encode_int8(rows, self.spec.array_size, static)
         return encode(rows, self.spec, self.codebooks, absmax_row_scale(rows) if static is None else static)
@@ -151,7 +164,7 @@ def break_some(op: str, given: dict[str, Any], rng: Random, other: Weights) -> l
         return exchange_a_weight(given, rng, other)
     names = [operand.name for operand in OPERANDS[op] if given.get(operand.name) is not None] + ["a number"]
     broken: list[str] = []
-    for name in rng.sample(names, k=rng.choice((1, 1, 2, 3))):
+    for name in rng.sample(names, k=min(rng.choice((1, 1, 2, 3)), len(names))):
         if name == "a number":
             name, number = rng.choice(list(broken_numbers(given)))
             what, given[name] = f"{number}", number

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import FormatSpec, universal_codebooks
+from lobcq_fx.format import FormatSpec, rotate, universal_codebooks
 from lobcq_fx.kernels.bind import weight_layout
 from tests.kernels.linears import OUTPUTS, STATIC, LaidOutLinears, values
 
@@ -63,6 +63,19 @@ def test_linears_without_outputs(shape: tuple[int, ...]) -> None:
     assert none.w4a4(x) == none.w4a8(x) == none.w4a16(x) == []
 
 
+@pytest.mark.parametrize("name", ["1x16", "2x32", "8x64", "16x128"])
+@pytest.mark.parametrize("shape", [(128,), (3, 7, 256), (2, 20, 128), (0, 128), (3, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotated_activations(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    linears, x = Linears(shape[-1], FormatSpec.from_name(name)), values(*shape).to(dtype)
+    rotated = rotate(x.float(), linears.spec.array_size)
+    for tables in (linears.tables, None):
+        for static in (None, STATIC):
+            rest = (tables, static, *linears.rest, torch.float32)
+            for actual, expected in zip(W4A4(x, *rest, True), W4A4(rotated, *rest), strict=True):
+                assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     linears, x = Linears(200), values(5, 200).to(dtype)
@@ -106,6 +119,9 @@ def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.library.opcheck(W4A4, (x, linears.tables, None, *linears.rest, dtype), test_utils=OPCHECKS)
     torch.library.opcheck(W4A4, (x, linears.tables, STATIC, *linears.rest, dtype), test_utils=OPCHECKS)
     torch.library.opcheck(W4A4, (x, None, STATIC, *linears.rest, dtype), test_utils=OPCHECKS)
+    rotatable = Linears(128)
+    rest = (rotatable.tables, None, *rotatable.rest, dtype, True)
+    torch.library.opcheck(W4A4, (x[..., :128].contiguous(), *rest), test_utils=OPCHECKS)
     torch.library.opcheck(W4A16, (x, *linears.rest), test_utils=OPCHECKS)
 
 

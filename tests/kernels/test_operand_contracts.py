@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lobcq_fx.ops
+from lobcq_fx.errors import OperandError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.ops import schemas
 from lobcq_fx.ops.contracts import OPERANDS
@@ -52,6 +53,7 @@ def test_activations_that_lie_anywhere_with_gaps_between_rows() -> None:
 DEFAULTS = {
     schemas.QUANTIZE_ACTIVATION: lobcq_fx.ops.quantize_activation,
     schemas.QUANTIZE_ACTIVATION_INT8: lobcq_fx.ops.quantize_activation_int8,
+    schemas.ROTATE: lobcq_fx.ops.rotate,
     schemas.QUANTIZE_WEIGHT: lobcq_fx.ops.quantize_weight,
     schemas.QUANTIZE_WEIGHT_SEARCHED: lobcq_fx.ops.quantize_weight_searched,
     schemas.DEQUANTIZE_WEIGHT: lobcq_fx.ops.dequantize_weight,
@@ -99,6 +101,18 @@ def test_the_table_has_every_op() -> None:
     ops = {f"lobcq::{packet}" for packet in dir(torch.ops.lobcq) if not packet.startswith("_")} - {"lobcq::name"}
     assert ops == {name.partition(".")[0] for name in OPERANDS}
     assert len(PREPACKED) == len(torch.ops.lobcq.linear_prepacked.overloads())
+
+
+@needs_core
+@pytest.mark.parametrize("op", [op for op in PREPACKED if "rotated" in schemas.argument_names(op)])
+def test_columns_that_fill_no_block_array_are_not_rotated(op: str) -> None:
+    linears = Linears(200)
+    call = prepacked_call(op, values(2, 200), linears.tables, linears.rest) | {"rotated": True}
+    with pytest.raises(RuntimeError, match=r"x has 200 columns: pass whole block arrays, multiples of 64"):
+        torch_op(op)(*call.values())
+    for rotate in (torch.ops.lobcq.rotate, lobcq_fx.ops.rotate):
+        with pytest.raises(OperandError, match=r"lobcq::rotate: x has 200 columns: pass whole block arrays"):
+            rotate(values(2, 200), 64)
 
 
 @needs_core

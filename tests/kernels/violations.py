@@ -33,7 +33,8 @@ def violations(op: str, operand: Operand, valid: Tensor) -> Iterator[tuple[str, 
     for dtype in DTYPES:
         if dtype not in allowed:
             yield f"{dtype}", valid.to(dtype)
-    yield "on another device", valid.to("meta")
+    if len(OPERANDS[op]) > 1:  # alone, it may be on any
+        yield "on another device", valid.to("meta")
     if valid.numel():
         yield "no storage", _shrunk(valid, 0)
         yield "a storage that is too short", _shrunk(valid, valid.untyped_storage().nbytes() - 1)
@@ -144,7 +145,7 @@ def prepacked_call(op: str, x: Tensor, tables: Tensor | None, rest: Sequence[Any
         "norm_bias": x.new_ones(x.shape[-1]), "offset": 0.0, "round_first": True, "activation_tables": tables,
         "static_scale": scale, "weights": weights, "tensor_scales": scales, "weight_tables": weight_tables,
         "biases": biases, "out_features": outputs, "array_size": array_size, "residuals": residuals,
-        "dtype": torch.float32,
+        "dtype": torch.float32, "rotated": False,
     }  # fmt: skip
     return {name: values[name] for name in schemas.argument_names(op)}
 
@@ -169,6 +170,8 @@ def stored_call(op: str, device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
     if op == schemas.COMPENSATE:
         values["tensor_scale"] = weight.tensor_scale
+    if op == schemas.ROTATE:
+        values["x"] = errors
     if op == schemas.LINEAR_INT8_ACTIVATION:
         in_int8 = encode_int8(x, spec.array_size)
         values |= {"entries": in_int8.entries, "scales": in_int8.scales}

@@ -79,6 +79,24 @@ def test_int8_activations(linears: Linears, x: Tensor) -> None:
     assert_all_equal(results, linears.w4a8(rms_norm(total, weight, 1e-5)))
 
 
+def test_rotated_activations() -> None:
+    """Every overload rotates what its prologue gives."""
+    linears, x, up = Linears(128), values(*LEADING, 128).bfloat16(), values(3, 2, 128).view(*LEADING, 128).bfloat16()
+    weight, more, none = values(128).bfloat16(), residuals(linears), [torch.empty(0)] * 3
+    tail = (linears.tables, None, *linears.rest)
+
+    def rotated(x: Tensor) -> list[Tensor]:
+        return linears.w4a4(torch.ops.lobcq.rotate(x, linears.spec.array_size))
+
+    assert_all_equal(op.residual(x, *tail, more, torch.float32, True), added(rotated(x), more))
+    assert_all_equal(op.silu_mul(x, up, *tail, none, torch.float32, True), rotated(silu_mul(x, up)))
+    normed, layer_normed = rms_norm(x, weight, 1e-5), layer_norm(x, weight, None, 1e-5)
+    assert_all_equal(op.rms_norm(x, weight, 1e-5, 0.0, True, *tail, torch.float32, True), rotated(normed))
+    assert_all_equal(op.layer_norm(x, weight, None, 1e-5, *tail, torch.float32, True), rotated(layer_normed))
+    total, *results = op.add_rms_norm(x, up, weight, 1e-5, 0.0, True, *tail, torch.float32, True)
+    assert_all_equal(results, rotated(rms_norm(total, weight, 1e-5)))
+
+
 @pytest.mark.parametrize("round_first", [True, False])
 def test_rms_norm(linears: Linears, x: Tensor, round_first: bool) -> None:
     x, weight = x.bfloat16(), values(COLUMNS).bfloat16()

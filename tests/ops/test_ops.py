@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import lobcq_fx.ops  # noqa: F401
+import lobcq_fx.ops
 from lobcq_fx.errors import LobcqError
-from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, encode_int8, universal_codebooks
+from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, encode_int8, rotate, universal_codebooks
 
 SHAPES = [(4, 64), (2, 3, 200), (1, 64), (0, 64), (5, 72), (2, 0, 64)]
 CONFIGS = [FormatSpec(8, 64), FormatSpec(16, 128), FormatSpec(2, 32), FormatSpec(1, 16)]
@@ -105,6 +105,7 @@ def test_dtypes_and_strides_agree_with_the_fake_kernels(dtype):
         (torch.ops.lobcq.quantize_activation_int8.default, (x, 64, torch.tensor(1e-3))),
         (torch.ops.lobcq.linear.int8_activation, (*in_int8, *weight_args(w), bias, 200, 64, dtype)),
         (torch.ops.lobcq.linear.float_activation, (x, *weight_args(w), bias, 64)),
+        (torch.ops.lobcq.rotate.default, (x[..., :128], 64)),
         (torch.ops.lobcq.quantize_weight.default, (x[0], codebooks, 64)),
         (torch.ops.lobcq.quantize_weight.searched, (x[0], codebooks, 64)),
         (torch.ops.lobcq.dequantize_weight.default, (*weight_args(w), 200, 64)),
@@ -133,6 +134,18 @@ def test_float_activation_is_the_product_with_the_decoded_weight():
     x, w, bias, _ = operands((2, 3, 200), spec)
     out = torch.ops.lobcq.linear.float_activation(x, *weight_args(w), bias, 64)
     torch.testing.assert_close(out, x @ decode(w).t() + bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("array_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("shape", [(4, 128), (2, 3, 256), (0, 128), (128,), (3, 0)], ids=str)
+def test_rotation_is_the_format_s_of_the_widened_values(shape, array_size, dtype):
+    x = (10 * torch.randn(shape)).to(dtype)
+    expected = rotate(x.float(), array_size)
+    for op in (torch.ops.lobcq.rotate, lobcq_fx.ops.rotate):
+        actual = op(x, array_size)
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("static", [False, True])

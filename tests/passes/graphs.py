@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import sympy
@@ -66,15 +66,22 @@ def normalized(model: nn.Module, *args: Any) -> fx.GraphModule:
 
 
 def rewritten(
-    graph_module: fx.GraphModule, config: LobcqConfig | None = None, codebooks: CodebookSets | None = None
+    graph_module: fx.GraphModule,
+    config: LobcqConfig | None = None,
+    codebooks: CodebookSets | None = None,
+    rotated: Collection[str] = (),
 ) -> tuple[PassResult, tuple[MatmulRecord, ...]]:
-    """Plan, encode and emit one graph, with universal codebooks unless others are given."""
+    """Plan, encode and emit one graph, with universal codebooks unless others are given.
+
+    rotated: layers whose activations are rotated; their weights are not, so that products are others.
+    """
     plan = QuantizationPlan.of(graph_module, config or LobcqConfig())
     codebooks = codebooks or CodebookSets.universal(set(plan.formats) or {FormatSpec()})
     statistics = observed(graph_module, plan)
     encoded = encode_weights(plan, FloatWeights(graph_module), codebooks) if plan.weights else {}
     register_static_scales(plan, graph_module, statistics)
-    return Emit(plan, codebooks)(graph_module), records_of(plan, encoded, codebooks, statistics)
+    emit = Emit(plan, codebooks, frozenset(one for one in plan.quantized if one.layer in rotated))
+    return emit(graph_module), records_of(plan, encoded, codebooks, statistics)
 
 
 def observe(graph_module: fx.GraphModule, config: LobcqConfig | None = None) -> PassResult:
@@ -87,6 +94,7 @@ def quantized(
     config: LobcqConfig | None = None,
     data: Any = None,
     dtype: torch.dtype = torch.float32,
+    rotated: Collection[str] = (),
     **members: Any,
 ) -> fx.GraphModule:
     """A function's graph after everything that `quantize` does; `data` is what observers see."""
@@ -94,7 +102,7 @@ def quantized(
     if data is not None:
         observe(graph_module, config)
         run(graph_module, data)
-    rewritten(graph_module, config)
+    rewritten(graph_module, config, rotated=rotated)
     ShareActivations()(graph_module)
     EliminateDeadCode()(graph_module)
     return graph_module

@@ -64,6 +64,17 @@ def test_the_encoded_product_is_that_of_its_rule(dtype, gate_first):
         assert_metadata(graph_module, x)
 
 
+def test_a_product_that_is_rotated():
+    options = {"rotated": ("down", "other"), **members()}
+    graph_module = fused(lambda m, x: (lambda y: (m.down(y), m.other(y)))(silu(x) * x.cos()), **options)
+    assert [call.args[-1] for call in nodes(graph_module, lobcq.linear_prepacked.silu_mul)] == [True]
+    linears = prepacked_graph(lambda m, x: (m.down(x), m.other(x)), **options)
+    x = values(5, 9, 64)
+    with torch.no_grad():
+        for one, other in zip(graph_module(x), linears(silu_mul(x, x.cos())), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_halves_of_one_tensor_and_rows_that_a_view_merges():
     """Phi-3 multiplies once for gate and up."""
 

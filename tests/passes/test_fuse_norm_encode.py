@@ -111,6 +111,20 @@ def test_the_encoded_norm_is_that_of_its_rule(norm, dtype):
         assert_metadata(graph_module, x)
 
 
+@pytest.mark.parametrize("norm", [llama, layer])
+def test_a_norm_that_is_rotated(norm):
+    target, rule = NORMS[norm]
+    options = {"dtype": torch.bfloat16, "rotated": ("q", "k"), **members()}
+    graph_module = fused(lambda m, x: (lambda y: (m.q(y), m.k(y)))(norm(m.scale, x)), **options)
+    assert [call.args[-1] for call in nodes(graph_module, target)] == [True]
+    assert lobcq.rotate.default not in targets(graph_module)
+    linears = prepacked_graph(lambda m, x: (m.q(x), m.k(x)), **options)
+    x = values(5, 9, 64).bfloat16()
+    expected = parts(linears, rule(members()["scale"].bfloat16(), x))
+    for actual, wanted in zip(parts(graph_module, x), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.__name__)
 def test_it_is_the_graph_s_norm(norm):
     """Where bf16 hides the last bits of the mean, to the last encoded byte."""

@@ -58,6 +58,10 @@ def test_a_residual(block, dtype, config, target):
     assert_same_results(block, target, dtype=dtype, config=config, **members())
 
 
+def test_after_a_rotated_activation():
+    assert_same_results(lambda m, x: (m.down(x) + x, m.other(x)), op.residual, rotated=("down", "other"), **members())
+
+
 def test_one_of_two_siblings_and_both():
     assert_same_results(lambda m, x: (m.down(x) + x, m.other(x)), op.residual, **members())
     assert_same_results(lambda m, x: (m.down(x), m.other(x) + x), op.residual, **members())

@@ -24,8 +24,8 @@ OPS = {
 CALLS = [values(2, 3, 64), values(1, 1, 64), values(5, 9, 64)]
 
 
-def prepacked(function, config=None, data=None, **members):
-    graph_module = quantized(function, config, data, **members)
+def prepacked(function, config=None, data=None, **options):
+    graph_module = quantized(function, config, data, **options)
     assert Prepack(LAYOUT)(graph_module).modified
     return graph_module
 
@@ -102,6 +102,14 @@ def test_near_misses_stay_apart_and_say_why(function, settings, reason):
     result = assert_unchanged(MergeSiblings(), graph_module)
     assert [refusal.reason for refusal in result.refusals] == [reason]
     assert result.refusals[0].layer.endswith("b")
+
+
+def test_an_activation_that_one_reads_rotated():
+    graph_module = prepacked(lambda m, x: (m.q(x), m.k(x)), rotated=("q",), **members())
+    result = assert_unchanged(MergeSiblings(), graph_module)
+    assert [refusal.reason for refusal in result.refusals] == ["it reads the activation of q with another rotation"]
+    graph_module = prepacked(lambda m, x: (m.q(x), m.k(x)), rotated=("q", "k"), **members())
+    assert MergeSiblings()(graph_module).modified
 
 
 def test_linears_of_different_activations_are_no_siblings():

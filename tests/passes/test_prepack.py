@@ -181,6 +181,66 @@ def test_an_activation_is_read_before_it_is_written_to(mode):
     torch.testing.assert_close(run(graph_module, CALLS[0]), before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["w4a4", "w4a8"])
+def test_a_call_rotates_its_activation_itself(mode, dtype):
+    members = {"q": linear(48, 64), "k": linear(17, 64, bias=False, seed=1)}
+    options = {"config": LobcqConfig(mode=mode), "dtype": dtype, "rotated": ("q", "k"), **members}
+    graph_module = quantized(lambda m, x: (m.q(x), m.k(x)), **options)
+    assert len(nodes(graph_module, lobcq.rotate.default)) == 1
+    before = [run(graph_module, x.to(dtype)) for x in CALLS]
+    prepacked(graph_module)
+    assert not nodes(graph_module, lobcq.rotate.default)
+    assert [call.args[-1] for call in nodes(graph_module, PREPACKED[mode])] == [True, True]
+    rounding = torch.finfo(dtype).eps
+    for x, expected in zip(CALLS, before, strict=True):
+        for actual, wanted in zip(run(graph_module, x.to(dtype)), expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=rounding + 1e-5, atol=1e-5)
+        assert_metadata(graph_module, x.to(dtype))
+
+
+def with_a_write(graph_module):
+    """Something writes to the activation between its rotation and its encoder."""
+    (encoder,) = nodes(graph_module, lobcq.quantize_activation.default)
+    (write,) = nodes(graph_module, torch.ops.aten.mul_.Tensor)
+    encoder.prepend(write)
+
+
+def of_other_arrays(graph_module):
+    (rotation,) = nodes(graph_module, lobcq.rotate.default)
+    rotation.args = (rotation.args[0], 32)
+
+
+@pytest.mark.parametrize("change", [with_a_write, of_other_arrays])
+def test_rotations_that_a_call_cannot_take_over_stay(change):
+    def block(m, x):
+        y = x.clone()
+        out = m.a(y)
+        y.mul_(-3)
+        return out
+
+    graph_module = quantized(block, a=linear(32, 64), rotated=("a",))
+    change(graph_module)
+    graph_module.recompile()
+    before = run(graph_module, CALLS[0])
+    prepacked(graph_module)
+    assert len(nodes(graph_module, lobcq.rotate.default)) == 1
+    (call,) = nodes(graph_module, PREPACKED["w4a4"])
+    assert call.args[-1] is False
+    torch.testing.assert_close(run(graph_module, CALLS[0]), before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_float_activation_is_rotated_by_itself_and_keeps_its_dtype():
+    options = {"config": LobcqConfig(mode="w4a16"), "dtype": torch.bfloat16, "rotated": ("a",)}
+    graph_module = quantized(lambda m, x: m.a(x), a=linear(32, 64), **options)
+    before = run(graph_module, CALLS[0].bfloat16())
+    prepacked(graph_module)
+    assert len(nodes(graph_module, lobcq.rotate.default)) == 1
+    after = run(graph_module, CALLS[0].bfloat16())
+    assert after.dtype == torch.bfloat16
+    torch.testing.assert_close(after, before)
+
+
 def test_a_computed_bias_keeps_its_linear_and_all_that_read_its_weight():
     a, b, c = linear(64, 64, bias=False), linear(64, 64, bias=False), linear(64, 64, bias=False, seed=2)
     b.weight = a.weight

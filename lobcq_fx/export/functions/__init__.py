@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from lobcq_fx.export.functions import linear, quantize_activation, quantize_activation_int8
+from lobcq_fx.export.functions import linear, quantize_activation, quantize_activation_int8, rotate
 from lobcq_fx.export.functions.body import function
 from lobcq_fx.export.schemas import (
     LINEAR,
@@ -12,11 +12,13 @@ from lobcq_fx.export.schemas import (
     LINEAR_INT8_ACTIVATION,
     QUANTIZE_ACTIVATION,
     QUANTIZE_ACTIVATION_INT8,
+    ROTATE,
 )
 
 _BUILDERS: dict[str, Callable[..., Sequence[ir.Value]]] = {
     QUANTIZE_ACTIVATION: quantize_activation.build,
     QUANTIZE_ACTIVATION_INT8: quantize_activation_int8.build,
+    ROTATE: rotate.build,
     LINEAR: linear.build_linear,
     LINEAR_INT8_ACTIVATION: linear.build_linear_int8_activation,
     LINEAR_FLOAT_ACTIVATION: linear.build_linear_float_activation,

@@ -30,7 +30,7 @@ from lobcq_fx.kernels.cpu.operands import (
     require,
 )
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 ALIGNMENT = 64
 """Bytes: where the core's opaque buffers start. torch's CPU allocator aligns to as much."""
 
@@ -134,6 +134,13 @@ class Core:
         self._call("encode_int8", ctypes.byref(matrix), _scale_rule(tensor_scale), ctypes.byref(out), self._parallel())
         return operand
 
+    def rotate(self, x: Tensor, array_size: int) -> Tensor:
+        """x [R, K] with each block array rotated, fp32."""
+        out = _floats(tuple(x.shape))
+        matrix, result = c_matrix(x), c_matrix(out)
+        self._call("rotate", ctypes.byref(matrix), array_size, ctypes.byref(result), self._parallel())
+        return out
+
     def encode_searched(self, tables: Tables, x: Tensor, array_size: int, tensor_scale: Tensor) -> PackedOperand:
         """Encode x [R, K] with one tensor scale [], and block-array scales that cost least among neighbours."""
         spec, (rows, columns) = FormatSpec(tables.num_codebooks, array_size), x.shape
@@ -191,9 +198,17 @@ class Core:
         return packed
 
     def encode_activation(
-        self, tables: Tables | None, x: Tensor, array_size: int, tensor_scale: Tensor | None = None
+        self,
+        tables: Tables | None,
+        x: Tensor,
+        array_size: int,
+        tensor_scale: Tensor | None = None,
+        rotated: bool = False,
     ) -> KernelActivation:
-        """Encode x [M, K] for W4A4 linears, tensor scales as in `encode`; without tables in int8, for W4A8 ones."""
+        """Encode x [M, K] for W4A4 linears, tensor scales as in `encode`; without tables in int8, for W4A8 ones.
+
+        rotated: `rotate(x)` in place of x.
+        """
         rule = _scale_rule(tensor_scale)
         scale = None if tensor_scale is None else tensor_scale.to(torch.float32).contiguous()
         if scale is not None:
@@ -203,7 +218,7 @@ class Core:
         out = c_activation(activation)
         self._call(
             "activation_encode", None if tables is None else _pointer(tables.data), ctypes.byref(matrix), rule,
-            None if scale is None else _pointer(scale), ctypes.byref(out), self._parallel(),
+            None if scale is None else _pointer(scale), int(rotated), ctypes.byref(out), self._parallel(),
         )  # fmt: skip
         return activation
 

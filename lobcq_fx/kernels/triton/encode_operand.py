@@ -89,7 +89,7 @@ def encode_operand_kernel(
 
 def encode_operand(
     x: Tensor, lookup: Lookup | None, spec: FormatSpec, static_scale: Tensor | None = None, integers: bool = True,
-    prologue: Prologue | None = None,
+    prologue: Prologue | None = None, rotated: bool = False,
 ) -> Activation:  # fmt: skip
     """Encode an activation as operand of a GEMM: the numbers that `lobcq::quantize_activation` stores, looked up, or
     those of `lobcq::quantize_activation_int8`.
@@ -101,6 +101,7 @@ def encode_operand(
         static_scale: fp32 [], a calibrated tensor scale; None computes one for each row.
         integers: to int8 entries and their scales where the format allows it; otherwise to scaled entries.
         prologue: what to encode in place of x: a function of it.
+        rotated: rotates each block array of that first; K is a multiple of L_A.
 
     Returns:
         The operand. A row that holds NaN or infinity, or is to be encoded as such, has NaN scales.
@@ -117,7 +118,8 @@ def encode_operand(
         entry_bytes = None if entries is None else entries.view(torch.int8)
         encode_operand_kernel[grid](
             x, static_scale, entries, entry_bytes, values, scales, tensor_scale,
-            operands(prologue), columns, x.stride(0), ARRAY=spec.array_size, NUM_CODEBOOKS=spec.num_codebooks,
-            TILE=tile, num_warps=4, **(OPTIONS if prologue is None else ROUNDED_APART),
+            operands(prologue, spec.array_size if rotated else 0), columns, x.stride(0), ARRAY=spec.array_size,
+            NUM_CODEBOOKS=spec.num_codebooks, TILE=tile, num_warps=4,
+            **(OPTIONS if prologue is None else ROUNDED_APART),
         )  # fmt: skip
     return Activation(values, scales, tensor_scale)

@@ -1,4 +1,5 @@
-"""What an encoder computes on its way: norms and gated activations, bit for bit by the rules of `ops/prologues.py`.
+"""What an encoder computes on its way: norms and gated activations, bit for bit by the rules of `ops/prologues.py`, and
+the rotation of block arrays by that of `format/rotation.py`.
 
 Nothing lies in memory between a prologue and the encoding. A row is read once for each mean, once for its absmax and
 once to be encoded, all but the first time from cache, and the prologue is computed anew for the last two.
@@ -66,10 +67,12 @@ Prologue = RmsNorm | AddRmsNorm | LayerNorm | SiluMul
 class Operands(NamedTuple):
     """A prologue as kernels take it, in one argument. What is None, and the constants, are compiled in.
 
+    rotation: how many columns are rotated together once the rest is done; 0 for none.
     second: `up` or `residual`, [M, K], rows `second_stride` apart.
     """
 
     kind: tl.constexpr
+    rotation: tl.constexpr
     second: Tensor | None = None
     second_stride: int | None = None
     sums: Tensor | None = None
@@ -80,21 +83,23 @@ class Operands(NamedTuple):
     round_first: tl.constexpr | None = None
 
 
-def operands(prologue: Prologue | None) -> Operands:
-    """What `prologue` is in a launch."""
+def operands(prologue: Prologue | None, rotation: int = 0) -> Operands:
+    """What `prologue`, and then a rotation of each `rotation` columns, is in a launch."""
+    rotated = tl.constexpr(rotation)
     match prologue:
         case None:
-            return Operands(NONE)
+            return Operands(NONE, rotated)
         case SiluMul(up):
-            return Operands(SILU_MUL, up, up.stride(0))
+            return Operands(SILU_MUL, rotated, up, up.stride(0))
         case LayerNorm(weight, bias, eps):
-            return Operands(LAYER_NORM, weight=_contiguous(weight), bias=_contiguous(bias), eps=eps)
+            return Operands(LAYER_NORM, rotated, weight=_contiguous(weight), bias=_contiguous(bias), eps=eps)
         case AddRmsNorm(residual, sums, norm):
-            added = operands(norm)
+            added = operands(norm, rotation)
             return added._replace(kind=ADD_RMS_NORM, second=residual, second_stride=residual.stride(0), sums=sums)
         case RmsNorm(weight, eps, offset, round_first):
             constant = tl.constexpr(round_first)
-            return Operands(RMS_NORM, weight=_contiguous(weight), eps=eps, offset=offset, round_first=constant)
+            weight = _contiguous(weight)
+            return Operands(RMS_NORM, rotated, weight=weight, eps=eps, offset=offset, round_first=constant)
 
 
 def _contiguous(parameter: Tensor | None) -> Tensor | None:
@@ -157,7 +162,7 @@ def row_statistics(x, row, columns, prologue, TILE: tl.constexpr):
 
 @triton.jit
 def prologue_result(numbers, x, row, column, inside, statistics, prologue):
-    """`source_numbers` -> what is encoded, fp32 of x's dtype; zeros outside the row."""
+    """`source_numbers` -> what is encoded, fp32, of x's dtype where it is not rotated; zeros outside the row."""
     mean, factor = statistics
     if prologue.kind == SILU_MUL:
         silu = rounded(tl.div_rn(numbers, 1.0 + tl.exp(-numbers)), x)
@@ -176,7 +181,37 @@ def prologue_result(numbers, x, row, column, inside, statistics, prologue):
             numbers *= parameter(prologue.weight, column, inside) + prologue.offset
     if prologue.kind != NONE:
         numbers = tl.where(inside, rounded(numbers, x), 0.0)
+    if prologue.rotation > 0:
+        numbers = rotate(numbers, prologue.rotation)
     return numbers
+
+
+@triton.jit
+def rotate(numbers, ARRAY: tl.constexpr):
+    """A tile of whole block arrays, of any shape -> the same rotated: `lobcq_fx.format.rotate`, stage by stage."""
+    ARRAYS: tl.constexpr = numbers.numel // ARRAY
+    LEVELS: tl.constexpr = 4 if ARRAY == 16 else 5 if ARRAY == 32 else 6 if ARRAY == 64 else 7
+    arrays = tl.reshape(numbers, (ARRAYS, ARRAY))
+    for _ in tl.static_range(LEVELS // 2):
+        arrays = two_stages(arrays)
+    if LEVELS % 2 == 1:
+        first, second = tl.split(tl.reshape(arrays, (ARRAYS, ARRAY // 2, 2)))
+        pairs = tl.permute(tl.join(first + second, first - second), (0, 2, 1))
+        arrays = tl.reshape(pairs, (ARRAYS, ARRAY))
+    return tl.reshape(arrays * (0.5 ** (LEVELS // 2)), numbers.shape)
+
+
+@triton.jit
+def two_stages(arrays):
+    """[A, L_A] -> two stages on, the two lowest bits of places now the highest: threads exchange once for both."""
+    ARRAYS: tl.constexpr = arrays.shape[0]
+    QUADS: tl.constexpr = arrays.shape[1] // 4
+    first, second = tl.split(tl.reshape(arrays, (ARRAYS, QUADS, 2, 2)))
+    sum_first, sum_second = tl.split(first + second)
+    difference_first, difference_second = tl.split(first - second)
+    sums = tl.join(sum_first + sum_second, sum_first - sum_second)
+    differences = tl.join(difference_first + difference_second, difference_first - difference_second)
+    return tl.reshape(tl.permute(tl.join(sums, differences), (0, 2, 3, 1)), (ARRAYS, 4 * QUADS))
 
 
 @triton.jit

@@ -26,7 +26,7 @@ from lobcq_fx.kernels.triton.prologues import AddRmsNorm, LayerNorm, Prologue, R
 from lobcq_fx.kernels.triton.weight_layout import WeightTiles, weight_bytes
 from lobcq_fx.ops import schemas
 from lobcq_fx.ops.linear import StoredLinears
-from lobcq_fx.ops.operand_checks import PrepackedSizes, check
+from lobcq_fx.ops.operand_checks import PrepackedSizes, check, check_whole_arrays
 from lobcq_fx.ops.schemas import NO_GRADIENT
 
 INTEGER_ARRAY = 128
@@ -58,13 +58,13 @@ def quantize_activation(x: Tensor, codebooks: Tensor, array_size: int, static_sc
 
 def _encode_and_multiply(
     x: Tensor, prologue: Prologue | None, tables: Tensor | None, static_scale: Tensor | None, linears: Linears,
-    residuals: list[Tensor] | None, dtype: torch.dtype,
+    residuals: list[Tensor] | None, dtype: torch.dtype, rotated: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """The linears of what the prologue makes of x [..., K], encoded once."""
+    """The linears of what the prologue makes of x [..., K], rotated or not, encoded once."""
     lookup, rows = None if tables is None else Lookup.from_bytes(tables), _rows(x)
     spec = FormatSpec(1 if lookup is None else lookup.codebooks.shape[0], linears.array_size)
     integers = rows.shape[0] <= MAX_ROWS or linears.array_size >= INTEGER_ARRAY
-    a = encode_operand(rows, lookup, spec, static_scale, integers, prologue)
+    a = encode_operand(rows, lookup, spec, static_scale, integers, prologue, rotated)
     return _multiply(x, a, linears, residuals, dtype)
 
 
@@ -152,7 +152,7 @@ def _overload(name: str, prologue: Callable[[dict[str, Any]], Prologue] | None =
     names = schemas.argument_names(name)
 
     def run(*arguments: Any) -> list[Tensor]:
-        given = dict(zip(names, arguments, strict=True))
+        given = dict(zip(names, arguments, strict=False))  # those left to their defaults are absent
         residuals = given.get("residuals")
         check(name, given, _SIZES)
         _refuse_gradients(*(one for one in arguments if isinstance(one, Tensor)), *(residuals or ()))
@@ -161,8 +161,11 @@ def _overload(name: str, prologue: Callable[[dict[str, Any]], Prologue] | None =
         if "activation_tables" not in given:
             return _multiply(x, Activation(_rows(x)), linears, residuals, x.dtype)
         before = None if prologue is None else prologue(given)
+        rotated = given.get("rotated", False)
+        if rotated:
+            check_whole_arrays(name, "x", x, linears.array_size)
         tables, scale, dtype = given["activation_tables"], given["static_scale"], given["dtype"]
-        results = _encode_and_multiply(x, before, tables, scale, linears, residuals, dtype)
+        results = _encode_and_multiply(x, before, tables, scale, linears, residuals, dtype, rotated)
         return [before.sums.view(x.shape), *results] if isinstance(before, AddRmsNorm) else results
 
     return run

@@ -30,6 +30,7 @@ class _Operation(IntEnum):
     TENSOR_SCALE = auto()
     ENCODE = auto()
     ENCODE_INT8 = auto()
+    ROTATE = auto()
     ENCODE_SEARCHED = auto()
     COMPENSATE = auto()
     DECODE = auto()
@@ -45,7 +46,7 @@ class _Operation(IntEnum):
 
 _FIELDS = (
     "rows", "columns", "row_stride", "dtype", "operand_rows", "operand_columns", "num_tensor_scales", "num_codebooks",
-    "array_size", "scale_rule", "kind",
+    "array_size", "scale_rule", "kind", "rotated",
 )  # fmt: skip
 
 
@@ -115,6 +116,11 @@ class EmulatedCore:
             columns,
         )
 
+    def rotate(self, x: Tensor, array_size: int) -> Tensor:
+        sizes = [4 * x.numel()]
+        (values,) = self._call(_Operation.ROTATE, [_storage(x)], sizes, array_size=array_size, **_matrix(x))
+        return values.view(torch.float32).reshape(x.shape)
+
     def encode_searched(self, tables: Tables, x: Tensor, array_size: int, tensor_scale: Tensor) -> PackedOperand:
         rows, columns = x.shape
         spec, scale = FormatSpec(tables.num_codebooks, array_size), tensor_scale.float()
@@ -155,16 +161,21 @@ class EmulatedCore:
         return _packed(outputs, spec, rows, columns, scale)
 
     def encode_activation(
-        self, tables: Tables | None, x: Tensor, array_size: int, tensor_scale: Tensor | None = None
+        self,
+        tables: Tables | None,
+        x: Tensor,
+        array_size: int,
+        tensor_scale: Tensor | None = None,
+        rotated: bool = False,
     ) -> KernelActivation:
         arrays = [
             _NONE if tables is None else tables.data,
             _storage(x),
             _NONE if tensor_scale is None else tensor_scale.float(),
         ]
-        rule = _scale_rule(tensor_scale)
+        fields = {"scale_rule": _scale_rule(tensor_scale), "rotated": int(rotated)}
         kind = _INT8 if tables is None else _ENCODED
-        return self._activation(_Operation.ENCODE_ACTIVATION, arrays, x, array_size, kind, scale_rule=rule)
+        return self._activation(_Operation.ENCODE_ACTIVATION, arrays, x, array_size, kind, **fields)
 
     def load_activation(self, tables: Tables, packed: PackedOperand) -> KernelActivation:
         rows, columns = packed.codes.shape[0], packed.columns

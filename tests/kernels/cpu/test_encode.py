@@ -12,11 +12,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, absmax_tensor_scale, decode, encode, encode_int8
+from lobcq_fx.format import (
+    Encoded,
+    FormatSpec,
+    absmax_row_scale,
+    absmax_tensor_scale,
+    decode,
+    encode,
+    encode_int8,
+    rotate,
+)
 from lobcq_fx.kernels.cpu.library import Core
 from lobcq_fx.kernels.cpu.operands import Int8Operand, PackedOperand
 from tests.format.cases import ALL_SPECS, KINDS, PROPERTY, codebooks_of, int8, matrix
-from tests.kernels.cpu.operands import codebooks
+from tests.kernels.cpu.operands import codebooks, weight
 
 NAN = 0x7F
 
@@ -109,6 +118,27 @@ def test_rows_may_be_strided(core: Core) -> None:
     expected = encode(x, spec, codebooks(spec), absmax_row_scale(x))
     assert_same_bytes(core.encode(core.tables(codebooks(spec)), x, 64), expected)
     assert_int8(core, x, 64)
+
+
+@pytest.mark.parametrize("array_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rotated(core: Core, array_size: int, dtype: torch.dtype) -> None:
+    """By itself; and on the way into an activation, which then is what it is where the rotated values are encoded."""
+    columns = 1024 + 3 * 128
+    w = weight(core, FormatSpec(8, array_size), 40, columns)
+    for kind in KINDS:
+        x = torch.from_numpy(matrix(kind, 3, columns + 7, seed=array_size)).to(dtype)[:, :columns]
+        rotated = core.rotate(x, array_size)
+        expected = rotate(x.float(), array_size)
+        assert torch.equal(rotated.isnan(), expected.isnan())  # of no particular bits
+        bits, expected_bits = (torch.where(y.isnan(), 0, y.view(torch.int32)) for y in (rotated, expected))
+        assert torch.equal(bits, expected_bits)
+        for scale in (None, torch.tensor(0.01), torch.full((3, 1), 0.02)):
+            for tables in (w.tables, None):
+                actual = core.encode_activation(tables, x, array_size, scale, rotated=True)
+                wanted = core.encode_activation(tables, expected, array_size, scale)
+                products = (core.linear(w.tables, w.kernel, a) for a in (actual, wanted))
+                torch.testing.assert_close(*products, rtol=0, atol=0, equal_nan=True, msg=kind)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -31,6 +31,7 @@ from tests.kernels.cpu.test_encode import (  # noqa: F401
     test_golden_vectors,
     test_half_precision_inputs,
     test_non_finite_activations_mark_their_row_or_array,
+    test_rotated,
     test_rows_may_be_strided,
     test_tensor_scale,
 )

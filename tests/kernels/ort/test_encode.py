@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lobcq_fx.format import Encoded, FormatSpec, Int8Activation, absmax_row_scale, encode, encode_int8
+from lobcq_fx.format import Encoded, FormatSpec, Int8Activation, absmax_row_scale, encode, encode_int8, rotate
 from tests.format.cases import ALL_SPECS, KINDS, matrix
 from tests.kernels.cpu.operands import codebooks
 from tests.kernels.ort.models import ENCODED, IN_INT8, Model, int8_quantize_model, quantize_model
@@ -59,6 +59,26 @@ def test_a_row_that_is_not_finite(core_file: Path, bad: float, scale: Tensor | N
     x = torch.randn(2, 4, 300)
     x[1, 2, 77] = bad
     assert_encodes(core_file, x, FormatSpec(), scale)
+
+
+@pytest.mark.parametrize("array_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rotation(core_file: Path, array_size: int, dtype: torch.dtype) -> None:
+    model = Model({"x": dtype}, outputs=["y"])
+    model.node("Rotate", ["x"], ["y"], array_size=array_size)
+    session = model.session(core_file)
+    for x in (torch.randn(2, 3, 1280), torch.randn(128), torch.empty(0, 256)):
+        x = x.to(dtype)
+        y = session.run(x=x)["y"]
+        assert y.dtype == torch.float32
+        assert torch.equal(y, rotate(x.float(), array_size))
+
+
+def test_rotation_of_columns_that_fill_no_block_array_is_refused(core_file: Path) -> None:
+    model = Model({"x": torch.float32}, outputs=["y"])
+    model.node("Rotate", ["x"], ["y"], array_size=64)
+    with pytest.raises(Exception, match=r"lobcq.Rotate 'Rotate_0': x has 100 columns, no multiple of array_size, 64"):
+        model.session(core_file).run(x=torch.randn(3, 100))
 
 
 def test_threads_change_nothing(core_file: Path) -> None:

@@ -14,6 +14,7 @@ from lobcq_fx.format import (
     absmax_tensor_scale,
     encode,
     encode_int8,
+    rotate,
 )
 from lobcq_fx.format.codes import entries_of
 from lobcq_fx.format.packing import unpack_codes, unpack_selectors
@@ -33,23 +34,24 @@ def entries(encoded: Encoded) -> Tensor:
     return result
 
 
-def assert_encodes(x: Tensor, spec: FormatSpec, static_scale: Tensor | None = None) -> None:
+def assert_encodes(x: Tensor, spec: FormatSpec, static_scale: Tensor | None = None, rotated: bool = False) -> None:
     """By codebooks and in int8."""
     lookup = Lookup.of(codebooks(spec))
     given = None if static_scale is None else static_scale.expand(x.shape[0], 1)
-    encoded = encode(x, spec, lookup.codebooks.cpu(), absmax_row_scale(x) if given is None else given)
-    assert_encodes_to(x, lookup, spec, static_scale, encoded, entries(encoded))
-    in_int8 = encode_int8(x, spec.array_size, given)
-    assert_encodes_to(x, None, spec, static_scale, in_int8, in_int8.entries)
+    y = rotate(x.float(), spec.array_size) if rotated else x
+    encoded = encode(y, spec, lookup.codebooks.cpu(), absmax_row_scale(y) if given is None else given)
+    assert_encodes_to(x, lookup, spec, static_scale, encoded, entries(encoded), rotated)
+    in_int8 = encode_int8(y, spec.array_size, given)
+    assert_encodes_to(x, None, spec, static_scale, in_int8, in_int8.entries, rotated)
 
 
 def assert_encodes_to(
     x: Tensor, lookup: Lookup | None, spec: FormatSpec, static_scale: Tensor | None, encoded: Encoded | Int8Activation,
-    values: Tensor,
+    values: Tensor, rotated: bool,
 ) -> None:  # fmt: skip
     static = None if static_scale is None else static_scale.to(DEVICE)
     for integers in (True, False):
-        a = encode_operand(x.to(DEVICE), lookup, spec, static, integers)
+        a = encode_operand(x.to(DEVICE), lookup, spec, static, integers, rotated=rotated)
         assert a.row_scales is not None
         assert_same_bits(a.row_scales, encoded.tensor_scale)
         if a.array_scales is not None:
@@ -70,6 +72,19 @@ def assert_encodes_to(
 @pytest.mark.parametrize("columns", [1, 200])
 def test_every_format(spec: FormatSpec, columns: int) -> None:
     assert_encodes(torch.from_numpy(matrix("normal", 2, columns, seed=columns)), spec)
+
+
+@pytest.mark.parametrize("array_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("columns", [128, 2304])
+def test_rotated(array_size: int, columns: int) -> None:
+    assert_encodes(torch.from_numpy(matrix("heavy", 2, columns, seed=2)), FormatSpec(4, array_size), rotated=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_values_rotated(kind: str) -> None:
+    x = torch.from_numpy(matrix(kind, 3, 256, seed=3))
+    assert_encodes(x, FormatSpec(), rotated=True)
+    assert_encodes(x.bfloat16(), FormatSpec(), rotated=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -117,14 +117,15 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
     assert_same_bits(actual.nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
 
 
-def assert_encodes(one: Case, spec: FormatSpec, static: Tensor | None = None) -> None:
+def assert_encodes(one: Case, spec: FormatSpec, static: Tensor | None = None, rotated: bool = False) -> None:
     """Every byte that the encoders give is the one that they give for the rule's result; the sum is stored."""
     lookup, x, expected = Lookup.of(codebooks(spec)), one.x.to(DEVICE), one.expected.to(DEVICE)
     calls: list[Callable[..., Any]] = [
-        lambda x, prologue: encode_rows(x, lookup, spec, static, prologue),
-        lambda x, prologue: vars(encode_operand(x, lookup, spec, static, True, prologue)).values(),
-        lambda x, prologue: vars(encode_operand(x, lookup, spec, static, False, prologue)).values(),
+        lambda x, prologue: vars(encode_operand(x, lookup, spec, static, True, prologue, rotated)).values(),
+        lambda x, prologue: vars(encode_operand(x, lookup, spec, static, False, prologue, rotated)).values(),
     ]
+    if not rotated:
+        calls.append(lambda x, prologue: encode_rows(x, lookup, spec, static, prologue))
     for call in calls:
         if isinstance(one.prologue, AddRmsNorm):
             one.prologue.sums.fill_(7)
@@ -164,6 +165,11 @@ def test_every_form_of_encoding(kind: str, name: str, columns: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_encoding_of_every_dtype(kind: str, dtype: torch.dtype) -> None:
     assert_encodes(case(kind, *values(2, 150, dtype)), FormatSpec())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_rotated_then(kind: str) -> None:
+    assert_encodes(case(kind, *values(2, 192, torch.bfloat16)), FormatSpec(), rotated=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -72,6 +72,22 @@ def test_a_static_scale(rows: int) -> None:
     linears.check(linears.w4a8(x, STATIC), x, linears.in_int8(x, STATIC))
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("shape", [(128,), (20, 128), (0, 128)], ids=str)
+def test_rotated_activations(name: str, shape: tuple[int, ...]) -> None:
+    linears, x = Linears(128, FormatSpec.from_name(name)), values(*shape).to(DEVICE)
+    op, rotated = IMPLEMENTATIONS[schemas.LINEAR_PREPACKED], lobcq_fx.ops.rotate(x, linears.spec.array_size)
+    for tables in (linears.tables, None):
+        rest = (tables, None, *linears.rest, torch.float32)
+        assert_all_equal(op(x, *rest, True), op(rotated, *rest))
+
+
+def test_columns_that_fill_no_block_array_are_not_rotated() -> None:
+    linears, x = Linears(70), values(3, 70).to(DEVICE)
+    with pytest.raises(LobcqError, match="x has 70 columns: pass whole block arrays, multiples of 64"):
+        IMPLEMENTATIONS[schemas.LINEAR_PREPACKED](x, linears.tables, None, *linears.rest, torch.float32, True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     linears, x = Linears(200), values(5, 200).to(dtype)

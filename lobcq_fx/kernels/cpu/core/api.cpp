@@ -244,6 +244,14 @@ int32_t lobcq_encode_int8(const lobcq_matrix* x, int32_t scale_rule, lobcq_int8*
                [&](int64_t begin, int64_t end) { encode_int8(*x, scale_rule, *out, begin, end); });
 }
 
+int32_t lobcq_rotate(const lobcq_matrix* x, int32_t array_size, lobcq_matrix* out, lobcq_parallel_for parallel) {
+    if (!valid_matrix(x) || !valid_matrix(out) || out->dtype != LOBCQ_FP32) return LOBCQ_INVALID_ARGUMENT;
+    if (!valid_array_size(array_size)) return LOBCQ_INVALID_FORMAT;
+    if (!same_shape(*x, *out) || x->columns % array_size) return LOBCQ_INVALID_ARGUMENT;
+    return run(x->rows, row_grain(x->columns), parallel,
+               [&](int64_t begin, int64_t end) { rotate_rows(*x, array_size, *out, begin, end); });
+}
+
 int32_t lobcq_decode(const void* tables, const lobcq_packed* packed, lobcq_matrix* out, lobcq_parallel_for parallel) {
     if (!valid_tables(tables) || !valid_matrix(out) || out->dtype != LOBCQ_FP32) return LOBCQ_INVALID_ARGUMENT;
     if (const int32_t status = check_packed(packed, true)) return status;
@@ -292,17 +300,19 @@ int64_t lobcq_activation_bytes(int64_t rows, int64_t columns, int32_t array_size
 }
 
 int32_t lobcq_activation_encode(const void* tables, const lobcq_matrix* x, int32_t scale_rule,
-                                const float* tensor_scale, lobcq_activation* activation, lobcq_parallel_for parallel) {
+                                const float* tensor_scale, int32_t rotated, lobcq_activation* activation,
+                                lobcq_parallel_for parallel) {
     if (!valid_matrix(x) || !valid_scale_rule(scale_rule)) return LOBCQ_INVALID_ARGUMENT;
     if (scale_rule != LOBCQ_ABSMAX_SCALES && x->rows > 0 && !aligned(tensor_scale, 4)) return LOBCQ_INVALID_ARGUMENT;
     if (const int32_t status = check_activation(activation)) return status;
     const bool codebooks = activation->kind == LOBCQ_ENCODED;
     if (!same_shape(*x, *activation) || activation->kind == LOBCQ_FLOAT) return LOBCQ_INVALID_ARGUMENT;
     if (codebooks ? !valid_tables(tables) : tables != nullptr) return LOBCQ_INVALID_ARGUMENT;
+    if (rotated && x->columns % activation->array_size) return LOBCQ_INVALID_ARGUMENT;
     const ActivationView a = view(*activation);
     return run(x->rows, row_grain(x->columns), parallel, [&](int64_t begin, int64_t end) {
-        if (codebooks) encode_activation(as_tables(tables), *x, scale_rule, tensor_scale, a, begin, end);
-        else encode_int8_activation(*x, scale_rule, tensor_scale, a, begin, end);
+        if (codebooks) encode_activation(as_tables(tables), *x, scale_rule, tensor_scale, rotated, a, begin, end);
+        else encode_int8_activation(*x, scale_rule, tensor_scale, rotated, a, begin, end);
     });
 }
 

@@ -5,6 +5,7 @@
 #include "avx2.h"
 #include "feedback.h"
 #include "loops.h"
+#include "rotate.h"
 
 namespace lobcq {
 
@@ -13,6 +14,7 @@ const Isa kAvx2 = {
     .name = "avx2",
     .planes = 4,
     .load = load_row,
+    .rotate = rotate_arrays<8>,
     .absmax = absmax_rows,
     .array_scales = array_scales<kEntryMax>,
     .encode = avx2::encode,

@@ -5,6 +5,7 @@
 #include "avx512.h"
 #include "feedback.h"
 #include "loops.h"
+#include "rotate.h"
 
 namespace lobcq {
 
@@ -12,6 +13,7 @@ const Isa kAvx512 = {
     .name = "avx512",
     .planes = 3,
     .load = load_row,
+    .rotate = rotate_arrays<16>,
     .absmax = absmax_rows,
     .array_scales = array_scales<kEntryMax>,
     .encode = avx512::encode,

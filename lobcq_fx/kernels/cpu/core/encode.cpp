@@ -77,11 +77,11 @@ void encode(const Tables& t, Slab& slab, int64_t columns, int array_size, float 
     if (search) search_scales(t, slab, arrays, tensor_scale);
 }
 
-uint32_t absmax_of_row(const lobcq_matrix& m, int64_t row) {
+uint32_t absmax_of_row(const lobcq_matrix& m, int64_t row, int rotation = 0) {
     Slab slab;
     uint32_t most = 0;
     for (int64_t column = 0; column < m.columns; column += kSlab) {
-        const int64_t n = slab.load(m, row, column), arrays = ceil_div(n, kGroup);
+        const int64_t n = slab.load(m, row, column, rotation), arrays = ceil_div(n, kGroup);
         isa().absmax(slab.x, arrays, kGroup, slab.absmax);
         for (int64_t i = 0; i < arrays; ++i) most = slab.absmax[i] > most ? slab.absmax[i] : most;
     }
@@ -103,9 +103,9 @@ float tensor_scale_of(uint32_t absmax_bits, int entry_max) {
     return absmax_bits < kInfBits ? as_float(absmax_bits) / (static_cast<float>(entry_max) * kScaleMax) : NAN;
 }
 
-float row_scale(const lobcq_matrix& x, int32_t rule, const float* given, int64_t row, int entry_max) {
+float row_scale(const lobcq_matrix& x, int32_t rule, const float* given, int64_t row, int rotation, int entry_max) {
     if (rule == LOBCQ_SHARED_SCALE) return given[0];
-    const uint32_t absmax = absmax_of_row(x, row);
+    const uint32_t absmax = absmax_of_row(x, row, rotation);
     if (rule == LOBCQ_ABSMAX_SCALES || absmax >= kInfBits) return tensor_scale_of(absmax, entry_max);
     return given[row];
 }
@@ -124,9 +124,9 @@ void encode_packed(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, b
     const PackedRow bytes(x.columns, t.num_codebooks, out.array_size);
     const int bits = selector_bits(t.num_codebooks);
     for (int64_t row = begin; row < end; ++row) {
-        const float scale = row_scale(x, scale_rule, out.tensor_scale, row, kEntryMax);
+        const float scale = row_scale(x, scale_rule, out.tensor_scale, row, 0, kEntryMax);
         if (scale_rule != LOBCQ_SHARED_SCALE) out.tensor_scale[row] = scale;
-        for_slabs(x, row, [&](Slab& slab, int64_t column, int64_t columns) {
+        for_slabs(x, row, 0, [&](Slab& slab, int64_t column, int64_t columns) {
             encode(t, slab, columns, out.array_size, scale, search);
             const int64_t padded = round_up(columns, out.array_size);
             pack_codes(slab.codes, padded, out.codes + row * bytes.codes + column / 2);
@@ -139,11 +139,12 @@ void encode_packed(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, b
 }
 
 void encode_activation(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, const float* tensor_scale,
-                       const ActivationView& a, int64_t begin, int64_t end) {
+                       bool rotated, const ActivationView& a, int64_t begin, int64_t end) {
+    const int rotation = rotated ? a.array_size : 0;
     for (int64_t row = begin; row < end; ++row) {
         clear_padding(a, row);
-        a.row_scales[row] = row_scale(x, scale_rule, tensor_scale, row, kEntryMax);
-        for_slabs(x, row, [&](Slab& slab, int64_t column, int64_t columns) {
+        a.row_scales[row] = row_scale(x, scale_rule, tensor_scale, row, rotation, kEntryMax);
+        for_slabs(x, row, rotation, [&](Slab& slab, int64_t column, int64_t columns) {
             encode(t, slab, columns, a.array_size, a.row_scales[row], false);
             store_entries(t, slab, a, row, column, columns);
         });
@@ -196,6 +197,14 @@ void split_activation(const lobcq_matrix& x, const ActivationView& a, int64_t be
         for (int p = 0; p < a.planes; ++p)
             isa().correct(a.entries_at(first_plane + p), a.arrays, a.array_size, a.corrections_at(first_plane + p));
     }
+}
+
+void rotate_rows(const lobcq_matrix& x, int array_size, const lobcq_matrix& out, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+        for_slabs(x, row, array_size, [&](Slab& slab, int64_t column, int64_t columns) {
+            float* to = static_cast<float*>(out.data) + row * out.row_stride + column;
+            std::memcpy(to, slab.x, static_cast<size_t>(columns) * sizeof(float));
+        });
 }
 
 void decode_packed(const Tables& t, const lobcq_packed& packed, const lobcq_matrix& out, int64_t begin, int64_t end) {

@@ -24,9 +24,9 @@ void correct(const ActivationView& a, int64_t row) {
 void encode_int8(const lobcq_matrix& x, int32_t scale_rule, const lobcq_int8& out, int64_t begin, int64_t end) {
     const int64_t padded = round_up(x.columns, out.array_size), arrays = padded / out.array_size;
     for (int64_t row = begin; row < end; ++row) {
-        const float scale = row_scale(x, scale_rule, out.tensor_scale, row, kInt8Max);
+        const float scale = row_scale(x, scale_rule, out.tensor_scale, row, 0, kInt8Max);
         if (scale_rule != LOBCQ_SHARED_SCALE) out.tensor_scale[row] = scale;
-        for_slabs(x, row, [&](Slab& slab, int64_t column, int64_t columns) {
+        for_slabs(x, row, 0, [&](Slab& slab, int64_t column, int64_t columns) {
             encode(slab, columns, out.array_size, scale);
             const int64_t n = round_up(columns, out.array_size);
             std::memcpy(out.entries + row * padded + column, slab.entries, static_cast<size_t>(n));
@@ -37,11 +37,12 @@ void encode_int8(const lobcq_matrix& x, int32_t scale_rule, const lobcq_int8& ou
 }
 
 void encode_int8_activation(const lobcq_matrix& x, int32_t scale_rule, const float* tensor_scale,
-                            const ActivationView& a, int64_t begin, int64_t end) {
+                            bool rotated, const ActivationView& a, int64_t begin, int64_t end) {
+    const int rotation = rotated ? a.array_size : 0;
     for (int64_t row = begin; row < end; ++row) {
         clear_padding(a, row);
-        a.row_scales[row] = row_scale(x, scale_rule, tensor_scale, row, kInt8Max);
-        for_slabs(x, row, [&](Slab& slab, int64_t column, int64_t columns) {
+        a.row_scales[row] = row_scale(x, scale_rule, tensor_scale, row, rotation, kInt8Max);
+        for_slabs(x, row, rotation, [&](Slab& slab, int64_t column, int64_t columns) {
             encode(slab, columns, a.array_size, a.row_scales[row]);
             std::memcpy(a.entries_at(row) + column, slab.entries, static_cast<size_t>(columns));
             store_scales(slab.scales, a, row, column, columns);

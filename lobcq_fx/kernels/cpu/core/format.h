@@ -41,6 +41,9 @@ inline bool valid_num_codebooks(int32_t n) { return n == 1 || n == 2 || n == 4 |
 inline bool valid_array_size(int32_t n) { return n == 16 || n == 32 || n == 64 || n == 128; }
 inline int selector_bits(int32_t num_codebooks) { return __builtin_ctz(static_cast<unsigned>(num_codebooks)); }
 
+// What a rotation's sums are multiplied with: 2^-floor(log2(array_size) / 2).
+constexpr float rotation_scale(int array_size) { return array_size < 64 ? 0.25f : 0.125f; }
+
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 inline int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
 

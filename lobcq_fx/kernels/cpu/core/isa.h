@@ -26,6 +26,8 @@ struct Isa {
 
     // Encoding. Reads n scalars of a dtype as fp32.
     void (*load)(const void* from, int32_t dtype, int64_t n, float* to);
+    // Rotates arrays in place; x is aligned to 64 bytes.
+    void (*rotate)(float* x, int64_t arrays, int array_size);
     // Bits of max|x| of each array: infinity's or more where one of its scalars is not finite.
     void (*absmax)(const float* x, int64_t arrays, int array_size, uint32_t* bits);
     // Steps 1b and 2 of the encoding for n arrays of one row (see ArrayScales in loops.h).

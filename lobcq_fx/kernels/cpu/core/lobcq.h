@@ -32,7 +32,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a declaration in this header changes its meaning. */
-#define LOBCQ_ABI_VERSION 5
+#define LOBCQ_ABI_VERSION 6
 
 enum lobcq_status {
     LOBCQ_OK = 0,
@@ -153,6 +153,10 @@ LOBCQ_API int32_t lobcq_encode(const void* tables, const lobcq_matrix* x, int32_
 LOBCQ_API int32_t lobcq_encode_int8(const lobcq_matrix* x, int32_t scale_rule, lobcq_int8* out,
                                     lobcq_parallel_for parallel);
 
+/* out (fp32) = x, of columns a multiple of array_size, with each block array rotated. */
+LOBCQ_API int32_t lobcq_rotate(const lobcq_matrix* x, int32_t array_size, lobcq_matrix* out,
+                               lobcq_parallel_for parallel);
+
 /* lobcq_encode with LOBCQ_SHARED_SCALE, but that each block array gets, of the scale that the rule asks for and the E4M3
  * numbers below and above it, the one with the least sum of (q - 16 entry)^2 times its square; of equal ones, the first
  * of these. */
@@ -200,14 +204,14 @@ LOBCQ_API int32_t lobcq_weight_unpack(const lobcq_weight* weight, lobcq_packed* 
 
 /* Fills an activation of x's shape, once, for any number of linears with K = columns and the same array_size.
  * encode (kind LOBCQ_ENCODED): as lobcq_encode; tensor_scale is as scale_rule says, or NULL for LOBCQ_ABSMAX_SCALES.
- *   With kind LOBCQ_INT8 as lobcq_encode_int8; tables is then NULL.
+ *   With kind LOBCQ_INT8 as lobcq_encode_int8; tables is then NULL. rotated, not 0: what lobcq_rotate makes of x.
  * load (kind LOBCQ_ENCODED): from packed bytes, as lobcq_encode wrote them. Of kind LOBCQ_INT8 load_int8, from integers;
  *   one of -128, which no encoder writes, is read as -127.
  * split (kind LOBCQ_FLOAT): the values themselves.
  * A row with NaN or infinity gives NaN in that row of every product, and changes no other row. */
 LOBCQ_API int64_t lobcq_activation_bytes(int64_t rows, int64_t columns, int32_t array_size, int32_t kind);
 LOBCQ_API int32_t lobcq_activation_encode(const void* tables, const lobcq_matrix* x, int32_t scale_rule,
-                                          const float* tensor_scale, lobcq_activation* activation,
+                                          const float* tensor_scale, int32_t rotated, lobcq_activation* activation,
                                           lobcq_parallel_for parallel);
 LOBCQ_API int32_t lobcq_activation_load(const void* tables, const lobcq_packed* packed, lobcq_activation* activation,
                                         lobcq_parallel_for parallel);

@@ -15,6 +15,10 @@
  *   in   x, static_scale: as above
  *   out  entries int8 [..., Kp]; scales float8e4m3fn [..., Kp/array_size]; tensor_scale float [..., 1]
  *
+ * Rotate: attribute array_size.
+ *   in   x T [..., K], K a multiple of array_size
+ *   out  y float [..., K]: each block array rotated
+ *
  * Linear: attributes in_features (K), array_size.
  *   in   codes, selectors, scales, tensor_scale: an encoded activation; codebooks int8 [N_a, 16]: the activation's;
  *        w_codes uint8 [N, Kp/2]; w_selectors uint8 [N, ...]; w_scales float8e4m3fn [N, Kp/array_size];

@@ -5,6 +5,7 @@
 #include "neon.h"
 #include "feedback.h"
 #include "loops.h"
+#include "rotate.h"
 
 namespace lobcq {
 
@@ -12,6 +13,7 @@ const Isa kNeon = {
     .name = "neon",
     .planes = 3,
     .load = load_row,
+    .rotate = rotate_arrays<4>,
     .absmax = absmax_rows,
     .array_scales = array_scales<kEntryMax>,
     .encode = neon::encode,

@@ -148,6 +148,30 @@ class QuantizeActivationInt8 : public Encoder {
     enum { kX, kStaticScale };
 };
 
+class Rotate : public Kernel {
+  public:
+    Rotate(const Signature& op, const Api& api, const KernelInfo* info)
+        : node_(op.node(api, info)), array_size_(array_size_of(node_, info)) {}
+
+    void compute(KernelContext* context) const override {
+        const Call call(node_, context);
+        const Tensor x = call.input(kX);
+        const int64_t rows = elements(leading_of(node_, kX, x)), columns = x.shape.back();
+        if (columns % array_size_)
+            node_.refuse("x has " + std::to_string(columns) + " columns, no multiple of array_size, " +
+                         std::to_string(array_size_));
+        const lobcq_matrix matrix{x.data, rows, columns, columns, dtype_of(x.type)};
+        lobcq_matrix out{call.output(0, x.shape), rows, columns, columns, LOBCQ_FP32};
+        node_.check_core(lobcq_rotate(&matrix, array_size_, &out, parallel_for), "x");
+    }
+
+  private:
+    enum { kX };
+
+    Node node_;
+    int32_t array_size_;
+};
+
 // What all linears have in common.
 class Product : public Kernel {
   protected:
@@ -311,6 +335,7 @@ std::vector<Signature> signatures() {
     return {
         {"QuantizeActivation", {x, codebooks, static_scale}, encoded, create<QuantizeActivation>},
         {"QuantizeActivationInt8", {x, static_scale}, in_int8, create<QuantizeActivationInt8>},
+        {"Rotate", {x}, {y}, create<Rotate>},
         {"Linear", linear, {y}, create<Linear>},
         {"LinearInt8Activation", int8_activation, {y}, create<LinearInt8Activation>},
         {"LinearFloatActivation", float_activation, {y_like_x}, create<LinearFloatActivation>},

@@ -2,6 +2,7 @@
 #include "feedback.h"
 #include "isa.h"
 #include "loops.h"
+#include "rotate.h"
 
 namespace lobcq {
 namespace {
@@ -103,6 +104,7 @@ const Isa kPortable = {
     .name = "portable",
     .planes = 3,
     .load = load_row,
+    .rotate = rotate_arrays<4>,
     .absmax = absmax_rows,
     .array_scales = array_scales<kEntryMax>,
     .encode = encode,

@@ -19,12 +19,14 @@ struct Slab {
     uint32_t absmax[kSlabArrays];
     float divisors[kSlabArrays];
 
-    // Columns [column, ...) of a row, zeros behind its end. Returns how many columns there are.
-    int64_t load(const lobcq_matrix& m, int64_t row, int64_t column) {
+    // Columns [column, ...) of a row, zeros behind its end; each `rotation` of them rotated, where it is not 0. Returns how
+    // many columns there are.
+    int64_t load(const lobcq_matrix& m, int64_t row, int64_t column, int rotation = 0) {
         const int64_t n = m.columns - column < kSlab ? m.columns - column : kSlab;
         const int64_t place = (row * m.row_stride + column) * (m.dtype == LOBCQ_FP32 ? 4 : 2);
         isa().load(static_cast<const uint8_t*>(m.data) + place, m.dtype, n, x);
         for (int64_t i = n; i < round_up(n, kGroup); ++i) x[i] = 0.0f;
+        if (rotation) isa().rotate(x, n / rotation, rotation);
         return n;
     }
 
@@ -34,12 +36,12 @@ struct Slab {
     }
 };
 
-// Loads one row slab by slab and hands each to sink(slab, column, columns).
+// Loads one row slab by slab, rotated or not, and hands each to sink(slab, column, columns).
 template <class Sink>
-void for_slabs(const lobcq_matrix& x, int64_t row, Sink sink) {
+void for_slabs(const lobcq_matrix& x, int64_t row, int rotation, Sink sink) {
     Slab slab;
     for (int64_t column = 0; column < x.columns; column += kSlab) {
-        const int64_t n = slab.load(x, row, column);
+        const int64_t n = slab.load(x, row, column, rotation);
         sink(slab, column, n);
     }
 }

@@ -36,6 +36,7 @@ struct Call {
     std::vector<int64_t> out_features;
     int64_t array_size = 0;
     int32_t dtype = 0;  // torch's number
+    bool rotated = false;
 
     // Takes what follows the activation's arguments.
     void take_rest(const Value* stack) {
@@ -93,6 +94,9 @@ lobcq_matrix Call::rows() {
     int64_t count = 1;
     for (size_t i = sizes.size() - 1; i-- > 0;) count *= sizes[i];
     if (activation_bytes(count, columns) < 0) refuse("x is " + to_string(sizes) + ": too large");
+    if (rotated && columns % array_size)
+        refuse("x has " + std::to_string(columns) + " columns: pass whole block arrays, multiples of " +
+               std::to_string(array_size));
     if (!is_matrix(sizes, x.strides())) x = contiguous(std::move(x));
     x = realigned(std::move(x), float_dtype(x.dtype()) == LOBCQ_FP32 ? 4 : 2);
     const std::vector<int64_t> strides = x.strides();
@@ -116,7 +120,7 @@ Tensor Call::encoded(const lobcq_matrix& rows, lobcq_activation* activation) con
     const void* tables = kind == LOBCQ_ENCODED ? activation_tables.data<void>() : nullptr;
     if (tables && lobcq_tables_codebooks(tables) < 0) refuse("activation_tables are not what this core makes of codebooks");
     if (!static_scale) {
-        check_core(lobcq_activation_encode(tables, &rows, LOBCQ_ABSMAX_SCALES, nullptr, activation,
+        check_core(lobcq_activation_encode(tables, &rows, LOBCQ_ABSMAX_SCALES, nullptr, rotated, activation,
                                            api.torch_parallel_for));
         return buffer;
     }
@@ -125,7 +129,7 @@ Tensor Call::encoded(const lobcq_matrix& rows, lobcq_activation* activation) con
         refuse("static_scale is " + std::to_string(scale) + ": it must be positive and finite");
     // Given for each row, the rule that makes NaN of a whole row with NaN or infinity in it.
     const std::vector<float> scales(static_cast<size_t>(rows.rows), scale);
-    check_core(lobcq_activation_encode(tables, &rows, LOBCQ_ROW_SCALES, scales.data(), activation,
+    check_core(lobcq_activation_encode(tables, &rows, LOBCQ_ROW_SCALES, scales.data(), rotated, activation,
                                        api.torch_parallel_for));
     return buffer;
 }
@@ -223,6 +227,7 @@ void linear_prepacked(Value* stack, uint64_t, uint64_t) {
     call.static_scale = take_optional_tensor(stack[2]);
     call.take_rest(stack + 3);
     call.dtype = static_cast<int32_t>(stack[9]);
+    call.rotated = stack[10] & 1;  // a bool: only its byte is written
     stack[0] = give_tensors(call.run());
 }
 

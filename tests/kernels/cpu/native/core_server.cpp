@@ -24,6 +24,7 @@ enum Operation {
     kTensorScale,
     kEncode,
     kEncodeInt8,
+    kRotate,
     kEncodeSearched,
     kCompensate,
     kDecode,
@@ -42,7 +43,7 @@ struct Request {
     int64_t rows, columns, row_stride, dtype;  // of the matrix that goes in or comes out
     // Of the packed operand, the weight (operand_rows are its N) and the activation (its M is the matrix's).
     int64_t operand_rows, operand_columns, num_tensor_scales, num_codebooks, array_size;
-    int64_t scale_rule, kind;
+    int64_t scale_rule, kind, rotated;
 };
 
 class Array {
@@ -122,6 +123,7 @@ struct Call {
     int32_t tables();
     int32_t encode();
     int32_t encode_int8();
+    int32_t rotate();
     int32_t encode_searched();
     int32_t compensate();
     int32_t decode();
@@ -156,6 +158,12 @@ int32_t Call::encode_int8() {
     if (r.scale_rule != LOBCQ_ABSMAX_SCALES) std::memcpy(out[2].as(), in[1].as(), out[2].bytes());
     lobcq_int8 operand = int8(out.data());
     return lobcq_encode_int8(&x, narrow(r.scale_rule), &operand, nullptr);
+}
+
+int32_t Call::rotate() {
+    const lobcq_matrix x = matrix(in[0]);
+    lobcq_matrix rotated = {out[0].as(), r.rows, r.columns, r.columns, LOBCQ_FP32};
+    return lobcq_rotate(&x, narrow(r.array_size), &rotated, nullptr);
 }
 
 int32_t Call::encode_searched() {
@@ -205,7 +213,8 @@ int32_t Call::fill_activation() {
     }
     const lobcq_matrix x = matrix(in[1]);
     if (r.operation == kSplitActivation) return lobcq_activation_split(&x, &a, nullptr);
-    return lobcq_activation_encode(in[0].or_null(), &x, narrow(r.scale_rule), in[2].or_null<float>(), &a, nullptr);
+    return lobcq_activation_encode(in[0].or_null(), &x, narrow(r.scale_rule), in[2].or_null<float>(), narrow(r.rotated),
+                                   &a, nullptr);
 }
 
 int32_t Call::linear() {
@@ -241,6 +250,7 @@ int32_t Call::run() {
         }
         case kEncode: return encode();
         case kEncodeInt8: return encode_int8();
+        case kRotate: return rotate();
         case kEncodeSearched: return encode_searched();
         case kCompensate: return compensate();
         case kDecode: return decode();
