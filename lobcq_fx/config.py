@@ -81,9 +81,9 @@ class LobcqConfig:
     min_in_features: int = 16
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "format", _format_of(self.format))
+        object.__setattr__(self, "format", format_of(self.format))
         if self.activation_format is not None:
-            object.__setattr__(self, "activation_format", _format_of(self.activation_format))
+            object.__setattr__(self, "activation_format", format_of(self.activation_format))
         object.__setattr__(self, "include", _patterns("include", self.include))
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
         _check_choice("mode", self.mode, MODES)
@@ -224,7 +224,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _format_of(value: FormatSpec | str) -> FormatSpec:
+def format_of(value: FormatSpec | str) -> FormatSpec:
+    """A format given as such or by its name.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     if isinstance(value, FormatSpec):
         return value
     if not isinstance(value, str):

@@ -5,17 +5,24 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 from transformers import GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
+from lobcq_fx.cache_format import CacheFormat
 from lobcq_fx.errors import CallError
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.generation_overrides import PREPARE, delegated
+from lobcq_fx.frontends.lobcq_cache import LobcqCache
 from lobcq_fx.frontends.output_types import CACHE_NAME
 from lobcq_fx.frontends.plain_outputs import without_extra_outputs
+from lobcq_fx.frontends.quantized_cache_call import QuantizedCacheCall
 from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static, static_cache
+from lobcq_fx.graph.shared_tensors import SharingGraphModule
 from lobcq_fx.model import ModelGraph, ModelParts, QuantizedModel, Reader
+from lobcq_fx.passes.quantize_cache import QuantizeCache
+from lobcq_fx.tracing.trace import MAIN
 
 
 class CausalLMForward:
@@ -149,7 +156,34 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         self._previous_max_cache_length = length
         return self.static_cache(length, None if prefill_chunk_size is None else batch_size)
 
+    def _prepack(self) -> None:
+        super()._prepack()
+        self._quantized_caches: dict[CacheFormat, ModelGraph] = {}  # made of what was lowered just now
+
+    def _for_quantized_cache(self, cache_format: CacheFormat) -> ModelGraph:
+        """The main graph as it serves quantized caches; it is made at the first call.
+
+        Raises:
+            CallError: it keeps something else than keys and values that grow.
+        """
+        if cache_format not in self._quantized_caches:
+            main, calling = self.graphs[MAIN], self.calling
+            assert isinstance(calling, CausalLMCall)
+            graph = fx.Graph()
+            graph.output(graph.graph_copy(main.graph_module.graph, {}))
+            graph_module = SharingGraphModule(self.graph_module, graph)
+            quantize_cache = QuantizeCache(cache_format, calling.cache_heads, getattr(torch, calling.cache_dtype))
+            if refusals := quantize_cache(graph_module).refusals:
+                reasons = "; ".join(map(str, refusals))
+                raise CallError(f"the model's graph cannot keep a quantized cache: {reasons}. Pass a DynamicCache")
+            constants = tuple(one.to(self.device) for one in quantize_cache.constants.values())
+            call = QuantizedCacheCall(calling, constants)
+            self._quantized_caches[cache_format] = ModelGraph(graph_module, main.stored, call)
+        return self._quantized_caches[cache_format]
+
     def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelGraph:
+        if isinstance(kwargs.get("past_key_values"), LobcqCache):
+            return self._for_quantized_cache(kwargs["past_key_values"].format)
         if not is_static(kwargs.get("past_key_values")):
             return super()._serving(args, kwargs)
         graph = self.graphs.get(STATIC_CACHE)

@@ -32,6 +32,7 @@ from lobcq_fx.ops import schemas
 from lobcq_fx.ops.compensate import check_whole_arrays
 from lobcq_fx.ops.linear import StoredLinears
 from lobcq_fx.ops.operand_checks import check
+from lobcq_fx.ops.states import PackedStates
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,9 @@ def bind_cpu_core() -> bool:
     torch.library.impl(schemas.QUANTIZE_WEIGHT_SEARCHED, "CPU", _quantize_weight_searched)
     torch.library.impl(schemas.DEQUANTIZE_WEIGHT, "CPU", _dequantize_weight)
     torch.library.impl(schemas.COMPENSATE, "CPU", _compensate)
+    states = PackedStates(_encoded, _decoded)
+    torch.library.impl(schemas.QUANTIZE_STATES, "CPU", states.quantize_states)
+    torch.library.impl(schemas.DEQUANTIZE_STATES, "CPU", states.dequantize_states)
     stored = StoredLinears(_scaled_entries)
     torch.library.impl(schemas.LINEAR, "CPU", stored.linear)
     torch.library.impl(schemas.LINEAR_INT8_ACTIVATION, "CPU", stored.linear_int8_activation)
@@ -196,6 +200,12 @@ def _compensate(
     operands = (weight.detach(), other_errors, coupling, power, float(tensor_scale), array_size)
     codes, selectors, scales, costs = _core().compensate(tables_of(codebooks), *operands)
     return codes, selectors, scales.view(torch.float8_e4m3fn), costs
+
+
+def _encoded(
+    x: Tensor, codebooks: Tensor, array_size: int, tensor_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _parts(_core().encode(tables_of(codebooks), _rows(x), array_size, tensor_scale))
 
 
 def _scaled_entries(

@@ -8,15 +8,18 @@ from lobcq_fx.ops.linear import linear, linear_float_activation, linear_int8_act
 from lobcq_fx.ops.quantize_activation import quantize_activation
 from lobcq_fx.ops.quantize_activation_int8 import quantize_activation_int8
 from lobcq_fx.ops.quantize_weight import quantize_weight, quantize_weight_searched
+from lobcq_fx.ops.states import dequantize_states, quantize_states
 
 __all__ = [
     "compensate",
+    "dequantize_states",
     "dequantize_weight",
     "linear",
     "linear_float_activation",
     "linear_int8_activation",
     "quantize_activation",
     "quantize_activation_int8",
+    "quantize_states",
     "quantize_weight",
     "quantize_weight_searched",
 ]

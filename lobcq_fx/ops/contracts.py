@@ -81,6 +81,8 @@ OPERANDS: dict[str, tuple[Operand, ...]] = {
         Operand("tensor_scale", FLOAT32, (), positive=True),
         _CODEBOOKS,
     ),
+    schemas.QUANTIZE_STATES: (Operand("x", FLOATS, ("B", "H", "T", "D")), _CODEBOOKS),
+    schemas.DEQUANTIZE_STATES: (Operand("rows", UINT8, ("B", "T", "row_bytes")), _CODEBOOKS),
     schemas.LINEAR: (
         Operand("codes", UINT8, (..., "code_bytes")),
         Operand("selectors", UINT8, (..., "selector_bytes")),

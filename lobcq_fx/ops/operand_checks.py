@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lobcq_fx.errors import OperandError
 from lobcq_fx.format import FormatSpec
+from lobcq_fx.format.state_rows import StateRows
 from lobcq_fx.ops.contracts import FLOATS, OPERANDS, Operand
 
 Arguments = Mapping[str, Any]
@@ -121,6 +122,8 @@ class _Sizes:
         match name:
             case "K":
                 return self.columns
+            case "B" | "H" | "T" | "D":
+                return None
             case "N":
                 return self.outputs(index)
             case "N_c":
@@ -139,6 +142,9 @@ class _Sizes:
                 return self.stored_format(self.given["w_codebooks"]).selector_bytes(self.columns)
             case "w_arrays":
                 return self.stored_format(self.given["w_codebooks"]).num_arrays(self.columns)
+            case "row_bytes":
+                spec = self.stored_format(self.given["codebooks"])
+                return StateRows(spec, self.given["heads"], self.given["width"]).row_bytes
             case "table_bytes":
                 return min(self.layout.table_bytes, key=lambda known: abs(known - tensor.numel()))
             case _:

@@ -56,6 +56,8 @@ DEFAULTS = {
     schemas.QUANTIZE_WEIGHT_SEARCHED: lobcq_fx.ops.quantize_weight_searched,
     schemas.DEQUANTIZE_WEIGHT: lobcq_fx.ops.dequantize_weight,
     schemas.COMPENSATE: lobcq_fx.ops.compensate,
+    schemas.QUANTIZE_STATES: lobcq_fx.ops.quantize_states,
+    schemas.DEQUANTIZE_STATES: lobcq_fx.ops.dequantize_states,
     schemas.LINEAR: lobcq_fx.ops.linear,
     schemas.LINEAR_INT8_ACTIVATION: lobcq_fx.ops.linear_int8_activation,
     schemas.LINEAR_FLOAT_ACTIVATION: lobcq_fx.ops.linear_float_activation,

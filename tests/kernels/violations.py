@@ -58,7 +58,7 @@ def violations(op: str, operand: Operand, valid: Tensor) -> Iterator[tuple[str, 
 
 
 def _other_sizes(operand: Operand, valid: Tensor, first: bool) -> Iterator[tuple[str, Tensor]]:
-    free = {"K", "N"} if first or operand.name == "w_codes" else set()
+    free = {"B", "H", "T", "D", "K", "N"} if first or operand.name == "w_codes" else set()
     for place, size in enumerate(operand.shape, valid.dim() - len(operand.shape)):
         if size in free or (size is ... and first):
             continue
@@ -104,6 +104,8 @@ def broken_numbers(given: Arguments) -> Iterator[tuple[str, Any]]:
         yield from (("dtype", dtype) for dtype in (torch.float64, torch.int32, torch.uint8, torch.float8_e4m3fn))
     if "in_features" in given:
         yield from (("in_features", columns) for columns in (-1, 0, 192, 257, 2**62))
+    for name in ("heads", "width") if "heads" in given else ():
+        yield from ((name, size) for size in (-1, 0, 65, 2**62))
     if "out_features" in given:
         first, *rest = given["out_features"]
         for n in {-1, 0, first - 1, first + 1, first + 16, 2**31 + 1, 2**62, -(2**63)} - {first}:
@@ -115,7 +117,7 @@ PREPACKED = [name for name in OPERANDS if name.startswith(schemas.LINEAR_PREPACK
 STORED = [name for name in OPERANDS if name not in PREPACKED]
 
 
-UNNAMED = {"codebooks", "w_codebooks", "w_codes", "array_size", "in_features", "out_features"}
+UNNAMED = {"codebooks", "w_codebooks", "w_codes", "array_size", "in_features", "out_features", "heads", "width"}
 """Where these are wrong, whatever else depends on them may be what is named."""
 
 
@@ -169,6 +171,11 @@ def stored_call(op: str, device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
     if op == schemas.COMPENSATE:
         values["tensor_scale"] = weight.tensor_scale
+    if op == schemas.QUANTIZE_STATES:
+        values["x"] = x.view(1, 4, 3, 50)
+    if op == schemas.DEQUANTIZE_STATES:
+        rows = torch.ops.lobcq.quantize_states(x.view(1, 4, 3, 50), codebooks, spec.array_size)
+        values |= {"rows": rows, "heads": 4, "width": 50}
     if op == schemas.LINEAR_INT8_ACTIVATION:
         in_int8 = encode_int8(x, spec.array_size)
         values |= {"entries": in_int8.entries, "scales": in_int8.scales}
