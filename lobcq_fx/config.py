@@ -56,6 +56,8 @@ class LobcqConfig:
             over, at no cost; `"everywhere"` with a multiplication where none does. Needs calibration data.
         rotation: `"hadamard"` rotates the columns of each block array wherever calibration data show a smaller error
             with it. Activations are rotated when the model runs, by a small matrix product.
+        kv_cache: of a language model, the format of the keys and values in the caches that it makes by itself, in calls
+            and in `generate()`: see `LobcqCache`. None leaves them in float.
         include: shell-style patterns of layer names, or `@head` for output heads, whatever they are called (known for
             Hugging Face models); a layer is quantized if one matches.
         exclude: shell-style patterns of layer names left in float; they win over `include`.
@@ -75,6 +77,7 @@ class LobcqConfig:
     rounding: str = "nearest"
     smoothing: str = "none"
     rotation: str = "none"
+    kv_cache: FormatSpec | None = None
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -84,6 +87,8 @@ class LobcqConfig:
         object.__setattr__(self, "format", format_of(self.format))
         if self.activation_format is not None:
             object.__setattr__(self, "activation_format", format_of(self.activation_format))
+        if self.kv_cache is not None:
+            object.__setattr__(self, "kv_cache", format_of(self.kv_cache))
         object.__setattr__(self, "include", _patterns("include", self.include))
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
         _check_choice("mode", self.mode, MODES)
@@ -144,6 +149,7 @@ class LobcqConfig:
             "rounding": self.rounding,
             "smoothing": self.smoothing,
             "rotation": self.rotation,
+            "kv_cache": None if self.kv_cache is None else self.kv_cache.name,
             "include": list(self.include),
             "exclude": list(self.exclude),
             "overrides": {

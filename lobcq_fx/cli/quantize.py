@@ -14,6 +14,7 @@ from lobcq_fx.cli.options import (
     Dtype,
     FormatOption,
     JsonOption,
+    KvCacheOption,
     LengthOption,
     Mode,
     ModelArgument,
@@ -79,6 +80,7 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    kv_cache: KvCacheOption = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Quantize only layers whose name matches; repeatable.")
     ] = None,
@@ -113,6 +115,7 @@ def quantize(
         rounding,
         smoothing,
         rotation,
+        kv_cache,
         include,
         exclude,
     )
@@ -155,6 +158,7 @@ def _config(
     rounding: Rounding | None,
     smoothing: Smoothing | None,
     rotation: Rotation | None,
+    kv_cache: str | None,
     include: list[str] | None,
     exclude: list[str] | None,
 ) -> LobcqConfig:
@@ -167,6 +171,7 @@ def _config(
         mode=mode.value,
         activation_format=activation_format,
         activation_scale=activation_scale.value,
+        kv_cache=kv_cache,
         codebooks=codebooks,
         include=tuple(include or ("*",)),
         exclude=(*DEFAULT_EXCLUDE, *(exclude or ())),

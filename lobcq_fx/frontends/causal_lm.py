@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from transformers import GenerationMixin, PreTrainedModel, StaticCache
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from lobcq_fx.cache_format import CacheFormat
@@ -52,8 +52,9 @@ class CausalLMForward:
             input_ids: [B, T] token ids.
             attention_mask: [B, P + T], 0 at padding, with P cached tokens; None means no padding.
             position_ids: [B, T]; None counts as the float model does.
-            past_key_values: a DynamicCache, which grows in place; None starts a new one. Or a static cache, which has a
-                fixed length C: see `QuantizedCausalLM.static_cache`; the mask may then be [B, C], 0 or 1 past P + T.
+            past_key_values: a DynamicCache or a LobcqCache, which grow in place; None starts a new one. Or a static
+                cache, which has a fixed length C: see `QuantizedCausalLM.static_cache`; the mask may then be [B, C], 0
+                or 1 past P + T.
             labels: [B, T]; adds the shifted cross-entropy as `loss`.
             use_cache: False leaves the cache out of the output; None does what the configuration says.
             logits_to_keep: how many last positions get logits, 0 for all; or an index tensor.
@@ -71,11 +72,12 @@ class CausalLMForward:
             raise CallError("past_key_values and cache are two names of the same argument: pass one of them")
         if use_cache is None:
             use_cache = getattr(self.config.get_text_config(), "use_cache", None)
+        cache = past_key_values if cache is None else cache
         call = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values if cache is None else cache,
+            "past_key_values": self._new_cache() if cache is None and use_cache is not False else cache,
             "labels": labels,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
@@ -83,6 +85,10 @@ class CausalLMForward:
             **kwargs,
         }
         return super().forward(**call)  # type: ignore[misc]
+
+    def _new_cache(self) -> Any:
+        """The cache of a call that brings none; None is one that grows, of floats."""
+        return None
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """What `generate()` calls `forward` with; where the original class has a way of its own, this is it."""
@@ -118,6 +124,21 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
 
     def _base_arguments(self, parts: ModelParts) -> tuple[Any, ...]:
         return (parts.config,)
+
+    def _new_cache(self) -> LobcqCache | None:
+        spec = self.lobcq_config.kv_cache
+        return None if spec is None else LobcqCache(spec)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Where nobody asks for another cache, the model's own."""
+        asked = generation_config.cache_implementation is not None or model_kwargs.get(CACHE_NAME) is not None
+        cache = None if asked or generation_config.use_cache is False else self._new_cache()
+        if cache is None:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        else:
+            model_kwargs[CACHE_NAME] = cache
 
     def static_cache(self, max_cache_len: int, batch_size: int | None = None) -> StaticCache:
         """A cache of a fixed length, for `past_key_values`; the calls write their keys and values into it.

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import lobcq_fx
+from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CallError, ConfigError
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
 from lobcq_fx.frontends.lobcq_cache import LobcqCache
@@ -118,6 +119,30 @@ def test_generate_gives_the_float_model_s_tokens(family, way):
     with fake_quantized(model, quantized_layers(q)):
         expected = model.generate(ids, **{CACHE_NAME: LobcqCache()}, **settings)
     assert torch.equal(q.generate(ids, **{CACHE_NAME: LobcqCache()}, **settings), expected)
+
+
+@torch.no_grad()
+def test_a_model_that_is_configured_for_it_makes_it_by_itself(q, tmp_path):
+    configured = lobcq_fx.quantize(causal_lm("llama"), config=LobcqConfig(kv_cache="16x16"), static_cache=False)
+    configured.save_pretrained(tmp_path / "q")
+    loaded = lobcq_fx.load(tmp_path / "q")
+    ids, mask = batch(2)
+    settings = {**GREEDY, "attention_mask": mask}
+    expected = q(ids, attention_mask=mask, past_key_values=LobcqCache("16x16")).logits
+    tokens = q.generate(ids, **{CACHE_NAME: LobcqCache("16x16")}, **settings)
+    for model in (configured, loaded):
+        out = model(ids, attention_mask=mask)
+        assert type(out[CACHE_NAME]) is LobcqCache
+        assert torch.equal(out.logits, expected)
+        assert torch.equal(model.generate(ids, **settings), tokens)
+        found = model.generate(ids, return_dict_in_generate=True, **settings)
+        assert type(found[CACHE_NAME]) is LobcqCache
+    in_float = q(ids, attention_mask=mask).logits  # where floats are asked for, they are kept
+    assert torch.equal(loaded(ids, attention_mask=mask, use_cache=False).logits, in_float)
+    assert torch.equal(loaded(ids, attention_mask=mask, past_key_values=DynamicCache()).logits, in_float)
+    growing = {"cache_implementation": "dynamic", **settings}
+    assert torch.equal(loaded.generate(ids, **growing), q.generate(ids, **growing))
+    assert torch.equal(loaded.generate(ids, use_cache=False, **settings), q.generate(ids, use_cache=False, **settings))
 
 
 def test_generate_goes_on_with_a_cache_of_the_caller_s(q):
