@@ -22,7 +22,7 @@ class CacheFormat:
     """
 
     spec: FormatSpec = field(default_factory=FormatSpec)
-    rotate_keys: bool = False
+    rotate_keys: bool = True
 
     def rows(self, heads: int, width: int) -> StateRows:
         """The layout of tokens whose states are [heads, width]."""

@@ -20,7 +20,9 @@ from lobcq_fx.frontends.plain_outputs import without_extra_outputs
 from lobcq_fx.frontends.quantized_cache_call import QuantizedCacheCall
 from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static, static_cache
 from lobcq_fx.graph.shared_tensors import SharingGraphModule
+from lobcq_fx.kernels.bind import attends
 from lobcq_fx.model import ModelGraph, ModelParts, QuantizedModel, Reader
+from lobcq_fx.passes.fuse_cached_attention import FuseCachedAttention
 from lobcq_fx.passes.quantize_cache import QuantizeCache
 from lobcq_fx.tracing.trace import MAIN
 
@@ -197,6 +199,8 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
             if refusals := quantize_cache(graph_module).refusals:
                 reasons = "; ".join(map(str, refusals))
                 raise CallError(f"the model's graph cannot keep a quantized cache: {reasons}. Pass a DynamicCache")
+            if attends(self.device):
+                FuseCachedAttention()(graph_module)
             constants = tuple(one.to(self.device) for one in quantize_cache.constants.values())
             call = QuantizedCacheCall(calling, constants)
             self._quantized_caches[cache_format] = ModelGraph(graph_module, main.stored, call)

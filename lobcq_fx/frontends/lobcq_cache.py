@@ -76,13 +76,14 @@ class LobcqCache(Cache):  # type: ignore[misc]
     Args:
         format: a `FormatSpec` or its name; heads whose width its arrays do not divide get the shorter ones that store
             them in the fewest bytes.
-        rotate_keys: multiply keys with a Hadamard matrix within their heads before they are encoded.
+        rotate_keys: multiply keys with a Hadamard matrix within their heads before they are encoded, which spreads the
+            few columns that stand out in keys (docs/accuracy.md has what it is worth).
 
     Raises:
         ConfigError: no such format.
     """
 
-    def __init__(self, format: FormatSpec | str = "8x64", *, rotate_keys: bool = False) -> None:
+    def __init__(self, format: FormatSpec | str = "8x64", *, rotate_keys: bool = True) -> None:
         bind_cpu_core()
         self.format = CacheFormat(format_of(format), rotate_keys)
         super().__init__(layer_class_to_replicate=partial(LobcqLayer, self.format))

@@ -2,6 +2,7 @@
 
 import lobcq_fx.ops.fused
 import lobcq_fx.ops.linear_prepacked  # noqa: F401  (its schemas and fake kernels: only devices implement it)
+from lobcq_fx.ops.attention import attention
 from lobcq_fx.ops.compensate import compensate
 from lobcq_fx.ops.dequantize_weight import dequantize_weight
 from lobcq_fx.ops.linear import linear, linear_float_activation, linear_int8_activation
@@ -11,6 +12,7 @@ from lobcq_fx.ops.quantize_weight import quantize_weight, quantize_weight_search
 from lobcq_fx.ops.states import dequantize_states, quantize_states
 
 __all__ = [
+    "attention",
     "compensate",
     "dequantize_states",
     "dequantize_weight",

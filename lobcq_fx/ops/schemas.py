@@ -27,6 +27,7 @@ DEQUANTIZE_WEIGHT = "lobcq::dequantize_weight"
 COMPENSATE = "lobcq::compensate"
 QUANTIZE_STATES = "lobcq::quantize_states"
 DEQUANTIZE_STATES = "lobcq::dequantize_states"
+ATTENTION = "lobcq::attention"
 LINEAR = "lobcq::linear"
 LINEAR_FLOAT_ACTIVATION = "lobcq::linear.float_activation"
 LINEAR_INT8_ACTIVATION = "lobcq::linear.int8_activation"
@@ -66,6 +67,11 @@ torch.library.define(QUANTIZE_STATES, "(Tensor x, Tensor codebooks, int array_si
 torch.library.define(
     DEQUANTIZE_STATES,
     "(Tensor rows, Tensor codebooks, int heads, int width, int array_size, ScalarType dtype) -> Tensor",
+)
+torch.library.define(
+    ATTENTION,
+    "(Tensor query, Tensor keys, Tensor values, Tensor codebooks, Tensor? mask, int heads, int value_width,"
+    " int key_array_size, int value_array_size, float scale) -> Tensor",
 )
 torch.library.define(
     LINEAR,
@@ -128,7 +134,8 @@ def _refuse_backward(*_: Any) -> NoReturn:
 
 _ON_STORED = (
     QUANTIZE_ACTIVATION, QUANTIZE_ACTIVATION_INT8, QUANTIZE_WEIGHT, QUANTIZE_WEIGHT_SEARCHED, DEQUANTIZE_WEIGHT,
-    COMPENSATE, QUANTIZE_STATES, DEQUANTIZE_STATES, LINEAR, LINEAR_INT8_ACTIVATION, LINEAR_FLOAT_ACTIVATION,
+    COMPENSATE, QUANTIZE_STATES, DEQUANTIZE_STATES, ATTENTION, LINEAR, LINEAR_INT8_ACTIVATION,
+    LINEAR_FLOAT_ACTIVATION,
 )  # fmt: skip
 for _name in _ON_STORED:
     torch.library.register_autograd(_name, _refuse_backward)

@@ -26,6 +26,9 @@ from lobcq_fx.tracing.example import EXAMPLE
 aten = torch.ops.aten
 lobcq = torch.ops.lobcq
 
+CONSTANT = "lobcq_cache_"
+"""What the names of the inputs that hold codebooks and rotations start with."""
+
 LENGTH = 2
 """Dimension of the tokens in keys and values [B, H, P, D]."""
 
@@ -75,19 +78,19 @@ class QuantizeCache(GraphPass):
         for width in dict.fromkeys(key for _, key, _ in self.heads) if self.cache.rotate_keys else ():
             for operand in get_args(Operand):
                 found[_matrix(width, operand)] = self.cache.rotation(width, operand).to(self.dtype)
-        return {f"lobcq_cache_{name}": tensor for name, tensor in found.items()}
+        return {CONSTANT + name: tensor for name, tensor in found.items()}
 
     def _rewrite(
         self, graph: fx.Graph, state: fx.Node, shape: tuple[int, int], constants: dict[str, fx.Node], rotated: bool
     ) -> None:
         (grown,) = (node for node in state.users if node.target is aten.cat.default)
         new: Any = grown.args[0][1]  # type: ignore[index]
-        codebooks = constants["lobcq_cache_codebooks"]
+        codebooks = constants[CONSTANT + "codebooks"]
         heads, width = shape
         layout = self.cache.rows(heads, width)
 
         def rotate(x: fx.Node, operand: Operand) -> fx.Node:
-            matrix = constants[f"lobcq_cache_{_matrix(width, operand)}"] if rotated else None
+            matrix = constants[CONSTANT + _matrix(width, operand)] if rotated else None
             return x if matrix is None else add_call(graph, aten.matmul.default, (x, matrix), like=grown)
 
         _hold_rows(state, layout.row_bytes)

@@ -58,6 +58,7 @@ DEFAULTS = {
     schemas.COMPENSATE: lobcq_fx.ops.compensate,
     schemas.QUANTIZE_STATES: lobcq_fx.ops.quantize_states,
     schemas.DEQUANTIZE_STATES: lobcq_fx.ops.dequantize_states,
+    schemas.ATTENTION: lobcq_fx.ops.attention,
     schemas.LINEAR: lobcq_fx.ops.linear,
     schemas.LINEAR_INT8_ACTIVATION: lobcq_fx.ops.linear_int8_activation,
     schemas.LINEAR_FLOAT_ACTIVATION: lobcq_fx.ops.linear_float_activation,
