@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from lobcq_fx.frontends.plain_outputs import without_extra_outputs
 from lobcq_fx.frontends.quantized_cache_call import QuantizedCacheCall
 from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static, static_cache
 from lobcq_fx.graph.shared_tensors import SharingGraphModule
-from lobcq_fx.kernels.bind import attends
 from lobcq_fx.model import ModelGraph, ModelParts, QuantizedModel, Reader
-from lobcq_fx.passes.fuse_cached_attention import FuseCachedAttention
+from lobcq_fx.passes.order import quantizing_cache
 from lobcq_fx.passes.quantize_cache import QuantizeCache
 from lobcq_fx.tracing.trace import MAIN
+
+logger = logging.getLogger(__name__)
 
 
 class CausalLMForward:
@@ -196,11 +198,12 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
             graph.output(graph.graph_copy(main.graph_module.graph, {}))
             graph_module = SharingGraphModule(self.graph_module, graph)
             quantize_cache = QuantizeCache(cache_format, calling.cache_heads, getattr(torch, calling.cache_dtype))
-            if refusals := quantize_cache(graph_module).refusals:
-                reasons = "; ".join(map(str, refusals))
+            first, *others = (one(graph_module) for one in quantizing_cache(quantize_cache, self.device))
+            if first.refusals:
+                reasons = "; ".join(map(str, first.refusals))
                 raise CallError(f"the model's graph cannot keep a quantized cache: {reasons}. Pass a DynamicCache")
-            if attends(self.device):
-                FuseCachedAttention()(graph_module)
+            for refusal in (refusal for one in others for refusal in one.refusals):
+                logger.info("%s", refusal)
             constants = tuple(one.to(self.device) for one in quantize_cache.constants.values())
             call = QuantizedCacheCall(calling, constants)
             self._quantized_caches[cache_format] = ModelGraph(graph_module, main.stored, call)
