@@ -205,7 +205,10 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
             for refusal in (refusal for one in others for refusal in one.refusals):
                 logger.info("%s", refusal)
             constants = tuple(one.to(self.device) for one in quantize_cache.constants.values())
-            call = QuantizedCacheCall(calling, constants)
+            row_bytes = tuple(
+                cache_format.rows(heads, width).row_bytes for heads, *widths in calling.cache_heads for width in widths
+            )
+            call = QuantizedCacheCall(calling, row_bytes, constants)
             self._quantized_caches[cache_format] = ModelGraph(graph_module, main.stored, call)
         return self._quantized_caches[cache_format]
 

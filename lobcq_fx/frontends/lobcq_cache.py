@@ -93,26 +93,25 @@ class LobcqCache(Cache):  # type: ignore[misc]
         """Bytes of all keys and values."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
 
-    def rows(self, cache_heads: tuple[tuple[int, int, int], ...], batch: int, device: torch.device) -> list[Tensor]:
+    def rows(self, row_bytes: tuple[int, ...], batch: int, device: torch.device) -> list[Tensor]:
         """Keys and values of every layer in turn, for a quantized model's graph; empty ones where there are none yet.
 
         Args:
-            cache_heads: for each layer of the model, heads and the widths of a key and a value.
+            row_bytes: of a token's keys, then values, in every layer of the model.
             batch: of the call.
             device: of the call.
 
         Raises:
             CallError: the cache holds tokens of another model, batch or device.
         """
-        layouts = [self.format.rows(heads, width) for heads, *widths in cache_heads for width in widths]
         if self.get_seq_length() == 0:
-            return [torch.empty((batch, 0, one.row_bytes), dtype=torch.uint8, device=device) for one in layouts]
+            return [torch.empty((batch, 0, width), dtype=torch.uint8, device=device) for width in row_bytes]
         states = [state for layer in self.layers for state in (layer.keys, layer.values)]
-        wanted = [(batch, self.get_seq_length(), one.row_bytes) for one in layouts]
+        wanted = [(batch, self.get_seq_length(), width) for width in row_bytes]
         if [tuple(state.shape) for state in states] != wanted or states[0].device != device:
             raise CallError(
                 f"past_key_values holds {len(self.layers)} layers of {list(states[0].shape)} on {states[0].device}, the"
-                f" call needs {len(cache_heads)} of {list(wanted[0])} [batch, tokens, bytes] on {device}: pass a new"
+                f" call needs {len(row_bytes) // 2} of {list(wanted[0])} [batch, tokens, bytes] on {device}: pass a new"
                 " LobcqCache, or the one of this batch"
             )
         return states

@@ -19,12 +19,14 @@ class QuantizedCacheCall(CallingConvention):
     """Calls of the graph that `QuantizeCache` makes of one for growing caches. It is never saved: the other one is.
 
     causal: how that one is called.
+    row_bytes: of a token's keys, then values, in every layer.
     constants: what the pass wants as inputs behind the cache, on the model's device.
     """
 
     kind: ClassVar[str] = "quantized_cache"
 
     causal: CausalLMCall
+    row_bytes: tuple[int, ...]
     constants: tuple[Tensor, ...]
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -37,7 +39,7 @@ class QuantizedCacheCall(CallingConvention):
         ids = input_ids_of(call)
         cache = call["past_key_values"]
         assert isinstance(cache, LobcqCache)
-        rows = cache.rows(self.causal.cache_heads, ids.shape[0], ids.device)
+        rows = cache.rows(self.row_bytes, ids.shape[0], ids.device)
         heads, width, _ = self.causal.cache_heads[0]
         first_key = torch.empty((ids.shape[0], heads, rows[0].shape[1], width), dtype=torch.uint8, device="meta")
         return [*self.causal.inputs_of(call, ids, first_key), *rows, *self.constants]

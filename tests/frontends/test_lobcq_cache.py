@@ -184,6 +184,27 @@ def test_rows_are_cropped_reordered_repeated_and_selected_as_floats_are(q):
 
 
 @torch.no_grad()
+def test_compiled_steps_are_one_graph_without_a_break(q):
+    ids, _ = batch(2)
+    graphs = []
+
+    def backend(graph_module, inputs):
+        graphs.append(graph_module)
+        return graph_module.forward
+
+    step = torch.compile(q, fullgraph=True, backend=backend, dynamic=True)
+    caches = LobcqCache(), LobcqCache()
+    for cache in caches:
+        q(ids[:, :5], past_key_values=cache)  # the prompt, uncompiled: what serves the cache is made by the first call
+    for place in range(5, LENGTH):
+        token = ids[:, place : place + 1]
+        actual, expected = step(token, past_key_values=caches[0]), q(token, past_key_values=caches[1])
+        torch.testing.assert_close(actual.logits, expected.logits)
+    assert caches[0].get_seq_length() == LENGTH
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
 def test_a_call_that_is_not_to_cache_leaves_the_cache(q):
     ids, mask = batch(2)
     cache = LobcqCache()
