@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lobcq_fx.errors import LobcqError
     from lobcq_fx.export import export_onnx
     from lobcq_fx.format import FormatSpec
+    from lobcq_fx.frontends.lobcq_cache import LobcqCache
     from lobcq_fx.loading import load
     from lobcq_fx.model import QuantizedModel
     from lobcq_fx.pipeline import quantize
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FormatSpec",
+    "LobcqCache",
     "LobcqConfig",
     "LobcqError",
     "QuantizedModel",
@@ -33,6 +35,7 @@ __all__ = [
 
 _HOMES = {
     "FormatSpec": "lobcq_fx.format",
+    "LobcqCache": "lobcq_fx.frontends.lobcq_cache",
     "LobcqConfig": "lobcq_fx.config",
     "LobcqError": "lobcq_fx.errors",
     "QuantizedModel": "lobcq_fx.model",

@@ -60,6 +60,8 @@ class LobcqConfig:
             over, at no cost; `"everywhere"` with a multiplication where none does. Needs calibration data.
         rotation: `"hadamard"` rotates the columns of each block array wherever calibration data show a smaller error
             with it. Activations are rotated when the model runs, on their way into the encoder.
+        kv_cache: of a language model, the format of the keys and values in the caches that it makes by itself, in calls
+            and in `generate()`: see `LobcqCache`. None leaves them in float.
         include: shell-style patterns of layer names, or `@head` for output heads, whatever they are called (known for
             Hugging Face models); a layer is quantized if one matches.
         exclude: shell-style patterns of layer names left in float; they win over `include`.
@@ -84,6 +86,7 @@ class LobcqConfig:
     rounding: str = "nearest"
     smoothing: str = "none"
     rotation: str = "none"
+    kv_cache: FormatSpec | None = None
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -92,9 +95,11 @@ class LobcqConfig:
     activation_bits: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "format", _format_of(self.format))
+        object.__setattr__(self, "format", format_of(self.format))
         if self.activation_format is not None:
-            object.__setattr__(self, "activation_format", _format_of(self.activation_format))
+            object.__setattr__(self, "activation_format", format_of(self.activation_format))
+        if self.kv_cache is not None:
+            object.__setattr__(self, "kv_cache", format_of(self.kv_cache))
         object.__setattr__(self, "include", _patterns("include", self.include))
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
         _check_choice("mode", self.mode, MODES)
@@ -165,6 +170,7 @@ class LobcqConfig:
             "rounding": self.rounding,
             "smoothing": self.smoothing,
             "rotation": self.rotation,
+            "kv_cache": None if self.kv_cache is None else self.kv_cache.name,
             "include": list(self.include),
             "exclude": list(self.exclude),
             "overrides": {
@@ -269,7 +275,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _format_of(value: FormatSpec | str) -> FormatSpec:
+def format_of(value: FormatSpec | str) -> FormatSpec:
+    """A format given as such or by its name.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     if isinstance(value, FormatSpec):
         return value
     if not isinstance(value, str):

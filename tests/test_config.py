@@ -24,6 +24,7 @@ REFUSED = {
     "format": ({"format": "8x65"}, "8x65|65"),
     "format without x": ({"format": "eight"}, "eight"),
     "format of another type": ({"format": 8}, "format=8: pass a FormatSpec or its name"),
+    "format of the cache": ({"kv_cache": "8"}, "format '8': write '<codebooks>x<array size>'"),
     "minimum": ({"min_in_features": 0}, "min_in_features=0: pass a positive integer"),
     "minimum of another type": ({"min_in_features": 1.5}, "min_in_features=1.5"),
     "one pattern": ({"exclude": "lm_head"}, r"exclude='lm_head': pass a list of patterns, for example \['lm_head'\]"),
@@ -78,6 +79,7 @@ CONFIGS = [
     LobcqConfig(mode="w4a8", activation_scale="static"),
     LobcqConfig(format="16x32", mode="w4a16", exclude=[], include=["*.q_proj", "*.k_proj"], min_in_features=1),
     LobcqConfig(activation_scale="static", codebooks="fitted"),
+    LobcqConfig(kv_cache="16x32"),
     LobcqConfig(codebooks="sets/own.json", overrides={"*": {"format": FormatSpec(4, 64)}, "a": {"mode": "w4a16"}}),
 ]
 

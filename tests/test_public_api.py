@@ -10,6 +10,7 @@ from lobcq_fx import errors
 
 PUBLIC = {
     "FormatSpec",
+    "LobcqCache",
     "LobcqConfig",
     "LobcqError",
     "QuantizedModel",

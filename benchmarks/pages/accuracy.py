@@ -22,7 +22,7 @@ def main() -> None:
     """Rewrite or check."""
     found = {
         name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("minilm_similarity", "smollm2", "same_treatment", "ablations", "rotation")
+        for name in ("minilm_similarity", "smollm2", "same_treatment", "ablations", "rotation", "kv_cache")
     }
     sections = {
         "minilm": encoder(found["minilm_similarity"]),
@@ -30,6 +30,7 @@ def main() -> None:
         "same treatment": formats(found["same_treatment"]),
         "ablations": ablations(found["ablations"]),
         "rotation": rotation(found["rotation"]),
+        "kv cache": caches(found["kv_cache"]),
     }
     keep_page(PAGE, sections, "accuracy", __doc__)
 
@@ -53,6 +54,20 @@ def language_model(found: dict[str, Any]) -> str:
         f"{text}: {found['tokens'][text]:,} tokens, fp32 {first[text]['fp32 perplexity']:.2f}" for text in texts
     )
     return f"{lines}\n\nCalibrated on {found['calibration_tokens']:,} tokens. {measured}."
+
+
+def caches(found: dict[str, Any]) -> str:
+    """One line for each kind of cache, and what a token takes in it."""
+    texts, sizes = list(found["tokens"]), found["bytes of a token"]
+    rows = []
+    for name, row in found["rows"].items():
+        ratios = (row[text]["perplexity"] / row[text]["perplexity with floats"] for text in texts)
+        first, rises = row[texts[0]], [f"+{100 * (ratio - 1):.1f} %" for ratio in ratios]
+        rows.append([name, *rises, f"{first['KL']:.3f}", f"{100 * first['same first token']:.1f} %"])
+    lines = table(["cache", *texts, f"KL, {texts[0]}", "same first token"], rows)
+    tokens = "; ".join(f"{text}: {count:,} tokens" for text, count in found["tokens"].items())
+    memory = ", ".join(f"{size:,.0f} in {name}" for name, size in sizes.items())
+    return f"{lines}\n\n8x64 where nothing else is said. {tokens}. Bytes of a token, all layers: {memory}."
 
 
 def formats(found: dict[str, Any]) -> str:

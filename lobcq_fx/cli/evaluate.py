@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lobcq_fx.cli.options import JsonOption, ModelArgument, OverwriteOption
+from lobcq_fx.cli.options import JsonOption, KvCacheOption, ModelArgument, OverwriteOption
 
 if TYPE_CHECKING:
     from lobcq_fx.cli.console import ProgressBars
@@ -32,6 +32,7 @@ class Asked:
     stride: int | None
     max_tokens: int | None
     batch_size: int | None
+    kv_cache: str | None
 
     @property
     def all_texts(self) -> Sequence[Path | None]:
@@ -81,6 +82,7 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Items in one call; default: 1 window, 8 choices or last words, 32 sentences."),
     ] = None,
+    kv_cache: KvCacheOption = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="JSON file to write the results into as well.")
     ] = None,
@@ -88,6 +90,8 @@ def evaluate(
     json: JsonOption = False,
 ) -> None:
     """Measure a float or a quantized model, on files of your own.
+
+    With --kv-cache the first model predicts from keys and values in that format, whether it is quantized or not.
 
     Of a language model: perplexity of texts by a sliding window, with --against also the KL divergence from the second
     model's predictions and how often both find the same token likeliest; multiple choice; last words. Of an encoder:
@@ -100,7 +104,7 @@ def evaluate(
     from lobcq_fx.cli.scores_table import print_scores
 
     folders = [model_folder(given) for given in (model, against) if given is not None]
-    asked = Asked(text or [], multiple_choice, last_word, sts, window, stride, max_tokens, batch_size)
+    asked = Asked(text or [], multiple_choice, last_word, sts, window, stride, max_tokens, batch_size, kv_cache)
     _check_kinds(folders, asked)
     if output is not None:
         check_file(output, overwrite=overwrite)
@@ -108,6 +112,8 @@ def evaluate(
     with ProgressBars() as progress:
         sections = measured(folders, asked, progress)
     identities = [_identity(folder) for folder in folders]
+    if kv_cache is not None:
+        identities[0]["kv_cache"] = kv_cache
     result = {"models": identities, "results": [one.to_dict() for one in sections]}
     if output is not None:
         write_json(output, result)
@@ -127,6 +133,8 @@ def _check_kinds(folders: Sequence[ModelFolder], asked: Asked) -> None:
         )
     if first.is_causal_lm and asked.sts is not None:
         raise typer.BadParameter(f"--sts is for encoders, and {first.architecture} is a language model: pass --text")
+    if asked.kv_cache is not None and not first.is_causal_lm:
+        raise typer.BadParameter(f"--kv-cache: {first.architecture} keeps no keys and values: leave it out")
     for option, given in (("--multiple-choice", asked.multiple_choice), ("--last-word", asked.last_word)):
         if given is not None and not first.is_causal_lm:
             raise typer.BadParameter(f"{option}: {first.architecture} predicts no next token: pass --text or --sts")
@@ -141,7 +149,7 @@ def _of_language_models(folders: Sequence[ModelFolder], asked: Asked, progress: 
     from lobcq_fx.cli.inputs import load_tokenizer, read_text
     from lobcq_fx.cli.language_models import LanguageModels, common_token_ids
     from lobcq_fx.cli.measures import Material, loaded
-    from lobcq_fx.evaluation import last_word_texts, leading_bos, questions
+    from lobcq_fx.evaluation import WithLobcqCache, last_word_texts, leading_bos, questions
 
     # What can be wrong with files and settings shows before a model is loaded.
     texts = [Material(source, content) for content, source in map(read_text, asked.all_texts)]
@@ -150,7 +158,10 @@ def _of_language_models(folders: Sequence[ModelFolder], asked: Asked, progress: 
     tokenizers = [load_tokenizer(folder) for folder in folders]
     windows = _windows(folders, asked, bos=leading_bos(tokenizers[0]) is not None)
     ids = [common_token_ids(tokenizers, one, asked.max_tokens) for one in texts]
-    measured = LanguageModels(loaded(folders, tokenizers, progress), asked.batch_size, progress)
+    first, *others = loaded(folders, tokenizers, progress)
+    if asked.kv_cache is not None:
+        first = replace(first, model=WithLobcqCache(first.model, format=asked.kv_cache))
+    measured = LanguageModels([first, *others], asked.batch_size, progress)
     found = [measured.text(one.source, tokens, windows) for one, tokens in zip(texts, ids, strict=True)]
     found += [measured.questions(one) for one in choices]
     return found + [measured.last_words(one) for one in words]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lobcq_fx.cli.options import JsonOption, ModelArgument
+from lobcq_fx.cli.options import JsonOption, KvCacheOption, ModelArgument
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +27,7 @@ def generate(
         float, typer.Option(min=0.01, max=1.0, help="With --sample: draw from the likeliest tokens only.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="With --sample: fixes what is drawn.")] = 0,
+    kv_cache: KvCacheOption = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="DIR is one that `lobcq export onnx` wrote; runs in ONNX Runtime.")
     ] = False,
@@ -43,9 +44,12 @@ def generate(
     tokenizer = load_tokenizer(folder)
     if not prompt:
         raise typer.BadParameter("the prompt is empty: give a few words to continue")
+    if kv_cache is not None and onnx:
+        raise typer.BadParameter("--kv-cache: an exported model keeps keys and values in float: leave out --onnx")
+    cache = {} if kv_cache is None else _cache(kv_cache)
     with messages.status("Loading the model"):
         language_model = _onnx_model(folder) if onnx else load_model(folder)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, **cache}
     if sample:
         settings |= {"temperature": temperature, "top_p": top_p}
     inputs, tokens, seconds = _run(language_model, tokenizer, prompt, settings, seed, stream=not json)
@@ -57,6 +61,14 @@ def generate(
         return
     rate = len(tokens) / seconds if seconds else 0.0
     messages.print(f"[dim]{len(tokens)} tokens in {seconds:.1f} s ({rate:.1f} tokens/s)[/]", highlight=False)
+
+
+def _cache(format: str) -> dict[str, Any]:
+    """The argument of `model.generate` that gives it a quantized cache."""
+    from lobcq_fx import LobcqCache
+    from lobcq_fx.frontends.output_types import CACHE_NAME
+
+    return {CACHE_NAME: LobcqCache(format)}
 
 
 def _onnx_model(folder: ModelFolder) -> nn.Module:

@@ -33,6 +33,14 @@ ActivationFormatOption = Annotated[
         help="Another format for activations than for weights: more codebooks (16x64), or shorter arrays (16x16).",
     ),
 ]
+KvCacheOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NxL",
+        show_default=False,
+        help="Keep keys and values in this format: 8x64 is 4.5 bits a scalar. Default: as the model was quantized for.",
+    ),
+]
 SamplesOption = Annotated[
     int, typer.Option(min=1, help="Sequences of the calibration text to use, spread evenly over it.")
 ]

@@ -14,6 +14,7 @@ from lobcq_fx.cli.options import (
     Dtype,
     FormatOption,
     JsonOption,
+    KvCacheOption,
     LengthOption,
     Mode,
     ModelArgument,
@@ -93,6 +94,7 @@ def quantize(
             help="The same for activations; the default is --bits, or what the mode takes.", show_default=False
         ),
     ] = None,
+    kv_cache: KvCacheOption = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Quantize only layers whose name matches; repeatable.")
     ] = None,
@@ -127,6 +129,7 @@ def quantize(
         rounding,
         smoothing,
         rotation,
+        kv_cache,
         include,
         exclude,
         bits,
@@ -171,6 +174,7 @@ def _config(
     rounding: Rounding | None,
     smoothing: Smoothing | None,
     rotation: Rotation | None,
+    kv_cache: str | None,
     include: list[str] | None,
     exclude: list[str] | None,
     bits: float | None,
@@ -185,6 +189,7 @@ def _config(
         mode=mode.value,
         activation_format=activation_format,
         activation_scale=activation_scale.value,
+        kv_cache=kv_cache,
         codebooks=codebooks,
         include=tuple(include or ("*",)),
         exclude=(*DEFAULT_EXCLUDE, *(exclude or ())),

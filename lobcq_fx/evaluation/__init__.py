@@ -9,6 +9,7 @@ from lobcq_fx.evaluation.multiple_choice import MultipleChoiceResult, Question, 
 from lobcq_fx.evaluation.perplexity import PerplexityResult, perplexity, perplexity_of_sequences
 from lobcq_fx.evaluation.similarity import SimilarityResult, cosine_similarity, mean_pooled, sentence_embeddings
 from lobcq_fx.evaluation.sts import SentencePair, StsResult, sentences_of, spearman, sts
+from lobcq_fx.evaluation.with_cache import WithLobcqCache
 
 __all__ = [
     "DivergenceResult",
@@ -19,6 +20,7 @@ __all__ = [
     "SentencePair",
     "SimilarityResult",
     "StsResult",
+    "WithLobcqCache",
     "cosine_similarity",
     "divergence",
     "divergence_of_sequences",

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
-from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel, StaticCache
+import torch
+from torch import Tensor, fx
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
+from lobcq_fx.cache_format import CacheFormat
 from lobcq_fx.errors import CallError
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.generation_overrides import PREPARE, delegated
+from lobcq_fx.frontends.lobcq_cache import LobcqCache
 from lobcq_fx.frontends.output_types import CACHE_NAME
 from lobcq_fx.frontends.plain_outputs import without_extra_outputs
+from lobcq_fx.frontends.quantized_cache_call import QuantizedCacheCall
 from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static, static_cache
+from lobcq_fx.graph.shared_tensors import SharingGraphModule
 from lobcq_fx.model import ModelGraph, ModelParts, QuantizedModel, Reader
+from lobcq_fx.passes.order import quantizing_cache
+from lobcq_fx.passes.quantize_cache import QuantizeCache
+from lobcq_fx.tracing.trace import MAIN
+
+logger = logging.getLogger(__name__)
 
 
 class CausalLMForward:
@@ -45,8 +56,9 @@ class CausalLMForward:
             input_ids: [B, T] token ids.
             attention_mask: [B, P + T], 0 at padding, with P cached tokens; None means no padding.
             position_ids: [B, T]; None counts as the float model does.
-            past_key_values: a DynamicCache, which grows in place; None starts a new one. Or a static cache, which has a
-                fixed length C: see `QuantizedCausalLM.static_cache`; the mask may then be [B, C], 0 or 1 past P + T.
+            past_key_values: a DynamicCache or a LobcqCache, which grow in place; None starts a new one. Or a static
+                cache, which has a fixed length C: see `QuantizedCausalLM.static_cache`; the mask may then be [B, C], 0
+                or 1 past P + T.
             labels: [B, T]; adds the shifted cross-entropy as `loss`.
             use_cache: False leaves the cache out of the output; None does what the configuration says.
             logits_to_keep: how many last positions get logits, 0 for all; or an index tensor.
@@ -64,11 +76,12 @@ class CausalLMForward:
             raise CallError("past_key_values and cache are two names of the same argument: pass one of them")
         if use_cache is None:
             use_cache = getattr(self.config.get_text_config(), "use_cache", None)
+        cache = past_key_values if cache is None else cache
         call = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values if cache is None else cache,
+            "past_key_values": self._new_cache() if cache is None and use_cache is not False else cache,
             "labels": labels,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
@@ -76,6 +89,10 @@ class CausalLMForward:
             **kwargs,
         }
         return super().forward(**call)  # type: ignore[misc]
+
+    def _new_cache(self) -> Any:
+        """The cache of a call that brings none; None is one that grows, of floats."""
+        return None
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
         """What `generate()` calls `forward` with; where the original class has a way of its own, this is it."""
@@ -111,6 +128,21 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
 
     def _base_arguments(self, parts: ModelParts) -> tuple[Any, ...]:
         return (parts.config,)
+
+    def _new_cache(self) -> LobcqCache | None:
+        spec = self.lobcq_config.kv_cache
+        return None if spec is None else LobcqCache(spec)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Where nobody asks for another cache, the model's own."""
+        asked = generation_config.cache_implementation is not None or model_kwargs.get(CACHE_NAME) is not None
+        cache = None if asked or generation_config.use_cache is False else self._new_cache()
+        if cache is None:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        else:
+            model_kwargs[CACHE_NAME] = cache
 
     def static_cache(self, max_cache_len: int, batch_size: int | None = None) -> StaticCache:
         """A cache of a fixed length, for `past_key_values`; the calls write their keys and values into it.
@@ -149,7 +181,40 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         self._previous_max_cache_length = length
         return self.static_cache(length, None if prefill_chunk_size is None else batch_size)
 
+    def _prepack(self) -> None:
+        super()._prepack()
+        self._quantized_caches: dict[CacheFormat, ModelGraph] = {}  # made of what was lowered just now
+
+    def _for_quantized_cache(self, cache_format: CacheFormat) -> ModelGraph:
+        """The main graph as it serves quantized caches; it is made at the first call.
+
+        Raises:
+            CallError: it keeps something else than keys and values that grow.
+        """
+        if cache_format not in self._quantized_caches:
+            main, calling = self.graphs[MAIN], self.calling
+            assert isinstance(calling, CausalLMCall)
+            graph = fx.Graph()
+            graph.output(graph.graph_copy(main.graph_module.graph, {}))
+            graph_module = SharingGraphModule(self.graph_module, graph)
+            quantize_cache = QuantizeCache(cache_format, calling.cache_heads, getattr(torch, calling.cache_dtype))
+            first, *others = (one(graph_module) for one in quantizing_cache(quantize_cache, self.device))
+            if first.refusals:
+                reasons = "; ".join(map(str, first.refusals))
+                raise CallError(f"the model's graph cannot keep a quantized cache: {reasons}. Pass a DynamicCache")
+            for refusal in (refusal for one in others for refusal in one.refusals):
+                logger.info("%s", refusal)
+            constants = tuple(one.to(self.device) for one in quantize_cache.constants.values())
+            row_bytes = tuple(
+                cache_format.rows(heads, width).row_bytes for heads, *widths in calling.cache_heads for width in widths
+            )
+            call = QuantizedCacheCall(calling, row_bytes, constants)
+            self._quantized_caches[cache_format] = ModelGraph(graph_module, main.stored, call)
+        return self._quantized_caches[cache_format]
+
     def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelGraph:
+        if isinstance(kwargs.get("past_key_values"), LobcqCache):
+            return self._for_quantized_cache(kwargs["past_key_values"].format)
         if not is_static(kwargs.get("past_key_values")):
             return super()._serving(args, kwargs)
         graph = self.graphs.get(STATIC_CACHE)

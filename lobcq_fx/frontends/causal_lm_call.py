@@ -86,8 +86,16 @@ class CausalLMCall(CallingConvention):
         call = call_arguments(args, kwargs)
         ids = input_ids_of(call)
         past = self._past(call.get("past_key_values"), ids)
-        length = past[0].shape[2]
+        return self.inputs_of(call, ids, past[0]) + past
+
+    def inputs_of(self, call: Mapping[str, Any], ids: Tensor, first_key: Tensor) -> list[Tensor]:
+        """The graph's inputs before the cache, of which a tensor of the first key's shape [B, H, P, D] tells the sizes.
+
+        Raises:
+            CallError: the traced graph cannot serve the call.
+        """
         batch, query = ids.shape
+        length = first_key.shape[2]
         mask = call.get("attention_mask")
         if mask is None:
             refuse_packed(call)
@@ -101,9 +109,9 @@ class CausalLMCall(CallingConvention):
             "position_ids": self._positions(call.get("position_ids"), mask, batch, query),
             "logits_to_keep": kept_positions(call.get("logits_to_keep"), query, ids.device),
         }
-        flat = [values[name] for name in self.inputs] + past
-        self.guards.check(flat, self.name_of)
-        return flat
+        inputs = [values[name] for name in self.inputs]
+        self.guards.check([*inputs, first_key], self.name_of)
+        return inputs
 
     def name_of(self, place: int) -> str:
         """What a caller calls an input of the graph."""

@@ -2,6 +2,7 @@
 
 import lobcq_fx.ops.fused
 import lobcq_fx.ops.linear_prepacked  # noqa: F401  (its schemas and fake kernels: only devices implement it)
+from lobcq_fx.ops.attention import attention
 from lobcq_fx.ops.compensate import compensate
 from lobcq_fx.ops.dequantize_weight import dequantize_weight
 from lobcq_fx.ops.linear import linear, linear_float_activation, linear_int8_activation
@@ -9,15 +10,19 @@ from lobcq_fx.ops.quantize_activation import quantize_activation
 from lobcq_fx.ops.quantize_activation_int8 import quantize_activation_int8
 from lobcq_fx.ops.quantize_weight import quantize_weight, quantize_weight_searched
 from lobcq_fx.ops.rotate import rotate
+from lobcq_fx.ops.states import dequantize_states, quantize_states
 
 __all__ = [
+    "attention",
     "compensate",
+    "dequantize_states",
     "dequantize_weight",
     "linear",
     "linear_float_activation",
     "linear_int8_activation",
     "quantize_activation",
     "quantize_activation_int8",
+    "quantize_states",
     "quantize_weight",
     "quantize_weight_searched",
     "rotate",

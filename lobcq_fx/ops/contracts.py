@@ -82,6 +82,15 @@ OPERANDS: dict[str, tuple[Operand, ...]] = {
         Operand("tensor_scale", FLOAT32, (), positive=True),
         _CODEBOOKS,
     ),
+    schemas.QUANTIZE_STATES: (Operand("x", FLOATS, ("B", "H", "T", "D")), _CODEBOOKS),
+    schemas.DEQUANTIZE_STATES: (Operand("rows", UINT8, ("B", "T", "row_bytes")), _CODEBOOKS),
+    schemas.ATTENTION: (
+        Operand("query", FLOATS, ("B", "H", "T", "D")),
+        Operand("keys", UINT8, ("batch", "P", "key_row_bytes")),
+        Operand("values", UINT8, ("batch", "tokens", "value_row_bytes")),
+        _CODEBOOKS,
+        Operand("mask", (torch.bool, *FLOATS), ("batch or 1", "query_heads or 1", "queries or 1", "tokens or 1")),
+    ),
     schemas.LINEAR: (
         Operand("codes", UINT8, (..., "code_bytes")),
         Operand("selectors", UINT8, (..., "selector_bytes")),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lobcq_fx.errors import OperandError
 from lobcq_fx.format import FormatSpec
+from lobcq_fx.format.state_rows import StateRows
 from lobcq_fx.ops.contracts import FLOATS, OPERANDS, Operand
 
 Arguments = Mapping[str, Any]
@@ -132,10 +133,17 @@ class _Sizes:
         match name:
             case "K":
                 return self.columns
+            case "B" | "H" | "T" | "P" | "D":
+                return None
+            case "batch" | "tokens":
+                return self.attention[name]
+            case "batch or 1" | "query_heads or 1" | "queries or 1" | "tokens or 1":
+                whole = self.attention[name.removesuffix(" or 1")]
+                return 1 if tensor.dim() == 4 and tensor.shape[list(self.attention).index(name[:-5])] == 1 else whole
             case "N":
                 return self.outputs(index)
             case "N_c":
-                return self.stored_format(tensor).num_codebooks
+                return self.format(tensor.shape[0], self.given.get("key_array_size")).num_codebooks
             case "code_bytes":
                 return self.activation_format.code_bytes(self.columns)
             case "selector_bytes":
@@ -150,12 +158,29 @@ class _Sizes:
                 return self.stored_format(self.given["w_codebooks"]).selector_bytes(self.columns)
             case "w_arrays":
                 return self.stored_format(self.given["w_codebooks"]).num_arrays(self.columns)
+            case "row_bytes":
+                return self.row_bytes(self.given["width"], self.given["array_size"])
+            case "key_row_bytes":
+                return self.row_bytes(self.columns, self.given["key_array_size"])
+            case "value_row_bytes":
+                return self.row_bytes(self.given["value_width"], self.given["value_array_size"])
             case "table_bytes":
                 return min(self.layout.table_bytes, key=lambda known: abs(known - tensor.numel()))
             case _:
                 assert name == "weight_bytes", name
                 rows = self.outputs(index)
                 return None if rows is None else self.layout.weight_bytes(rows, self.columns, self.prepacked_format)
+
+    @property
+    def attention(self) -> dict[str, int]:
+        """Sizes of an attention's mask, in order."""
+        batch, heads, queries, _ = self.given["query"].shape
+        return {"batch": batch, "query_heads": heads, "queries": queries, "tokens": self.given["keys"].shape[1]}
+
+    def row_bytes(self, width: int, array_size: int) -> int:
+        """Of a token's keys or values."""
+        spec = self.format(self.given["codebooks"].shape[0], array_size)
+        return StateRows(spec, self.given["heads"], width).row_bytes
 
     def outputs(self, index: int) -> int | None:
         """N of linear `index`; None where the op has none, or its weight says how many."""

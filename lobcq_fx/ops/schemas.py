@@ -26,6 +26,9 @@ QUANTIZE_WEIGHT = "lobcq::quantize_weight"
 QUANTIZE_WEIGHT_SEARCHED = "lobcq::quantize_weight.searched"
 DEQUANTIZE_WEIGHT = "lobcq::dequantize_weight"
 COMPENSATE = "lobcq::compensate"
+QUANTIZE_STATES = "lobcq::quantize_states"
+DEQUANTIZE_STATES = "lobcq::dequantize_states"
+ATTENTION = "lobcq::attention"
 LINEAR = "lobcq::linear"
 LINEAR_FLOAT_ACTIVATION = "lobcq::linear.float_activation"
 LINEAR_INT8_ACTIVATION = "lobcq::linear.int8_activation"
@@ -61,6 +64,16 @@ torch.library.define(
     COMPENSATE,
     "(Tensor weight, Tensor other_errors, Tensor coupling, Tensor power, Tensor tensor_scale, Tensor codebooks,"
     " int array_size) -> (Tensor codes, Tensor selectors, Tensor scales, Tensor costs)",
+)
+torch.library.define(QUANTIZE_STATES, "(Tensor x, Tensor codebooks, int array_size) -> Tensor")
+torch.library.define(
+    DEQUANTIZE_STATES,
+    "(Tensor rows, Tensor codebooks, int heads, int width, int array_size, ScalarType dtype) -> Tensor",
+)
+torch.library.define(
+    ATTENTION,
+    "(Tensor query, Tensor keys, Tensor values, Tensor codebooks, Tensor? mask, int heads, int value_width,"
+    " int key_array_size, int value_array_size, float scale) -> Tensor",
 )
 torch.library.define(
     LINEAR,
@@ -120,7 +133,8 @@ def _refuse_backward(*_: Any) -> NoReturn:
 
 _ON_STORED = (
     QUANTIZE_ACTIVATION, QUANTIZE_ACTIVATION_INT8, ROTATE, QUANTIZE_WEIGHT, QUANTIZE_WEIGHT_SEARCHED,
-    DEQUANTIZE_WEIGHT, COMPENSATE, LINEAR, LINEAR_INT8_ACTIVATION, LINEAR_FLOAT_ACTIVATION,
+    DEQUANTIZE_WEIGHT, COMPENSATE, QUANTIZE_STATES, DEQUANTIZE_STATES, ATTENTION, LINEAR, LINEAR_INT8_ACTIVATION,
+    LINEAR_FLOAT_ACTIVATION,
 )  # fmt: skip
 for _name in _ON_STORED:
     torch.library.register_autograd(_name, _refuse_backward)

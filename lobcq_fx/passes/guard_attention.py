@@ -38,7 +38,7 @@ class GuardAttention(GraphPass):
         for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
             given = named_arguments(node)
             key, value = given["key"], given["value"]
-            if _is_guarded(key, value):
+            if is_guarded(key, value):
                 continue
             with graph.inserting_before(node):
                 length = graph.call_function(aten.sym_size.int, (value, LENGTH))
@@ -51,7 +51,8 @@ class GuardAttention(GraphPass):
         return modified
 
 
-def _is_guarded(key: fx.Node, value: fx.Node) -> bool:
+def is_guarded(key: fx.Node, value: fx.Node) -> bool:
+    """Whether a key is one of this pass's: as long as the value, which changes nothing where they agree."""
     if key.target is not aten.narrow.default or key.args[1:3] != (LENGTH, 0):
         return False
     length = key.args[3]

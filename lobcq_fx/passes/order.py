@@ -2,7 +2,7 @@
 
 traced      `NORMALIZE`: FoldWeights, NormalizeMatmuls; then the plan is made, and with calibration data InsertObservers
 stored      `emitting`: Emit, ShareActivations; then EliminateDeadCode
-CPU, CUDA   `lower`, from the stored graph
+CPU, CUDA   `lower`, from the stored graph; for quantized caches then `quantizing_cache`
 ONNX        from the stored graph too: `lobcq_fx.export.folder`
 """
 
@@ -16,10 +16,12 @@ import torch
 from torch import fx
 
 from lobcq_fx.calibration.codebook_sets import CodebookSets
+from lobcq_fx.kernels.bind import attends
 from lobcq_fx.passes.annotate_values import AnnotateValues
 from lobcq_fx.passes.emit import Emit
 from lobcq_fx.passes.fold_weights import FoldWeights
 from lobcq_fx.passes.fuse_activation_encode import FuseActivationEncode
+from lobcq_fx.passes.fuse_cached_attention import FuseCachedAttention
 from lobcq_fx.passes.fuse_norm_encode import FuseNormEncode
 from lobcq_fx.passes.fuse_residual import FuseResidual
 from lobcq_fx.passes.group_query_heads import GroupQueryHeads
@@ -29,6 +31,7 @@ from lobcq_fx.passes.infra import GraphPass, Sequential
 from lobcq_fx.passes.merge_siblings import MergeSiblings
 from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
 from lobcq_fx.passes.prepack import Prepack
+from lobcq_fx.passes.quantize_cache import QuantizeCache
 from lobcq_fx.passes.share_activations import ShareActivations
 from lobcq_fx.plan import PlannedMatmul, QuantizationPlan
 from lobcq_fx.refusal import Refusal
@@ -58,6 +61,11 @@ def lowering(device: torch.device, prepack: Prepack) -> tuple[GraphPass, ...]:
         return (prepack, MergeSiblings(), GroupQueryHeads(), *GUARDS)
     # Residuals before norms: a sum that a linear makes is not made again by the norm that follows.
     return (prepack, MergeSiblings(), FuseActivationEncode(), FuseResidual(), FuseNormEncode(), *GUARDS)
+
+
+def quantizing_cache(quantize_cache: QuantizeCache, device: torch.device) -> tuple[GraphPass, ...]:
+    """From a lowered graph for growing caches to one for quantized caches."""
+    return (quantize_cache, FuseCachedAttention()) if attends(device) else (quantize_cache,)
 
 
 def lower(graph_modules: Sequence[fx.GraphModule], prepack: Prepack, device: torch.device) -> tuple[Refusal, ...]:

@@ -13,6 +13,7 @@ import lobcq_fx
 from lobcq_fx.evaluation import (
     Question,
     SentencePair,
+    WithLobcqCache,
     cosine_similarity,
     divergence,
     last_word,
@@ -52,6 +53,20 @@ def test_a_text_against_the_float_model(
         rel=1e-5,
     )
     assert pair.kl_divergence > 0
+
+
+def test_a_quantized_cache_of_the_first_model(lobcq: Run, llama: Path, bert: Path, text_file: Path) -> None:
+    asked = ("--text", text_file, "--window", 32, "--stride", 8, "--max-tokens", 100)
+    found = lobcq.json("eval", llama, "--against", llama, *asked, "--kv-cache", "8x64")
+    assert [one.get("kv_cache") for one in found["models"]] == ["8x64", None]
+    ids = AutoTokenizer.from_pretrained(llama)(TEXT, add_special_tokens=False, verbose=False)["input_ids"][:100]
+    model = LlamaForCausalLM.from_pretrained(llama).eval()
+    expected = [perplexity(one, ids, window=32, stride=8) for one in (WithLobcqCache(model, format="8x64"), model)]
+    (result,) = found["results"]
+    figures = [one["perplexity"] for one in result["models"]]
+    assert figures == pytest.approx([one.perplexity for one in expected], rel=1e-5)
+    assert result["together"]["kl_divergence"] > 0
+    assert "keeps no keys and values" in lobcq.refused("eval", bert, "--against", bert, "--kv-cache", "8x64", code=2)
 
 
 def test_all_of_a_language_model_in_one_table_and_one_file(

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import lobcq_fx
+from lobcq_fx.frontends.output_types import CACHE_NAME
 from tests.cli.conftest import Run
 
 
@@ -36,6 +37,23 @@ def test_sampling_depends_on_the_seed_alone(lobcq: Run, llama: Path) -> None:
 
     assert tokens(1) == tokens(1)
     assert tokens(1) != tokens(2)
+
+
+def test_a_quantized_cache(lobcq: Run, quantized_llama: tuple[Path, dict[str, Any]], llama: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    ids = tokenizer("The cat sees", return_tensors="pt")["input_ids"]
+    settings, changed = {"max_new_tokens": 12, "do_sample": False}, []
+    for folder, model in (
+        (quantized_llama[0], lobcq_fx.load(quantized_llama[0])),
+        (llama, LlamaForCausalLM.from_pretrained(llama).eval()),
+    ):
+        arguments = ("generate", folder, "-p", "The cat sees", "--max-new-tokens", 12)
+        expected = model.generate(ids, **{CACHE_NAME: lobcq_fx.LobcqCache("1x16")}, **settings)[0, ids.shape[1] :]
+        assert lobcq.json(*arguments, "--kv-cache", "1x16")["tokens"] == expected.tolist()
+        changed.append(lobcq.json(*arguments)["tokens"] != expected.tolist())
+    assert any(changed)
+    assert "write '<codebooks>x" in lobcq.refused("generate", llama, "-p", "a", "--kv-cache", "4bit", code=2)
+    assert "leave out --onnx" in lobcq.refused("generate", llama, "-p", "a", "--kv-cache", "8x64", "--onnx", code=2)
 
 
 def test_what_cannot_generate(lobcq: Run, llama: Path, bert: Path, edited: Callable[..., Path]) -> None:

@@ -59,7 +59,7 @@ def violations(op: str, operand: Operand, valid: Tensor) -> Iterator[tuple[str, 
 
 
 def _other_sizes(operand: Operand, valid: Tensor, first: bool) -> Iterator[tuple[str, Tensor]]:
-    free = {"K", "N"} if first or operand.name == "w_codes" else set()
+    free = {"B", "H", "T", "D", "K", "N"} if first or operand.name == "w_codes" else {"P"}
     for place, size in enumerate(operand.shape, valid.dim() - len(operand.shape)):
         if size in free or (size is ... and first):
             continue
@@ -100,11 +100,14 @@ def broken_calls(op: str, given: Arguments) -> Iterator[tuple[str, str, dict[str
 def broken_numbers(given: Arguments) -> Iterator[tuple[str, Any]]:
     """Arguments that are no tensors, and what they must not be."""
     sizes = (0, 8, 48, 256, -64, 2**32 + 64, -(2**32) + 64, 2**63 - 1, -(2**63))
-    yield from (("array_size", size) for size in sizes)
+    for name in ("array_size", "key_array_size", "value_array_size"):
+        yield from ((name, size) for size in sizes if name in given)
     if "dtype" in given:
         yield from (("dtype", dtype) for dtype in (torch.float64, torch.int32, torch.uint8, torch.float8_e4m3fn))
     if "in_features" in given:
         yield from (("in_features", columns) for columns in (-1, 0, 192, 257, 2**62))
+    for name in ("heads", "width", "value_width"):
+        yield from ((name, size) for size in (-1, 0, 65, 2**62) if name in given)
     if "out_features" in given:
         first, *rest = given["out_features"]
         for n in {-1, 0, first - 1, first + 1, first + 16, 2**31 + 1, 2**62, -(2**63)} - {first}:
@@ -116,7 +119,8 @@ PREPACKED = [name for name in OPERANDS if name.startswith(schemas.LINEAR_PREPACK
 STORED = [name for name in OPERANDS if name not in PREPACKED]
 
 
-UNNAMED = {"codebooks", "w_codebooks", "w_codes", "array_size", "in_features", "out_features"}
+_NUMBERS = ("array_size", "key_array_size", "value_array_size", "heads", "width", "value_width")
+UNNAMED = {"codebooks", "w_codebooks", "w_codes", "in_features", "out_features", *_NUMBERS}
 """Where these are wrong, whatever else depends on them may be what is named."""
 
 
@@ -172,6 +176,16 @@ def stored_call(op: str, device: torch.device) -> dict[str, Any]:
         values["tensor_scale"] = weight.tensor_scale
     if op == schemas.ROTATE:
         values["x"] = errors
+    if op == schemas.QUANTIZE_STATES:
+        values["x"] = x.view(1, 4, 3, 50)
+    if op == schemas.DEQUANTIZE_STATES:
+        rows = torch.ops.lobcq.quantize_states(x.view(1, 4, 3, 50), codebooks, spec.array_size)
+        values |= {"rows": rows, "heads": 4, "width": 50}
+    if op == schemas.ATTENTION:
+        query = torch.randn(3, 4, 3, 50, generator=generator).to(device)
+        keys, rows = (torch.ops.lobcq.quantize_states(query[:, :2, :, :width], codebooks, 32) for width in (50, 40))
+        values |= {"query": query, "keys": keys, "values": rows, "heads": 2, "value_width": 40, "scale": 0.3}
+        values |= {"mask": torch.ones(3, 1, 3, 3, device=device) > 0, "key_array_size": 32, "value_array_size": 32}
     if op == schemas.LINEAR_INT8_ACTIVATION:
         in_int8 = encode_int8(x, spec.array_size)
         values |= {"entries": in_int8.entries, "scales": in_int8.scales}

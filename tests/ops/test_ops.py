@@ -96,6 +96,8 @@ def test_dtypes_and_strides_agree_with_the_fake_kernels(dtype):
     bias = bias.to(dtype)
     packed = torch.ops.lobcq.quantize_activation(x, codebooks, 64)
     in_int8 = torch.ops.lobcq.quantize_activation_int8(x, 64)
+    states = operands((2, 5, 3, 64), spec, dtype)[0].transpose(1, 2)  # as projections lay them out
+    rows = torch.ops.lobcq.quantize_states(states, codebooks, 64)
     checks = [
         (torch.ops.lobcq.quantize_activation.default, (x, codebooks, 64)),
         (torch.ops.lobcq.quantize_activation.default, (x, codebooks, 64, torch.tensor(1e-3))),
@@ -109,6 +111,9 @@ def test_dtypes_and_strides_agree_with_the_fake_kernels(dtype):
         (torch.ops.lobcq.quantize_weight.default, (x[0], codebooks, 64)),
         (torch.ops.lobcq.quantize_weight.searched, (x[0], codebooks, 64)),
         (torch.ops.lobcq.dequantize_weight.default, (*weight_args(w), 200, 64)),
+        (torch.ops.lobcq.quantize_states.default, (states, codebooks, 64)),
+        (torch.ops.lobcq.dequantize_states.default, (rows, codebooks, 3, 64, 64, dtype)),
+        (torch.ops.lobcq.attention.default, (states, rows, rows, codebooks, None, 3, 64, 64, 64, 0.125)),
         (torch.ops.lobcq.compensate.default, (*feedback_args(), codebooks, 64)),
     ]
     for op, args in checks:

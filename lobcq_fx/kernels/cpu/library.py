@@ -14,7 +14,9 @@ from torch import Tensor
 
 from lobcq_fx.errors import ConfigError
 from lobcq_fx.format.spec import BLOCK_SIZE, CODEBOOK_SIZE, FormatSpec
+from lobcq_fx.format.state_rows import StateRows
 from lobcq_fx.kernels.cpu.operands import (
+    CAttention,
     CFeedback,
     CProduct,
     Int8Operand,
@@ -26,6 +28,7 @@ from lobcq_fx.kernels.cpu.operands import (
     c_int8,
     c_matrix,
     c_packed,
+    c_states,
     c_weight,
     require,
 )
@@ -39,6 +42,7 @@ COUPLING_PANEL = 16
 
 _ENCODED, _FLOAT, _INT8 = 0, 1, 2
 _SHARED_SCALE, _ROW_SCALES, _ABSMAX_SCALES = 0, 1, 2
+_NO_MASK, _MASKS = 0, {torch.bool: 1, torch.float32: 2}
 _NOT_FINITE = 5
 
 
@@ -264,6 +268,40 @@ class Core:
             None if bias is None else bias.data_ptr(), ctypes.pointer(matrix),
         )  # fmt: skip
         self._call("linear", ctypes.byref(product), ctypes.c_int64(1), ctypes.byref(a), self._parallel())
+        return out
+
+    def attention(
+        self,
+        tables: Tables,
+        query: Tensor,
+        keys: tuple[Tensor, StateRows],
+        values: tuple[Tensor, StateRows],
+        mask: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """Attention over cached states: fp32 [B, Hq, T, width of a value].
+
+        Args:
+            tables: of the states' codebooks.
+            query: fp32 [B, Hq, T, width of a key].
+            keys, values: rows uint8 [B, P, row_bytes], and how they are laid out.
+            mask: bool, or fp32 that is added to the scores, [B, Hq, T, P], any strides; or None.
+            scale: of the scores.
+        """
+        (batch, query_heads, queries), tokens = query.shape[:3], keys[0].shape[1]
+        require("query", query, torch.float32, (batch, query_heads, queries, keys[1].width))
+        out = _floats((batch, query_heads, queries, values[1].width))
+        strides: tuple[int, ...] = (0, 0, 0, 0)
+        address, kind = None, _NO_MASK
+        if mask is not None:
+            if tuple(mask.shape) != (batch, query_heads, queries, tokens) or mask.dtype not in _MASKS:
+                raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}")
+            strides, address, kind = mask.stride(), mask.data_ptr(), _MASKS[mask.dtype]
+        operands = CAttention(
+            query.data_ptr(), c_states(*keys), c_states(*values), address, (ctypes.c_int64 * 4)(*strides),
+            out.data_ptr(), batch, query_heads, queries, keys[1].heads, tokens, scale, kind,
+        )  # fmt: skip
+        self._call("attend", _pointer(tables.data), ctypes.byref(operands), self._parallel())
         return out
 
     def _weight_bytes(self, rows: int, columns: int, spec: FormatSpec) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.format.spec import FormatSpec
+from lobcq_fx.format.state_rows import StateRows
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -179,6 +180,43 @@ class CFeedback(ctypes.Structure):
         ("array_size", ctypes.c_int32),
         ("tensor_scale", ctypes.c_float),
     )
+
+
+class CStates(ctypes.Structure):
+    """`lobcq_states`."""
+
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        ("row_bytes", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("array_size", ctypes.c_int32),
+    )
+
+
+class CAttention(ctypes.Structure):
+    """`lobcq_attention`."""
+
+    _fields_ = (
+        ("query", ctypes.c_void_p),
+        ("keys", CStates),
+        ("values", CStates),
+        ("mask", ctypes.c_void_p),
+        ("mask_strides", ctypes.c_int64 * 4),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "query_heads", "queries", "heads", "tokens")),
+        ("scale", ctypes.c_float),
+        ("mask_kind", ctypes.c_int32),
+    )
+
+
+def c_states(rows: Tensor, layout: StateRows) -> CStates:
+    """The structure of rows uint8 [B, P, row_bytes].
+
+    Raises:
+        ValueError: they are no such rows.
+    """
+    require("rows", rows, torch.uint8, (*rows.shape[:2], layout.row_bytes))
+    return CStates(rows.data_ptr(), layout.row_bytes, layout.width, layout.spec.array_size)
 
 
 def c_matrix(x: Tensor) -> CMatrix:

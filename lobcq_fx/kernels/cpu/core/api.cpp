@@ -3,6 +3,7 @@
 
 #include <atomic>
 
+#include "attention.h"
 #include "encode.h"
 #include "fp_mode.h"
 #include "linear.h"
@@ -104,6 +105,30 @@ int32_t check_feedback(const lobcq_feedback* f) {
     for (const float* floats : {f->weight, f->other_errors, f->coupling, f->power, const_cast<const float*>(f->errors)})
         if (!aligned(floats, 4)) return LOBCQ_INVALID_ARGUMENT;
     return f->codes && f->selectors && f->scales && aligned(f->costs, 8) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
+}
+
+int32_t check_states(const lobcq_states& s, int64_t heads, int32_t num_codebooks) {
+    if (!valid_array_size(s.array_size)) return LOBCQ_INVALID_FORMAT;
+    if (s.width < 1 || s.width > kMaxWidth || round_up(s.width, s.array_size) > kMaxWidth) return LOBCQ_INVALID_ARGUMENT;
+    return s.row_bytes == state_row_bytes(s, heads, num_codebooks) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
+}
+
+int32_t check_attention(const void* tables, const lobcq_attention* a) {
+    if (!valid_tables(tables) || !a || a->heads < 1 || a->heads > kMaxSize || a->query_heads < 0)
+        return LOBCQ_INVALID_ARGUMENT;
+    if (a->query_heads % a->heads || a->mask_kind < LOBCQ_NO_MASK || a->mask_kind > LOBCQ_ADDED_MASK)
+        return LOBCQ_INVALID_ARGUMENT;
+    for (const lobcq_states* s : {&a->keys, &a->values})
+        if (const int32_t status = check_states(*s, a->heads, as_tables(tables).num_codebooks)) return status;
+    const int64_t rows = a->queries;
+    if (!valid_shape(a->batch, a->query_heads) || !valid_shape(a->batch * a->query_heads, rows) ||
+        !valid_shape(a->batch * a->query_heads * rows, kMaxWidth) || !valid_shape(a->batch, a->tokens))
+        return LOBCQ_INVALID_ARGUMENT;
+    if (a->batch * a->query_heads * rows == 0) return LOBCQ_OK;
+    const bool states = a->tokens == 0 || (a->keys.rows && a->values.rows);
+    const bool mask = a->mask_kind == LOBCQ_NO_MASK || a->tokens == 0 ||
+                      aligned(a->mask, a->mask_kind == LOBCQ_ADDED_MASK ? 4 : 1);
+    return states && mask && aligned(a->query, 4) && aligned(a->out, 4) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
 }
 
 template <class A, class B>
@@ -359,6 +384,12 @@ int32_t lobcq_linear(const lobcq_product* products, int64_t count, const lobcq_a
         if (const int32_t status = check_product(products[i], *activation)) return status;
     const LinearGroup group{products, count, view(*activation)};
     return run(group.tasks(), group.grain(), parallel, [&](int64_t begin, int64_t end) { group.run(begin, end); });
+}
+
+int32_t lobcq_attend(const void* tables, const lobcq_attention* attention, lobcq_parallel_for parallel) {
+    if (const int32_t status = check_attention(tables, attention)) return status;
+    const Attention work(as_tables(tables), *attention);
+    return run(work.tasks(), 1, parallel, [&](int64_t begin, int64_t end) { work.run(begin, end); });
 }
 
 }  // extern "C"

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "avx2.h"
+#include "attention_loops.h"
 #include "feedback.h"
 #include "loops.h"
 #include "rotate.h"
@@ -31,6 +32,7 @@ const Isa kAvx2 = {
     .fused = avx2::fused,
     .decode = avx2::decode,
     .multiply = avx2::multiply,
+    .attend = attend_tile,
     .finish = finish_row,
 };
 

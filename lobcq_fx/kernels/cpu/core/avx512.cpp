@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "avx512.h"
+#include "attention_loops.h"
 #include "feedback.h"
 #include "loops.h"
 #include "rotate.h"
@@ -30,6 +31,7 @@ const Isa kAvx512 = {
     .fused = avx512::fused,
     .decode = avx512::decode,
     .multiply = avx512::multiply,
+    .attend = attend_tile,
     .finish = finish_row,
 };
 

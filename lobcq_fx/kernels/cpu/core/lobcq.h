@@ -235,6 +235,38 @@ typedef struct {
 LOBCQ_API int32_t lobcq_linear(const lobcq_product* products, int64_t count, const lobcq_activation* activation,
                                lobcq_parallel_for parallel);
 
+enum lobcq_mask { LOBCQ_NO_MASK = 0, LOBCQ_BOOL_MASK = 1 /* uint8, 0: not looked at */, LOBCQ_ADDED_MASK = 2 /* fp32 */ };
+
+/* Keys or values of a cache, of a batch of sequences of as many tokens. `rows` is uint8 [batch, tokens, row bytes]: a
+ * row is the token's tensor scale, fp32, anywhere in memory, and for each head its codes, selectors and scales, each as
+ * one row of lobcq_packed with `width` columns. Any bytes decode to something. */
+typedef struct {
+    const uint8_t* rows;
+    int64_t row_bytes; /* of a token, as the caller sees it: checked */
+    int64_t width;     /* 1 to 512, rounded up to a multiple of array_size */
+    int32_t array_size;
+} lobcq_states;
+
+/* Scaled dot-product attention over encoded keys and values, in fp32.
+ *   query fp32 [batch, query_heads, queries, keys.width], out fp32 [batch, query_heads, queries, values.width],
+ *         contiguous
+ *   mask  as mask_kind (enum lobcq_mask) says, [batch, query_heads, queries, tokens] with strides in elements, which may
+ *         be 0; NULL for LOBCQ_NO_MASK
+ *   heads of keys and values, which divides query_heads: query heads that follow one another share one
+ * A query that looks nowhere gives zeros. The bits of a result depend on its query, keys, values and mask alone. */
+typedef struct {
+    const float* query;
+    lobcq_states keys, values;
+    const void* mask;
+    int64_t mask_strides[4];
+    float* out;
+    int64_t batch, query_heads, queries, heads, tokens;
+    float scale;
+    int32_t mask_kind;
+} lobcq_attention;
+
+LOBCQ_API int32_t lobcq_attend(const void* tables, const lobcq_attention* attention, lobcq_parallel_for parallel);
+
 #ifdef __cplusplus
 }
 #endif

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "neon.h"
+#include "attention_loops.h"
 #include "feedback.h"
 #include "loops.h"
 #include "rotate.h"
@@ -30,6 +31,7 @@ const Isa kNeon = {
     .fused = neon::fused,
     .decode = neon::decode,
     .multiply = neon::multiply,
+    .attend = attend_tile,
     .finish = finish_row,
 };
 

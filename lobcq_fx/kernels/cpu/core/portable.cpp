@@ -1,4 +1,5 @@
 // Plain C++ for any CPU: the fallback, and the plainest statement of what the other instruction sets do.
+#include "attention_loops.h"
 #include "feedback.h"
 #include "isa.h"
 #include "loops.h"
@@ -121,6 +122,7 @@ const Isa kPortable = {
     .fused = nullptr,
     .decode = decode,
     .multiply = multiply,
+    .attend = attend_tile,
     .finish = finish_row,
 };
 

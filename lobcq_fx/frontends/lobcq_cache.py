@@ -1,0 +1,127 @@
+"""A cache of keys and values in LO-BCQ, for `past_key_values` of quantized and of float language models."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+import lobcq_fx.ops  # noqa: F401  (defines the ops called here)
+from lobcq_fx.cache_format import CacheFormat
+from lobcq_fx.config import format_of
+from lobcq_fx.errors import CallError
+from lobcq_fx.format import FormatSpec, universal_codebooks
+from lobcq_fx.format.state_rows import StateRows
+from lobcq_fx.kernels.bind import bind_cpu_core
+
+lobcq = torch.ops.lobcq
+
+
+class LobcqLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of one layer, each uint8 [B, P, row_bytes]: a row is a token in all heads (`StateRows`).
+
+    Cropping, reordering and repeating work on rows as they do on float states: tokens are the last dimension but one.
+    """
+
+    def __init__(self, cache_format: CacheFormat) -> None:
+        super().__init__()
+        self.format = cache_format
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """No tokens yet, on the device of [B, H, T, D] states."""
+        self.device = key_states.device
+        self.keys, self.values = (
+            state.new_empty((state.shape[0], 0, self._layout(state).row_bytes), dtype=torch.uint8)
+            for state in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append the states [B, H, T, D] of a float model's call; return all, [B, H, P + T, D], as they decode."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rotations = None
+        if self.format.rotate_keys:
+            width = key_states.shape[3]
+            rotations = [self.format.rotation(width, operand).to(key_states) for operand in ("weight", "activation")]
+        self.keys, keys = self._appended(self.keys, key_states if rotations is None else key_states @ rotations[0])
+        self.values, values = self._appended(self.values, value_states)
+        return keys if rotations is None else keys @ rotations[1], values
+
+    def _appended(self, rows: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The grown rows, and what they decode to."""
+        _, heads, _, width = states.shape
+        spec = self._layout(states).spec
+        codebooks = universal_codebooks(spec.num_codebooks).to(states.device)
+        new = lobcq.quantize_states(states.detach(), codebooks, spec.array_size)
+        rows = torch.cat((rows, new), dim=1)
+        decoded = lobcq.dequantize_states(rows, codebooks, heads, width, spec.array_size, states.dtype)
+        return rows, decoded
+
+    def _layout(self, states: Tensor) -> StateRows:
+        return self.format.rows(states.shape[1], states.shape[3])
+
+
+class LobcqCache(Cache):  # type: ignore[misc]
+    """Keys and values in LO-BCQ with universal codebooks: in the default format 4.5 bits a scalar, and 32 a token.
+
+    It grows as a DynamicCache does, and is passed like one: `q.generate(..., past_key_values=LobcqCache())`. Each head
+    of a token is encoded by itself along its width, with one tensor scale for all heads of the token. Attention reads
+    what is cached, the call's own tokens included, and decodes one layer at a time. Layers with a sliding window are
+    kept whole; the model's mask applies the window.
+
+    Args:
+        format: a `FormatSpec` or its name; heads whose width its arrays do not divide get the shorter ones that store
+            them in the fewest bytes.
+        rotate_keys: multiply keys with a Hadamard matrix within their heads before they are encoded, which spreads the
+            few columns that stand out in keys (docs/accuracy.md has what it is worth).
+
+    Raises:
+        ConfigError: no such format.
+    """
+
+    def __init__(self, format: FormatSpec | str = "8x64", *, rotate_keys: bool = True) -> None:
+        bind_cpu_core()
+        self.format = CacheFormat(format_of(format), rotate_keys)
+        super().__init__(layer_class_to_replicate=partial(LobcqLayer, self.format))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
+
+    def rows(self, row_bytes: tuple[int, ...], batch: int, device: torch.device) -> list[Tensor]:
+        """Keys and values of every layer in turn, for a quantized model's graph; empty ones where there are none yet.
+
+        Args:
+            row_bytes: of a token's keys, then values, in every layer of the model.
+            batch: of the call.
+            device: of the call.
+
+        Raises:
+            CallError: the cache holds tokens of another model, batch or device.
+        """
+        if self.get_seq_length() == 0:
+            return [torch.empty((batch, 0, width), dtype=torch.uint8, device=device) for width in row_bytes]
+        states = [state for layer in self.layers for state in (layer.keys, layer.values)]
+        wanted = [(batch, self.get_seq_length(), width) for width in row_bytes]
+        if [tuple(state.shape) for state in states] != wanted or states[0].device != device:
+            raise CallError(
+                f"past_key_values holds {len(self.layers)} layers of {list(states[0].shape)} on {states[0].device}, the"
+                f" call needs {len(row_bytes) // 2} of {list(wanted[0])} [batch, tokens, bytes] on {device}: pass a new"
+                " LobcqCache, or the one of this batch"
+            )
+        return states
+
+    def grow(self, rows: list[Tensor]) -> None:
+        """Take what a graph has made of `rows`."""
+        layers = []
+        for keys, values in zip(rows[0::2], rows[1::2], strict=True):
+            layer = LobcqLayer(self.format)
+            layer.keys, layer.values, layer.device = keys, values, keys.device
+            layer.is_initialized = True
+            layers.append(layer)
+        self.layers = layers

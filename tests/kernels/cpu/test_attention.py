@@ -1,0 +1,98 @@
+"""The core's attention on every instruction set, against the default implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import lobcq_fx.ops
+from lobcq_fx.format import FormatSpec, universal_codebooks
+from lobcq_fx.format.state_rows import StateRows
+from lobcq_fx.kernels.cpu.library import Core, CoreError
+
+SPECS = [FormatSpec(8, 64), FormatSpec(16, 16), FormatSpec(1, 128)]
+WIDTHS = [64, 18, 200]
+
+
+class Call:
+    """6 query heads on 2 of keys and values, 9 queries after 61 tokens; some tokens are hidden from some queries."""
+
+    def __init__(self, spec: FormatSpec, width: int, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.codebooks = universal_codebooks(spec.num_codebooks)
+        self.query, self.scale = torch.randn(2, 6, 9, width, generator=generator), width**-0.5
+        self.layout = StateRows(spec, 2, width)
+        self.keys, self.values = (
+            lobcq_fx.ops.quantize_states(
+                torch.randn(2, 2, 70, width, generator=generator), self.codebooks, spec.array_size
+            )
+            for _ in range(2)
+        )
+        self.mask = (torch.rand(2, 1, 9, 70, generator=generator) > 0.3).expand(2, 6, 9, 70)
+
+    def default(self) -> torch.Tensor:
+        numbers = (2, self.layout.width, *2 * (self.layout.spec.array_size,), self.scale)
+        return lobcq_fx.ops.attention(self.query, self.keys, self.values, self.codebooks, self.mask, *numbers)
+
+    def on(self, core: Core, **changes: Any) -> torch.Tensor:
+        given = {name: changes.get(name, getattr(self, name)) for name in ("query", "keys", "values", "mask")}
+        keys, values = ((given[name], self.layout) for name in ("keys", "values"))
+        return core.attention(core.tables(self.codebooks), given["query"], keys, values, given["mask"], self.scale)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_it_agrees_with_the_default(core: Core, spec: FormatSpec, width: int) -> None:
+    call = Call(spec, width)
+    torch.testing.assert_close(call.on(core), call.default(), rtol=1e-5, atol=1e-5)
+
+
+def test_bits_depend_on_nothing_but_a_query_s_own_operands(core: Core) -> None:
+    call = Call(FormatSpec(), 64)
+    expected = call.on(core)
+    alone = Core(core.path)  # on the calling thread
+    assert torch.equal(call.on(alone), expected)
+    for query in (0, 4, 8):
+        part = slice(query, query + 1)
+        changed = {"query": call.query[:, :, part].contiguous(), "mask": call.mask[:, :, part]}
+        assert torch.equal(call.on(core, **changed), expected[:, :, part])
+    one = {name: getattr(call, name)[1:].contiguous() for name in ("query", "keys", "values", "mask")}
+    assert torch.equal(call.on(core, **one), expected[1:])
+
+
+@pytest.mark.parametrize("byte", [0x00, 0x7F, 0xFF])
+def test_any_bytes_give_something(core: Core, byte: int) -> None:
+    call = Call(FormatSpec(), 64)
+    assert call.on(core, keys=torch.full_like(call.keys, byte)).shape == call.query.shape
+    assert call.on(core, values=torch.full_like(call.values, byte)).shape == call.query.shape
+
+
+@pytest.mark.parametrize("what", ["keys", "values"])
+def test_a_token_that_is_nan_reaches_those_that_look_at_it(core: Core, what: str) -> None:
+    call = Call(FormatSpec(), 64)
+    rows = getattr(call, what).clone()
+    rows[1, 40, :4] = torch.tensor([torch.nan]).view(torch.uint8)
+    call.mask = torch.ones(2, 6, 9, 70, dtype=torch.bool)
+    out = call.on(core, **{what: rows})
+    assert out[1].isnan().all()
+    assert torch.equal(out[0], call.on(core)[0])
+
+
+def test_what_the_core_refuses(core: Core) -> None:
+    call = Call(FormatSpec(), 64)
+    for layout in (StateRows(FormatSpec(), 4, 64), StateRows(FormatSpec(8, 32), 2, 64), StateRows(FormatSpec(), 2, 1)):
+        call.layout = layout
+        with pytest.raises((CoreError, ValueError)):
+            call.on(core)
+    wide = Call(FormatSpec(), 520)
+    with pytest.raises(CoreError, match="inconsistent"):
+        wide.on(core)
+    five = Call(FormatSpec(), 64)
+    with pytest.raises(CoreError, match="inconsistent"):  # 5 query heads on 2
+        five.on(core, query=five.query[:, :5].contiguous(), mask=five.mask[:, :5])
+    other = Call(FormatSpec(16, 64), 64)
+    other.codebooks = universal_codebooks(8)
+    with pytest.raises(CoreError, match="inconsistent"):  # rows of another format than the tables
+        other.on(core)
