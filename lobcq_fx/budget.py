@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, fx
 
 from lobcq_fx.calibration.compensate import decoded_weight
+from lobcq_fx.calibration.encode_activation import decode_activation, encode_activation
 from lobcq_fx.calibration.encode_weight import encode_weight
 from lobcq_fx.calibration.rounding_error import activation_error, sampled_power, weight_error
 from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CalibrationError, ConfigError
 from lobcq_fx.float_weights import FloatWeights
-from lobcq_fx.format import FormatSpec, decode, encode, encode_int8, universal_codebooks
-from lobcq_fx.format.scales import absmax_row_scale
-from lobcq_fx.format.spec import ALLOWED_ARRAY_SIZES, ENTRY_MAX, INT8_MAX
+from lobcq_fx.format import FormatSpec, universal_codebooks
+from lobcq_fx.format.spec import ALLOWED_ARRAY_SIZES
 from lobcq_fx.graph.aliasing import writes_inputs
 from lobcq_fx.graph.written import kept, state_of
 from lobcq_fx.passes.insert_observers import PastObservers, observed
@@ -226,12 +226,9 @@ def rounded_activation(x: Tensor, config: LobcqConfig) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     if config.mode == "w4a16" or not rows.numel():
         return x
-    spec, scale = config.activations, absmax_row_scale(rows)
-    if config.mode == "w4a8":
-        encoded = decode(encode_int8(rows, spec.array_size, scale * (ENTRY_MAX / INT8_MAX)))
-    else:
-        encoded = decode(encode(rows, spec, universal_codebooks(spec.num_codebooks), scale))
-    return encoded.reshape(x.shape).to(x.dtype)
+    spec = config.activations
+    encoded = encode_activation(rows, spec, config.mode, universal_codebooks(spec.num_codebooks))
+    return decode_activation(encoded).reshape(x.shape).to(x.dtype)
 
 
 def _rounded_weight(weight: Tensor, spec: FormatSpec) -> Tensor:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.calibration.compensate import decoded_weight
+from lobcq_fx.calibration.encode_activation import decode_activation, encode_activation
 from lobcq_fx.calibration.encode_weight import encode_weight
 from lobcq_fx.calibration.statistics import ActivationStatistics, scaled_sample
-from lobcq_fx.format import FormatSpec, Operand, decode, encode, encode_int8, universal_codebooks
-from lobcq_fx.format.spec import INT8_MAX
+from lobcq_fx.format import FormatSpec, Operand, universal_codebooks
+from lobcq_fx.format.spec import ENTRY_MAX, INT8_MAX
 
 SMALLEST = torch.finfo(torch.float32).tiny
 """Divides what is 0."""
@@ -59,7 +60,7 @@ def activation_error(statistics: ActivationStatistics, spec: FormatSpec, mode: s
     scaled, encoded = encoded_sample(statistics, spec, mode, "per_token", universal_codebooks(spec.num_codebooks))
     # An array's own ratio of both, whatever scaled it; 0 where the array is.
     back = values.abs().amax(1, keepdim=True) / scaled.abs().amax(1, keepdim=True).clamp_min(SMALLEST)
-    return _column_means(statistics, (scaled - decode(encoded)) * back)
+    return _column_means(statistics, (scaled - decode_activation(encoded)) * back)
 
 
 def _column_means(statistics: ActivationStatistics, sample: Tensor) -> Tensor:
@@ -83,8 +84,5 @@ def encoded_sample(
         activation_scale: "static" or "per_token".
         codebooks: int8 [N_c, 16], which int8 needs none of.
     """
-    if mode == "w4a8":
-        sample = scaled_sample(statistics, activation_scale, INT8_MAX)
-        return sample, encode_int8(sample, spec.array_size, sample.new_ones(()))
-    sample = scaled_sample(statistics, activation_scale)
-    return sample, encode(sample, spec, codebooks, sample.new_ones(()))
+    sample = scaled_sample(statistics, activation_scale, INT8_MAX if mode == "w4a8" else ENTRY_MAX)
+    return sample, encode_activation(sample, spec, mode, codebooks, sample.new_ones(()))

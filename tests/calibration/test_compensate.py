@@ -247,5 +247,5 @@ def test_a_weight_that_is_not_finite_is_named():
 
 
 def test_it_needs_data_and_says_so():
-    with pytest.raises(CalibrationError, match="compensated rounding need calibration_data"):
+    with pytest.raises(CalibrationError, match="compensated rounding and budgets of bits need calibration_data"):
         lobcq_fx.quantize(torch.nn.Linear(64, 64), config=LobcqConfig(rounding="compensated"))
