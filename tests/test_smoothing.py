@@ -225,5 +225,5 @@ def test_columns_without_a_value_keep_theirs() -> None:
 
 
 def test_it_needs_data() -> None:
-    with pytest.raises(CalibrationError, match="smoothing, rotation, compensated rounding .* need calibration_data"):
+    with pytest.raises(CalibrationError, match=r"smoothing, rotation, compensated rounding .* need calibration_data"):
         lobcq_fx.quantize(PreNorm(), config=LobcqConfig(smoothing="folded"), example_inputs=data())
