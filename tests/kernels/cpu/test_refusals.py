@@ -198,6 +198,18 @@ def test_an_instruction_set_that_does_not_exist_is_refused(
     assert library.lobcq_tables_init(*pointers) == UNKNOWN_ISA
 
 
+def test_columns_that_fill_no_block_array_are_not_rotated(core: Core) -> None:
+    x, tables = torch.randn(2, 100), core.tables(codebooks(FormatSpec()))
+    for call in (
+        lambda: core.rotate(x, 64),
+        lambda: core.rotate(x, 20),
+        lambda: core.encode_activation(tables, x, 64, rotated=True),
+        lambda: core.encode_activation(None, x, 64, rotated=True),
+    ):
+        with pytest.raises(CoreError):
+            call()
+
+
 def test_matrices_that_the_core_cannot_read_are_refused(core: Core) -> None:
     tables = core.tables(codebooks(FormatSpec()))
     cube, double = torch.zeros(2, 3, 4), torch.zeros(2, 8, dtype=torch.float64)
