@@ -25,9 +25,6 @@ from lobcq_fx.refusal import Refusal
 aten = torch.ops.aten
 lobcq = torch.ops.lobcq
 
-HEADS = 1
-"""Dimension of the heads in keys and values."""
-
 
 @dataclass(frozen=True)
 class FuseCachedAttention(GraphPass):
@@ -82,17 +79,11 @@ def _cached(node: Any) -> _Cached | None:
             matrix = node.args[1]
             ours = isinstance(matrix, fx.Node) and matrix.op == "placeholder" and matrix.name.startswith(CONSTANT)
             return _Cached(rotated.states, matrix) if rotated and ours else None  # type: ignore[arg-type]
-        if node.target is aten.expand.default:
-            if _heads(_cached(node.args[0])) != node.args[1][HEADS]:  # type: ignore[index]
-                return None
-        elif node.target is not aten.slice.Tensor or not keeps_everything(*node.args[1:]):
+        whole = node.target is aten.slice.Tensor and keeps_everything(*node.args[1:])
+        if not whole and node.target is not aten.expand.default:  # which can repeat one head alone, as the op does
             return None
         node = node.args[0]
     return None
-
-
-def _heads(cached: _Cached | None) -> Any:
-    return None if cached is None else named_arguments(cached.states)["heads"]
 
 
 def _unguarded(key: fx.Node, value: fx.Node) -> Any:
@@ -101,7 +92,7 @@ def _unguarded(key: fx.Node, value: fx.Node) -> Any:
 
 
 def _refusal(given: dict[str, Any], key: _Cached, value: _Cached) -> str | None:
-    if _heads(key) != _heads(value):
+    if named_arguments(key.states)["heads"] != named_arguments(value.states)["heads"]:
         return "it has other heads for keys than for values"
     if given.get("is_causal") or given.get("dropout_p"):
         return "it makes a causal mask of its own, or drops out"

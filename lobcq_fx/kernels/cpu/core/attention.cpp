@@ -19,7 +19,7 @@ StateRows rows_of(const lobcq_states& s, int64_t heads, int32_t num_codebooks, i
             .bits = selector_bits(num_codebooks)};
 }
 
-// Entries of n tokens' head [n][padded], and the scales of their arrays times 1 in the first, tensor scales apart.
+// One head of n tokens: entries [n][padded], the scales of its block arrays, and the tokens' tensor scales.
 struct alignas(64) Decoded {
     int8_t entries[kTileTokens * kMaxWidth];
     float scales[kTileTokens][kMaxWidth / 16];

@@ -1,5 +1,4 @@
-// Attention over encoded keys and values: the row operations, plain loops over vectors as in loops.h, of which every
-// instruction set's file gets a copy of its own; and how the work is cut, which exists once.
+// Attention over encoded keys and values: how the work is cut, which exists once. attention_loops.h has the arithmetic.
 #pragma once
 
 #include "isa.h"
