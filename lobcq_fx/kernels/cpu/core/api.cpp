@@ -389,7 +389,7 @@ int32_t lobcq_linear(const lobcq_product* products, int64_t count, const lobcq_a
 int32_t lobcq_attend(const void* tables, const lobcq_attention* attention, lobcq_parallel_for parallel) {
     if (const int32_t status = check_attention(tables, attention)) return status;
     const Attention work(as_tables(tables), *attention);
-    return run(work.tasks(), 1, parallel, [&](int64_t begin, int64_t end) { work.run(begin, end); });
+    return run(work.tasks(), work.grain(), parallel, [&](int64_t begin, int64_t end) { work.run(begin, end); });
 }
 
 }  // extern "C"

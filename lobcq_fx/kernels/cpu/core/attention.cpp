@@ -7,6 +7,8 @@
 namespace lobcq {
 namespace {
 
+constexpr int64_t kGrainProducts = 1 << 18;  // below this a thread costs more than it saves
+constexpr int64_t kDecodeProducts = 8;       // that take as long as decoding one scalar
 constexpr int64_t kScaleBytes = 4;  // of a token's tensor scale, which its row starts with
 
 StateRows rows_of(const lobcq_states& s, int64_t heads, int32_t num_codebooks, int64_t batch, int64_t tokens) {
@@ -76,6 +78,13 @@ int64_t state_row_bytes(const lobcq_states& s, int64_t heads, int32_t num_codebo
 
 Attention::Attention(const Tables& t, const lobcq_attention& attention)
     : tables(t), a(attention), rows(a.queries * (a.query_heads / a.heads)), blocks(ceil_div(rows, kQueryRows)) {}
+
+int64_t Attention::grain() const {
+    const int64_t together = rows < kQueryRows ? rows : kQueryRows;
+    const double scalars = static_cast<double>(a.tokens) * static_cast<double>(a.keys.width + a.values.width);
+    const double each = scalars * static_cast<double>(together + kDecodeProducts) + 1;
+    return each < kGrainProducts ? ceil_div(kGrainProducts, static_cast<int64_t>(each)) : 1;
+}
 
 void Attention::run(int64_t begin, int64_t end) const {
     for (int64_t task = begin; task < end; ++task) {

@@ -32,6 +32,7 @@ struct Attention {
     Attention(const Tables& t, const lobcq_attention& attention);
 
     int64_t tasks() const { return a.batch * a.heads * blocks; }
+    int64_t grain() const;  // how many tasks are worth a thread
     void run(int64_t begin, int64_t end) const;
 
   private:
