@@ -26,7 +26,7 @@ from lobcq_fx.calibration.encode_weight import encode_weight
 from lobcq_fx.calibration.rounding_error import activation_error, sampled_power, weight_error
 from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.config import LobcqConfig
-from lobcq_fx.errors import CalibrationError, ConfigError
+from lobcq_fx.errors import ConfigError
 from lobcq_fx.float_weights import FloatWeights
 from lobcq_fx.format import FormatSpec, universal_codebooks
 from lobcq_fx.format.spec import ALLOWED_ARRAY_SIZES
@@ -40,8 +40,11 @@ Distance = Callable[[Sequence[Any], Sequence[Any]], float]
 
 Progress = Callable[[int, int], None]
 
+OBSERVED_CALLS = 16
+"""Of the calibration data, for rounding errors: samples of activations settle early."""
+
 MEASURED_CALLS = 2
-"""Of the calibration data, for the distance of the results: one run of the model for each group of layers and call."""
+"""Of these, for the distance of the results: one run of the model for each group of layers and call."""
 
 CODEBOOKS = (2, 4, 8, 16)
 """That weights and activations choose from; fewer than 2 save an eighth of a bit at twice the error."""
@@ -70,7 +73,7 @@ class Option:
 class Group:
     """Layers that get the same settings, since they read one activation or one weight.
 
-    keys: what they share with others. free: no override of the settings names one of them.
+    keys: what they share with others. free: no override of the settings names one of them, and all saw data.
     """
 
     matmuls: tuple[PlannedMatmul, ...]
@@ -132,7 +135,7 @@ def within_budget(
     distance: Distance,
     progress: Progress | None = None,
 ) -> LobcqConfig:
-    """Settings with an override for each layer in the place of a budget.
+    """Settings with an override for each layer in the place of a budget; a layer that saw no data keeps what it has.
 
     Args:
         graph_module: float, with observers that saw the calibration data.
@@ -144,7 +147,6 @@ def within_budget(
 
     Raises:
         ConfigError: the layers that overrides name, or the smallest formats, take more bits than there are.
-        CalibrationError: a layer saw no calibration data.
     """
     statistics = observed(graph_module, plan)
     groups = _groups(plan, config, statistics)
@@ -192,12 +194,10 @@ def _groups(
     groups: list[Group] = []
     for one in plan.quantized:
         assert one.weight is not None
-        if not statistics[one].seen:
-            raise CalibrationError(f"{one.layer} saw no calibration data: a budget of bits needs some for every layer")
         keys = frozenset((id(statistics[one]), one.layer, one.weight.source))
         joined = [group for group in groups if group.keys & keys]
         matmuls = (*(matmul for group in joined for matmul in group.matmuls), one)
-        free = one.config is config and all(group.free for group in joined)
+        free = one.config is config and statistics[one].seen and all(group.free for group in joined)
         merged = Group(matmuls, keys.union(*(group.keys for group in joined)), free)
         groups = [group for group in groups if group not in joined] + [merged]
     return groups

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lobcq_fx.budget import MEASURED_CALLS, within_budget
+from lobcq_fx.budget import MEASURED_CALLS, OBSERVED_CALLS, within_budget
 from lobcq_fx.codebook_choice import ModelFit, choose_codebooks, fit_to_model
 from lobcq_fx.config import CALIBRATED, LobcqConfig
 from lobcq_fx.encoding import encode_weights, records_of, register_static_scales
@@ -180,7 +180,7 @@ def _decided(
 ) -> LobcqConfig:
     """The settings with a mode and formats for each layer in the place of a budget of bits."""
     graph_module = fx.GraphModule(traced.graph_module, copy.deepcopy(traced.graph_module.graph))
-    _calibrate(TracedModel(graph_module, traced.calling), plan, data, report)
+    _calibrate(TracedModel(graph_module, traced.calling), plan, data[:OBSERVED_CALLS], report)
     calls = [calibration_inputs(traced.calling, item, _device(graph_module)) for item in data[:MEASURED_CALLS]]
     return within_budget(graph_module, plan, config, calls, front_end.distance, partial(report, "weigh layers"))
 

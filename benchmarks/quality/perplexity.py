@@ -34,14 +34,17 @@ RESULT = Path(__file__).parents[1] / "results" / "perplexity.json"
 STORY_MODELS = ("stories260K", "tinystories-656k")
 STORIES = 80
 WINDOW, STRIDE = 512, 256
-WAYS = {
-    "w4a16": ("w4a16", "fast"),
-    "w4a4": ("w4a4", "fast"),
-    "w4a16 balanced": ("w4a16", "balanced"),
-    "w4a8 balanced": ("w4a8", "balanced"),
-    "w4a4 balanced": ("w4a4", "balanced"),
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "w4a16": ("fast", {"mode": "w4a16"}),
+    "w4a4": ("fast", {}),
+    "w4a16 balanced": ("balanced", {"mode": "w4a16"}),
+    "w4a8 balanced": ("balanced", {"mode": "w4a8"}),
+    "w4a4 balanced": ("balanced", {}),
+    "w4a4 best": ("best", {}),
+    "4.5 bits by need": ("best", {"bits": 4.5}),
+    "4.5 bits by need, activations 5": ("best", {"bits": 4.5, "activation_bits": 5.0}),
 }
-"""Mode and recipe."""
+"""Recipe and settings."""
 
 
 def main() -> None:
@@ -117,8 +120,8 @@ def in_all_ways(
         "tokens": reference.tokens,
         "fp32": reference.perplexity,
     }
-    for way, (mode, recipe) in WAYS.items():
-        config = lobcq_fx.LobcqConfig.of_recipe(recipe, mode=mode)
+    for way, (recipe, settings) in WAYS.items():
+        config = lobcq_fx.LobcqConfig.of_recipe(recipe, **settings)
         if config.needs_calibration and calibration is None:
             continue
         quantized = lobcq_fx.quantize(model, calibration if config.needs_calibration else None, config)
