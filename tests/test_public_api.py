@@ -12,6 +12,7 @@ PUBLIC = {
     "FormatSpec",
     "LobcqConfig",
     "LobcqError",
+    "LobcqQuantizationConfig",
     "QuantizedModel",
     "default_model_path",
     "export_onnx",
