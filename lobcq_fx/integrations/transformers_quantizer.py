@@ -116,7 +116,7 @@ class LobcqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         self.quantization_config.layers = self._reading.finish(model)
         del self._reading  # and the tensors that it holds
-        return model
+        return model.requires_grad_(False)  # the ops have no gradients, and are called without torch.no_grad() too
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes a folder that `from_pretrained` opens."""

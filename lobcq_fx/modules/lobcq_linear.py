@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops)
 from lobcq_fx.config import LobcqConfig
+from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.modules.packed_weight import PARTS, PackedWeight, WeightLayout
+from lobcq_fx.ops.schemas import NO_GRADIENT
 
 ops = torch.ops.lobcq
 
@@ -117,7 +119,13 @@ class LobcqLinear(nn.Module):
             self._look_up(layout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The product, with the activation encoded as the settings say."""
+        """The product, with the activation encoded as the settings say.
+
+        Raises:
+            LobcqError: x requires a gradient. OperandError: it is no float activation of K columns.
+        """
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise LobcqError(NO_GRADIENT)
         if self.input_scale is not None:
             x = x * self.input_scale
         return self._stored(x) if self.weight.layout is None else self._prepacked(x)
