@@ -16,7 +16,15 @@ from lobcq_fx.codebook_choice import given_codebooks
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CheckpointError, ConfigError
 from lobcq_fx.frontends.roles import roles_of
-from lobcq_fx.integrations.linear_places import as_rows, is_linear, mark_initialized, replace_linear, shape_of, tied
+from lobcq_fx.integrations.linear_places import (
+    LINEARS,
+    as_rows,
+    is_linear,
+    mark_initialized,
+    replace_linear,
+    shape_of,
+    tied,
+)
 from lobcq_fx.modules.lobcq_linear import LinearSettings, LobcqLinear
 from lobcq_fx.modules.packed_weight import PackedWeight
 
@@ -43,10 +51,12 @@ class EncodedAsRead(ConversionOps):  # type: ignore[misc]
         """
         roles, reasons = roles_of(model), {}
         for name, module in model.named_modules():
-            if not is_linear(module):
+            if not isinstance(module, LINEARS):
                 continue
             settings = self.config.for_layer(name, roles.get(name))
             reason = selection.refusal(name, shape_of(module), module.weight.dtype, settings, roles.get(name))
+            if reason is None and not is_linear(module):
+                reason = f"{type(module).__name__} is no plain linear: lobcq_fx.quantize(model) looks into it"
             if reason is not None:
                 reasons[name] = reason
                 logger.info("%s stays in float: %s", name, reason)

@@ -9,10 +9,12 @@ from transformers.pytorch_utils import Conv1D
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.modules.lobcq_linear import LinearSettings, LobcqLinear
 
+LINEARS = (nn.Linear, Conv1D)
+
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by its weight, and does nothing else but add a bias; a derived class may do more."""
-    return type(module) in (nn.Linear, Conv1D)
+    return type(module) in LINEARS
 
 
 def shape_of(linear: nn.Module) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
@@ -203,22 +202,18 @@ class GraphFolder:
 class ModuleFolder:
     """A folder that transformers wrote, of a model with packed linears.
 
-    layers: how each of them computes, by name. files: with its tensors.
+    layers: how each of them computes, by name.
     """
 
-    def __init__(self, layers: Mapping[str, LinearSettings], files: Iterable[str]) -> None:
+    def __init__(self, layers: Mapping[str, LinearSettings]) -> None:
         self.stored = layers
         self.layers: dict[str, LinearSettings] = {}
-        self.tensors: set[str] = set()
-        for one in files:
-            with safe_open(one, framework="pt") as file:
-                self.tensors.update(file.keys())
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Put packed linears in their places in a model that has no tensors yet.
 
         Raises:
-            CheckpointError: a layer is no linear of the model, or lacks a tensor.
+            CheckpointError: a layer is no linear of the model.
         """
         names = _Names(model, self.stored)
         for layer, settings in self.stored.items():
@@ -231,15 +226,13 @@ class ModuleFolder:
                     " class that wrote it"
                 )
             self.layers[name] = settings
-            needed = {f"{layer}.{tensor}" for tensor in replace_linear(model, name, settings).state_dict()}
-            if needed - self.tensors:
-                raise CheckpointError(f"the folder lacks {min(needed - self.tensors)}. Remedy: get it again")
+            replace_linear(model, name, settings)
 
     def finish(self, model: PreTrainedModel) -> dict[str, LinearSettings]:
         """Check what was read, and lay it out for the kernels.
 
         Raises:
-            CheckpointError: names the tensor that is not of the format.
+            CheckpointError: names the tensor that is missing, or not of the format.
         """
         for name, settings in self.layers.items():
             linear = model.get_submodule(name)
@@ -303,6 +296,9 @@ def _ignored(patterns: Iterable[str] | None, names: Iterable[str]) -> set[str]:
 
 
 def _check_linear(name: str, linear: LobcqLinear, settings: LinearSettings) -> None:
+    for tensor, value in linear.named_buffers():
+        if not getattr(value, "_is_hf_initialized", False):  # transformers marks what it reads, and makes up the rest
+            raise CheckpointError(f"the folder lacks {name}.{tensor}. Remedy: get it again")
     parts: dict[str, Tensor] = {part: getattr(linear.weight, part) for part in PARTS}
     check_encoded(
         f"{name}.weight",

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CalibrationError, CheckpointError, ConfigError
 from lobcq_fx.modules.lobcq_linear import LinearSettings
-from lobcq_fx.storage.checkpoint import FORMAT_VERSION, LAYERS, NOTICE, QUANT_METHOD, WEIGHTS, check_version
+from lobcq_fx.storage.checkpoint import FORMAT_VERSION, LAYERS, NOTICE_START, QUANT_METHOD, WEIGHTS, check_version
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -84,7 +84,7 @@ class LobcqHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The one call that sees the configuration before the weights are looked for: say in which file they are."""
-        if getattr(config, "transformers_weights", None) == NOTICE:
+        if str(getattr(config, "transformers_weights", None)).startswith(NOTICE_START):
             config.transformers_weights = WEIGHTS
         return config
 
@@ -98,7 +98,7 @@ class LobcqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             self._reading: Any = EncodedAsRead(settings.lobcq_config)
         elif settings.layers is not None:
-            self._reading = ModuleFolder(settings.layers, checkpoint_files or ())
+            self._reading = ModuleFolder(settings.layers)
         elif checkpoint_files:
             self._reading = GraphFolder(Path(checkpoint_files[0]).parent)
         else:

@@ -52,7 +52,11 @@ READABLE_VERSIONS = (1, 2)
 
 WEIGHTS, WEIGHTS_OF_VERSION_1 = "lobcq.safetensors", "model.safetensors"
 
-NOTICE = "a LO-BCQ model, which transformers does not open: call lobcq_fx.load(folder), of the package lobcq-fx"
+NOTICE_START = "a LO-BCQ model"
+NOTICE = (
+    f"{NOTICE_START}, which transformers does not open by itself: import lobcq_fx first, or call"
+    " lobcq_fx.load(folder), of the package lobcq-fx"
+)
 """In place of a file name, under the key that transformers reads one from: `from_pretrained` raises with this text."""
 
 LAYERS = "layers"

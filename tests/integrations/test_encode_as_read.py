@@ -154,6 +154,42 @@ def test_settings_that_leave_nothing_are_refused(llama):
         quantized_as_read(llama, LobcqConfig(include=("*nowhere",)))
 
 
+def test_a_class_derived_from_linear_is_left_alone_and_named(tmp_path):
+    causal_lm("falcon").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"query_key_value: FalconLinear is no plain linear.*lobcq_fx\.quantize"):
+        quantized_as_read(tmp_path)
+
+
+def vit():
+    """transformers renames its tensors as it reads and writes them."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8)
+    return transformers.ViTForImageClassification(config).eval()
+
+
+@torch.no_grad()
+def test_a_model_whose_tensors_have_other_names_in_files(tmp_path):
+    kind, pixels = transformers.AutoModelForImageClassification, torch.randn(2, 3, 32, 32)
+    vit().save_pretrained(tmp_path / "float")
+    model = quantized_as_read(tmp_path / "float", kind=kind)
+    q = lobcq_fx.quantize(vit())
+    q.save_pretrained(tmp_path / "graph")
+    model.save_pretrained(tmp_path / "modules")
+    assert len(layers(model)) == 6
+    expected = q(pixel_values=pixels).logits
+    assert torch.equal(model(pixels).logits, expected)
+    for folder in ("graph", "modules"):
+        assert torch.equal(opened(tmp_path / folder, kind)(pixels).logits, expected), folder
+
+
+def test_saved_modules_in_many_files(llama, tmp_path):
+    model = quantized_as_read(llama)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(results(opened(tmp_path)), results(model))
+
+
 def test_a_tied_head_is_refused_by_name(tmp_path):
     causal_lm("llama-tied").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"lm_head\.weight is the embedding's too"):
