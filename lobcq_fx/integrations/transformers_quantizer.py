@@ -88,6 +88,8 @@ class LobcqHfQuantizer(HfQuantizer):  # type: ignore[misc]
             config.transformers_weights = WEIGHTS
         return config
 
+    update_tp_plan = update_attn_implementation  # the one call of older releases
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops)
 from lobcq_fx.config import LobcqConfig
-from lobcq_fx.errors import LobcqError
+from lobcq_fx.errors import LobcqError, OperandError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.modules.packed_weight import PARTS, PackedWeight, WeightLayout
 from lobcq_fx.ops.schemas import NO_GRADIENT
@@ -126,6 +126,8 @@ class LobcqLinear(nn.Module):
         """
         if torch.is_grad_enabled() and x.requires_grad:
             raise LobcqError(NO_GRADIENT)
+        if x.shape[-1] != self.in_features:  # kernels know K but for padding
+            raise OperandError(f"x is {list(x.shape)}: the layer takes [..., {self.in_features}]")
         if self.input_scale is not None:
             x = x * self.input_scale
         return self._stored(x) if self.weight.layout is None else self._prepacked(x)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lobcq_fx.calibration.encode_weight import encode_weight
-from lobcq_fx.errors import ConfigError, LobcqError
+from lobcq_fx.errors import ConfigError, LobcqError, OperandError
 from lobcq_fx.format import (
     Encoded,
     FormatSpec,
@@ -158,7 +158,14 @@ def test_a_gradient_is_refused():
         prepacked(SETTINGS["w4a4"])(activation().requires_grad_())
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@EACH
+@pytest.mark.parametrize("columns", [K - 1, K + 1])
+def test_another_number_of_columns_is_refused(settings, columns):
+    with pytest.raises(OperandError, match=rf"x is \[2, {columns}\]: the layer takes \[\.\.\., {K}\]"):
+        prepacked(settings)(torch.randn(2, columns))
+
+
+@EACH
 def test_settings_are_written_and_read(settings):
     assert LinearSettings.from_dict(json.loads(json.dumps(settings.to_dict()))) == settings
 
