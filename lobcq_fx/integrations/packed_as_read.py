@@ -166,8 +166,6 @@ class GraphFolder:
     def _stored_layers(self) -> dict[str, StoredLayer]:
         """Each linear of the graphs by its layer, one way of computing each."""
         found: dict[str, StoredLayer] = {}
-        for one in self.saved.graphs.values():
-            _check_operators(self.folder, one.graph)
         inventory = self.saved.inventory
         rotated = {record.layer for record in inventory if record.rotated}
         multiplied = {record.layer for record in inventory if record.smoothing == "multiplied"}
@@ -181,6 +179,8 @@ class GraphFolder:
                 self._refuse(layer, str(error))
             if found.setdefault(layer, this) != this:
                 self._refuse(layer, "it is called in two ways")
+        for one in self.saved.graphs.values():
+            _check_operators(self.folder, one.graph)
         return found
 
     def _check_complete(self, model: PreTrainedModel, given: set[str]) -> None:

@@ -6,6 +6,7 @@ It is imported while transformers is, so that all which needs the whole of trans
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ class LobcqHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     quantization_config: LobcqQuantizationConfig
     requires_calibration = False
+
+    def __init__(self, quantization_config: LobcqQuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(deepcopy(quantization_config), **kwargs)  # it gets the layers of one model
 
     def validate_environment(self, device_map: Any = None, **_: Any) -> None:
         """Refuse what a float model cannot be given as it is read.

@@ -115,6 +115,15 @@ def test_what_is_saved_is_opened_again(llama, tmp_path, config):
     assert all(torch.equal(bits(first[name]), bits(second[name])) for name in first)
 
 
+def test_settings_serve_several_models(llama, tmp_path):
+    causal_lm("qwen2").save_pretrained(tmp_path / "qwen2")
+    config = LobcqQuantizationConfig()
+    first = opened(llama, quantization_config=config)
+    opened(tmp_path / "qwen2", quantization_config=config)
+    assert config.layers is None
+    assert first.config.quantization_config.layers.keys() == layers(first)
+
+
 def test_a_graph_folder_that_is_saved_as_modules_is_opened_again(tmp_path):
     model = opened(saved(causal_lm(), tmp_path / "graph"))
     model.save_pretrained(tmp_path / "modules")
