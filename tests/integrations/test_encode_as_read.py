@@ -124,10 +124,13 @@ def test_settings_serve_several_models(llama, tmp_path):
     assert first.config.quantization_config.layers.keys() == layers(first)
 
 
-def test_a_graph_folder_that_is_saved_as_modules_is_opened_again(tmp_path):
+@pytest.mark.parametrize("target", ["modules", "graph"], ids=["elsewhere", "in place"])
+def test_a_graph_folder_that_is_saved_as_modules_is_opened_again(tmp_path, target):
     model = opened(saved(causal_lm(), tmp_path / "graph"))
-    model.save_pretrained(tmp_path / "modules")
-    assert torch.equal(results(opened(tmp_path / "modules")), results(model))
+    model.save_pretrained(tmp_path / target)
+    assert torch.equal(results(opened(tmp_path / target)), results(model))
+    with pytest.raises(CheckpointError, match="as modules"):
+        lobcq_fx.load(tmp_path / target)
 
 
 def test_the_base_of_saved_modules_is_opened_without_the_head(llama, tmp_path):

@@ -139,6 +139,21 @@ def test_a_folder_of_release_0_1_is_opened_too(tmp_path):
     assert torch.equal(results(model, IDS % 32), results(q, IDS % 32))
 
 
+def test_a_folder_with_the_notice_of_before_is_opened_too(tmp_path, monkeypatch):
+    before = "a LO-BCQ model, which transformers does not open: call lobcq_fx.load(folder), of the package lobcq-fx"
+    monkeypatch.setattr("lobcq_fx.storage.checkpoint.NOTICE", before)
+    folder = saved(uneven(), tmp_path / "q")
+    assert before in (folder / "config.json").read_text()
+    assert type(opened(folder)) is transformers.LlamaForCausalLM
+
+
+def test_a_masked_language_model_and_its_base(tmp_path):
+    """Its head is tied to the embedding, and its bias has two names."""
+    folder = saved(bert(transformers.BertForMaskedLM), tmp_path / "q")
+    model, q = opened(folder, transformers.AutoModelForMaskedLM), lobcq_fx.load(folder)
+    assert torch.equal(results(model), results(q))
+
+
 def test_a_rotated_model_is_refused_by_name(tmp_path):
     q = lobcq_fx.quantize(uneven(), batches(), LobcqConfig(rotation="hadamard"), static_cache=False)
     layer = next(record.layer for record in q.inventory if record.rotated)
