@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lobcq_fx.errors import LobcqError
     from lobcq_fx.export import export_onnx
     from lobcq_fx.format import FormatSpec
-    from lobcq_fx.integrations.transformers_quantizer import LobcqQuantizationConfig
+    from lobcq_fx.integrations.quantization_method import LobcqQuantizationConfig
     from lobcq_fx.loading import load
     from lobcq_fx.model import QuantizedModel
     from lobcq_fx.pipeline import quantize
@@ -41,7 +41,7 @@ _HOMES = {
     "FormatSpec": "lobcq_fx.format",
     "LobcqConfig": "lobcq_fx.config",
     "LobcqError": "lobcq_fx.errors",
-    "LobcqQuantizationConfig": "lobcq_fx.integrations.transformers_quantizer",
+    "LobcqQuantizationConfig": "lobcq_fx.integrations.quantization_method",
     "QuantizedModel": "lobcq_fx.model",
     "default_model_path": "lobcq_fx.default_model",
     "export_onnx": "lobcq_fx.export",

@@ -12,7 +12,7 @@ from types import ModuleType
 REGISTRY = "transformers.quantizers.auto"
 """The module that has transformers' table of quantizers."""
 
-QUANTIZER = "lobcq_fx.integrations.transformers_quantizer"
+QUANTIZER = "lobcq_fx.integrations.quantization_method"
 """The module that enters ours into it."""
 
 
