@@ -3,10 +3,14 @@
 q = lobcq_fx.quantize(model)
 q.save_pretrained("quantized")
 q = lobcq_fx.load("quantized")
+
+`from_pretrained` of transformers, imported before or after, opens such folders too, as models of its own classes.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from lobcq_fx.integrations.on_import import register_with_transformers
 
 if TYPE_CHECKING:
     from lobcq_fx.config import LobcqConfig
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
     from lobcq_fx.export import export_onnx
     from lobcq_fx.format import FormatSpec
     from lobcq_fx.frontends.lobcq_cache import LobcqCache
+    from lobcq_fx.integrations.quantization_method import LobcqQuantizationConfig
     from lobcq_fx.loading import load
     from lobcq_fx.model import QuantizedModel
     from lobcq_fx.pipeline import quantize
@@ -26,6 +31,7 @@ __all__ = [
     "LobcqCache",
     "LobcqConfig",
     "LobcqError",
+    "LobcqQuantizationConfig",
     "QuantizedModel",
     "default_model_path",
     "export_onnx",
@@ -38,6 +44,7 @@ _HOMES = {
     "LobcqCache": "lobcq_fx.frontends.lobcq_cache",
     "LobcqConfig": "lobcq_fx.config",
     "LobcqError": "lobcq_fx.errors",
+    "LobcqQuantizationConfig": "lobcq_fx.integrations.quantization_method",
     "QuantizedModel": "lobcq_fx.model",
     "default_model_path": "lobcq_fx.default_model",
     "export_onnx": "lobcq_fx.export",
@@ -57,3 +64,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

@@ -87,12 +87,21 @@ def choose_codebooks(
         CalibrationError: sets are to be fitted and a layer's observer saw no data.
         ConfigError: the file cannot be read or lacks a set.
     """
+    if config.codebooks != "fitted":
+        return given_codebooks(config, plan.formats)
+    fitted = {spec: fit_to_model(plan, read_weight, statistics, spec, progress).codebooks for spec in plan.formats}
+    return CodebookSets(fitted, fitted)
+
+
+def given_codebooks(config: LobcqConfig, formats: Iterable[FormatSpec]) -> CodebookSets:
+    """The universal sets, or those of a file, as the settings want it: what needs no data.
+
+    Raises:
+        ConfigError: the file cannot be read or lacks a set.
+    """
     if config.codebooks == "universal":
-        return CodebookSets.universal(set(plan.formats))
-    if config.codebooks == "fitted":
-        fitted = {spec: fit_to_model(plan, read_weight, statistics, spec, progress).codebooks for spec in plan.formats}
-        return CodebookSets(fitted, fitted)
-    shared = {spec: read_codebooks(Path(config.codebooks), spec) for spec in plan.formats}
+        return CodebookSets.universal(set(formats))
+    shared = {spec: read_codebooks(Path(config.codebooks), spec) for spec in formats}
     return CodebookSets(shared, shared)
 
 

@@ -23,6 +23,15 @@ OVERRIDABLE = ("format", "mode", "activation_format", "activation_scale", "round
 CALIBRATED = "static scales, fitted codebooks, smoothing, rotation, compensated rounding and budgets of bits"
 """The settings that need calibration data, for messages."""
 
+NEEDING_DATA = {
+    "activation_scale": ("static",),
+    "codebooks": ("fitted",),
+    "rounding": ("compensated",),
+    "smoothing": SMOOTHINGS[1:],
+    "rotation": ROTATIONS[1:],
+}
+"""Of each setting the values that cannot be applied without calibration data."""
+
 ROLES = ("head",)
 """What a layer can be to a model, for patterns: `@head` is an output head, whatever the model calls it."""
 
@@ -214,14 +223,19 @@ class LobcqConfig:
         return None
 
     @property
+    def calibrated(self) -> tuple[str, ...]:
+        """The settings that cannot be applied without calibration data, each as it is written."""
+        every = [self, *map(self._overridden, self.overrides)]
+        chosen = [(name, getattr(one, name)) for one in every for name in NEEDING_DATA]
+        found = [f"{name}={value!r}" for name, value in chosen if value in NEEDING_DATA[name]]
+        if self.bits is not None:
+            found.append(f"bits={self.bits!r}")
+        return tuple(dict.fromkeys(found))
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether these settings cannot be applied without calibration data."""
-        every = [self, *map(self._overridden, self.overrides)]
-        choices = [(one.activation_scale, one.rounding, one.smoothing, one.rotation) for one in every]
-        needing = ("static", "compensated", *SMOOTHINGS[1:], *ROTATIONS[1:])
-        if self.codebooks == "fitted" or self.bits is not None:
-            return True
-        return not {setting for one in choices for setting in one}.isdisjoint(needing)
+        return bool(self.calibrated)
 
     def _check_budget(self) -> None:
         if self.activation_bits is not None and self.bits is None:

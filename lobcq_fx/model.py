@@ -203,6 +203,8 @@ class QuantizedModel(NotPickled):
         """What a folder holds of the model."""
         graphs = {name: StoredGraph(one.stored, one.calling.to_dict()) for name, one in self.graphs.items()}
         config = None if self.config is None else json.loads(self.config.to_json_string(use_diff=False))
+        if config is not None:  # a model cast after it was made has another one there, which from_pretrained would read
+            config["dtype"] = str(self.dtype).removeprefix("torch.")
         return Checkpoint(self.graph_module, graphs, self.refused_graphs, self.lobcq_config, self.inventory, config)
 
     @property

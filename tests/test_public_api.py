@@ -13,6 +13,7 @@ PUBLIC = {
     "LobcqCache",
     "LobcqConfig",
     "LobcqError",
+    "LobcqQuantizationConfig",
     "QuantizedModel",
     "default_model_path",
     "export_onnx",

@@ -1,1 +1,1 @@
-"""Libraries that plug in: Hugging Face transformers."""
+"""Libraries that plug in: Hugging Face transformers, its exporters and its quantization methods."""

@@ -53,6 +53,20 @@ class PackedWeight(nn.Module):
         for part in PARTS:
             self.register_buffer(part, getattr(encoded, part))
 
+    @classmethod
+    def empty(cls, shape: tuple[int, int], spec: FormatSpec, device: torch.device) -> PackedWeight:
+        """A weight (N, K) of no content, for its parts to be put in."""
+        rows, columns = shape
+        kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "codes": (torch.uint8, (rows, spec.code_bytes(columns))),
+            "selectors": (torch.uint8, (rows, spec.selector_bytes(columns))),
+            "scales": (torch.float8_e4m3fn, (rows, spec.num_arrays(columns))),
+            "tensor_scale": (torch.float32, ()),
+            "codebooks": (torch.int8, (spec.num_codebooks, 16)),
+        }
+        parts = {name: torch.empty(size, dtype=dtype, device=device) for name, (dtype, size) in kinds.items()}
+        return cls(Encoded(**parts, spec=spec, columns=columns))
+
     def repack(self, layout: WeightLayout, array_size: int | None = None) -> None:
         """Hold the bytes in a kernel layout from now on.
 

@@ -52,8 +52,15 @@ READABLE_VERSIONS = (1, 2)
 
 WEIGHTS, WEIGHTS_OF_VERSION_1 = "lobcq.safetensors", "model.safetensors"
 
-NOTICE = "a LO-BCQ model, which transformers does not open: call lobcq_fx.load(folder), of the package lobcq-fx"
+NOTICE_START = "a LO-BCQ model"
+NOTICE = (
+    f"{NOTICE_START}, which transformers does not open by itself: import lobcq_fx first, or call"
+    " lobcq_fx.load(folder), of the package lobcq-fx"
+)
 """In place of a file name, under the key that transformers reads one from: `from_pretrained` raises with this text."""
+
+LAYERS = "layers"
+"""Key of a `quantization_config` whose folder has a model's modules, and no graph: transformers wrote it."""
 
 DESCRIPTIONS = ("config.json", "graph.json", "inventory.json")
 
@@ -212,7 +219,13 @@ def _load(directory: Path, *, verify: bool) -> Checkpoint:
     config = json_object(content, directory / "config.json")
     settings = config.pop("quantization_config", None)
     config.pop("transformers_weights", None)
-    index = _index(directory, _version(directory, settings))
+    version = check_version(str(directory), settings)
+    if LAYERS in settings:
+        raise CheckpointError(
+            f"{directory} has a LO-BCQ model as modules, written by the save_pretrained of a transformers model, and no"
+            " graph. Remedy: open it with from_pretrained of the class that wrote it, or AutoModelForCausalLM"
+        )
+    index = _index(directory, version)
 
     def read(name: str) -> dict[str, Any]:
         content = read_bytes(directory / name, FILE_LIMIT)
@@ -324,13 +337,18 @@ def _graph(checkpoint: Checkpoint) -> dict[str, Any]:
     return graph | {name: value for name, value in rest.items() if value}
 
 
-def _version(directory: Path, settings: Any) -> int:
+def check_version(where: str, settings: Any) -> int:
+    """The format version of a `quantization_config`.
+
+    Raises:
+        CheckpointError: it is not of this package, or of a version that is not read; names `where` it was found.
+    """
     if not isinstance(settings, Mapping) or settings.get("quant_method") != QUANT_METHOD:
-        raise CheckpointError(f"{directory} is not a quantized model of this package; write one with save_pretrained")
+        raise CheckpointError(f"{where} is not a quantized model of this package; write one with save_pretrained")
     version = settings.get("format_version")
     if version not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"{directory} has format version {version}, this release reads {' and '.join(map(str, READABLE_VERSIONS))}:"
+            f"{where} has format version {version}, this release reads {' and '.join(map(str, READABLE_VERSIONS))}:"
             " update lobcq-fx, or quantize the model again"
         )
     return int(version)

@@ -128,7 +128,7 @@ def _restore_weights(module: nn.Module, linears: Sequence[StoredLinear]) -> None
         if isinstance(get_attribute(module, name), PackedWeight):
             continue
         encoded = Encoded(**tensors, codebooks=codebooks, spec=spec, columns=columns)
-        _check(name, encoded)
+        check_encoded(name, encoded)
         delete_attribute(module, name)
         register_attribute(module, name, PackedWeight(encoded))
 
@@ -163,7 +163,12 @@ def _spec(codebooks: Tensor, array_size: int, name: str) -> FormatSpec:
     return spec
 
 
-def _check(name: str, encoded: Encoded) -> None:
+def check_encoded(name: str, encoded: Encoded) -> None:
+    """That the parts of a weight are of the format, and its scales numbers.
+
+    Raises:
+        CheckpointError: names the part.
+    """
     spec, columns, rows = encoded.spec, encoded.columns, encoded.codes.shape[0]
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "codes": (torch.uint8, (rows, spec.code_bytes(columns))),

@@ -1,0 +1,243 @@
+"""`from_pretrained` of a quantized model: its class with packed linears, whose tensors transformers reads.
+
+A folder of `QuantizedModel.save_pretrained` says in its graph how each linear computes; one that transformers wrote, in
+its configuration.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor, fx
+from transformers import PreTrainedModel
+
+from lobcq_fx.calibration.codebook_sets import MODULE
+from lobcq_fx.errors import CheckpointError
+from lobcq_fx.format import Encoded, check_codebooks
+from lobcq_fx.graph.attributes import get_attribute, has_attribute
+from lobcq_fx.graph.stored_linear import ENCODERS, LINEARS, stored_linears
+from lobcq_fx.integrations.linear_places import is_linear, replace_linear, shape_of, tied
+from lobcq_fx.integrations.stored_layer import StoredLayer
+from lobcq_fx.modules.lobcq_linear import CONSTANTS, LinearSettings, LobcqLinear
+from lobcq_fx.modules.packed_weight import PARTS
+from lobcq_fx.storage.checkpoint import load_checkpoint
+from lobcq_fx.storage.validate import check_encoded
+
+REMEDY = "Remedy: lobcq_fx.load(folder), which runs the graph"
+
+
+class GraphFolder:
+    """A folder of `QuantizedModel.save_pretrained`, checked as `lobcq_fx.load` checks it.
+
+    Its graph is read for how linears compute, and its tensors are compared with what the class has: all that the class
+    computes with must be there, and nothing of LO-BCQ may be left over.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "graph.json").exists():
+            raise CheckpointError(
+                f"{folder} has no graph.json. Remedy: pass the whole folder that save_pretrained wrote; of a repository"
+                " on a hub, what huggingface_hub.snapshot_download(repository) returns"
+            )
+        self.folder = folder
+        with torch.device("cpu"):  # transformers makes models on "meta", whatever is allocated meanwhile
+            self.saved = load_checkpoint(folder)
+        self.layers: dict[str, StoredLayer] = {}
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Put packed linears in their places in a model that has no tensors yet.
+
+        Raises:
+            CheckpointError: the graph does what the class cannot; names the layer or tensor, and the remedy.
+        """
+        names = _Names(model, self.saved.root.state_dict())
+        stored = self._stored_layers()
+        used = {name for one in stored.values() for name in one.constants.values() if name is not None}
+        left_over = [one for one in names.stored if one.startswith(f"{MODULE}.") and one not in used]
+        if left_over:
+            raise CheckpointError(f"{self.folder}: {type(model).__name__} has no place for {left_over[0]}. {REMEDY}")
+        for layer, one in stored.items():
+            name = names.module(layer)
+            if name is not None:
+                reason = _why_not(model, name, one)
+                if reason is not None:
+                    self._refuse(layer, reason)
+                self.layers[name] = one
+            elif not names.outside(layer):
+                self._refuse(layer, f"{type(model).__name__} has no such module")
+        given = {names.tensor(one) for one in names.stored}
+        self._check_complete(model, given | {f"{layer}.weight" for layer in self.layers})
+        for name, one in self.layers.items():
+            replace_linear(model, name, one.settings)
+        constants = [f"{name}.{constant}" for name in self.layers for constant in CONSTANTS]
+        model._keys_to_ignore_on_load_missing = _ignored(model._keys_to_ignore_on_load_missing, constants)
+        unread = {names.tensor(one) for one in names.stored} - model.state_dict().keys()
+        model._keys_to_ignore_on_load_unexpected = _ignored(model._keys_to_ignore_on_load_unexpected, unread)
+
+    def finish(self, model: PreTrainedModel) -> dict[str, LinearSettings]:
+        """Fill in the constants, which layers share in the folder, and lay weights out for the kernels."""
+        root = self.saved.root
+        for name, one in self.layers.items():
+            linear = model.get_submodule(name)
+            for constant, stored in one.constants.items():
+                if stored is not None:
+                    tensor = get_attribute(root, stored)
+                    kind = getattr(linear, constant)
+                    setattr(linear, constant, tensor.to(linear.weight.codes.device, kind.dtype, copy=True))
+            linear.prepack()
+        for name, buffer in model.named_non_persistent_buffers():
+            if has_attribute(root, name):  # as the graph has it, whatever transformers computes today
+                buffer.copy_(get_attribute(root, name))
+        return {name: one.settings for name, one in self.layers.items()}
+
+    def _stored_layers(self) -> dict[str, StoredLayer]:
+        """Each linear of the graphs by its layer, one way of computing each."""
+        found: dict[str, StoredLayer] = {}
+        inventory = self.saved.inventory
+        rotated = {record.layer for record in inventory if record.rotated}
+        multiplied = {record.layer for record in inventory if record.smoothing == "multiplied"}
+        for linear in (linear for one in self.saved.graphs.values() for linear in stored_linears(one.graph)):
+            layer = linear.weight.removesuffix(".weight")
+            if layer in rotated:
+                self._refuse(layer, "its activation is rotated")
+            try:
+                this = StoredLayer.of(self.saved.root, linear, layer in multiplied)
+            except ValueError as error:
+                self._refuse(layer, str(error))
+            if found.setdefault(layer, this) != this:
+                self._refuse(layer, "it is called in two ways")
+        for one in self.saved.graphs.values():
+            _check_operators(self.folder, one.graph)
+        return found
+
+    def _check_complete(self, model: PreTrainedModel, given: set[str]) -> None:
+        """That all a float model computes with is given, if only by another name of a tied weight."""
+        optional = [re.compile(one) for one in model._keys_to_ignore_on_load_missing or ()]
+        sources: dict[str, str] = model.all_tied_weights_keys
+        present = {sources.get(name, name) for name in given}
+        for name in sorted(model.state_dict().keys() - given):
+            if sources.get(name, name) not in present and not any(one.search(name) for one in optional):
+                raise CheckpointError(
+                    f"{self.folder}: {type(model).__name__} needs {name}, which the folder does not have. Remedy: open"
+                    " it with the class that was quantized, or by lobcq_fx.load(folder)"
+                )
+
+    def _refuse(self, layer: str, reason: str) -> NoReturn:
+        raise CheckpointError(f"{self.folder}: {layer} cannot be a module: {reason}. {REMEDY}")
+
+
+class ModuleFolder:
+    """A folder that transformers wrote, of a model with packed linears.
+
+    layers: how each of them computes, by name.
+    """
+
+    def __init__(self, layers: Mapping[str, LinearSettings]) -> None:
+        self.stored = layers
+        self.layers: dict[str, LinearSettings] = {}
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Put packed linears in their places in a model that has no tensors yet.
+
+        Raises:
+            CheckpointError: a layer is no linear of the model.
+        """
+        names = _Names(model, self.stored)
+        for layer, settings in self.stored.items():
+            name = names.module(layer)
+            if name is None and names.outside(layer):
+                continue
+            if name is None or not is_linear(model.get_submodule(name)):
+                raise CheckpointError(
+                    f"config.json: {layer} is no linear of {type(model).__name__}. Remedy: open the folder with the"
+                    " class that wrote it"
+                )
+            self.layers[name] = settings
+            replace_linear(model, name, settings)
+
+    def finish(self, model: PreTrainedModel) -> dict[str, LinearSettings]:
+        """Check what was read, and lay it out for the kernels.
+
+        Raises:
+            CheckpointError: names the tensor that is missing, or not of the format.
+        """
+        for name, settings in self.layers.items():
+            linear = model.get_submodule(name)
+            assert isinstance(linear, LobcqLinear)
+            _check_linear(name, linear, settings)
+            linear.prepack()
+        return self.layers
+
+
+class _Names:
+    """What names of a folder are in a model, which may be the base of the one that was saved, or have it for a base.
+
+    stored: the folder's.
+    """
+
+    def __init__(self, model: PreTrainedModel, stored: Iterable[str]) -> None:
+        self.stored = tuple(stored)
+        self._model, self._prefix = model, f"{model.base_model_prefix}."
+        self._modules = {name for name, _ in model.named_modules()}
+
+    def module(self, layer: str) -> str | None:
+        """The module of a layer; None where the model has none."""
+        return next((one for one in self._candidates(layer) if one in self._modules), None)
+
+    def tensor(self, name: str) -> str:
+        """The name of a tensor; the stored one where the model has none."""
+        return next((one for one in self._candidates(name) if has_attribute(self._model, one)), name)
+
+    def outside(self, name: str) -> bool:
+        """Whether a name is one of the head that was saved on top of the model."""
+        inside = [one.startswith(self._prefix) for one in self.stored]
+        return self._model.base_model is self._model and any(inside) and not name.startswith(self._prefix)
+
+    def _candidates(self, name: str) -> tuple[str, ...]:
+        return name, name.removeprefix(self._prefix), f"{self._prefix}{name}"
+
+
+def _why_not(model: PreTrainedModel, name: str, layer: StoredLayer) -> str | None:
+    """Why a module cannot compute what a layer of a graph does."""
+    module = model.get_submodule(name)
+    if not is_linear(module):
+        return f"{type(module).__name__} is no plain linear"
+    rows, columns = shape_of(module)
+    arrays, biased = layer.settings.spec.num_arrays(columns), module.bias is not None
+    if (rows, arrays, biased) != (layer.rows, layer.arrays, layer.biased):
+        return f"{type(model).__name__} has {rows} rows of {columns} there, bias={biased}, which the graph has not"
+    return "its weight is the embedding's too" if tied(model, f"{name}.weight") else None
+
+
+def _check_operators(folder: Path, graph: fx.Graph) -> None:
+    """That a graph has no operators of LO-BCQ but linears and what encodes for them."""
+    known = (*LINEARS, *ENCODERS.values())
+    for node in graph.nodes:
+        if node.op == "call_function" and str(node.target).startswith("lobcq.") and node.target not in known:
+            raise CheckpointError(f"{folder}: node {node.name!r} calls {node.target}, which no module does. {REMEDY}")
+
+
+def _ignored(patterns: Iterable[str] | None, names: Iterable[str]) -> set[str]:
+    """Patterns of names that transformers does not report, and these."""
+    return {*(patterns or ()), *(f"^{re.escape(name)}$" for name in names)}
+
+
+def _check_linear(name: str, linear: LobcqLinear, settings: LinearSettings) -> None:
+    for tensor, value in linear.named_buffers():
+        if not getattr(value, "_is_hf_initialized", False):  # transformers marks what it reads, and makes up the rest
+            raise CheckpointError(f"the folder lacks {name}.{tensor}. Remedy: get it again")
+    parts: dict[str, Tensor] = {part: getattr(linear.weight, part) for part in PARTS}
+    check_encoded(
+        f"{name}.weight",
+        Encoded(**parts, codebooks=linear.codebooks, spec=settings.spec, columns=linear.in_features),
+    )
+    try:
+        check_codebooks(linear.codebooks, settings.spec)
+        if linear.activation_codebooks is not None:
+            check_codebooks(linear.activation_codebooks, settings.activations)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from None

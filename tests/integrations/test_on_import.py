@@ -1,0 +1,28 @@
+"""transformers knows the quantization method whichever of the two packages is imported first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+KNOWN = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known; assert 'lobcq' in known"
+ORDERS = {
+    "ours first": f"import lobcq_fx; {KNOWN}",
+    "transformers first": f"import transformers.quantizers.auto, lobcq_fx; {KNOWN}",
+    "transformers first, nothing of it loaded": f"import transformers, lobcq_fx; {KNOWN}",
+    "ours first, then a model's class": f"import lobcq_fx; from transformers import LlamaForCausalLM; {KNOWN}",
+    "by the public name": f"from lobcq_fx import LobcqQuantizationConfig; {KNOWN}",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_method_is_registered(order):
+    subprocess.run([sys.executable, "-c", ORDERS[order]], check=True)
+
+
+def test_without_this_package_transformers_knows_no_such_method():
+    code = f"try:\n    {KNOWN}\nexcept AssertionError:\n    print('unknown')"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "unknown\n"
