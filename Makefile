@@ -110,7 +110,7 @@ transformers: $(addprefix transformers-,$(TRANSFORMERS))
 transformers-%: $(VENV)/.installed
 	@test -d build/$@ || $(BIN)/pip install --quiet --no-deps --target build/$@ transformers==$* $(BESIDE_$*)
 	PYTHONPATH=build/$@ $(BIN)/python -m pytest tests/frontends/test_generation.py tests/storage/test_other_readers.py \
-	  tests/integrations
+	  tests/integrations/test_use.py
 
 # Every family of transformers through every check, into docs/families.md: half an hour, once a night.
 families: $(VENV)/.installed
