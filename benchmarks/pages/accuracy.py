@@ -22,7 +22,15 @@ def main() -> None:
     """Rewrite or check."""
     found = {
         name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("minilm_similarity", "smollm2", "same_treatment", "ablations", "rotation", "kv_cache")
+        for name in (
+            "minilm_similarity",
+            "smollm2",
+            "same_treatment",
+            "ablations",
+            "rotation",
+            "kv_cache",
+            "perplexity",
+        )
     }
     sections = {
         "minilm": encoder(found["minilm_similarity"]),
@@ -31,6 +39,7 @@ def main() -> None:
         "ablations": ablations(found["ablations"]),
         "rotation": rotation(found["rotation"]),
         "kv cache": caches(found["kv_cache"]),
+        "budgets": budgets(found["perplexity"]),
     }
     keep_page(PAGE, sections, "accuracy", __doc__)
 
@@ -54,6 +63,21 @@ def language_model(found: dict[str, Any]) -> str:
         f"{text}: {found['tokens'][text]:,} tokens, fp32 {first[text]['fp32 perplexity']:.2f}" for text in texts
     )
     return f"{lines}\n\nCalibrated on {found['calibration_tokens']:,} tokens. {measured}."
+
+
+def budgets(found: dict[str, Any]) -> str:
+    """One line for each calibrated model, a column for each way to spend the bits."""
+    ways = {
+        "w4a4 best": "8x64 everywhere",
+        "4.5 bits by need": "4.5 bits by need",
+        "4.5 bits by need, activations 5": "4.5 bits by need, activations 5",
+    }
+    rows = [
+        [row["model"], *(f"+{100 * (row[way] / row['fp32'] - 1):.1f} %" for way in ways)]
+        for row in found["rows"]
+        if all(way in row for way in ways)
+    ]
+    return table(["model", *ways.values()], rows)
 
 
 def caches(found: dict[str, Any]) -> str:

@@ -45,6 +45,9 @@ REFERENCES = {
     schemas.QUANTIZE_WEIGHT_SEARCHED: lobcq_fx.ops.quantize_weight_searched,
     schemas.DEQUANTIZE_WEIGHT: lobcq_fx.ops.dequantize_weight,
     schemas.COMPENSATE: lobcq_fx.ops.compensate,
+    schemas.QUANTIZE_STATES: lobcq_fx.ops.quantize_states,
+    schemas.DEQUANTIZE_STATES: lobcq_fx.ops.dequantize_states,
+    schemas.ATTENTION: lobcq_fx.ops.attention,
     schemas.LINEAR: lobcq_fx.ops.linear,
     schemas.LINEAR_INT8_ACTIVATION: lobcq_fx.ops.linear_int8_activation,
     schemas.LINEAR_FLOAT_ACTIVATION: lobcq_fx.ops.linear_float_activation,
@@ -145,8 +148,8 @@ class Weights:
             expected = REFERENCES[op](*given.values())
             parts = [one if isinstance(one, tuple) else (one,) for one in (results, expected)]
             for actual, reference in zip(*parts, strict=True):
-                rtol = 1e-5 if actual.dtype == torch.float64 else 0  # costs, which are sums
-                torch.testing.assert_close(actual, reference, rtol=rtol, atol=0)
+                sums = op == schemas.ATTENTION or actual.dtype == torch.float64  # costs
+                torch.testing.assert_close(actual, reference, rtol=1e-5 if sums else 0, atol=1e-6 if sums else 0)
             return
         assert [tuple(out.shape[-1:]) for out in results[-len(self.outputs) :]] == [(n,) for n in self.outputs]
         if op not in (schemas.LINEAR_PREPACKED, schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION):
