@@ -8,6 +8,7 @@ import transformers
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lobcq_fx
+from lobcq_fx.frontends.float_causal_lm import as_named_by
 from tests.families import fake_quantized
 from tests.integrations.models import GREEDY, IDS, MASK, causal_lm, opened, results, saved
 
@@ -47,8 +48,9 @@ def test_tokens_are_those_of_the_fake_quantized_model(model, way):
 
 def test_a_static_cache_of_the_caller(model):
     cache = transformers.StaticCache(config=model.config, max_cache_len=32)
+    call = {"input_ids": IDS, "attention_mask": MASK, "past_key_values": cache}
     with torch.no_grad():
-        output = model(input_ids=IDS, attention_mask=MASK, past_key_values=cache)
+        output = model(**as_named_by(model, call))
     assert cache.get_seq_length() == IDS.shape[1]
     torch.testing.assert_close(output.logits[MASK.bool()], results(model))
 
