@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import glob
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -20,10 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from lobcq_fx.calibration.compensate import decoded_weight
 from lobcq_fx.calibration.encode_activation import decode_activation, encode_activation
-from lobcq_fx.calibration.encode_weight import encode_weight
-from lobcq_fx.calibration.rounding_error import activation_error, sampled_power, weight_error
+from lobcq_fx.calibration.rounding_error import activation_error, column_power, rounded_weight, weight_error
 from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import ConfigError
@@ -141,7 +139,7 @@ def within_budget(
         graph_module: float, with observers that saw the calibration data.
         plan: of the settings, for that graph.
         config: with `bits`.
-        calls: flat inputs of the graph.
+        calls: flat inputs of the graph, each run once for every group of layers.
         distance: of the graph's outputs from the float ones.
         progress: called as groups of layers are measured.
 
@@ -150,7 +148,7 @@ def within_budget(
     """
     statistics = observed(graph_module, plan)
     groups = _groups(plan, config, statistics)
-    distances = _distances(graph_module, plan, groups, calls[:MEASURED_CALLS], distance, progress)
+    distances = _distances(graph_module, plan, groups, calls, distance, progress)
     weights = FloatWeights(graph_module)
     options = [_options(group, statistics, weights, moved) for group, moved in zip(groups, distances, strict=True)]
     assert config.bits is not None
@@ -209,7 +207,7 @@ class _Rounded(PastObservers):
     def __init__(self, graph_module: fx.GraphModule, matmuls: Mapping[fx.Node, PlannedMatmul]) -> None:
         super().__init__(graph_module)
         self._matmuls = matmuls
-        self._weight = cache(_rounded_weight)
+        self._weight = cache(rounded_weight)
 
     def run_node(self, n: fx.Node) -> Any:
         """A matmul of the group on rounded operands, anything else as it is."""
@@ -217,7 +215,7 @@ class _Rounded(PastObservers):
             return super().run_node(n)
         config = self._matmuls[n].config
         (x, weight, *bias), kwargs = self.fetch_args_kwargs_from_env(n)
-        operands = rounded_activation(x, config), self._weight(weight, config.format)
+        operands = rounded_activation(x, config), self._weight(weight, config.format).to(weight.dtype)
         return super().call_function(n.target, (*operands, *bias), kwargs)
 
 
@@ -231,38 +229,31 @@ def rounded_activation(x: Tensor, config: LobcqConfig) -> Tensor:
     return decode_activation(encoded).reshape(x.shape).to(x.dtype)
 
 
-def _rounded_weight(weight: Tensor, spec: FormatSpec) -> Tensor:
-    codebooks = universal_codebooks(spec.num_codebooks)
-    return decoded_weight(encode_weight(weight, spec, codebooks, "a weight")).to(weight.dtype)
-
-
 def _distances(
     graph_module: fx.GraphModule,
     plan: QuantizationPlan,
     groups: Sequence[Group],
-    calls: Iterable[Sequence[Any]],
+    calls: Sequence[Sequence[Any]],
     distance: Distance,
     progress: Progress | None,
 ) -> list[float]:
-    """How far rounding each group alone moves the results, over all calls."""
+    """How far rounding each group alone moves the results, over all calls. One group's rounded weights are held."""
     nodes = {planned: matmul.node for matmul, planned in plan.pair(graph_module)}
-    runs = [_Rounded(graph_module, {nodes[one]: one for one in group.matmuls}) for group in groups]
-    plain, written, sums = _Rounded(graph_module, {}), writes_inputs(graph_module.graph), [0.0] * len(groups)
-    state = state_of(graph_module)
+    written, state = writes_inputs(graph_module.graph), state_of(graph_module)
 
     def run(interpreter: _Rounded, inputs: Sequence[Any]) -> Sequence[Any]:
         with kept(state), torch.inference_mode():
             outputs: Sequence[Any] = interpreter.run(*(one.clone() if written else one for one in inputs))
         return outputs
 
-    calls = list(calls)
-    for number, inputs in enumerate(calls):
-        expected = run(plain, inputs)
-        for index, interpreter in enumerate(runs):
-            sums[index] += distance(run(interpreter, inputs), expected)
-            if progress is not None:
-                progress(number * len(groups) + index + 1, len(calls) * len(groups))
-    return sums
+    plain = _Rounded(graph_module, {})
+    expected, found = [run(plain, inputs) for inputs in calls], []
+    for group in groups:
+        rounded = _Rounded(graph_module, {nodes[one]: one for one in group.matmuls})
+        found.append(sum(distance(run(rounded, one), other) for one, other in zip(calls, expected, strict=True)))
+        if progress is not None:
+            progress(len(found), len(groups))
+    return found
 
 
 def _options(
@@ -280,18 +271,17 @@ def _options(
     if not group.free:
         return [Option(None, (config.format.bits_per_scalar, _activation_bits(config.mode, config.activations)))]
     pairs = [(statistics[one], weights(one.weight)) for one in group.matmuls if one.weight is not None]
-    power = cache(sampled_power)
-    own = [weight.double().square().sum(0).cpu() for _, weight in pairs]
+    read: dict[ActivationStatistics, list[Tensor]] = {}
+    for seen, weight in pairs:
+        read.setdefault(seen, []).append(column_power(weight))
 
     @cache
     def of_weights(spec: FormatSpec) -> float:
-        lost = [weight_error(weight, spec) for _, weight in pairs]
-        return sum(float((power(seen)[: len(one)] * one).sum()) for (seen, _), one in zip(pairs, lost, strict=True))
+        return sum(weight_error(seen, weight, spec) for seen, weight in pairs)
 
     @cache
     def of_activation(mode: str, spec: FormatSpec) -> float:
-        error = cache(lambda seen: activation_error(seen, spec, mode))
-        return sum(float((error(seen)[: len(one)] * one).sum()) for (seen, _), one in zip(pairs, own, strict=True))
+        return sum(activation_error(seen, powers, spec, mode) for seen, powers in read.items())
 
     size, mode = config.format.array_size, config.mode
     formats = [FormatSpec(number, size) for number in CODEBOOKS]

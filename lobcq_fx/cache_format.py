@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,5 +37,10 @@ class CacheFormat:
         Returns:
             fp32 [width, width] on the CPU, symmetric; blocks of the largest size up to L_A that divides the width.
         """
-        identity = torch.eye(width, dtype=torch.float32, device="cpu")
-        return rotate(identity, math.gcd(width, self.spec.array_size), operand)
+        return _rotation(width, math.gcd(width, self.spec.array_size), operand)
+
+
+@cache
+def _rotation(width: int, size: int, operand: RotatedOperand) -> Tensor:
+    """Made once: a float model's layers ask for it in every call."""
+    return rotate(torch.eye(width, dtype=torch.float32, device="cpu"), size, operand)

@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-import lobcq_fx.ops  # noqa: F401  (registers the ops)
 from benchmarks.quality.peer_formats import MXFP4, NF4_BITS, NVFP4, BlockFormat, int4, nf4
 from lobcq_fx.calibration.compensate import DAMPING, decoded_weight
+from lobcq_fx.calibration.encode_activation import decode_activation, encode_activation
 from lobcq_fx.calibration.encode_weight import encode_weight
 from lobcq_fx.format import FormatSpec, universal_codebooks
 
@@ -56,11 +56,8 @@ class LoBcq:
 
     def activation(self, x: Tensor) -> Tensor:
         """With a tensor scale for each row."""
-        codebooks, rows = universal_codebooks(self.spec.num_codebooks), x.flatten(0, -2)
-        *parts, row_scales = torch.ops.lobcq.quantize_activation(rows, codebooks, self.spec.array_size)
-        one = torch.ones((), dtype=torch.float32)
-        y = torch.ops.lobcq.dequantize_weight(*parts, one, codebooks, rows.shape[1], self.spec.array_size)
-        return (y * row_scales.view(-1, 1)).view(x.shape)
+        codebooks = universal_codebooks(self.spec.num_codebooks)
+        return decode_activation(encode_activation(x.flatten(0, -2), self.spec, "w4a4", codebooks)).view(x.shape)
 
 
 @dataclass(frozen=True)

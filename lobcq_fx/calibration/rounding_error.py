@@ -26,45 +26,49 @@ def expected_error(statistics: ActivationStatistics, weights: Iterable[tuple[Ten
         weights: [N_i, K] and its format, those that are multiplied with it.
         mode: of these layers.
     """
-    power, errors = sampled_power(statistics), activation_error(statistics, statistics.spec, mode)
-    total = 0.0
-    for weight, spec in weights:
-        own, lost = weight.double().square().sum(0).cpu(), weight_error(weight, spec)
-        total += float((errors[: len(own)] * own).sum() + (power[: len(own)] * lost).sum())
-    return total
+    of_weights = [(column_power(weight), weight_error(statistics, weight, spec)) for weight, spec in weights]
+    lost = sum(error for _, error in of_weights)
+    return lost + activation_error(statistics, [power for power, _ in of_weights], statistics.spec, mode)
 
 
-def weight_error(weight: Tensor, spec: FormatSpec) -> Tensor:
-    """Squares of the rounding errors of a weight's columns, to the nearest: [N, K] -> fp64 [K], on the CPU."""
-    codebooks = universal_codebooks(spec.num_codebooks)
-    errors = weight.float() - decoded_weight(encode_weight(weight, spec, codebooks, "a weight"))
-    return errors.double().square().sum(0).cpu()
+def column_power(weight: Tensor) -> Tensor:
+    """Sums of squares of a weight's columns: [N, K] -> fp64 [K], on the CPU."""
+    return weight.double().square().sum(0).cpu()
 
 
-def sampled_power(statistics: ActivationStatistics) -> Tensor:
-    """Mean squares of an activation's columns in its sample, fp64 [Kp]."""
-    return _column_means(statistics, statistics.sample())
+def rounded_weight(weight: Tensor, spec: FormatSpec) -> Tensor:
+    """A weight [N, K] rounded to the nearest, fp32."""
+    return decoded_weight(encode_weight(weight, spec, universal_codebooks(spec.num_codebooks), "a weight"))
 
 
-def activation_error(statistics: ActivationStatistics, spec: FormatSpec, mode: str) -> Tensor:
-    """Mean squares of the rounding errors of an activation's columns in its sample, fp64 [Kp].
+def weight_error(statistics: ActivationStatistics, weight: Tensor, spec: FormatSpec) -> float:
+    """The part of `expected_error` that rounding a weight [N, K] costs."""
+    power = _column_means(statistics, statistics.sample())
+    lost = column_power(weight.float() - rounded_weight(weight, spec))
+    return float((power[: len(lost)] * lost).sum())
+
+
+def activation_error(statistics: ActivationStatistics, weights: Iterable[Tensor], spec: FormatSpec, mode: str) -> float:
+    """The part of `expected_error` that rounding an activation costs.
 
     Args:
         statistics: of the activation.
-        spec: the format, in arrays that those of the statistics are a multiple of.
+        weights: the `column_power` [K] of each weight that it is multiplied with.
+        spec: the activation's format, in arrays that those of the statistics are a multiple of.
         mode: "w4a16" rounds nothing.
     """
-    values = statistics.sample()
     if mode == "w4a16":
-        return _column_means(statistics, torch.zeros_like(values))
+        return 0.0
     scaled, encoded = encoded_sample(statistics, spec, mode, "per_token", universal_codebooks(spec.num_codebooks))
     # An array's own ratio of both, whatever scaled it; 0 where the array is.
+    values = statistics.sample()
     back = values.abs().amax(1, keepdim=True) / scaled.abs().amax(1, keepdim=True).clamp_min(SMALLEST)
-    return _column_means(statistics, (scaled - decode_activation(encoded)) * back)
+    errors = _column_means(statistics, (scaled - decode_activation(encoded)) * back)
+    return sum(float((errors[: len(power)] * power).sum()) for power in weights)
 
 
 def _column_means(statistics: ActivationStatistics, sample: Tensor) -> Tensor:
-    """Mean squares of columns [Kp], of what the arrays of a sample [n, L_A] became."""
+    """Mean squares of columns, fp64 [Kp], of what the arrays of a sample [n, L_A] became."""
     spec, places = statistics.spec, statistics.sampled_places()
     arrays = spec.num_arrays(statistics.num_scalars // statistics.num_rows)
     sums = torch.zeros(arrays, spec.array_size, dtype=torch.float64, device="cpu")
