@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 
-import torch
 from torch import Tensor, fx, nn
 
 from lobcq_fx.calibration.codebook_sets import CodebookSets
@@ -17,7 +15,7 @@ from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.float_weights import FloatWeights
 from lobcq_fx.format import sqnr_db
 from lobcq_fx.format.spec import ENTRY_MAX, INT8_MAX
-from lobcq_fx.graph.attributes import delete_attribute, get_attribute, has_attribute, register_attribute
+from lobcq_fx.graph.attributes import delete_attribute, device_of, get_attribute, has_attribute, register_attribute
 from lobcq_fx.inventory import MatmulRecord
 from lobcq_fx.modules.packed_weight import PackedWeight
 from lobcq_fx.plan import PlannedMatmul, PlannedWeight, QuantizationPlan
@@ -57,7 +55,7 @@ def encode_weights(
         CalibrationError: second moments hold NaN or infinity.
     """
     graph_module = weights.graph_module
-    device = _device(graph_module)
+    device = device_of(graph_module)
     for name, tensor in codebooks.named().items():
         if not has_attribute(graph_module, name):
             register_attribute(graph_module, name, tensor.to(device))
@@ -90,11 +88,6 @@ def _encode(
     return result
 
 
-def _device(graph_module: fx.GraphModule) -> torch.device:
-    """Where the model's weights are."""
-    return next(chain(graph_module.parameters(), graph_module.buffers())).device
-
-
 def register_static_scales(
     plan: QuantizationPlan,
     graph_module: fx.GraphModule,
@@ -109,7 +102,7 @@ def register_static_scales(
         if matmul.static_scale is not None:
             assert matmul in statistics, "static scales need observers: run insert_observers and calibrate first"
             scale = statistics[matmul].static_tensor_scale(INT8_MAX if matmul.config.mode == "w4a8" else ENTRY_MAX)
-            register_attribute(graph_module, matmul.static_scale, scale.to(_device(graph_module)))
+            register_attribute(graph_module, matmul.static_scale, scale.to(device_of(graph_module)))
 
 
 def records_of(

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import LobcqError
+from lobcq_fx.graph.graph_module import copied
 from lobcq_fx.graph.run_on_zeros import run_on_zeros
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.kernels.bind import rows_to_warm, weight_layout
@@ -151,9 +152,7 @@ class QuantizedModel(NotPickled):
     def _copy_graphs(self) -> None:
         """Run copies of the stored graphs."""
         for one in self.graphs.values():
-            graph = fx.Graph()
-            graph.output(graph.graph_copy(one.stored, {}))
-            one.graph_module.graph = graph
+            one.graph_module.graph = copied(one.stored)
 
     def _lower(self, layout: WeightLayout, device: torch.device) -> tuple[Refusal, ...]:
         """Run copies of the stored graphs that are lowered to a device's kernels; what its passes left alone."""

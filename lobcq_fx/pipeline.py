@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
@@ -24,6 +23,8 @@ from lobcq_fx.format import FormatSpec
 from lobcq_fx.frontends import front_end_of
 from lobcq_fx.frontends.base import FrontEnd
 from lobcq_fx.graph.aliasing import writes_inputs, written_attributes
+from lobcq_fx.graph.attributes import device_of
+from lobcq_fx.graph.graph_module import LobcqGraphModule, copied
 from lobcq_fx.graph.shared_tensors import drop_shared, share
 from lobcq_fx.graph.written import kept, state_of
 from lobcq_fx.inventory import Inventory, MatmulRecord
@@ -179,9 +180,9 @@ def _decided(
     report: Progress,
 ) -> LobcqConfig:
     """The settings with a mode and formats for each layer in the place of a budget of bits."""
-    graph_module = fx.GraphModule(traced.graph_module, copy.deepcopy(traced.graph_module.graph))
+    graph_module = LobcqGraphModule(traced.graph_module, copied(traced.graph_module.graph))
     _calibrate(TracedModel(graph_module, traced.calling), plan, data[:OBSERVED_CALLS], report)
-    calls = [calibration_inputs(traced.calling, item, _device(graph_module)) for item in data[:MEASURED_CALLS]]
+    calls = [calibration_inputs(traced.calling, item, device_of(graph_module)) for item in data[:MEASURED_CALLS]]
     return within_budget(graph_module, plan, config, calls, front_end.distance, partial(report, "weigh layers"))
 
 
@@ -306,7 +307,7 @@ def _example(front_end: FrontEnd, example_inputs: Any, data: Iterable[Any] | Non
 def _calibrate(traced: TracedModel, plan: QuantizationPlan, data: Iterable[Any], report: Progress) -> SecondMoments:
     """Observe the graph on the data."""
     total = len(data) if isinstance(data, Sized) else None
-    device = _device(traced.graph_module)
+    device = device_of(traced.graph_module)
     done = 0
 
     def calls() -> Iterator[list[Any]]:
@@ -319,10 +320,6 @@ def _calibrate(traced: TracedModel, plan: QuantizationPlan, data: Iterable[Any],
     if done == 0:
         raise CalibrationError("calibration_data is empty: pass at least one model input")
     return moments
-
-
-def _device(graph_module: fx.GraphModule) -> torch.device:
-    return next(iter(graph_module.parameters())).device
 
 
 def _size(parameters: Iterable[Tensor]) -> tuple[int, int]:

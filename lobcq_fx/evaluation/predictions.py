@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lobcq_fx.evaluation.windows import Window
+from lobcq_fx.graph.attributes import device_of
 
 Progress = Callable[[str, int, int], None]
 """Called with (step, done, total)."""
@@ -92,11 +93,6 @@ def log_likelihoods(
         greedy = bool((logits.argmax(dim=-1) == one.tokens).all())
         found[one.window] = LogLikelihood(-losses.sum().item(), greedy)
     return [found[index] for index in range(len(windows))]
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's first tensor is; the CPU where it has none."""
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def _refuse_nan(models: Sequence[nn.Module], logits: Sequence[Tensor]) -> None:

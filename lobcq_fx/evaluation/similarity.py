@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lobcq_fx.evaluation.predictions import Progress, device_of
+from lobcq_fx.evaluation.predictions import Progress
+from lobcq_fx.graph.attributes import device_of
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from lobcq_fx.export.kept_positions import KEPT, FixKeptPositions, placeholders
 from lobcq_fx.export.squeezes import SqueezeOnesOnly
 from lobcq_fx.export.unsupported import explain_complex
 from lobcq_fx.graph.attributes import register_attribute
-from lobcq_fx.graph.graph_module import LobcqGraphModule
+from lobcq_fx.graph.graph_module import LobcqGraphModule, copied
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.infra import Sequential
@@ -31,8 +31,7 @@ def stored_module(q: QuantizedModel, *, last_logits_only: bool = False) -> fx.Gr
     root = nn.Module()
     for name, tensor in stored_tensors(q.graph_module, [q.stored_graph]).items():
         register_attribute(root, name, tensor)
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(q.stored_graph, {}))
+    graph = copied(q.stored_graph)
     if last_logits_only and not placeholders(graph):
         raise ExportError(f"last_logits_only asks for a language model that takes {KEPT}: leave it out")
     graph_module = LobcqGraphModule(root, graph, class_name="LobcqGraph").eval()

@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
@@ -20,6 +20,7 @@ from lobcq_fx.frontends.output_types import CACHE_NAME
 from lobcq_fx.frontends.plain_outputs import without_extra_outputs
 from lobcq_fx.frontends.quantized_cache_call import QuantizedCacheCall
 from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static, static_cache
+from lobcq_fx.graph.graph_module import copied
 from lobcq_fx.graph.shared_tensors import SharingGraphModule
 from lobcq_fx.model import ModelGraph, ModelParts, QuantizedModel, Reader
 from lobcq_fx.passes.order import quantizing_cache
@@ -194,9 +195,7 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         if cache_format not in self._quantized_caches:
             main, calling = self.graphs[MAIN], self.calling
             assert isinstance(calling, CausalLMCall)
-            graph = fx.Graph()
-            graph.output(graph.graph_copy(main.graph_module.graph, {}))
-            graph_module = SharingGraphModule(self.graph_module, graph)
+            graph_module = SharingGraphModule(self.graph_module, copied(main.graph_module.graph))
             quantize_cache = QuantizeCache(cache_format, calling.cache_heads, getattr(torch, calling.cache_dtype))
             first, *others = (one(graph_module) for one in quantizing_cache(quantize_cache, self.device))
             if first.refusals:

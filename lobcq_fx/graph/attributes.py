@@ -6,6 +6,7 @@ from collections.abc import Container
 from itertools import chain, count
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from lobcq_fx.graph.fake_tensors import fake_mode
@@ -31,6 +32,11 @@ def has_attribute(module: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's first tensor is; the CPU where it has none."""
+    return next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 
 def register_attribute(module: nn.Module, name: str, value: Tensor | nn.Module) -> None:

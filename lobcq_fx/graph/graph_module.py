@@ -1,4 +1,4 @@
-"""Graph modules whose generated source goes when they go."""
+"""Graph modules whose generated source goes when they go, and copies of graphs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from typing import ClassVar
 from torch import fx
 from torch.fx.graph import PythonCode
 from torch.fx.graph_module import _loader
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A graph of its own with the same nodes, and their metadata."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy
 
 
 class LobcqGraphModule(fx.GraphModule):

@@ -18,6 +18,16 @@ Parts = tuple[Tensor, Tensor, Tensor]
 """Codes, selectors and scales, as in `lobcq_fx.format.Encoded`."""
 
 
+def parts_of(rows: int, columns: int, spec: FormatSpec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of each of `PARTS` of a weight [rows, columns]."""
+    return {
+        "codes": (torch.uint8, (rows, spec.code_bytes(columns))),
+        "selectors": (torch.uint8, (rows, spec.selector_bytes(columns))),
+        "scales": (torch.float8_e4m3fn, (rows, spec.num_arrays(columns))),
+        "tensor_scale": (torch.float32, ()),
+    }
+
+
 class WeightLayout(Protocol):
     """How the kernels of one device want a weight to lie in memory."""
 
@@ -56,16 +66,9 @@ class PackedWeight(nn.Module):
     @classmethod
     def empty(cls, shape: tuple[int, int], spec: FormatSpec, device: torch.device) -> PackedWeight:
         """A weight (N, K) of no content, for its parts to be put in."""
-        rows, columns = shape
-        kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "codes": (torch.uint8, (rows, spec.code_bytes(columns))),
-            "selectors": (torch.uint8, (rows, spec.selector_bytes(columns))),
-            "scales": (torch.float8_e4m3fn, (rows, spec.num_arrays(columns))),
-            "tensor_scale": (torch.float32, ()),
-            "codebooks": (torch.int8, (spec.num_codebooks, 16)),
-        }
+        kinds = parts_of(*shape, spec) | {"codebooks": (torch.int8, (spec.num_codebooks, 16))}
         parts = {name: torch.empty(size, dtype=dtype, device=device) for name, (dtype, size) in kinds.items()}
-        return cls(Encoded(**parts, spec=spec, columns=columns))
+        return cls(Encoded(**parts, spec=spec, columns=shape[1]))
 
     def repack(self, layout: WeightLayout, array_size: int | None = None) -> None:
         """Hold the bytes in a kernel layout from now on.

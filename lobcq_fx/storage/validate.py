@@ -14,7 +14,7 @@ from lobcq_fx.format.spec import ALLOWED_ARRAY_SIZES, E4M3_MAX, ENTRY_MAX
 from lobcq_fx.graph.attributes import delete_attribute, get_attribute, named_arguments, register_attribute
 from lobcq_fx.graph.recurrence import recurrences
 from lobcq_fx.graph.stored_linear import ENCODERS, StoredLinear, stored_linears
-from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
+from lobcq_fx.modules.packed_weight import PARTS, PackedWeight, parts_of
 
 LARGEST_SCALE = torch.finfo(torch.float32).max / (E4M3_MAX * ENTRY_MAX)
 """Of a tensor: beyond it, its largest scalar is none of fp32."""
@@ -170,13 +170,7 @@ def check_encoded(name: str, encoded: Encoded) -> None:
         CheckpointError: names the part.
     """
     spec, columns, rows = encoded.spec, encoded.columns, encoded.codes.shape[0]
-    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "codes": (torch.uint8, (rows, spec.code_bytes(columns))),
-        "selectors": (torch.uint8, (rows, spec.selector_bytes(columns))),
-        "scales": (torch.float8_e4m3fn, (rows, spec.num_arrays(columns))),
-        "tensor_scale": (torch.float32, ()),
-    }
-    for part, (dtype, shape) in expected.items():
+    for part, (dtype, shape) in parts_of(rows, columns, spec).items():
         tensor = getattr(encoded, part)
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             actual = f"{tensor.dtype} {list(tensor.shape)}"
