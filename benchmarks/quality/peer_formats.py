@@ -91,6 +91,16 @@ Source: OCP Microscaling Formats specification 1.0, section 6.3.
 """
 
 
+NF4_BLOCKS = BlockFormat(
+    64,
+    16,
+    lambda x: NF4[torch.bucketize(x, (NF4[1:] + NF4[:-1]) / 2)],
+    lambda blocks, _largest: blocks.abs().amax(dim=-1, keepdim=True).bfloat16().float(),
+)
+"""Normal-float codes in blocks of 64 with a bf16 absmax scale each: `nf4` without double quantization, which takes its
+scales from a whole weight before the first column is rounded."""
+
+
 def int4_asymmetric(x: Tensor, group: int) -> Tensor:
     """Integers in [0, 15] in groups that share a bf16 scale and a 4-bit zero point."""
     groups = x.unflatten(-1, (-1, group))

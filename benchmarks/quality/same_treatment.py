@@ -4,9 +4,10 @@
     LOBCQ_TEST_DATA=... python -m benchmarks.quality.same_treatment
 
 Every linear of SmolLM2-135M-Instruct but its head has its weights rounded by benchmarks/quality/treated_formats.py, and
-its inputs left in float, in int8, or in the weights' format. Treatments: to the nearest; and smoothed and compensated
-as `recipe="balanced"` does it. Calibrated on the first windows of WikiText-2's validation text, measured on its last
-ones; the model comes from a 4-bit file (benchmarks/quality/smollm2.py says what follows from that).
+its inputs left in float, in int8, or in the weights' format. Treatments: to the nearest; smoothed and compensated as
+`recipe="balanced"` does it; and rotated as well, in arrays of 64 columns, where a sample of the inputs shows a smaller
+error of the layers that read them. Calibrated on the first windows of WikiText-2's validation text, measured on its
+last ones; the model comes from a 4-bit file (benchmarks/quality/smollm2.py says what follows from that).
 Writes benchmarks/results/same_treatment.json after each row, and prints it.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,49 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.quality import smollm2
-from benchmarks.quality.treated_formats import FORMATS, Activation, Nf4, Operand, int8_activation
+from benchmarks.quality.treated_formats import FORMATS, Activation, Operand, int8_activation
 from lobcq_fx.evaluation import divergence_of_sequences
+from lobcq_fx.format.rotation import rotate
 from lobcq_fx.kernels.bind import bind_cpu_core
 from lobcq_fx.smoothing import balanced_scale
 
 RESULT = Path(__file__).parents[1] / "results" / "same_treatment.json"
 NOT_FOLDED = "o_proj"
 """What `smoothing="folded"` leaves out: nothing before it takes a division over."""
+ROTATED = 64
+"""Columns that are mixed."""
+TREATMENTS = ("nearest", "smoothed and compensated", "smoothed, rotated and compensated")
+SAMPLED = 8
+"""Rows of each calibration window that the choice of rotations sees."""
+
+
+@dataclass
+class Seen:
+    """What calibration saw of the inputs of layers that read one activation.
+
+    moments: sums of x^T x, [K, K]. rows: some of the inputs, [n, K] each.
+    """
+
+    moments: Tensor
+    rows: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Treated:
+    """A layer with its weight rounded.
+
+    weight: [N, K], for inputs that are divided by `scale` [K], if there is one, and then rotated if `rotated`.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+    rotated: bool = False
+
+    def inputs(self, x: Tensor, encode: Activation | None) -> Tensor:
+        """What the weight is multiplied with instead of x [..., K]."""
+        x = x if self.scale is None else x / self.scale
+        x = rotate(x, ROTATED) if self.rotated else x
+        return x if encode is None else encode(x)
 
 
 def main() -> None:
@@ -51,36 +88,37 @@ def main() -> None:
     same = divergence_of_sequences(reference, model, list(text), max_length=text.shape[1])  # before weights change
     assert same.kl_divergence == 0.0
     layers = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and name != "lm_head"}
-    moments = second_moments(model, layers, calibration)
+    seen = observe(model, layers, calibration)
     for name in arguments.formats or FORMATS:
         found["rows"] = [row for row in found["rows"] if row["format"] != name]
-        for treatment in ("nearest", "smoothed and compensated"):
-            if treatment != "nearest" and isinstance(FORMATS[name], Nf4):
-                continue
-            treated = treat(layers, moments, FORMATS[name], treatment != "nearest")
-            for activations, encode in _activations(FORMATS[name]).items():
+        for treatment in TREATMENTS:
+            tried = treat(layers, seen, FORMATS[name], treatment)
+            for activations, encode in activations_of(FORMATS[name]).items():
+                treated = chosen(layers, seen, tried, encode)
                 row = {"format": name, "bits": FORMATS[name].bits, "treatment": treatment, "activations": activations}
+                row |= {"layers": len(treated), "rotated": sum(one.rotated for one in treated.values())}
                 row |= evaluate(model, reference, layers, treated, encode, text)
                 found["rows"].append(row)
                 arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
                 print(json.dumps(row), flush=True)
 
 
-def second_moments(model: nn.Module, layers: dict[str, nn.Linear], calibration: Tensor) -> dict[str, Tensor]:
-    """Sums of x^T x over each layer's inputs, [K, K]; one tensor for layers that read one activation."""
-    sums: dict[str, Tensor] = {}
+def observe(model: nn.Module, layers: dict[str, nn.Linear], calibration: Tensor) -> dict[str, Seen]:
+    """What each layer's inputs were; one object for layers that read one activation."""
+    seen: dict[str, Seen] = {}
     last: list[tuple[Tensor, str]] = []
 
     def hook(name: str) -> Any:
         def add(_layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             (x,) = arguments
             if last and last[0][0] is x:
-                sums[name] = sums[last[0][1]]
+                seen[name] = seen[last[0][1]]
                 return
             last[:] = [(x, name)]
             rows = x.flatten(0, -2)
-            product = rows.T @ rows
-            sums[name] = sums[name].add_(product) if name in sums else product
+            one = seen.setdefault(name, Seen(torch.zeros(rows.shape[1], rows.shape[1])))
+            one.moments += rows.T @ rows
+            one.rows.append(rows[:: -(-len(rows) // SAMPLED)].clone())
 
         return add
 
@@ -90,64 +128,90 @@ def second_moments(model: nn.Module, layers: dict[str, nn.Linear], calibration: 
             model(ids[None])
     for handle in handles:
         handle.remove()
-    return sums
+    return seen
 
 
 def treat(
-    layers: dict[str, nn.Linear], moments: dict[str, Tensor], operand: Operand, treated: bool
-) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Of each layer the weight [N, K] as it is rounded, and the scale [K] that divides its input, None for none."""
-    result: dict[str, tuple[Tensor, Tensor | None]] = {}
+    layers: dict[str, nn.Linear], seen: dict[str, Seen], operand: Operand, treatment: str
+) -> list[list[dict[str, Treated]]]:
+    """Layers by name, with their weights rounded, in groups that read one activation; each group in all its ways."""
     groups: dict[int, list[str]] = {}
     for name in layers:
-        groups.setdefault(id(moments[name]), []).append(name)
+        groups.setdefault(id(seen[name]), []).append(name)
+    result = []
     for names in groups.values():
-        seen, scale = moments[names[0]], None
         weights = [layers[name].weight.detach() for name in names]
-        if treated and not names[0].endswith(NOT_FOLDED):
-            scale = balanced_scale(seen.diagonal(), weights)
-            seen = seen / scale / scale[:, None]
-            weights = [one * scale for one in weights]
-        for name, weight in zip(names, weights, strict=True):
-            result[name] = operand.weight(weight, seen if treated else None), scale
+        if treatment == TREATMENTS[0]:
+            ways = [[Treated(operand.weight(one, None), None) for one in weights]]
+        else:
+            can_rotate = treatment == TREATMENTS[2] and weights[0].shape[1] % ROTATED == 0
+            folded = not names[0].endswith(NOT_FOLDED)
+            rotations = (False, True) if can_rotate else (False,)
+            ways = [_compensated(weights, seen[names[0]], operand, folded, rotated) for rotated in rotations]
+        result.append([dict(zip(names, one, strict=True)) for one in ways])
     return result
+
+
+def chosen(
+    layers: dict[str, nn.Linear],
+    seen: dict[str, Seen],
+    tried: list[list[dict[str, Treated]]],
+    encode: Activation | None,
+) -> dict[str, Treated]:
+    """Every layer in the way that gives its group the smaller error on the sampled inputs, encoded so."""
+
+    def error(group: dict[str, Treated]) -> float:
+        x = torch.cat(seen[next(iter(group))].rows)
+        results = ((layers[name].weight.detach(), one) for name, one in group.items())
+        return sum(float((x @ w.T - one.inputs(x, encode) @ one.weight.T).square().sum()) for w, one in results)
+
+    return {name: one for ways in tried for name, one in min(ways, key=error).items()}
+
+
+def _compensated(weights: list[Tensor], seen: Seen, operand: Operand, folded: bool, rotated: bool) -> list[Treated]:
+    """The layers that read one activation."""
+    moments = seen.moments
+    scale = balanced_scale(moments.diagonal(), weights) if folded else None
+    if scale is not None:
+        moments = moments / scale / scale[:, None]
+        weights = [one * scale for one in weights]
+    if rotated:
+        moments = rotate(rotate(moments, ROTATED).T.contiguous(), ROTATED)
+        weights = [rotate(one, ROTATED, "weight") for one in weights]
+    return [Treated(operand.weight(one, moments), scale, rotated) for one in weights]
 
 
 def evaluate(
     model: nn.Module,
     reference: nn.Module,
     layers: dict[str, nn.Linear],
-    treated: dict[str, tuple[Tensor, Tensor | None]],
+    treated: dict[str, Treated],
     encode: Activation | None,
     text: Tensor,
 ) -> dict[str, float]:
     """Perplexity and distance of the model with these weights, its linears' inputs encoded."""
     own = {name: layer.weight.data for name, layer in layers.items()}
 
-    def hook(scale: Tensor | None) -> Any:
-        def changed(_layer: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
-            x = arguments[0] if scale is None else arguments[0] / scale
-            return x if encode is None else encode(x)
-
-        return changed
+    def hook(one: Treated) -> Any:
+        return lambda _layer, arguments: one.inputs(arguments[0], encode)
 
     handles = []
-    for name, (weight, scale) in treated.items():
-        layers[name].weight.data = weight
-        handles.append(layers[name].register_forward_pre_hook(hook(scale)))
+    for name, one in treated.items():
+        layers[name].weight.data = one.weight
+        handles.append(layers[name].register_forward_pre_hook(hook(one)))
     try:
-        one = divergence_of_sequences(model, reference, list(text), max_length=text.shape[1])
+        result = divergence_of_sequences(model, reference, list(text), max_length=text.shape[1])
     finally:
         for handle in handles:
             handle.remove()
         for name, weight in own.items():
             layers[name].weight.data = weight
-    return smollm2.scores(one)
+    return smollm2.scores(result)
 
 
-def _activations(operand: Operand) -> dict[str, Activation | None]:
-    found: dict[str, Activation | None] = {"float": None, "int8": int8_activation}
-    return found if isinstance(operand, Nf4) else {**found, "4 bit": operand.activation}
+def activations_of(operand: Operand) -> dict[str, Activation | None]:
+    """What becomes of the layers' inputs, by what the page calls it."""
+    return {"float": None, "int8": int8_activation, "4 bit": operand.activation}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.quality.peer_formats import MXFP4, NF4_BITS, NVFP4, BlockFormat, int4, nf4
+from benchmarks.quality.peer_formats import MXFP4, NF4_BLOCKS, NVFP4, BlockFormat, int4
 from lobcq_fx.calibration.compensate import DAMPING, decoded_weight
 from lobcq_fx.calibration.encode_activation import decode_activation, encode_activation
 from lobcq_fx.calibration.encode_weight import encode_weight
@@ -112,23 +112,6 @@ class Blocks:
         return chosen[:, columns.argsort()]
 
 
-@dataclass(frozen=True)
-class Nf4:
-    """NF4 with double quantization, which takes its scales from whole weights: to the nearest alone."""
-
-    bits: float = NF4_BITS
-
-    def weight(self, w: Tensor, second_moments: Tensor | None) -> Tensor:
-        """Under absmax scales."""
-        if second_moments is not None:
-            raise ValueError("NF4 has scales that depend on the whole weight: it is not compensated here")
-        return nf4(w)
-
-    def activation(self, x: Tensor) -> Tensor:
-        """There is none."""
-        raise ValueError("NF4 is a format of weights")
-
-
 FORMATS: dict[str, Operand] = {
     "LO-BCQ 8x64": LoBcq(FormatSpec(8, 64)),
     "LO-BCQ 16x64": LoBcq(FormatSpec(16, 64)),
@@ -137,7 +120,7 @@ FORMATS: dict[str, Operand] = {
     "INT4, groups of 32": Blocks(int4(32)),
     "INT4, groups of 64": Blocks(int4(64)),
     "INT4, groups of 128": Blocks(int4(128)),
-    "NF4, blocks of 64": Nf4(),
+    "NF4, blocks of 64": Blocks(NF4_BLOCKS),
 }
 
 

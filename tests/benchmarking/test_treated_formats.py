@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.quality.peer_formats import MXFP4, NVFP4, BlockFormat, int4
+from benchmarks.quality.peer_formats import MXFP4, NF4_BLOCKS, NVFP4, BlockFormat, int4
 from benchmarks.quality.treated_formats import FORMATS, Blocks, LoBcq, int8_activation
 from lobcq_fx import FormatSpec
 from lobcq_fx.calibration.compensate import DAMPING
 from lobcq_fx.format import decode, encode, universal_codebooks
 
-PEERS = {"NVFP4": Blocks(NVFP4), "MXFP4": Blocks(MXFP4), "INT4": Blocks(int4(32))}
+PEERS = {"NVFP4": Blocks(NVFP4), "MXFP4": Blocks(MXFP4), "INT4": Blocks(int4(32)), "NF4": Blocks(NF4_BLOCKS)}
 
 
 def correlated(rows, columns):
@@ -53,7 +53,7 @@ def test_peers_gain_by_compensation(name):
     assert cost[0] < 0.8 * cost[1]
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith("NF4")])
+@pytest.mark.parametrize("name", FORMATS)
 def test_searched_scales_are_never_worse_than_those_of_activations(name):
     w = weight(16, 256)
     errors = [(w - one).square().sum() for one in (FORMATS[name].weight(w, None), FORMATS[name].activation(w))]
