@@ -149,7 +149,7 @@ def ablations(found: dict[str, Any]) -> str:
         for row in sorted(found["rows"], key=lambda row: list(SETTINGS).index(row["ablation"]))
     ]
     rows += [
-        [f"the library, 8x64, {books}", "", "4.5", _decibels(errors["weights"]), _decibels(errors["activations"])]
+        [f"the library, {books}", "", "4.5", _decibels(errors["weights"]), _decibels(errors["activations"])]
         for books, errors in found["library"].items()
     ]
     return table(["what varies", "setting", "bits", "weights, dB", "activations, dB"], rows)

