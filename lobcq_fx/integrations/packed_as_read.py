@@ -21,7 +21,7 @@ from lobcq_fx.format import Encoded, check_codebooks
 from lobcq_fx.graph.attributes import get_attribute, has_attribute
 from lobcq_fx.graph.stored_linear import ENCODERS, LINEARS, stored_linears
 from lobcq_fx.integrations.linear_places import is_linear, replace_linear, shape_of, tied
-from lobcq_fx.integrations.stored_layer import StoredLayer
+from lobcq_fx.integrations.stored_layer import StoredLayer, read_by
 from lobcq_fx.modules.lobcq_linear import CONSTANTS, LinearSettings, LobcqLinear
 from lobcq_fx.modules.packed_weight import PARTS
 from lobcq_fx.storage.checkpoint import load_checkpoint
@@ -97,13 +97,9 @@ class GraphFolder:
     def _stored_layers(self) -> dict[str, StoredLayer]:
         """Each linear of the graphs by its layer, one way of computing each."""
         found: dict[str, StoredLayer] = {}
-        inventory = self.saved.inventory
-        rotated = {record.layer for record in inventory if record.rotated}
-        multiplied = {record.layer for record in inventory if record.smoothing == "multiplied"}
+        multiplied = {record.layer for record in self.saved.inventory if record.smoothing == "multiplied"}
         for linear in (linear for one in self.saved.graphs.values() for linear in stored_linears(one.graph)):
             layer = linear.weight.removesuffix(".weight")
-            if layer in rotated:
-                self._refuse(layer, "its activation is rotated")
             try:
                 this = StoredLayer.of(self.saved.root, linear, layer in multiplied)
             except ValueError as error:
@@ -214,10 +210,11 @@ def _why_not(model: PreTrainedModel, name: str, layer: StoredLayer) -> str | Non
 
 
 def _check_operators(folder: Path, graph: fx.Graph) -> None:
-    """That a graph has no operators of LO-BCQ but linears and what encodes for them."""
-    known = (*LINEARS, *ENCODERS.values())
+    """That a graph has no operators of LO-BCQ but linears, and what rotates and encodes for them."""
+    known, rotations = (*LINEARS, *ENCODERS.values()), {read_by(linear)[1] for linear in stored_linears(graph)}
     for node in graph.nodes:
-        if node.op == "call_function" and str(node.target).startswith("lobcq.") and node.target not in known:
+        ours = node.op == "call_function" and str(node.target).startswith("lobcq.")
+        if ours and node.target not in known and node not in rotations:
             raise CheckpointError(f"{folder}: node {node.name!r} calls {node.target}, which no module does. {REMEDY}")
 
 

@@ -58,11 +58,14 @@ class StoredLayer:
         if codebooks is not None:
             count = get_attribute(root, str(codebooks.target)).shape[0]
             activations = FormatSpec(count, linear.kernel_array_size)
+        source, rotation = read_by(linear)
+        if rotation is not None and rotation.args[1] != activations.array_size:
+            raise ValueError(f"its activation is rotated in arrays of {rotation.args[1]}, not {activations.array_size}")
         constants = {
             "codebooks": str(linear.codebooks.target),
             "activation_codebooks": None if codebooks is None else str(codebooks.target),
             "activation_scale": None if encoder.get("static_scale") is None else str(encoder["static_scale"].target),
-            "input_scale": _input_scale(linear) if multiplied else None,
+            "input_scale": _input_scale(source) if multiplied else None,
         }
         settings = LinearSettings(
             weight.spec,
@@ -70,14 +73,28 @@ class StoredLayer:
             activations,
             constants["activation_scale"] is not None,
             constants["input_scale"] is not None,
+            rotation is not None,
         )
         arrays = weight.spec.num_arrays(weight.columns)
         return cls(settings, weight.rows, arrays, linear.bias is not None, constants)
 
 
-def _input_scale(linear: StoredLinear) -> str:
+def read_by(linear: StoredLinear) -> tuple[fx.Node | None, fx.Node | None]:
+    """What a linear of a graph reads, before it is rotated; and the node that rotates it, None where it is not."""
+    x = linear.activation
+    if x is None:
+        return None, None
+    casts = not linear.encodes_activation and x.target is aten.to.dtype  # rotated in fp32, multiplied as it was
+    rotation = x.args[0] if casts else x
+    if not isinstance(rotation, fx.Node) or rotation.target is not torch.ops.lobcq.rotate.default:
+        return x, None
+    source = rotation.args[0]
+    assert isinstance(source, fx.Node)
+    return source, rotation
+
+
+def _input_scale(scaled: fx.Node | None) -> str:
     """The name of what smoothing multiplies the activation with."""
-    scaled = linear.activation
     scale = scaled.args[1] if scaled is not None and scaled.target is aten.mul.Tensor else None
     if not isinstance(scale, fx.Node) or scale.op != "get_attr":
         raise ValueError("its activation is smoothed in a way that is not known here")

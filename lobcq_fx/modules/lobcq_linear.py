@@ -28,6 +28,7 @@ class LinearSettings:
 
     spec: format of the weight. mode: as in `LobcqConfig`. activations: format of the activation, in "w4a4".
     static_scale: the activation has a calibrated tensor scale. input_scale: it is multiplied by columns first.
+    rotated: its block arrays are rotated then, as the weight's are.
     """
 
     spec: FormatSpec
@@ -35,6 +36,7 @@ class LinearSettings:
     activations: FormatSpec
     static_scale: bool = False
     input_scale: bool = False
+    rotated: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LinearSettings:
@@ -47,7 +49,8 @@ class LinearSettings:
             values["format"], values["mode"], values["activation_format"]
         )  # checks each, and that they fit
         static, scaled = bool(values["static_scale"]), bool(values["input_scale"])
-        return cls(config.format, config.mode, config.activations, static, scaled)
+        rotated = bool(values.get("rotated"))  # folders of earlier releases do not say
+        return cls(config.format, config.mode, config.activations, static, scaled, rotated)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -57,6 +60,7 @@ class LinearSettings:
             "activation_format": None if self.activations == self.spec else self.activations.name,
             "static_scale": self.static_scale,
             "input_scale": self.input_scale,
+            "rotated": self.rotated,
         }
 
 
@@ -135,19 +139,21 @@ class LobcqLinear(nn.Module):
     def _stored(self, x: Tensor) -> Tensor:
         weight = (*(getattr(self.weight, part) for part in PARTS), self.codebooks)
         mode, size, arrays = self.settings.mode, self.settings.spec.array_size, self.settings.activations.array_size
+        read = ops.rotate(x, arrays) if self.settings.rotated else x
         out: Tensor
         if mode == "w4a16":
-            out = ops.linear.float_activation(x, *weight, self.bias, size)
+            out = ops.linear.float_activation(read.to(x.dtype), *weight, self.bias, size)
         elif mode == "w4a8":
-            encoded = ops.quantize_activation_int8(x, size, self.activation_scale)
+            encoded = ops.quantize_activation_int8(read, size, self.activation_scale)
             out = ops.linear.int8_activation(*encoded, *weight, self.bias, self.in_features, size, x.dtype)
         else:
-            encoded = ops.quantize_activation(x, self.activation_codebooks, arrays, self.activation_scale)
+            encoded = ops.quantize_activation(read, self.activation_codebooks, arrays, self.activation_scale)
             tail = (self.bias, self.in_features, size, x.dtype, arrays)
             out = ops.linear(*encoded, self.activation_codebooks, *weight, *tail)
         return out
 
     def _prepacked(self, x: Tensor) -> Tensor:
+        rotated, arrays = self.settings.rotated, self.settings.activations.array_size
         absent = torch.empty(0, dtype=torch.float32, device=x.device)
         weight = (
             [self.weight.prepacked],
@@ -155,13 +161,14 @@ class LobcqLinear(nn.Module):
             self.codebook_tables,
             [absent if self.bias is None else self.bias],
             [self.out_features],
-            self.settings.activations.array_size,
+            arrays,
         )
         out: list[Tensor]
         if self.settings.mode == "w4a16":
-            out = ops.linear_prepacked.float_activation(x, *weight)
+            read = ops.rotate(x, arrays).to(x.dtype) if rotated else x
+            out = ops.linear_prepacked.float_activation(read, *weight)
         else:
-            out = ops.linear_prepacked(x, self.activation_tables, self.activation_scale, *weight, x.dtype)
+            out = ops.linear_prepacked(x, self.activation_tables, self.activation_scale, *weight, x.dtype, rotated)
         return out[0]
 
     def _look_up(self, layout: WeightLayout) -> None:
@@ -193,4 +200,5 @@ class LobcqLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, format and mode."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, {self.settings.spec.name}, {self.settings.mode}"
+        rotated = ", rotated" if self.settings.rotated else ""
+        return f"{sizes}, {self.settings.spec.name}, {self.settings.mode}{rotated}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tarfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from lobcq_fx.errors import CheckpointError, ConfigError
 from lobcq_fx.modules.lobcq_linear import LobcqLinear
 from tests.families import CAUSAL_LMS
 from tests.integrations.models import GREEDY, IDS, batches, bert, causal_lm, opened, results, saved, uneven
+from tests.storage.reindex import reindex
 
 MODES = ("w4a4", "w4a8", "w4a16")
 RELEASE_0_1 = Path(__file__).parent.parent / "storage" / "release_0_1.tar.gz"
@@ -28,6 +30,10 @@ SETTINGS = {
     "smoothing folded": (LobcqConfig(smoothing="folded"), True),
     "smoothing everywhere": (LobcqConfig(smoothing="everywhere"), True),
     "compensated rounding": (LobcqConfig(rounding="compensated"), True),
+    "rotated": (LobcqConfig(rotation="hadamard"), True),
+    "rotated in int8": (LobcqConfig(rotation="hadamard", mode="w4a8"), True),
+    "rotated in float": (LobcqConfig(rotation="hadamard", mode="w4a16"), True),
+    "recipe best": (LobcqConfig.of_recipe("best"), True),
     "fitted codebooks": (LobcqConfig(codebooks="fitted"), True),
     "layers of their own": (
         LobcqConfig(
@@ -154,12 +160,35 @@ def test_a_masked_language_model_and_its_base(tmp_path):
     assert torch.equal(results(model), results(q))
 
 
-def test_a_rotated_model_is_refused_by_name(tmp_path):
-    q = lobcq_fx.quantize(uneven(), batches(), LobcqConfig(rotation="hadamard"), static_cache=False)
-    layer = next(record.layer for record in q.inventory if record.rotated)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotated_layers_go_through_both_doors(tmp_path, mode, dtype):
+    config = LobcqConfig(mode=mode, rotation="hadamard", smoothing="everywhere")
+    model = uneven()
+    for parameter in model.parameters():  # the rotary frequencies stay in fp32, as from_pretrained leaves them
+        parameter.data = parameter.data.to(dtype)
+    q = lobcq_fx.quantize(model, batches(), config, static_cache=False)
+    rotated = {record.layer for record in q.inventory if record.rotated}
     q.save_pretrained(tmp_path / "q")
-    with pytest.raises(CheckpointError, match=f"{layer} cannot be a module: its activation is rotated.*lobcq_fx.load"):
-        opened(tmp_path / "q")
+    model = opened(tmp_path / "q", dtype=dtype)
+    assert rotated
+    assert {name for name, linear in linears(model).items() if linear.settings.rotated} == rotated
+    assert torch.equal(results(model), results(q))
+    model.save_pretrained(tmp_path / "modules")
+    assert torch.equal(results(opened(tmp_path / "modules", dtype=dtype)), results(q))
+
+
+def test_a_rotation_that_no_module_does_is_refused(tmp_path):
+    folder = saved(uneven(), tmp_path / "q", LobcqConfig(rotation="hadamard"), batches())
+    graph = json.loads((folder / "graph.json").read_text())
+    rotations = [node for node in graph["nodes"] if "rotate.default" in str(node["target"])]
+    for node in rotations:
+        node["args"]["tuple"][1] //= 2
+    (folder / "graph.json").write_text(json.dumps(graph))
+    reindex(folder)
+    assert rotations
+    with pytest.raises(CheckpointError, match=r"cannot be a module: its activation is rotated in arrays of 32, not 64"):
+        opened(folder)
 
 
 def test_a_model_with_a_quantized_cache_is_refused_by_name(tmp_path):
