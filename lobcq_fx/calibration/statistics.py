@@ -9,13 +9,15 @@ from torch import Tensor
 
 from lobcq_fx.calibration.reservoir import Reservoir
 from lobcq_fx.errors import CalibrationError
-from lobcq_fx.format.codes import CHUNK
 from lobcq_fx.format.rotation import rotate
 from lobcq_fx.format.scales import absmax_row_scale, block_arrays, tensor_scale_of_absmax
 from lobcq_fx.format.spec import ENTRY_MAX, FormatSpec
 
 SAMPLED_ARRAYS = 4096
 """Block arrays kept for fitting codebooks: 1 MiB a layer at L_A = 64."""
+
+CHUNK = 1 << 20
+"""Scalars that are looked at together, 4 MiB in fp32: each look sorts the sample anew."""
 
 
 class ActivationStatistics:
