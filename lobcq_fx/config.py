@@ -135,6 +135,11 @@ class LobcqConfig:
                 raise ConfigError(f"pattern {pattern!r} names no role: use one of {[f'@{role}' for role in ROLES]}")
         for pattern in self.overrides:
             self._overridden(pattern)
+            if pattern in self.exclude:
+                raise ConfigError(
+                    f"overrides[{pattern!r}] contradicts exclude, which leaves the same layers in float: pass an"
+                    " exclude without it (`lobcq quantize --no-default-exclude`)"
+                )
 
     @classmethod
     def of_recipe(cls, name: str, **settings: Any) -> LobcqConfig:

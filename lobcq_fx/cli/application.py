@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 import lobcq_fx
 from lobcq_fx.cli.bench import bench
 from lobcq_fx.cli.calibrate import calibrate
+from lobcq_fx.cli.chat import chat
 from lobcq_fx.cli.console import messages
 from lobcq_fx.cli.evaluate import evaluate
 from lobcq_fx.cli.export import onnx
@@ -55,6 +56,7 @@ for name, command in (
     ("quantize", quantize),
     ("eval", evaluate),
     ("generate", generate),
+    ("chat", chat),
     ("report", report),
     ("calibrate", calibrate),
     ("verify", verify),

@@ -2,65 +2,122 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lobcq_fx.cli.options import JsonOption, KvCacheOption, ModelArgument
+from lobcq_fx.cli.options import (
+    JsonOption,
+    KvCacheOption,
+    ModelArgument,
+    SampleOption,
+    SeedOption,
+    SystemOption,
+    TemperatureOption,
+    TopPOption,
+)
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from lobcq_fx.cli.inputs import ModelFolder
+
+STDIN = "-"
 
 
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue.", show_default=False)],
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help=f"Text to continue, or question; {STDIN!r} reads standard input.")
+    ] = STDIN,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Put the prompt into the model's chat template, or continue it as it is. Default: the template of a"
+            " tokenizer that has one.",
+            show_default=False,
+        ),
+    ] = None,
+    system: SystemOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
-    sample: Annotated[
-        bool, typer.Option("--sample", help="Draw tokens at random instead of taking the likeliest.")
-    ] = False,
-    temperature: Annotated[float, typer.Option(min=0.01, help="With --sample: higher is more random.")] = 1.0,
-    top_p: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="With --sample: draw from the likeliest tokens only.")
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="With --sample: fixes what is drawn.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End where this text has come; repeatable.")
+    ] = None,
+    sample: SampleOption = False,
+    temperature: TemperatureOption = 1.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
     kv_cache: KvCacheOption = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="DIR is one that `lobcq export onnx` wrote; runs in ONNX Runtime.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Continue a prompt with a float, quantized or exported language model; the text appears as it is made."""
+    """Continue or answer a prompt with a float, quantized or exported model; the text appears as it is made."""
     from lobcq_fx.cli.console import messages, print_json
-    from lobcq_fx.cli.failures import InputError
-    from lobcq_fx.cli.inputs import load_model, load_tokenizer, model_folder
+    from lobcq_fx.cli.conversation import check_template
+    from lobcq_fx.cli.inputs import causal_lm_folder, load_model, load_tokenizer
 
-    folder = model_folder(model)
-    if not folder.is_causal_lm:
-        raise InputError(f"{folder.architecture} cannot generate text: pass a causal language model")
+    folder = causal_lm_folder(model)
     tokenizer = load_tokenizer(folder)
-    if not prompt:
-        raise typer.BadParameter("the prompt is empty: give a few words to continue")
+    if chat:
+        check_template(tokenizer, folder)
+    chat = bool(tokenizer.chat_template) if chat is None else chat
+    if system is not None and not chat:
+        raise typer.BadParameter("--system: there are instructions in a chat alone")
     if kv_cache is not None and onnx:
         raise typer.BadParameter("--kv-cache: an exported model keeps keys and values in float: leave out --onnx")
+    prompt = _given(prompt)
     cache = {} if kv_cache is None else _cache(kv_cache)
     with messages.status("Loading the model"):
         language_model = _onnx_model(folder) if onnx else load_model(folder)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, **cache}
     if sample:
         settings |= {"temperature": temperature, "top_p": top_p}
-    inputs, tokens, seconds = _run(language_model, tokenizer, prompt, settings, seed, stream=not json)
+    if stop:
+        settings |= {"stop_strings": stop, "tokenizer": tokenizer}
+    ids = _ids(tokenizer, prompt, system, chat=chat)
+    if not json and not chat:
+        typer.echo(prompt, nl=False)
+    tokens, seconds = _run(language_model, tokenizer, ids, settings, seed, stream=not json)
     if json:
-        new = tokenizer.decode(tokens, skip_special_tokens=True)
         print_json(
-            {"prompt": prompt, "text": new, "prompt_tokens": inputs, "tokens": tokens, "seconds": round(seconds, 3)}
+            {
+                "prompt": prompt,
+                "chat": chat,
+                "text": tokenizer.decode(tokens, skip_special_tokens=True),
+                "prompt_tokens": ids.shape[1],
+                "tokens": tokens,
+                "seconds": round(seconds, 3),
+            }
         )
         return
     rate = len(tokens) / seconds if seconds else 0.0
     messages.print(f"[dim]{len(tokens)} tokens in {seconds:.1f} s ({rate:.1f} tokens/s)[/]", highlight=False)
+
+
+def _given(prompt: str) -> str:
+    """The prompt, from standard input where it says so."""
+    if prompt == STDIN:
+        if sys.stdin.isatty():
+            raise typer.BadParameter("there is no prompt: pass --prompt TEXT, or pipe a text in")
+        prompt = sys.stdin.read().removesuffix("\n")
+    if not prompt:
+        raise typer.BadParameter("the prompt is empty: give a few words to continue")
+    return prompt
+
+
+def _ids(tokenizer: Any, prompt: str, system: str | None, *, chat: bool) -> Tensor:
+    """Token ids [1, T]."""
+    from lobcq_fx.cli.conversation import messages_of, templated
+
+    if chat:
+        return templated(tokenizer, messages_of(prompt, system))
+    ids: Tensor = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)["input_ids"]
+    return ids
 
 
 def _cache(format: str) -> dict[str, Any]:
@@ -78,19 +135,17 @@ def _onnx_model(folder: ModelFolder) -> nn.Module:
 
 
 def _run(
-    model: nn.Module, tokenizer: Any, prompt: str, settings: dict[str, Any], seed: int, *, stream: bool
-) -> tuple[int, list[int], float]:
-    """Tokens in the prompt, the new tokens, and seconds."""
+    model: nn.Module, tokenizer: Any, ids: Tensor, settings: dict[str, Any], seed: int, *, stream: bool
+) -> tuple[list[int], float]:
+    """The new tokens, and seconds."""
     import torch
     from transformers import TextStreamer
 
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     if stream:
-        typer.echo(prompt, nl=False)
         settings = {**settings, "streamer": TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)}
+    ids = ids.to(model.device)  # type: ignore[arg-type]
     torch.manual_seed(seed)
     started = time.perf_counter()
-    output = model.generate(**inputs, **settings)  # type: ignore[operator]
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)  # type: ignore[operator]
     seconds = time.perf_counter() - started
-    length = inputs["input_ids"].shape[1]
-    return length, output[0, length:].tolist(), seconds
+    return output[0, ids.shape[1] :].tolist(), seconds

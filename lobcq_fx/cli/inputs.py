@@ -76,6 +76,18 @@ def model_folder(given: str) -> ModelFolder:
     return ModelFolder(path, config, quantized=method == QUANT_METHOD)
 
 
+def causal_lm_folder(given: str) -> ModelFolder:
+    """The same of a language model.
+
+    Raises:
+        InputError: as `model_folder`, or the model is none that generates text.
+    """
+    folder = model_folder(given)
+    if not folder.is_causal_lm:
+        raise InputError(f"{folder.architecture} cannot generate text: pass a causal language model")
+    return folder
+
+
 def load_float_model(folder: ModelFolder, dtype: str = "auto") -> nn.Module:
     """A transformers model from its folder, ready for inference; `dtype` is a torch name or `"auto"`.
 

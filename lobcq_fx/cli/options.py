@@ -41,6 +41,15 @@ KvCacheOption = Annotated[
         help="Keep keys and values in this format: 8x64 is 4.5 bits a scalar. Default: as the model was quantized for.",
     ),
 ]
+SampleOption = Annotated[bool, typer.Option("--sample", help="Draw tokens at random instead of taking the likeliest.")]
+TemperatureOption = Annotated[float, typer.Option(min=0.01, help="With --sample: higher is more random.")]
+TopPOption = Annotated[
+    float, typer.Option(min=0.01, max=1.0, help="With --sample: draw from the likeliest tokens only.")
+]
+SeedOption = Annotated[int, typer.Option(help="With --sample: fixes what is drawn.")]
+SystemOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", show_default=False, help="Instructions for the model, before all turns.")
+]
 SamplesOption = Annotated[
     int, typer.Option(min=1, help="Sequences of the calibration text to use, spread evenly over it.")
 ]

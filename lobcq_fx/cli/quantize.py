@@ -104,6 +104,21 @@ def quantize(
             metavar="PATTERN", help="Leave matching layers in float, besides output heads and routers; repeatable."
         ),
     ] = None,
+    default_exclude: Annotated[
+        bool,
+        typer.Option(
+            "--default-exclude/--no-default-exclude",
+            help="Leave output heads and routers in float; without, --exclude alone says what stays.",
+        ),
+    ] = True,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN:SETTING=VALUE[,...]",
+            help="Settings of the layers whose name matches, for example '*down_proj:mode=w4a8' or '@head:mode=w4a16'"
+            " for output heads; repeatable, the last match wins.",
+        ),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Type of what stays in float; auto is the checkpoint's.")] = Dtype.auto,
     calibration_samples: SamplesOption = 64,
     calibration_length: LengthOption = 512,
@@ -131,7 +146,8 @@ def quantize(
         rotation,
         kv_cache,
         include,
-        exclude,
+        (*_default_exclude(default_exclude), *(exclude or ())),
+        dict(map(_override, override or ())),
         bits,
         activation_bits,
     )
@@ -176,11 +192,12 @@ def _config(
     rotation: Rotation | None,
     kv_cache: str | None,
     include: list[str] | None,
-    exclude: list[str] | None,
+    exclude: tuple[str, ...],
+    overrides: dict[str, dict[str, str]],
     bits: float | None,
     activation_bits: float | None,
 ) -> LobcqConfig:
-    from lobcq_fx.config import DEFAULT_EXCLUDE, LobcqConfig
+    from lobcq_fx.config import LobcqConfig
 
     given = {"rounding": rounding, "smoothing": smoothing, "rotation": rotation}
     return LobcqConfig.of_recipe(
@@ -192,11 +209,27 @@ def _config(
         kv_cache=kv_cache,
         codebooks=codebooks,
         include=tuple(include or ("*",)),
-        exclude=(*DEFAULT_EXCLUDE, *(exclude or ())),
+        exclude=exclude,
+        overrides=overrides,
         bits=bits,
         activation_bits=activation_bits,
         **{name: choice.value for name, choice in given.items() if choice is not None},
     )
+
+
+def _default_exclude(wanted: bool) -> tuple[str, ...]:
+    from lobcq_fx.config import DEFAULT_EXCLUDE
+
+    return DEFAULT_EXCLUDE if wanted else ()
+
+
+def _override(given: str) -> tuple[str, dict[str, str]]:
+    """Pattern and settings of `PATTERN:SETTING=VALUE,...`."""
+    pattern, colon, settings = given.rpartition(":")
+    pairs = [one.partition("=") for one in settings.split(",")]
+    if not (pattern and colon) or any(not (name and equals and value) for name, equals, value in pairs):
+        raise typer.BadParameter(f"--override {given!r}: write it as '*down_proj:mode=w4a8,format=16x64'")
+    return pattern, {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _run(

@@ -25,8 +25,8 @@ TEXT = "\n".join(
 class Run:
     """Runs `lobcq` and keeps what it printed."""
 
-    def __call__(self, *arguments: object, code: int = 0) -> Any:
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    def __call__(self, *arguments: object, code: int = 0, stdin: str = "") -> Any:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
         assert result.exit_code == code, f"exit code {result.exit_code}:\n{result.stdout}\n{result.stderr}"
         assert "Traceback" not in result.stderr
         return result

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import lobcq_fx
@@ -54,6 +57,90 @@ def test_a_quantized_cache(lobcq: Run, quantized_llama: tuple[Path, dict[str, An
     assert any(changed)
     assert "write '<codebooks>x" in lobcq.refused("generate", llama, "-p", "a", "--kv-cache", "4bit", code=2)
     assert "leave out --onnx" in lobcq.refused("generate", llama, "-p", "a", "--kv-cache", "8x64", "--onnx", code=2)
+
+
+def test_a_prompt_may_come_from_standard_input(lobcq: Run, llama: Path) -> None:
+    arguments = ("generate", llama, "--max-new-tokens", 6)
+    expected = lobcq.json(*arguments, "-p", "The cat\nsees")
+    assert json.loads(lobcq(*arguments, "--json", stdin="The cat\nsees\n").stdout)["tokens"] == expected["tokens"]
+    assert expected["prompt"] == "The cat\nsees"
+    assert "prompt is empty" in lobcq.refused(*arguments, code=2)
+
+
+def test_it_ends_where_a_text_has_come(lobcq: Run) -> None:
+    arguments = ("generate", "default", "-p", "def __init__(self, ", "--max-new-tokens", 24)
+    whole = lobcq.json(*arguments)
+    stopped = lobcq.json(*arguments, "--stop", whole["text"][10:12])
+    assert len(stopped["tokens"]) < len(whole["tokens"])
+    assert whole["text"].startswith(stopped["text"])
+    assert whole["text"][10:12] in stopped["text"]
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} sees {{ m.content }} . {% endfor %}{% if add_generation_prompt %}A {% endif %}"
+)
+
+
+@pytest.fixture
+def instructed(llama: Path, tmp_path: Path) -> Path:
+    """A model whose tokenizer has a chat template."""
+    folder = tmp_path / "instructed"
+    shutil.copytree(llama, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_model_with_a_chat_template_answers(lobcq: Run, instructed: Path) -> None:
+    arguments = ("generate", instructed, "-p", "the ball", "--max-new-tokens", 6)
+    model, tokenizer = LlamaForCausalLM.from_pretrained(instructed).eval(), AutoTokenizer.from_pretrained(instructed)
+
+    def expected(text: str) -> list[int]:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        tokens: list[int] = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
+        return tokens
+
+    assert lobcq.json(*arguments)["tokens"] == expected("user sees the ball . A ")
+    assert lobcq.json(*arguments, "--system", "a key")["tokens"] == expected(
+        "system sees a key . user sees the ball . A "
+    )
+    assert lobcq.json(*arguments, "--no-chat")["tokens"] == expected("the ball")
+    assert lobcq(*arguments).stdout.strip() == lobcq.json(*arguments)["text"].strip()
+    assert "in a chat alone" in lobcq.refused(*arguments, "--no-chat", "--system", "a key", code=2)
+
+
+def test_no_chat_template(lobcq: Run, llama: Path) -> None:
+    assert "has no chat template" in lobcq.refused("generate", llama, "-p", "a", "--chat", code=3)
+    assert "has no chat template" in lobcq.refused("chat", llama, code=3)
+
+
+@pytest.mark.parametrize("kv_cache", [None, "1x16"])
+def test_a_chat_is_one_conversation(lobcq: Run, instructed: Path, kv_cache: str | None) -> None:
+    """Each answer is what the model makes of the whole conversation so far, computed anew."""
+    model, tokenizer = LlamaForCausalLM.from_pretrained(instructed).eval(), AutoTokenizer.from_pretrained(instructed)
+    messages, answers = [], []
+    for prompt in ("the ball", "a key", "the stone"):
+        messages = [] if prompt == "the stone" else messages
+        messages.append({"role": "user", "content": prompt})
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        cache = {} if kv_cache is None else {CACHE_NAME: lobcq_fx.LobcqCache(kv_cache)}
+        output = model.generate(ids, max_new_tokens=5, do_sample=False, **cache)[0, ids.shape[1] :]
+        answers.append(tokenizer.decode(output, skip_special_tokens=True))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    talk = "the ball\na key\n/new\n\nthe stone\n/exit\nnever read\n"
+    options = () if kv_cache is None else ("--kv-cache", kv_cache)
+    shown = lobcq("chat", instructed, "--max-new-tokens", 5, *options, stdin=talk)
+    assert "".join(shown.stdout.split()) == "".join("".join(answers).split())
+    assert shown.stderr.count("tokens/s") == 3
+
+
+def test_a_chat_forgets_its_oldest_turns_before_it_grows_too_long(lobcq: Run, instructed: Path) -> None:
+    shown = lobcq(
+        "chat", instructed, "--max-new-tokens", 20, stdin="the ball\na key\nthe stone\n" + "a key " * 60 + "\n"
+    )
+    assert shown.stderr.count("tokens/s") == 3
+    assert "than the 64 that the model takes" in " ".join(shown.stderr.split())
 
 
 def test_what_cannot_generate(lobcq: Run, llama: Path, bert: Path, edited: Callable[..., Path]) -> None:

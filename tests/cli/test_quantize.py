@@ -75,6 +75,31 @@ def test_settings_reach_the_model(lobcq: Run, llama: Path, text_file: Path, tmp_
     assert reasons["matched by no include pattern"] == 8
 
 
+def test_layers_get_settings_of_their_own(lobcq: Run, llama: Path, tmp_path: Path) -> None:
+    lobcq(
+        *("quantize", llama, "-o", tmp_path / "q", "--no-default-exclude", "--exclude", "*k_proj"),
+        *("--override", "@head:mode=w4a16,format=16x64", "--override", "*.down_proj:mode=w4a8"),
+    )
+    found = {r.layer: (r.mode, str(r.format)) for r in lobcq_fx.load(tmp_path / "q").inventory.quantized}
+    assert found["lm_head"] == ("w4a16", "16x64")
+    assert found["model.layers.1.mlp.down_proj"] == ("w4a8", "8x64")
+    assert found["model.layers.0.self_attn.q_proj"] == ("w4a4", "8x64")
+    assert "model.layers.0.self_attn.k_proj" not in found
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("lm_head", "write it as"),
+        ("lm_head:mode", "write it as"),
+        ("*up_proj:modes=w4a8", "did you mean 'mode'"),
+        ("@head:mode=w4a8", "--no-default-exclude"),
+    ],
+)
+def test_overrides_that_cannot_be(lobcq: Run, llama: Path, tmp_path: Path, override: str, says: str) -> None:
+    assert says in lobcq.refused("quantize", llama, "-o", tmp_path / "q", "--override", override, code=2)
+
+
 def test_the_tables_people_see(lobcq: Run, llama: Path, tmp_path: Path) -> None:
     result = lobcq("quantize", llama, "-o", tmp_path / "q", "--mode", "w4a16")
     tables = ("W4A16, format 8x64", "14 of", "Parameters covered", "Multiply-adds covered", "Bits per", "On disk")

@@ -1,0 +1,141 @@
+"""Talk with a language model: turns in the form of its chat template, and a cache that outlives them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lobcq_fx.cli.failures import InputError
+from lobcq_fx.cli.inputs import ModelFolder
+from lobcq_fx.frontends.output_types import CACHE_NAME
+
+Message = dict[str, str]
+
+
+def messages_of(prompt: str, system: str | None = None) -> list[Message]:
+    """A conversation that begins with a prompt, and with instructions before it if there are any."""
+    instructions = [{"role": "system", "content": system}] if system else []
+    return [*instructions, {"role": "user", "content": prompt}]
+
+
+def check_template(tokenizer: Any, folder: ModelFolder) -> None:
+    """See that a tokenizer knows how its model was taught to talk.
+
+    Raises:
+        InputError: it has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(f"{folder.path} has no chat template: `lobcq generate --prompt TEXT` continues a text")
+
+
+def templated(tokenizer: Any, messages: list[Message]) -> Tensor:
+    """Token ids int64 [1, T] of a conversation, ready for the model's answer.
+
+    Raises:
+        InputError: the template refuses the messages, for example a system message that the model does not know.
+    """
+    try:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    except Exception as error:  # whatever the template's author raises
+        raise InputError(f"the chat template refuses this conversation: {error}") from error
+    found: Tensor = ids["input_ids"]
+    return found
+
+
+class Conversation:
+    """Turns between a person and a model; only what is new is computed.
+
+    Args:
+        model: a language model with `generate()`.
+        tokenizer: with a chat template.
+        system: instructions before the first turn.
+        max_length: tokens that the model can take; None where nothing is known.
+        kv_cache: format of the keys and values; None for what the model was quantized for, or floats.
+        settings: further arguments of `generate`, `max_new_tokens` among them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        system: str | None = None,
+        max_length: int | None = None,
+        kv_cache: str | None = None,
+        settings: dict[str, Any],
+    ) -> None:
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.max_length, self.kv_cache = max_length, kv_cache
+        self.system = system
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, with the same instructions."""
+        self.messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        self._cache, self._cached = self._new_cache(), torch.empty(0, dtype=torch.long, device="cpu")
+
+    def answer(self, prompt: str, streamer: Any = None) -> list[int]:
+        """Token ids of the model's answer, which becomes part of the conversation.
+
+        Args:
+            prompt: what the person says.
+            streamer: is given the tokens as they are made.
+
+        Raises:
+            InputError: the prompt alone is too long, or the template refuses it.
+        """
+        self.messages.append({"role": "user", "content": prompt})
+        try:
+            ids = self._fitting()
+            self._keep_common(ids[0])
+            ids = ids.to(self.model.device)  # type: ignore[arg-type]
+            output = self.model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=streamer,
+                **{CACHE_NAME: self._cache, **self.settings},
+            )
+        except BaseException:
+            self._cache, self._cached = self._new_cache(), self._cached[:0]
+            self.messages.pop()
+            raise
+        self._cached = output[0, :-1].cpu()  # the last token's keys and values were not asked for
+        new: list[int] = output[0, ids.shape[1] :].tolist()
+        self.messages.append({"role": "assistant", "content": self.tokenizer.decode(new, skip_special_tokens=True)})
+        return new
+
+    def _fitting(self) -> Tensor:
+        """The conversation's ids [1, T], the oldest turns dropped where the model cannot take all."""
+        first = 1 if self.system else 0
+        while True:
+            ids = templated(self.tokenizer, self.messages)
+            needed = ids.shape[1] + self.settings["max_new_tokens"]
+            if self.max_length is None or needed <= self.max_length:
+                return ids
+            if len(self.messages) <= first + 1:
+                raise InputError(
+                    f"{ids.shape[1]} tokens and {self.settings['max_new_tokens']} to come are more than the"
+                    f" {self.max_length} that the model takes: say less, or lower --max-new-tokens"
+                )
+            del self.messages[first : first + 2]
+
+    def _keep_common(self, ids: Tensor) -> None:
+        """Crop the cache to what it has in common with ids [T], all but one of them at most."""
+        shorter = min(len(ids) - 1, len(self._cached))
+        same = ids[:shorter] == self._cached[:shorter]
+        common = shorter if bool(same.all()) else int(same.int().argmin())
+        if common == 0:
+            self._cache = self._new_cache()
+        elif common < len(self._cached):
+            self._cache.crop(common - len(self._cached))  # a negative number of tokens goes, in every release
+
+    def _new_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        from lobcq_fx import LobcqCache
+
+        config = getattr(self.model, "lobcq_config", None)
+        wanted = self.kv_cache or (config.kv_cache if config is not None else None)
+        return DynamicCache() if wanted is None else LobcqCache(wanted)
