@@ -17,6 +17,7 @@ from lobcq_fx.graph.graph_module import copied
 from lobcq_fx.graph.run_on_zeros import run_on_zeros
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.kernels.bind import rows_to_warm, weight_layout
+from lobcq_fx.model_card import ModelCard
 from lobcq_fx.modules.not_pickled import NotPickled
 from lobcq_fx.modules.packed_weight import WeightLayout
 from lobcq_fx.ops.schemas import NO_GRADIENT
@@ -183,7 +184,8 @@ class QuantizedModel(NotPickled):
         """Write a folder that `lobcq_fx.load` opens without the float weights.
 
         Args:
-            directory: new, empty, or a folder written by this method, which is replaced as a whole.
+            directory: new, empty, or a folder written by this method, which is replaced as a whole. Files of others
+                in it stay, a README.md that is not this method's among them.
             tokenizer: saved beside the weights if given.
             **keywords: Hugging Face's, where they change nothing here: `push_to_hub=False`, but not `True`.
 
@@ -194,9 +196,12 @@ class QuantizedModel(NotPickled):
         """
         tensors = [*self.graph_module.parameters(), *self.graph_module.buffers()]
         check_keywords(keywords, sum(tensor.nbytes for tensor in tensors))
-        companions = [one for one in (getattr(self, "generation_config", None), tokenizer) if one is not None]
-        with saved_folder(self.checkpoint(), Path(directory), companions) as (folder, saved):
-            self.front_end.read(saved, folder)  # what cannot be loaded is not left behind
+        saved = self.checkpoint()
+        card = ModelCard(self.inventory, self.lobcq_config, saved.config, Path(directory))
+        others = (getattr(self, "generation_config", None), tokenizer)
+        companions = [card, *(one for one in others if one is not None)]
+        with saved_folder(saved, Path(directory), companions) as (folder, found):
+            self.front_end.read(found, folder)  # what cannot be loaded is not left behind
 
     def checkpoint(self) -> Checkpoint:
         """What a folder holds of the model."""

@@ -5,6 +5,7 @@ lobcq.safetensors   packed weights under the format's names, codebooks, and what
 graph.json          the FX graph and the calling convention, the same of other graphs on these tensors
 inventory.json      every matmul and what became of it
 lobcq.index.json    a digest of each of these files, and of each tensor
+README.md           what the model is, for people
 tokenizer files, generation_config.json where the model has them
 """
 
