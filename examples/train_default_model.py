@@ -297,7 +297,7 @@ def train_and_save(folder: Path, steps: int, seed: int, threads: int) -> dict[st
 
 def main(
     out: Annotated[Path, typer.Option(help="Model folder to write (or to evaluate).")] = MODEL_DIR,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer updates.")] = 720,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer updates.")] = 2880,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the data order.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     evaluate_only: Annotated[bool, typer.Option("--evaluate-only", help="Only print the held-out numbers.")] = False,

@@ -1,11 +1,12 @@
 """Perplexity of small trained language models in fp32, with 4-bit weights, and with 4-bit weights and activations.
 
-    python -m benchmarks.quality.perplexity
+    python -m benchmarks.quality.perplexity                   # --only "embedded default"
 
-The embedded model is measured on its held-out text by a sliding window. If the environment variable LOBCQ_TEST_DATA
+The embedded model is measured on its held-out text by a sliding window, and calibrated on files of the standard library
+that it was trained on. If the environment variable LOBCQ_TEST_DATA
 names a folder with models/stories260K and models/tinystories-656k, these are measured on 80 stories, a story a
 sequence that begins with BOS: text/tinystories_196K.txt cut before each paragraph that starts with "Once", each story
-cut off at the model's 512 tokens. Everything is at the default 4.5 bits, without calibration data.
+cut off at the model's 512 tokens; the others calibrate. Everything is at the default 4.5 bits.
 Writes benchmarks/results/perplexity.json and prints a table.
 """
 
@@ -16,7 +17,9 @@ import json
 import os
 import platform
 import re
+import sysconfig
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,9 @@ from lobcq_fx.evaluation import PerplexityResult, perplexity, perplexity_of_sequ
 
 RESULT = Path(__file__).parents[1] / "results" / "perplexity.json"
 STORY_MODELS = ("stories260K", "tinystories-656k")
+EMBEDDED = "embedded default"
+CALIBRATING = ("argparse.py", "inspect.py", "tarfile.py")
+"""Files of the standard library, which are in the training text of the embedded model."""
 STORIES = 80
 WINDOW, STRIDE = 512, 256
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -51,15 +57,20 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--only", help="the model to measure; the rows of others stay")
     parser.add_argument("--max-tokens", type=int, help="of the embedded model's held-out text")
     arguments = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    rows = [measure_embedded(arguments.max_tokens)]
+    measures: dict[str, Callable[[], dict[str, Any]]] = {EMBEDDED: partial(measure_embedded, arguments.max_tokens)}
     data = os.environ.get("LOBCQ_TEST_DATA")
     if data is None:
         print("the story models are left out: LOBCQ_TEST_DATA is not set\n")
     else:
-        rows += [measure_stories(Path(data), name) for name in STORY_MODELS]
+        measures |= {name: partial(measure_stories, Path(data), name) for name in STORY_MODELS}
+    found = json.loads(arguments.output.read_text(encoding="utf-8"))["rows"] if arguments.only else []
+    by_model = {row["model"]: row for row in found}
+    by_model |= {name: measure() for name, measure in measures.items() if arguments.only in (None, name)}
+    rows = list(by_model.values())
     result = {
         "measure": "perplexity",
         "format": lobcq_fx.LobcqConfig().format.name,
@@ -87,8 +98,12 @@ def measure_embedded(max_tokens: int | None) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     window = min(WINDOW, model.config.max_position_embeddings)
     stride = window - STRIDE
-    row = in_all_ways(model, None, lambda one: perplexity(one, ids, window=window, stride=stride, batch_size=8))
-    return {"model": "embedded default", "text": f"held-out text, window {window}, stride {stride}", **row}
+    library = Path(sysconfig.get_path("stdlib"))
+    texts = [(library / name).read_text(encoding="utf-8") for name in CALIBRATING]
+    others = torch.tensor([token for one in texts for token in tokenizer(one, verbose=False)["input_ids"]])
+    calibration = list(others[: len(others) // window * window].view(-1, 1, window))
+    row = in_all_ways(model, calibration, lambda one: perplexity(one, ids, window=window, stride=stride, batch_size=8))
+    return {"model": EMBEDDED, "text": f"held-out text, window {window}, stride {stride}", **row}
 
 
 def measure_stories(data: Path, name: str) -> dict[str, Any]:
@@ -111,9 +126,9 @@ def measure_stories(data: Path, name: str) -> dict[str, Any]:
 
 
 def in_all_ways(
-    model: nn.Module, calibration: list[Tensor] | None, score: Callable[[nn.Module], PerplexityResult]
+    model: nn.Module, calibration: list[Tensor], score: Callable[[nn.Module], PerplexityResult]
 ) -> dict[str, Any]:
-    """Perplexity of the model and of its quantized forms, of those that can be calibrated if there are data."""
+    """Perplexity of the model and of its quantized forms."""
     reference = score(model)
     row: dict[str, Any] = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -122,8 +137,6 @@ def in_all_ways(
     }
     for way, (recipe, settings) in WAYS.items():
         config = lobcq_fx.LobcqConfig.of_recipe(recipe, **settings)
-        if config.needs_calibration and calibration is None:
-            continue
         quantized = lobcq_fx.quantize(model, calibration if config.needs_calibration else None, config)
         row[way] = score(quantized).perplexity
         row["parameter_coverage"] = quantized.inventory.parameter_coverage
