@@ -9,7 +9,7 @@ import sys
 import tarfile
 import zipfile
 from email.parser import HeaderParser
-from importlib.metadata import requires
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
@@ -51,6 +51,10 @@ def tracked() -> set[str]:
         pytest.skip("not a checkout: nothing says which files there are")
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     return set(listed.splitlines())
+
+
+def test_what_is_cited_is_this_version() -> None:
+    assert f"\nversion: {version('lobcq-fx')}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_the_source_archive_has_every_file_of_the_repository(archives: tuple[Path, Path]) -> None:
