@@ -44,6 +44,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "4.5 bits by need, best": ("best", {"bits": 4.5}),
     "4.5 bits by need, activations 5, best": ("best", {"bits": 4.5, "activation_bits": 5.0}),
     "W4A16, balanced": ("balanced", {"mode": "w4a16"}),
+    "head alone in W4A8, fast": ("fast", {"mode": "w4a8", "include": ("@head",), "exclude": ()}),
     "W4A16, fast": ("fast", {"mode": "w4a16"}),
     "W4A4, fast": ("fast", {}),
 }
