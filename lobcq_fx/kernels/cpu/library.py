@@ -33,7 +33,7 @@ from lobcq_fx.kernels.cpu.operands import (
     require,
 )
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 ALIGNMENT = 64
 """Bytes: where the core's opaque buffers start. torch's CPU allocator aligns to as much."""
 
