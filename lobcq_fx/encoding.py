@@ -146,16 +146,23 @@ def records_of(
                 weight_sqnr_db=result.sqnr_db,
                 activation_sqnr_db=_activation_sqnr_db(matmul, codebooks, statistics.get(matmul)),
                 multiply_adds=matmul.multiply_adds,
+                unreached=_unreached(statistics.get(matmul)),
             )
         )
     return tuple(records)
+
+
+def _unreached(statistics: ActivationStatistics | None) -> int | None:
+    if statistics is None or statistics.group_rows is None:
+        return None
+    return int((statistics.group_rows == 0).sum())
 
 
 def _left_alone(matmul: PlannedMatmul) -> MatmulRecord:
     return MatmulRecord(
         matmul.layer,
         matmul.operation,
-        matmul.shape if matmul.shape is not None and len(matmul.shape) in (2, 3) else None,
+        matmul.shape if matmul.shape is not None and (matmul.grouped or len(matmul.shape) == 2) else None,
         matmul.refusal,
         float_bytes=matmul.float_bytes,
         packed_bytes=matmul.float_bytes,

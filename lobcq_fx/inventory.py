@@ -28,6 +28,7 @@ class MatmulRecord:
     activation_format: the activation's, where it is another than the weight's.
     smoothing: where the division of its activation by scales went, "folded" or "multiplied"; None without one.
     rotated: whether the columns of its block arrays are rotated.
+    unreached: of a mixture, how many experts got no token of the calibration data; None where that was not counted.
     """
 
     layer: str
@@ -45,6 +46,7 @@ class MatmulRecord:
     activation_format: str | None = None
     smoothing: str | None = None
     rotated: bool = False
+    unreached: int | None = None
 
     @property
     def quantized(self) -> bool:

@@ -57,6 +57,7 @@ class PlannedMatmul:
     weight: what it is to read; None where it stays in float.
     refusal: why it stays in float; None where it does not. asked: the settings name it, by a pattern.
     float_bytes: of the constants that no earlier matmul reads. multiply_adds: with them, in the traced example.
+    grouped: it multiplies groups of rows with the matrices of a stack.
     static_scale: name that its activation's static scale gets, None without one.
     input_scale: name of what its activation is multiplied with, where that turns out to be needed; the same for all
         that read one activation. None where the settings have no place for it.
@@ -72,6 +73,7 @@ class PlannedMatmul:
     asked: bool
     float_bytes: int
     multiply_adds: int
+    grouped: bool
     static_scale: str | None
     input_scale: str | None
 
@@ -232,6 +234,7 @@ def _planned(
         asked=choice.asked,
         float_bytes=counted.new_bytes(matmul),
         multiply_adds=counted.multiply_adds(matmul),
+        grouped=matmul.grouped,
         static_scale=names.new(matmul.layer, "activation_scale") if quantized and choice.static else None,
         input_scale=names.of_input(matmul) if quantized and choice.smoothed_everywhere(matmul) else None,
     )

@@ -139,6 +139,54 @@ def test_recipes_and_settings_of_one_projection(caplog):
     assert (ours - floats)[mask.bool()].norm() < 0.5 * floats[mask.bool()].norm()
 
 
+@torch.no_grad()
+def test_experts_that_calibration_never_reached_are_reported(caplog):
+    """Two tokens reach four of eight experts at most; what these got stands for the others."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SMALL, num_local_experts=8)
+    model = transformers.MixtralForCausalLM(config).eval()
+    data, config = [torch.tensor([[5, 9]])], lobcq_fx.LobcqConfig(activation_scale="static")
+    taken = torch.cat(router_choices(model, data[0])).bincount(minlength=8)
+    q = lobcq_fx.quantize(model, data, config, static_cache=False)
+    records = [record for record in q.inventory if record.shape is not None and len(record.shape) == 3]
+    assert [record.unreached for record in records] == [int((taken == 0).sum())] * 2
+    assert all(record.unreached is None for record in q.inventory if record not in records)
+    assert 4 <= records[0].unreached < 8
+    text = f"{records[0].unreached} of 8 experts of model.layers.0.mlp.experts.gate_up_proj got no token"
+    assert text in caplog.text
+    ids, mask = batch(3, seed=5)
+    assert q(ids, attention_mask=mask).logits.isfinite().all()
+
+
+def router_choices(model, ids):
+    """Which experts each token gets, [tokens * 2] for each layer."""
+    found = []
+    hooks = [
+        layer.mlp.experts.register_forward_pre_hook(lambda _, args: found.append(args[1].flatten()))
+        for layer in model.model.layers
+    ]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+def test_it_compiles_whole_and_takes_static_caches():
+    model = float_model("mixtral")
+    q = lobcq_fx.quantize(model)
+    ids, mask = batch(3)
+    eager = q(ids, attention_mask=mask).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(q, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, attention_mask=mask).logits, eager)
+    torch.testing.assert_close(compiled(ids[:, :7], attention_mask=mask[:, :7]).logits[1:], eager[1:, :7])
+    settings = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    settings |= {"eos_token_id": None}
+    static = q.generate(ids, cache_implementation="static", **settings)
+    assert torch.equal(static, q.generate(ids, **settings))
+
+
 def test_experts_that_are_excluded_stay_in_float_and_are_counted():
     model = float_model("mixtral")
     config = lobcq_fx.LobcqConfig(exclude=(*lobcq_fx.LobcqConfig().exclude, "*.experts.*"))
