@@ -1,7 +1,6 @@
 #include "torch_grouped.h"
 
-#include <algorithm>
-
+#include "groups.h"
 #include "torch_activation.h"
 
 namespace lobcq::torch {
@@ -31,7 +30,6 @@ struct Call {
     void check_operands() const;
     int64_t matrices() const { return weights.sizes().front(); }  // once the rank is checked
     std::vector<int64_t> result_sizes() const;
-    std::vector<int64_t> ends(int64_t count) const;
     Tensor gathered(lobcq_activation* encoded) const;
     void multiply(const lobcq_activation& encoded, int64_t bytes, int32_t codebooks, const Tensor& out) const;
 };
@@ -62,30 +60,15 @@ std::vector<int64_t> Call::result_sizes() const {
     return sizes;
 }
 
-// Where each group of `count` rows ends: from the first to the last never less, and never more than there are.
-std::vector<int64_t> Call::ends(int64_t count) const {
-    std::vector<int64_t> ends(static_cast<size_t>(matrices()));
-    std::vector<int32_t> given(offsets ? ends.size() : 0);
-    if (!given.empty()) std::memcpy(given.data(), offsets.data<void>(), given.size() * sizeof given[0]);
-    for (size_t i = 0; i < ends.size(); ++i) {
-        const int64_t before = i ? ends[i - 1] : 0;
-        const int64_t end = offsets ? int64_t{given[i]} : before + count / static_cast<int64_t>(ends.size());
-        ends[i] = std::min(std::max(end, before), count);
-    }
-    return ends;
-}
-
 // The activation's rows as `rows` names them, in place of all; the memory lives as long as the result.
 Tensor Call::gathered(lobcq_activation* encoded) const {
     const Tensor aligned = realigned(rows.another(), sizeof(int64_t));
     const auto* wanted = aligned.data<int64_t>();
     const int64_t count = rows.numel();
-    if (count) {
-        const auto [least, most] = std::minmax_element(wanted, wanted + count);
-        if (*least < 0 || *most >= encoded->rows)
-            refuse("rows reach from " + std::to_string(*least) + " to " + std::to_string(*most) +
-                   ": the activation has rows 0 to " + std::to_string(encoded->rows - 1));
-    }
+    const RowRange range = range_of(wanted, count);
+    if (!range.exist(encoded->rows))
+        refuse("rows reach from " + std::to_string(range.least) + " to " + std::to_string(range.most) +
+               ": the activation has rows 0 to " + std::to_string(encoded->rows - 1));
     const int64_t bytes = activation.activation_bytes(count, encoded->columns);
     if (bytes < 0) refuse("rows are " + std::to_string(count) + ": too many");
     Tensor buffer = Tensor::empty({bytes}, api.aoti_torch_dtype_uint8());
@@ -99,32 +82,20 @@ Tensor Call::gathered(lobcq_activation* encoded) const {
 
 // bytes: of one matrix in kernel layout.
 void Call::multiply(const lobcq_activation& encoded, int64_t bytes, int32_t codebooks, const Tensor& out) const {
-    const std::vector<int64_t> last = ends(encoded.rows);
-    const size_t count = last.size();
-    const int64_t row_bytes = out_features * (dtype == api.aoti_torch_dtype_float32() ? 4 : 2);
-    std::vector<lobcq_weight> kernel_weights;
-    std::vector<lobcq_matrix> results;
-    std::vector<float> scales;
-    std::vector<int64_t> first_rows;
-    for (size_t i = 0; i < count; ++i) {
-        const int64_t first = i ? last[i - 1] : 0, n = last[i] - first;
-        if (n == 0) continue;
+    const auto* given = offsets ? offsets.data<int32_t>() : nullptr;
+    const std::vector<int64_t> ends = group_ends(given, matrices(), encoded.rows);
+    GroupProducts products(weight_tables.data<void>(), {out.data<void>(), encoded.rows, out_features, out_features,
+                                                        float_dtype(dtype)});
+    int64_t before = 0;
+    for (size_t i = 0; i < ends.size(); before = ends[i++]) {
         auto* data = weights.data<uint8_t>() + static_cast<int64_t>(i) * bytes;
-        kernel_weights.push_back({data, out_features, encoded.columns, codebooks, encoded.array_size});
-        require_packed_for(kernel_weights.back(), static_cast<int>(i));
-        results.push_back({out.data<uint8_t>() + first * row_bytes, n, out_features, out_features, float_dtype(dtype)});
+        const lobcq_weight weight{data, out_features, encoded.columns, codebooks, encoded.array_size};
+        if (ends[i] > before) require_packed_for(weight, static_cast<int>(i));
         float scale;
         std::memcpy(&scale, tensor_scales.data<uint8_t>() + i * sizeof scale, sizeof scale);
-        scales.push_back(scale);
-        first_rows.push_back(first);
+        products.add(weight, scale, ends[i]);
     }
-    std::vector<lobcq_product> products;
-    for (size_t i = 0; i < results.size(); ++i)
-        products.push_back({weight_tables.data<void>(), &kernel_weights[i], scales[i], nullptr, &results[i]});
-    check_core(lobcq_grouped_linear(products.data(), first_rows.data(), static_cast<int64_t>(products.size()), &encoded,
-                                    api.torch_parallel_for));
-    const int64_t covered = count ? last.back() : 0;  // rows of no group are zero
-    std::memset(out.data<uint8_t>() + covered * row_bytes, 0, static_cast<size_t>((encoded.rows - covered) * row_bytes));
+    check_core(products.run(encoded, api.torch_parallel_for));
 }
 
 Tensor Call::run() {
