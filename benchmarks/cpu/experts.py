@@ -51,10 +51,10 @@ def main() -> None:
     for shape in SHAPES:
         stack = Stack(*shape)
         for count in ROWS:
-            grouped, dense = stack.some_experts(count)
-            rows.append(row(shape, f"{TAKEN} experts, {count} rows each", grouped, dense, arguments.rounds))
-        grouped, dense = stack.tokens_as_they_come(TOKENS)
-        rows.append(row(shape, f"{TOKENS} tokens, {TAKEN} experts each", grouped, dense, arguments.rounds))
+            work = f"{TAKEN} of {EXPERTS} experts, {count} row{'s' if count > 1 else ''} each"
+            rows.append(row(shape, work, *stack.some_experts(count), arguments.rounds))
+        work = f"{TOKENS} tokens, {TAKEN} of {EXPERTS} experts each"
+        rows.append(row(shape, work, *stack.tokens_as_they_come(TOKENS), arguments.rounds))
     found = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}
     found |= {"machine": platform.machine(), "command": "python -m benchmarks.cpu.experts"}
     arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
