@@ -23,7 +23,7 @@ int64_t Linear::tasks() const {
 }
 
 int64_t Linear::task_cost() const {
-    if (fused()) return rows() + kDecodeCost;
+    if (fused() || rows() == 0) return rows() + kDecodeCost;
     return kTilePanels * (rows_per_block() + kDecodeCost);
 }
 
