@@ -184,12 +184,12 @@ def check_groups(op: str, given: Given) -> None:
     """
     check_group_ranks(op, given)
     name, activation = next(iter(given.items()))
-    if given["offsets"] is None and activation.shape[0] != given["w_codes"].shape[0]:
-        experts = given["w_codes"].shape[0]
+    experts = given["w_codes" if "w_codes" in given else "weights"].shape[0]
+    if given["offsets"] is None and activation.shape[0] != experts:
         raise OperandError(f"{op}: {name} has {activation.shape[0]} groups and the weight {experts} matrices")
     rows, count = given["rows"], activation.shape[0]
     if rows is None or rows.device.type != "cpu" or not rows.numel():
-        return
+        return  # on a GPU it would be waited for
     first, last = (int(bound) for bound in rows.aminmax())
     if first < 0 or last >= count:
         raise OperandError(f"{op}: rows reach from {first} to {last}: the activation has rows 0 to {count - 1}")

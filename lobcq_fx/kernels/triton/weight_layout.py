@@ -90,7 +90,7 @@ class CudaWeightLayout:
     16 rows and 128 columns.
     """
 
-    stacks: ClassVar[bool] = False
+    stacks: ClassVar[bool] = True
 
     def pack(self, parts: Parts, spec: FormatSpec, columns: int) -> Tensor:
         """The weight [N, columns] in kernel layout, uint8 [bytes].
