@@ -161,5 +161,5 @@ def default_grouped(rows: int, experts: int, dtype: torch.dtype) -> PrefillConfi
     """Not measured. Few rows of an expert waste what a taller tile multiplies."""
     few = rows <= 16 * experts
     if num_terms(dtype) > 1:
-        return PrefillConfig(tile_m=16 if few else 64, tile_n=32, warps=4, stages=2)
+        return PrefillConfig(tile_m=16 if few else 64, tile_n=32 if few else 16, warps=4)
     return PrefillConfig(tile_m=16 if few else 64, warps=4)
