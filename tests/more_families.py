@@ -219,18 +219,23 @@ def of_linears(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def linears_that_run(family: Family, model: PreTrainedModel) -> set[str]:
-    """Names of the linears that a call runs."""
+    """Names of the linears that a call runs, and of the stacked weights of experts."""
     seen: set[str] = set()
     of_linears(model)
     hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: seen.add(name))
+        module.register_forward_pre_hook(lambda *_, names=names: seen.update(names))
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
+        for names in [[name] if isinstance(module, (nn.Linear, Conv1D)) else _stacks(name, module)]
     ]
     family.results(model, family.call(model))
     for hook in hooks:
         hook.remove()
     return seen
+
+
+def _stacks(name: str, module: nn.Module) -> list[str]:
+    stacks = ("gate_up_proj", "down_proj")
+    return [f"{name}.{one}" for one in stacks if isinstance(getattr(module, one, None), nn.Parameter)]
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,9 @@ LEAST_ROWS, FEW_ROWS, EXPERTS = 8, 16, 64
 ENCODED = ("int8 entries", "fp16 scaled entries")
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+TALL = ("many rows", "groups in tall tiles")
+"""What the names of kernels begin with that multiply 64 rows or more at a time."""
+
 MANY_ROWS_MMA = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 OPERANDS_IN_SASS = {"int8 entries": "I", "fp16 scaled entries": "H"}
 """IMMA, IGMMA and UTCIMMA multiply integers; HMMA, HGMMA and UTCHMMA 16-bit floats."""
@@ -106,9 +109,9 @@ def calls(spec: FormatSpec) -> Iterator[tuple[str, Call]]:
             yield f"few rows and outputs, {form}", gemm_call(decode_gemm, a, spec, OUTPUTS)
     for form, a in activations(spec, ROWS):
         yield f"many rows, {form}", gemm_call(prefill_gemm, a, spec, OUTPUTS)
-    for rows, how in ((EXPERTS, "a row or two"), (ROWS, "many rows")):
+    for rows, how in ((EXPERTS, "low"), (ROWS, "tall")):
         for form, a in activations(spec, rows):
-            yield f"groups of {how}, {form}", groups_call(a, spec)
+            yield f"groups in {how} tiles, {form}", groups_call(a, spec)
 
 
 def prologues() -> dict[str, Prologue | None]:
@@ -183,7 +186,7 @@ def complaints(result: dict[str, Any]) -> Iterator[str]:
     if not result["kernel"].endswith("gemm_kernel"):
         return
     form = result["what"].rsplit(", ", 1)[1]
-    expected = MANY_ROWS_MMA[result["sm"]] if "many rows" in result["what"] else "mma.sync"
+    expected = MANY_ROWS_MMA[result["sm"]] if result["what"].startswith(TALL) else "mma.sync"
     letter = OPERANDS_IN_SASS.get(form, "H")
     if not any(name.startswith(expected) for name in result["mma_ptx"]):
         yield f"has no {expected}, but {result['mma_ptx']}"
