@@ -146,7 +146,8 @@ def experts_forward(module: nn.Module, spec: FormatSpec, mode: str, exact: bool)
     )
 
     def routed(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        results = hidden_states.new_zeros((*top_k_index.shape, hidden_states.shape[-1]))
+        dtype = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
+        results = hidden_states.new_zeros((*top_k_index.shape, hidden_states.shape[-1]), dtype=dtype)
         for expert in range(len(up)):
             tokens, places = (top_k_index == expert).nonzero(as_tuple=True)
             hidden = down[expert](module._apply_gate(up[expert](hidden_states[tokens])))

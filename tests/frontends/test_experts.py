@@ -120,6 +120,24 @@ def test_other_modes(mode):
 
 
 @torch.no_grad()
+def test_bf16_goes_through_torch_s_own_grouped_product(tmp_path):
+    """Whose operator no folder may call, since it trusts offsets: ours, which does not, is saved."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SMALL | {"intermediate_size": 176}, num_local_experts=4)
+    model = transformers.MixtralForCausalLM(config).eval().bfloat16()
+    q = lobcq_fx.quantize(model, static_cache=False)
+    assert {record.operation for record in q.inventory if ".experts." in record.layer} == {"_grouped_mm"}
+    ids, mask = batch(3)
+    with fake_quantized(model, quantized_layers(q)):
+        expected = model(ids, attention_mask=mask).logits.float()
+    actual = q(ids, attention_mask=mask).logits
+    assert actual.dtype == torch.bfloat16
+    assert_logits_close(actual.float(), expected, mask)
+    q.save_pretrained(tmp_path / "q")
+    assert torch.equal(lobcq_fx.load(tmp_path / "q")(ids, attention_mask=mask).logits, actual)
+
+
+@torch.no_grad()
 def test_recipes_and_settings_of_one_projection(caplog):
     """Smoothing, rotation and compensation are for linears; experts are rounded to the nearest."""
     model, data = float_model("mixtral"), [batch(2, seed)[0] for seed in range(2)]
