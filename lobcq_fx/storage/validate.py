@@ -110,7 +110,7 @@ def _check_recurrences(module: nn.Module, graph: fx.Graph) -> None:
 
 
 def _restore_weights(module: nn.Module, linears: Sequence[StoredLinear]) -> None:
-    done: dict[str, tuple[str, int, int, bool]] = {}
+    done: dict[str, tuple[str, int, bool, int]] = {}
     for linear in linears:
         for part in linear.weight_nodes:
             _stored(part)
@@ -122,10 +122,10 @@ def _restore_weights(module: nn.Module, linears: Sequence[StoredLinear]) -> None
         spec = _spec(codebooks, linear.array_size, codebooks_name)
         columns = linear.arguments.get("in_features", tensors["scales"].shape[-1] * spec.array_size)
         _check_kernel_array_size(linear, columns)
-        read = (codebooks_name, spec.array_size, columns, linear.grouped)
+        read = (codebooks_name, spec.array_size, linear.grouped, columns)
         if done.setdefault(name, read) != read:
             raise CheckpointError(
-                f"{name} is read as {read} and as {done[name]} (codebooks, array size, columns, stacked)"
+                f"{name} is read as {read} and as {done[name]} (codebooks, array size, stacked, columns)"
             )
         if isinstance(get_attribute(module, name), PackedWeight):
             continue

@@ -205,6 +205,17 @@ def test_it_compiles_whole_and_takes_static_caches():
     assert torch.equal(static, q.generate(ids, **settings))
 
 
+@torch.no_grad()
+def test_a_budget_leaves_experts_as_the_settings_have_them():
+    model, data = float_model("mixtral"), [batch(2, seed)[0] for seed in range(2)]
+    q = lobcq_fx.quantize(model, data, lobcq_fx.LobcqConfig.auto(bits=4.5, activation_bits=5.0), static_cache=False)
+    experts = [record for record in q.inventory.quantized if ".experts." in record.layer]
+    assert [(record.format, record.mode, record.activation_format) for record in experts] == [
+        ("8x64", "w4a4", None)
+    ] * 2
+    assert len({(record.format, record.mode, record.activation_format) for record in q.inventory.quantized}) > 1
+
+
 def test_experts_that_are_excluded_stay_in_float_and_are_counted():
     model = float_model("mixtral")
     config = lobcq_fx.LobcqConfig(exclude=(*lobcq_fx.LobcqConfig().exclude, "*.experts.*"))
