@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,8 @@ class Option:
 class Group:
     """Layers that get the same settings, since they read one activation or one weight.
 
-    keys: what they share with others. free: no override of the settings names one of them, and all saw data.
+    keys: what they share with others. free: no override of the settings names one of them, all saw data, and none is
+        of experts, which keep what the settings say.
     """
 
     matmuls: tuple[PlannedMatmul, ...]
@@ -86,7 +88,7 @@ class Group:
     @property
     def scalars(self) -> int:
         """Of its weights."""
-        return sum(weight.shape[0] * weight.shape[1] for weight in self.weights)
+        return sum(prod(weight.shape) for weight in self.weights)
 
     @property
     def multiply_adds(self) -> int:
@@ -195,7 +197,8 @@ def _groups(
         keys = frozenset((id(statistics[one]), one.layer, one.weight.source))
         joined = [group for group in groups if group.keys & keys]
         matmuls = (*(matmul for group in joined for matmul in group.matmuls), one)
-        free = one.config is config and statistics[one].seen and all(group.free for group in joined)
+        free = one.config is config and statistics[one].seen and not one.weight.stacked
+        free = free and all(group.free for group in joined)
         merged = Group(matmuls, keys.union(*(group.keys for group in joined)), free)
         groups = [group for group in groups if group not in joined] + [merged]
     return groups
@@ -249,6 +252,9 @@ def _distances(
     plain = _Rounded(graph_module, {})
     expected, found = [run(plain, inputs) for inputs in calls], []
     for group in groups:
+        if not group.free:
+            found.append(0.0)  # nothing depends on it
+            continue
         rounded = _Rounded(graph_module, {nodes[one]: one for one in group.matmuls})
         found.append(sum(distance(run(rounded, one), other) for one, other in zip(calls, expected, strict=True)))
         if progress is not None:
@@ -285,7 +291,7 @@ def _options(
 
     size, mode = config.format.array_size, config.mode
     formats = [FormatSpec(number, size) for number in CODEBOOKS]
-    whole = all(one.shape[1] % size == 0 for one in group.weights)  # else arrays have to be of one length
+    whole = all(one.columns % size == 0 for one in group.weights)  # else arrays have to be of one length
     lengths = [length for length in ALLOWED_ARRAY_SIZES if length == size or (whole and length < size)]
     found = [("w4a4", FormatSpec(n, length)) for length in lengths for n in CODEBOOKS] if mode == "w4a4" else []
     found += [("w4a8", config.format)] if mode != "w4a16" else []

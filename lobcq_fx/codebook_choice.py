@@ -78,7 +78,7 @@ def choose_codebooks(
 
     Args:
         plan: what is to be encoded.
-        read_weight: gives a weight as it is encoded, [N, K].
+        read_weight: gives a weight as it is encoded, [N, K] or [E, N, K].
         statistics: what was seen of the activations.
         config: which codebooks.
         progress: called with ("fit codebooks", iteration, None).
@@ -188,9 +188,10 @@ def _weight_arrays(
     """Block arrays [n, L_A] of each distinct weight, divided by its tensor scale."""
     distinct = {weight.source: weight for weight in reversed(list(weights))}
     for weight in reversed(distinct.values()):
-        rows = read_weight(weight)
-        arrays = block_arrays(rows, weight.spec).flatten(0, 1)
-        yield (arrays / absmax_tensor_scale(rows)).cpu()
+        read = read_weight(weight)
+        for rows in read if weight.stacked else [read]:
+            arrays = block_arrays(rows, weight.spec).flatten(0, 1)
+            yield (arrays / absmax_tensor_scale(rows)).cpu()
 
 
 def _activation_arrays(matmuls: Iterable[PlannedMatmul], statistics: Statistics) -> Iterator[Tensor]:

@@ -45,7 +45,7 @@ RECIPES: dict[str, dict[str, str]] = {
 LEAST_BITS = FormatSpec(2, 128).bits_per_scalar
 """Of a budget: the smallest format that one chooses from."""
 
-DEFAULT_EXCLUDE = ("@head", "*lm_head", "*router*", "*.gate", "*classifier", "*score")
+DEFAULT_EXCLUDE = ("@head", "*lm_head", "*router*", "*.gate", "*.gate.*", "*classifier", "*score")
 """Output heads and mixture-of-experts routers stay in float, as in the paper. Embeddings and norms are no matmuls."""
 
 

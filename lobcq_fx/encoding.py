@@ -9,11 +9,12 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.calibration.compensate import decoded_weight
-from lobcq_fx.calibration.encode_weight import encode_weight
+from lobcq_fx.calibration.encode_weight import encode_stacked_weight, encode_weight
 from lobcq_fx.calibration.rounding_error import encoded_sample
 from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.float_weights import FloatWeights
-from lobcq_fx.format import sqnr_db
+from lobcq_fx.format import Encoded, EncodedStack, sqnr_db
+from lobcq_fx.format.error import sqnr_db_of_all
 from lobcq_fx.format.spec import ENTRY_MAX, INT8_MAX
 from lobcq_fx.graph.attributes import delete_attribute, device_of, get_attribute, has_attribute, register_attribute
 from lobcq_fx.inventory import MatmulRecord
@@ -75,9 +76,16 @@ def _encode(
     release_from: nn.Module | None,
 ) -> EncodedWeight:
     graph_module, weight = weights.graph_module, weights(planned)
-    encoded = encode_weight(weight, planned.spec, codebooks.weights[planned.spec], planned.source, second_moments)
+    used = planned.spec, codebooks.weights[planned.spec], planned.source
+    encoded: Encoded | EncodedStack
+    if planned.stacked:
+        encoded = encode_stacked_weight(weight, *used)
+        noise = sqnr_db_of_all(((one, encoded.matrix(index)) for index, one in enumerate(weight)), decoded_weight)
+    else:
+        encoded = encode_weight(weight, *used, second_moments)
+        noise = sqnr_db(weight, encoded, decoded_weight)
     let_go = 0 if planned.keeps_float else get_attribute(graph_module, planned.source).nbytes
-    result = EncodedWeight(let_go, encoded.nbytes, sqnr_db(weight, encoded, decoded_weight))
+    result = EncodedWeight(let_go, encoded.nbytes, noise)
     del weight
     if not planned.keeps_float:
         delete_attribute(graph_module, planned.source)
@@ -138,16 +146,23 @@ def records_of(
                 weight_sqnr_db=result.sqnr_db,
                 activation_sqnr_db=_activation_sqnr_db(matmul, codebooks, statistics.get(matmul)),
                 multiply_adds=matmul.multiply_adds,
+                unreached=_unreached(statistics.get(matmul)),
             )
         )
     return tuple(records)
+
+
+def _unreached(statistics: ActivationStatistics | None) -> int | None:
+    if statistics is None or statistics.group_rows is None:
+        return None
+    return int((statistics.group_rows == 0).sum())
 
 
 def _left_alone(matmul: PlannedMatmul) -> MatmulRecord:
     return MatmulRecord(
         matmul.layer,
         matmul.operation,
-        matmul.shape if matmul.shape is not None and len(matmul.shape) == 2 else None,
+        matmul.shape if matmul.shape is not None and (matmul.grouped or len(matmul.shape) == 2) else None,
         matmul.refusal,
         float_bytes=matmul.float_bytes,
         packed_bytes=matmul.float_bytes,

@@ -32,9 +32,9 @@ class FloatWeights:
     scales: Mapping[PlannedWeight, WeightScales] = field(default_factory=dict)
 
     def __call__(self, planned: PlannedWeight) -> Tensor:
-        """The weight, [N, K]; in fp32 where it has scales, which are exact in it, or is rotated."""
+        """The weight, [N, K] or [E, N, K]; in fp32 where it has scales, which are exact in it, or is rotated."""
         weight: Tensor = get_attribute(self.graph_module, planned.source).detach()
-        weight = weight.t() if planned.flipped else weight
+        weight = weight.mT if planned.flipped else weight
         scales = self.scales.get(planned, WeightScales())
         if scales.rows is not None:
             weight = weight.float() * scales.rows.to(weight.device)[:, None]

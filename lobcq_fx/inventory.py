@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from lobcq_fx.refusal import Refusal
@@ -15,7 +16,7 @@ class MatmulRecord:
 
     layer: module path, for example `model.layers.0.self_attn.q_proj`.
     operation: what it was in the traced graph, for example `linear`, `addmm`, `scaled_dot_product_attention`.
-    shape: (N, K) of the constant weight; None for activation x activation.
+    shape: (N, K) of the constant weight, (E, N, K) of the weights of E experts; None for activation x activation.
     reason: why it was left in float; None if it was quantized.
     format: name of the number format, mode: `w4a4`, `w4a8` or `w4a16`; None if left in float.
     float_bytes, packed_bytes: of the weight, before and after (equal if left in float; 0 without a weight, and for all
@@ -27,11 +28,12 @@ class MatmulRecord:
     activation_format: the activation's, where it is another than the weight's.
     smoothing: where the division of its activation by scales went, "folded" or "multiplied"; None without one.
     rotated: whether the columns of its block arrays are rotated.
+    unreached: of a mixture, how many experts got no token of the calibration data; None where that was not counted.
     """
 
     layer: str
     operation: str
-    shape: tuple[int, int] | None
+    shape: tuple[int, ...] | None
     reason: str | None = None
     format: str | None = None
     mode: str | None = None
@@ -44,6 +46,7 @@ class MatmulRecord:
     activation_format: str | None = None
     smoothing: str | None = None
     rotated: bool = False
+    unreached: int | None = None
 
     @property
     def quantized(self) -> bool:
@@ -52,8 +55,8 @@ class MatmulRecord:
 
     @property
     def scalars(self) -> int:
-        """Of a 2-D weight: N * K; 0 without one."""
-        return self.shape[0] * self.shape[1] if self.shape else 0
+        """Of its weight: N * K, or E * N * K; 0 without one."""
+        return prod(self.shape) if self.shape else 0
 
     @property
     def macs(self) -> int:

@@ -121,6 +121,7 @@ def quantize(
     saved = sum(record.float_bytes - record.packed_bytes for record in records)
     inventory = Inventory(records, count, float_bytes, float_bytes - saved)
     _warn_of_leftovers(inventory)
+    _warn_of_unreached(inventory)
     graphs = {name: TracedModel(one, traced.graphs[name].calling) for name, one in emitted.items()}
     refused = {**traced.refusals, **unlike}
     q = front_end.build(ModelParts(graphs, refused, config, inventory, **front_end.configs(model)))
@@ -341,6 +342,17 @@ def _warn_of_leftovers(inventory: Inventory) -> None:
         "%.0f %% of the model's bytes, and %.0f %% of its multiply-adds, stay in float, unasked: %s",
         100 * share, 100 * (1 - coverage), shorten(reasons, 300, placeholder=" ..."),
     )  # fmt: skip
+
+
+def _warn_of_unreached(inventory: Inventory) -> None:
+    """Say which mixtures have experts that calibration gave no token: what was seen of the others stands for them."""
+    for record in inventory.quantized:
+        if record.unreached:
+            assert record.shape is not None
+            logger.warning(
+                "%d of %d experts of %s got no token of the calibration data: what the others got stands for them",
+                record.unreached, record.shape[0], record.layer,
+            )  # fmt: skip
 
 
 def _reasons(plan: QuantizationPlan) -> str:

@@ -23,7 +23,8 @@ from lobcq_fx.graph.stored_linear import LINEARS
 class PlannedWeight:
     """A weight to encode. One attribute is several where it is read both ways, or in two formats.
 
-    source: name of the float attribute. flipped: that is [K, N], the weight its transpose. shape: (N, K).
+    source: name of the float attribute. flipped: that is [K, N], the weight its transpose; or [E, K, N].
+    shape: (N, K), or of a stack of experts' weights (E, N, K).
     stored: name that the packed weight gets: the float one's where it takes its place.
     keeps_float: something else goes on reading the float attribute.
     """
@@ -31,9 +32,19 @@ class PlannedWeight:
     source: str
     flipped: bool
     spec: FormatSpec
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     stored: str
     keeps_float: bool
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        return self.shape[-1]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is a stack [E, N, K], whose matrices are encoded each for itself, to the nearest."""
+        return len(self.shape) == 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +57,7 @@ class PlannedMatmul:
     weight: what it is to read; None where it stays in float.
     refusal: why it stays in float; None where it does not. asked: the settings name it, by a pattern.
     float_bytes: of the constants that no earlier matmul reads. multiply_adds: with them, in the traced example.
+    grouped: it multiplies groups of rows with the matrices of a stack.
     static_scale: name that its activation's static scale gets, None without one.
     input_scale: name of what its activation is multiplied with, where that turns out to be needed; the same for all
         that read one activation. None where the settings have no place for it.
@@ -61,8 +73,14 @@ class PlannedMatmul:
     asked: bool
     float_bytes: int
     multiply_adds: int
+    grouped: bool
     static_scale: str | None
     input_scale: str | None
+
+    @property
+    def compensated(self) -> bool:
+        """Whether its weight is to be encoded with second moments of what it meets. Those of experts are not."""
+        return self.weight is not None and not self.weight.stacked and self.config.rounding == "compensated"
 
 
 @dataclass(frozen=True)
@@ -113,7 +131,7 @@ class QuantizationPlan:
     @property
     def compensates(self) -> bool:
         """Whether any weight is to be encoded with second moments of what it meets."""
-        return any(matmul.config.rounding == "compensated" for matmul in self.quantized)
+        return any(matmul.compensated for matmul in self.quantized)
 
     @property
     def formats(self) -> tuple[FormatSpec, ...]:
@@ -151,6 +169,10 @@ class _Choice:
     @property
     def static(self) -> bool:
         return self.config.activation_scale == "static" and self.config.mode != "w4a16"
+
+    def smoothed_everywhere(self, matmul: Matmul) -> bool:
+        """Whether its activation may be multiplied by a scale for each column. That of experts is not."""
+        return self.config.smoothing == "everywhere" and not matmul.grouped
 
 
 # What a weight is encoded for: its attribute, whether it is transposed, and the format.
@@ -191,9 +213,8 @@ def _weights(taken: list[tuple[Matmul, _Choice]], names: _Names) -> dict[_Key, P
         assert matmul.shape is not None
         replaces = last[source] == key and readers(matmul.weight) <= reading[source]
         stored = source if replaces else names.beside(matmul.layer)
-        rows, columns = matmul.shape
         planned[key] = PlannedWeight(
-            source, matmul.flipped, choice.config.format, (rows, columns), stored, keeps_float=not replaces
+            source, matmul.flipped, choice.config.format, matmul.shape, stored, keeps_float=not replaces
         )
     return planned
 
@@ -213,8 +234,9 @@ def _planned(
         asked=choice.asked,
         float_bytes=counted.new_bytes(matmul),
         multiply_adds=counted.multiply_adds(matmul),
+        grouped=matmul.grouped,
         static_scale=names.new(matmul.layer, "activation_scale") if quantized and choice.static else None,
-        input_scale=names.of_input(matmul) if quantized and choice.config.smoothing == "everywhere" else None,
+        input_scale=names.of_input(matmul) if quantized and choice.smoothed_everywhere(matmul) else None,
     )
 
 

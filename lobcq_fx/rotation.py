@@ -53,7 +53,7 @@ def rotate(plan: QuantizationPlan, weights: FloatWeights, statistics: Statistics
         size = seen.spec.array_size
         alike = len({(one.config.activations, one.config.mode) for one in readers}) == 1
         wanted = all(one.config.rotation == "hadamard" for one in readers)
-        if not (wanted and alike) or any(times_read[one] > 1 or one.shape[1] % size for one in read):
+        if not (wanted and alike) or any(times_read[one] > 1 or one.stacked or one.columns % size for one in read):
             continue
         changed = {one: replace(scales.get(one, WeightScales()), rotation=size) for one in read}
         tried = seen.rotated(size)

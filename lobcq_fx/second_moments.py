@@ -158,7 +158,7 @@ def _gates(plan: QuantizationPlan, graph_module: fx.GraphModule) -> list[_Gate]:
     gates: list[_Gate] = []
     open_gates: dict[fx.Node, int] = {}
     for matmul, planned in plan.pair(graph_module):
-        if planned.weight is None or planned.config.rounding != "compensated":
+        if not planned.compensated:
             continue
         x, known = matmul.activation, open_gates.get(matmul.activation)
         if known is None or written_between(gates[known].reader, matmul.node, [unobserved(graph_module, x)]):

@@ -17,21 +17,22 @@ def refusal(
 
     Args:
         layer: module path.
-        shape: of the weight; (N, K) where it is a matrix.
+        shape: of the weight; (N, K) where it is a matrix, (E, N, K) where it is a stack of them.
         dtype: of the weight.
         config: the settings for this layer, overrides applied.
         role: what the layer is to the model, for example "head"; None where it has no special role.
     """
-    if len(shape) != 2:
-        return "its weight is not 2-D"
+    if len(shape) not in (2, 3):
+        return "its weight is no matrix, and no stack of matrices"
     by_pattern = config.refusal(layer, role)
     if by_pattern is not None:
         return by_pattern
-    if shape[1] < config.min_in_features:
-        return f"too small: K = {shape[1]} is below min_in_features = {config.min_in_features}"
-    if config.activations.array_size != config.format.array_size and shape[1] % config.format.array_size:
+    columns = shape[-1]
+    if columns < config.min_in_features:
+        return f"too small: K = {columns} is below min_in_features = {config.min_in_features}"
+    if config.activations.array_size != config.format.array_size and columns % config.format.array_size:
         return (
-            f"K = {shape[1]} is no multiple of {config.format.array_size}, the weights' arrays, which activations in"
+            f"K = {columns} is no multiple of {config.format.array_size}, the weights' arrays, which activations in"
             f" {config.activations.name} need"
         )
     return None if dtype in FLOAT_DTYPES else f"its weight is {dtype}; fp32, bf16 and fp16 are supported"

@@ -77,7 +77,9 @@ def smooth(plan: QuantizationPlan, graph_modules: Mapping[str, fx.GraphModule], 
         weights = [one.weight for one in group.matmuls if one.weight is not None]
         seen = next((statistics[one] for one in group.matmuls if one in statistics), None)
         wanted = {one.config.smoothing for one in group.matmuls if one.weight is not None}
-        if seen is None or not wanted or "none" in wanted or any(times_read[weight] > 1 for weight in weights):
+        if seen is None or not wanted or "none" in wanted:
+            continue
+        if any(times_read[weight] > 1 or weight.stacked for weight in weights):
             continue
         free = group.free and all(_alike(group, place, *other) for other in others)
         free = free and (group.rows_of is None or times_read[group.rows_of] == 1)

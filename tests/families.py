@@ -109,7 +109,12 @@ def fake_quantized(
     the tensor scales are applied after the product, as the format's matmul does, so that not even rounding differs.
     """
     spec = spec or FormatSpec()
-    modules = [model.get_submodule(layer) for layer in dict.fromkeys(layers)]  # one may run twice, as in ALBERT
+    owners = dict.fromkeys(layer.rpartition(".")[0] for layer in layers if is_stack(model, layer))
+    experts = [model.get_submodule(owner) for owner in owners]
+    for module in experts:
+        module.forward = experts_forward(module, spec, mode, exact)
+    named = dict.fromkeys(layers)  # one may run twice, as in ALBERT
+    modules = [model.get_submodule(layer) for layer in named if not is_stack(model, layer)]
     for module in modules:
         weight = module.weight.detach()
         weight = weight.t() if isinstance(module, Conv1D) else weight
@@ -117,8 +122,47 @@ def fake_quantized(
     try:
         yield model
     finally:
-        for module in modules:
+        for module in (*modules, *experts):
             del module.forward
+
+
+def is_stack(model: nn.Module, layer: str) -> bool:
+    """Whether a layer is a parameter of the module that runs it, as the weights of experts are."""
+    owner, _, name = layer.rpartition(".")
+    return isinstance(getattr(model.get_submodule(owner), name, None), nn.Parameter)
+
+
+def experts_forward(module: nn.Module, spec: FormatSpec, mode: str, exact: bool) -> Callable[..., Tensor]:
+    """What the module of a mixture's experts computes, expert by expert, each projection a fake-quantized linear."""
+    transposed = getattr(module, "is_transposed", True)  # Llama 4's has no such flag
+    up, down = (
+        [
+            _forward(weight.t() if transposed else weight, bias, spec, mode, exact)
+            for weight, bias in zip(
+                getattr(module, name).detach(), getattr(module, f"{name}_bias", [None] * 1000), strict=False
+            )
+        ]
+        for name in ("gate_up_proj", "down_proj")
+    )
+
+    def routed(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        dtype = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
+        results = hidden_states.new_zeros((*top_k_index.shape, hidden_states.shape[-1]), dtype=dtype)
+        for expert in range(len(up)):
+            tokens, places = (top_k_index == expert).nonzero(as_tuple=True)
+            hidden = down[expert](module._apply_gate(up[expert](hidden_states[tokens])))
+            results[tokens, places] = hidden * top_k_weights[tokens, places, None]
+        return results.sum(dim=1).to(hidden_states.dtype)
+
+    def by_expert(hidden_states: Tensor) -> Tensor:
+        """Llama 4 gives every expert all tokens, those that are not for it as zeros."""
+        results = []
+        for expert, rows in enumerate(hidden_states.view(len(up), -1, hidden_states.shape[-1])):
+            gate, value = up[expert](rows).chunk(2, dim=-1)
+            results.append(down[expert](value * module.act_fn(gate)))
+        return torch.cat(results)
+
+    return routed if hasattr(module, "_apply_gate") else by_expert
 
 
 def _forward(
@@ -141,7 +185,7 @@ def _forward(
             out = matmul(encoded, encoded_weight, float_bias)
         else:
             out = nn.functional.linear(rows, decoded_weight, float_bias)
-        return out.to(x.dtype).view(*x.shape[:-1], -1)
+        return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
 
     return forward
 

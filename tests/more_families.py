@@ -47,6 +47,16 @@ EXPERTS = {
     "moe_intermediate_size": 100,
     "shared_expert_intermediate_size": 100,
 }
+ROUTED = {"n_routed_experts": 4, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}
+LATENT = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 16,
+    "num_key_value_heads": 4,
+}
 IMAGES = {"image_size": 16, "patch_size": 4, "num_channels": 3}
 SOUND = {
     "conv_dim": (32,) * 3,
@@ -209,18 +219,23 @@ def of_linears(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def linears_that_run(family: Family, model: PreTrainedModel) -> set[str]:
-    """Names of the linears that a call runs."""
+    """Names of the linears that a call runs, and of the stacked weights of experts."""
     seen: set[str] = set()
     of_linears(model)
     hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: seen.add(name))
+        module.register_forward_pre_hook(lambda *_, names=names: seen.update(names))
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
+        for names in [[name] if isinstance(module, (nn.Linear, Conv1D)) else _stacks(name, module)]
     ]
     family.results(model, family.call(model))
     for hook in hooks:
         hook.remove()
     return seen
+
+
+def _stacks(name: str, module: nn.Module) -> list[str]:
+    stacks = ("gate_up_proj", "down_proj")
+    return [f"{name}.{one}" for one in stacks if isinstance(getattr(module, one, None), nn.Parameter)]
 
 
 @dataclass(frozen=True)
@@ -291,7 +306,27 @@ TWINS: dict[str, Family] = {
     ),
     **families(LanguageModel, "gpt_neox_japanese"),
     **families(LanguageModel, "codegen", rotary_dim=8),
-    **families(LanguageModel, "olmoe", **EXPERTS),
+    **families(LanguageModel, "olmoe phimoe granitemoe minimax_m2 gpt_oss", **EXPERTS),
+    **families(LanguageModel, "hunyuan_v1_moe", moe_topk=2, **EXPERTS),
+    **families(
+        LanguageModel,
+        "llama4_text",
+        intermediate_size_mlp=100,
+        interleave_moe_layer_step=1,
+        attention_chunk_size=32,
+        **EXPERTS,
+    ),
+    **families(
+        LanguageModel,
+        "ernie4_5_moe",
+        moe_num_experts=4,
+        moe_k=2,
+        moe_layer_start_index=0,
+        moe_num_shared_experts=1,
+        **EXPERTS,
+    ),
+    **families(LanguageModel, "glm4_moe", **ROUTED, **EXPERTS),
+    **families(LanguageModel, "deepseek_v2 deepseek_v3", **{**EXPERTS, **ROUTED, **LATENT}),
     **families(TextEncoder, "xlm-roberta xlm-roberta-xl camembert data2vec-text ernie rembert"),
     **families(EncoderOfTwoParts, "mt5 umt5", d_kv=16),
     **families(ImageEncoder, "deit ijepa data2vec-vision", **IMAGES),
@@ -303,7 +338,7 @@ FAMILIES = DISTINCT | TWINS
 REFUSED: dict[str, Family] = {
     **families(
         LanguageModel,
-        "mamba falcon_mamba recurrent_gemma jamba bamba falcon_h1 nemotron_h qwen3_next",
+        "minimax mamba falcon_mamba recurrent_gemma jamba bamba falcon_h1 nemotron_h qwen3_next",
         **GROUPED,
     ),
     **families(LanguageModel, "mamba2", num_heads=8, head_dim=16),

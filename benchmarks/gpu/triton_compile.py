@@ -28,6 +28,7 @@ from lobcq_fx.kernels.triton.decode_gemm import decode_gemm
 from lobcq_fx.kernels.triton.dequantize import dequantize
 from lobcq_fx.kernels.triton.encode import encode_rows
 from lobcq_fx.kernels.triton.encode_operand import encode_operand
+from lobcq_fx.kernels.triton.grouped_gemm import Groups, grouped_gemm
 from lobcq_fx.kernels.triton.lookup import Lookup
 from lobcq_fx.kernels.triton.operands import LEAST_INTEGER_ARRAY, Activation, Epilogue, Linear
 from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
@@ -41,9 +42,12 @@ FORMATS = ("1x16", "2x128", "2x64", "4x64", "8x64", "8x128", "16x64", "16x128", 
 ROWS, COLUMNS, OUTPUTS, MANY_OUTPUTS = 4096, 4096, 4096, 28672
 """A linear of Llama-3-8B; and its gate and up, of so many outputs that K is not split for few rows."""
 
-LEAST_ROWS, FEW_ROWS = 8, 16
+LEAST_ROWS, FEW_ROWS, EXPERTS = 8, 16, 64
 ENCODED = ("int8 entries", "fp16 scaled entries")
 FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+TALL = ("many rows", "groups in tall tiles")
+"""What the names of kernels begin with that multiply 64 rows or more at a time."""
 
 MANY_ROWS_MMA = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 OPERANDS_IN_SASS = {"int8 entries": "I", "fp16 scaled entries": "H"}
@@ -105,6 +109,9 @@ def calls(spec: FormatSpec) -> Iterator[tuple[str, Call]]:
             yield f"few rows and outputs, {form}", gemm_call(decode_gemm, a, spec, OUTPUTS)
     for form, a in activations(spec, ROWS):
         yield f"many rows, {form}", gemm_call(prefill_gemm, a, spec, OUTPUTS)
+    for rows, how in ((EXPERTS, "low"), (ROWS, "tall")):
+        for form, a in activations(spec, rows):
+            yield f"groups in {how} tiles, {form}", groups_call(a, spec)
 
 
 def prologues() -> dict[str, Prologue | None]:
@@ -126,6 +133,14 @@ def gemm_call(gemm: Callable[..., Any], a: Activation, spec: FormatSpec, outputs
     epilogue = Epilogue(torch.empty(()), bias=torch.empty(outputs, dtype=torch.bfloat16))
     linear, codebooks = Linear(tiles(spec, outputs), outputs, epilogue), meta_lookup(spec).codebooks
     return partial(gemm, a, [linear], codebooks, spec, torch.bfloat16)
+
+
+def groups_call(a: Activation, spec: FormatSpec) -> Call:
+    """Experts, each for rows of its own, with a bf16 result."""
+    matrix = num_panels(OUTPUTS) * num_tiles(COLUMNS) * sum(tile_bytes(spec))
+    stack, scales = torch.empty(EXPERTS, matrix, dtype=torch.uint8), torch.empty(EXPERTS)
+    groups = Groups(torch.empty(EXPERTS, dtype=torch.int32), torch.empty(2 * a.values.shape[0], dtype=torch.int64))
+    return partial(grouped_gemm, a, stack, scales, groups, OUTPUTS, meta_lookup(spec).codebooks, spec, torch.bfloat16)
 
 
 def meta_lookup(spec: FormatSpec) -> Lookup:
@@ -171,7 +186,7 @@ def complaints(result: dict[str, Any]) -> Iterator[str]:
     if not result["kernel"].endswith("gemm_kernel"):
         return
     form = result["what"].rsplit(", ", 1)[1]
-    expected = MANY_ROWS_MMA[result["sm"]] if result["what"].startswith("many rows") else "mma.sync"
+    expected = MANY_ROWS_MMA[result["sm"]] if result["what"].startswith(TALL) else "mma.sync"
     letter = OPERANDS_IN_SASS.get(form, "H")
     if not any(name.startswith(expected) for name in result["mma_ptx"]):
         yield f"has no {expected}, but {result['mma_ptx']}"

@@ -113,7 +113,7 @@ TYPES = frozenset(
 ) | {"List[Optional[Tensor]]"}
 """Of the operands of operators that are allowed by rule."""
 
-CAPTURED_ALL_THE_SAME = ("ops.aten.empty_like.default",)
+CAPTURED_ALL_THE_SAME = ("ops.aten.empty_like.default", "ops.aten.new_empty.default")
 """Operators that are denied but for what real models do: they fill it before they read it."""
 
 CHECKED = tuple(f"ops.aten.{name}.input" for name in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
@@ -167,7 +167,10 @@ def by_rule() -> set[str]:
     aten = [f"ops.aten.{name}" for name in IN_PLACE]
     aten += [name for packet in ORDINARY for name in functional(packet, core=False)]
     aten += [name for packet in dir(torch.ops.aten) + _core() for name in functional(packet, core=True)]
-    ours = ("linear.default", "linear.float_activation", "quantize_activation.default", "rotate.default")
+    ours = (
+        "linear.default", "linear.float_activation", "grouped_linear.default", "grouped_linear.float_activation",
+        "grouped_linear.int8_activation", "quantize_activation.default", "rotate.default",
+    )  # fmt: skip
     return {name for name in aten if not denial(name)} | {f"ops.lobcq.{name}" for name in ours} | set(CHECKED)
 
 

@@ -1,4 +1,4 @@
-"""Encode one weight: a tensor in, its encoding out; no graph."""
+"""Encode one weight, or a stack of them: a tensor in, its encoding out; no graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 import lobcq_fx.ops  # noqa: F401  (registers the op that encodes)
 from lobcq_fx.calibration.compensate import compensate
 from lobcq_fx.errors import LobcqError
-from lobcq_fx.format import Encoded, FormatSpec
+from lobcq_fx.format import Encoded, EncodedStack, FormatSpec
 
 
 def encode_weight(
@@ -36,3 +36,14 @@ def encode_weight(
     codes, selectors, scales, tensor_scale = parts
     nearest = Encoded(codes, selectors, scales, tensor_scale, codebooks, spec, weight.shape[1])
     return compensate(weight, second_moments, nearest) if second_moments is not None and weight.numel() else nearest
+
+
+def encode_stacked_weight(weights: Tensor, spec: FormatSpec, codebooks: Tensor, name: str) -> EncodedStack:
+    """Round each matrix of a stack [E, N, K] to the nearest of the format under searched scales.
+
+    Raises:
+        LobcqError: a matrix holds NaN or infinity (names it and the first bad index).
+    """
+    return EncodedStack.of(
+        [encode_weight(weight, spec, codebooks, f"{name}[{index}]") for index, weight in enumerate(weights)]
+    )

@@ -12,6 +12,7 @@ from lobcq_fx.errors import CalibrationError
 from lobcq_fx.format.rotation import rotate
 from lobcq_fx.format.scales import absmax_row_scale, block_arrays, tensor_scale_of_absmax
 from lobcq_fx.format.spec import ENTRY_MAX, FormatSpec
+from lobcq_fx.format.stacked import group_bounds
 
 SAMPLED_ARRAYS = 4096
 """Block arrays kept for fitting codebooks: 1 MiB a layer at L_A = 64."""
@@ -31,6 +32,7 @@ class ActivationStatistics:
         num_updates: tensors seen, empty ones included.
         num_rows: rows (tokens) seen.
         num_scalars: scalars seen, padding not counted.
+        group_rows: rows that each expert of a mixture got, int64 [E]; None where rows are of no groups.
     """
 
     def __init__(self, layer: str, spec: FormatSpec, sampled_arrays: int = SAMPLED_ARRAYS, seed: int = 0) -> None:
@@ -39,6 +41,7 @@ class ActivationStatistics:
         self.num_updates = 0
         self.num_rows = 0
         self.num_scalars = 0
+        self.group_rows: Tensor | None = None
         self._absmax: Tensor | None = None  # fp32 [K]
         self._square_sums: Tensor | None = None  # fp64 [K]
         self._sample = Reservoir(sampled_arrays, seed)
@@ -66,6 +69,20 @@ class ActivationStatistics:
         for part in range(0, rows.shape[0], self._rows_at_a_time(rows.shape[1])):
             chunk = slice(part, part + self._rows_at_a_time(rows.shape[1]))
             self._add(rows[chunk].float(), row_scale[chunk])
+
+    def update_groups(self, x: Tensor, offsets: Tensor | None) -> None:
+        """Count the rows of the groups of an activation.
+
+        Args:
+            x: [T, K] with offsets; [E, M, K] without, where rows of zeros are those of tokens for other experts.
+            offsets: int32 [E], where each group ends.
+        """
+        if offsets is None:
+            counts = (x != 0).any(dim=-1).sum(dim=1).cpu()
+        else:
+            bounds = group_bounds(offsets.tolist(), x.shape[0])
+            counts = torch.tensor([stop - start for start, stop in bounds], dtype=torch.int64, device="cpu")
+        self.group_rows = counts if self.group_rows is None else self.group_rows + counts
 
     def absmax(self) -> Tensor:
         """Largest magnitude seen, fp32 [].

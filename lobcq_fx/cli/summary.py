@@ -73,6 +73,9 @@ def _totals(inventory: Inventory, result: dict[str, Any]) -> Table:
     rotated = sum(record.rotated for record in inventory.quantized)
     if rotated:
         table.add_row("Rotated layers", str(rotated))
+    unreached = sum(record.unreached or 0 for record in inventory.quantized)
+    if unreached:
+        table.add_row("Experts without calibration data", str(unreached))
     shrunk = result["float_bytes"] / max(1, result["packed_bytes"])
     sizes = f"{readable_size(result['float_bytes'])} → {readable_size(result['packed_bytes'])}"
     table.add_row("All parameters", f"{sizes} ({shrunk:.1f}x smaller)")

@@ -36,9 +36,11 @@ class UseFloatActivations(GraphPass):
         linears = [linear for linear in stored_linears(graph) if linear.encodes_activation]
         for linear in linears:
             assert linear.activation is not None, "an encoded activation comes from quantize_activation"
-            args = (linear.activation, *linear.weight_nodes, linear.bias, linear.array_size)
+            packet = ops.grouped_linear if linear.grouped else ops.linear
+            of_call = linear.groups if linear.grouped else (linear.bias,)
+            args = (linear.activation, *linear.weight_nodes, *of_call, linear.array_size)
             with graph.inserting_before(linear.node):
-                y = graph.call_function(ops.linear.float_activation, args)
+                y = graph.call_function(packet.float_activation, args)
                 y = graph.call_function(torch.ops.aten.to.dtype, (y, linear.arguments["dtype"]))
             linear.node.replace_all_uses_with(y)
             graph.erase_node(linear.node)
@@ -60,8 +62,11 @@ class LowerToMatMulNBits(GraphPass):
     quantized: nn.Module
 
     def transform(self, graph_module: fx.GraphModule) -> bool:
-        """Replace each, with its weight beside the packed one; that is left to `EliminateDeadCode`."""
-        linears = [linear for linear in stored_linears(graph_module.graph) if not linear.encodes_activation]
+        """Replace each, with its weight beside the packed one; that is left to `EliminateDeadCode`.
+
+        Those of experts stay: the operator has no stacks of weights.
+        """
+        linears = [one for one in stored_linears(graph_module.graph) if not (one.encodes_activation or one.grouped)]
         for linear in linears:
             self._lower(graph_module, linear)
         if linears:

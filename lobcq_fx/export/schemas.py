@@ -19,6 +19,9 @@ ROTATE = "Rotate"
 LINEAR = "Linear"
 LINEAR_INT8_ACTIVATION = "LinearInt8Activation"
 LINEAR_FLOAT_ACTIVATION = "LinearFloatActivation"
+GROUPED_LINEAR = "GroupedLinear"
+GROUPED_LINEAR_INT8_ACTIVATION = "GroupedLinearInt8Activation"
+GROUPED_LINEAR_FLOAT_ACTIVATION = "GroupedLinearFloatActivation"
 
 Parameter = tuple[str, str]
 """A name and its type; a "?" behind the name means that it may be left out."""
@@ -35,6 +38,8 @@ INT8_ACTIVATION: tuple[Parameter, ...] = (("entries", _INT8), ("scales", _E4M3),
 ACTIVATION: tuple[Parameter, ...] = (*PACKED, ("codebooks", _INT8))
 WEIGHT: tuple[Parameter, ...] = tuple((f"w_{name}", kind) for name, kind in ACTIVATION)
 BIAS: Parameter = ("bias?", _FLOAT)
+GROUPS: tuple[Parameter, ...] = (("ends", "tensor(int32)"), ("rows", "tensor(int64)"))
+"""Where groups of rows end, and which rows of the activation they are."""
 
 
 def _schema(name: str, inputs: tuple[Parameter, ...], outputs: tuple[Parameter, ...], *attributes: str) -> OpSchema:
@@ -76,6 +81,22 @@ SCHEMAS: dict[str, OpSchema] = {
             LINEAR_INT8_ACTIVATION, (*INT8_ACTIVATION, *WEIGHT, BIAS), (("y", _FLOAT),), "in_features", "array_size"
         ),
         _schema(LINEAR_FLOAT_ACTIVATION, (("x", "T"), *WEIGHT, BIAS), (("y", "T"),), "array_size"),
+        _schema(
+            GROUPED_LINEAR,
+            (*ACTIVATION, *WEIGHT, *GROUPS),
+            (("y", _FLOAT),),
+            "in_features",
+            "array_size",
+            "activation_array_size",
+        ),
+        _schema(
+            GROUPED_LINEAR_INT8_ACTIVATION,
+            (*INT8_ACTIVATION, *WEIGHT, *GROUPS),
+            (("y", _FLOAT),),
+            "in_features",
+            "array_size",
+        ),
+        _schema(GROUPED_LINEAR_FLOAT_ACTIVATION, (("x", "T"), *WEIGHT, *GROUPS), (("y", "T"),), "array_size"),
     )
 }
 

@@ -13,6 +13,7 @@ import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lobcq_fx.export.hidden import Hidden, find_hidden
 from lobcq_fx.export.library import is_available, register
 from lobcq_fx.export.schemas import DOMAIN, QUANTIZE_ACTIVATION, QUANTIZE_ACTIVATION_INT8
 from lobcq_fx.export.signature import Signature
-from lobcq_fx.graph.stored_linear import ENCODERS
+from lobcq_fx.graph.stored_linear import ENCODERS, stored_linears
 
 FOLDING_LIMIT = 1 << 20
 """Bytes of a constant that ONNX Runtime may compute at session creation: look-up tables, but no decoded weight."""
@@ -124,6 +125,11 @@ class _Replay(fx.Interpreter):
         super().__init__(graph_module)
         self.encoded, self.hidden, self.what, self.moved = encoded, hidden, what, 0.0
         self.extra_traceback = False  # of the model's code, in the message of an error that names the node
+        self.dispatched = {
+            linear.encoder
+            for linear in stored_linears(graph_module.graph)
+            if linear.grouped and linear.groups[0] is not None and linear.groups[1] is None
+        }
 
     def run_node(self, n: fx.Node) -> Any:
         """The node's value; for an encoded activation, ONNX Runtime's that is nearest to it."""
@@ -136,17 +142,18 @@ class _Replay(fx.Interpreter):
             for parts in self.encoded
             if [part.numel() for part in parts] == [mine.numel() for mine in own]
         ]
-        hidden = self.hidden.get(n.name)
-        share, nearest = max(
-            ((_agreement(parts, own, hidden), index) for index, parts in enumerate(candidates)), default=(0.0, 0)
-        )
+        if n in self.dispatched:
+            compared = [_row_by_row(parts, own) for parts in candidates]
+        else:
+            compared = [(_agreement(parts, own, self.hidden.get(n.name)), parts) for parts in candidates]
+        share, nearest = max(compared, key=itemgetter(0), default=(0.0, own))
         if share < 1 - MOVED_CODES:
             raise ExportError(
                 f"{n.format_node()}: {self.what} encodes no activation alike, the nearest has {share:.0%} of its bytes:"
                 " please report this, with the model's configuration"
             )
         self.moved = max(self.moved, 1 - share)
-        return tuple(part.view(mine.dtype) for part, mine in zip(candidates[nearest], result, strict=True))
+        return tuple(part.view(mine.dtype) for part, mine in zip(nearest, result, strict=True))
 
 
 def _agreement(parts: Sequence[Tensor], own: Sequence[Tensor], hidden: Tensor | None = None) -> float:
@@ -163,6 +170,27 @@ def _agreement(parts: Sequence[Tensor], own: Sequence[Tensor], hidden: Tensor | 
     if not torch.allclose(tensor_scale, scale, rtol=TOLERANCE, atol=0, equal_nan=True):
         return 0.0
     return min((float((x == y).float().mean()) for x, y in zip(parts, mine, strict=True) if x.numel()), default=1.0)
+
+
+def _row_by_row(parts: Sequence[Tensor], own: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+    """Rows in the order of experts: what masks hide decides where the others stand, in torch as in ONNX Runtime.
+
+    Each row gets the one of `parts` that has its tensor scale, where their codes agree, and stays as it is otherwise:
+    what it does to the outputs is compared anyway.
+
+    Returns:
+        The share of equal codes in rows that were found, and the rows.
+    """
+    scales, wanted = parts[-1][:, 0], own[-1][:, 0].contiguous()
+    ranked, order = scales.sort()
+    place = torch.searchsorted(ranked, wanted).clamp(max=len(scales) - 1)
+    before = (place - 1).clamp(min=0)
+    nearer = (ranked[before] - wanted).abs() < (ranked[place] - wanted).abs()
+    found = order[torch.where(nearer, before, place)]
+    equal = (parts[0][found] == own[0]).float().mean(-1)
+    alike = (equal >= 1 - MOVED_CODES) & torch.isclose(scales[found], wanted, rtol=TOLERANCE, atol=0)
+    share = float(equal[alike].mean()) if bool(alike.any()) else 0.0
+    return share, [torch.where(alike[:, None], part[found], mine) for part, mine in zip(parts, own, strict=True)]
 
 
 def _magnitudes(encoded: Sequence[Tensor]) -> Tensor:

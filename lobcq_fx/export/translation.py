@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -11,9 +12,14 @@ from onnxscript import opset18 as standard
 import lobcq_fx.ops  # noqa: F401  (registers the torch ops)
 from lobcq_fx.export.schemas import (
     ACTIVATION,
+    GROUPED_LINEAR,
+    GROUPED_LINEAR_FLOAT_ACTIVATION,
+    GROUPED_LINEAR_INT8_ACTIVATION,
+    INT8_ACTIVATION,
     LINEAR,
     LINEAR_FLOAT_ACTIVATION,
     LINEAR_INT8_ACTIVATION,
+    PACKED,
     QUANTIZE_ACTIVATION,
     QUANTIZE_ACTIVATION_INT8,
     ROTATE,
@@ -37,6 +43,9 @@ def translation_table() -> dict[Any, Any]:
         ops.linear.default: _linear,
         ops.linear.int8_activation: _linear_int8_activation,
         ops.linear.float_activation: _linear_float_activation,
+        ops.grouped_linear.default: _grouped_linear,
+        ops.grouped_linear.int8_activation: _grouped_linear_int8_activation,
+        ops.grouped_linear.float_activation: _grouped_linear_float_activation,
     }
 
 
@@ -78,6 +87,57 @@ def _cast(y: Any, dtype: int) -> Any:
 def _linear_float_activation(*arguments: Any) -> Any:
     *operands, bias, array_size = arguments
     return operator(LINEAR_FLOAT_ACTIVATION)(*operands, _float(bias), array_size=array_size)
+
+
+def _grouped_linear(*arguments: Any) -> Any:
+    packed, rest = arguments[:OPERANDS], arguments[OPERANDS:]
+    offsets, rows, in_features, array_size, dtype, activation_array_size = (*rest, None)[:6]
+    parts = len(PACKED)
+    y = _of_groups(
+        packed[:parts],
+        packed[parts:],
+        offsets,
+        rows,
+        GROUPED_LINEAR,
+        in_features=in_features,
+        array_size=array_size,
+        activation_array_size=array_size if activation_array_size is None else activation_array_size,
+    )
+    return _cast(y, dtype)
+
+
+def _grouped_linear_int8_activation(*arguments: Any) -> Any:
+    *packed, offsets, rows, in_features, array_size, dtype = arguments
+    activation, weight = packed[: len(INT8_ACTIVATION)], packed[len(INT8_ACTIVATION) :]
+    sizes = {"in_features": in_features, "array_size": array_size}
+    return _cast(_of_groups(activation, weight, offsets, rows, GROUPED_LINEAR_INT8_ACTIVATION, **sizes), dtype)
+
+
+def _grouped_linear_float_activation(*arguments: Any) -> Any:
+    x, *weight, offsets, rows, array_size = arguments
+    return _of_groups([x], weight, offsets, rows, GROUPED_LINEAR_FLOAT_ACTIVATION, array_size=array_size)
+
+
+def _of_groups(activation: Sequence[Any], rest: Any, offsets: Any, rows: Any, name: str, **attributes: int) -> Any:
+    """The operators take where groups end, and which rows they are of, always.
+
+    activation: the parts that have its rows, [T, ...]; without offsets [E, M, ...], which are flattened, and the result
+    is what they were.
+    """
+    shape = standard.Shape(activation[0])
+    flat = activation if offsets is not None else [standard.Flatten(part, axis=2) for part in activation]
+    if rows is None:
+        rows = standard.Range(0, _size(standard.Shape(flat[0]), 0), 1)
+    if offsets is not None:
+        return operator(name)(*flat, *rest, offsets, rows, **attributes)
+    ends = standard.Mul(standard.Range(1, standard.Add(_size(shape, 0), 1), 1), _size(shape, 1))
+    y = operator(name)(*flat, *rest, standard.Cast(ends, to=int(ir.DataType.INT32)), rows, **attributes)
+    grouped = standard.Concat(standard.Slice(shape, [0], [2]), standard.Slice(standard.Shape(y), [1], [2]), axis=0)
+    return standard.Reshape(y, grouped, allowzero=1)
+
+
+def _size(shape: Any, dimension: int) -> Any:
+    return standard.Squeeze(standard.Slice(shape, [dimension], [dimension + 1]))
 
 
 def _float(bias: Any) -> Any:

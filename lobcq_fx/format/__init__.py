@@ -7,11 +7,13 @@ from lobcq_fx.format.matmul import matmul, product_in_fp32, scale_product
 from lobcq_fx.format.rotation import rotate
 from lobcq_fx.format.scales import absmax_row_scale, absmax_tensor_scale, block_arrays, tensor_scale_of_absmax
 from lobcq_fx.format.spec import PAPER_CONFIGURATIONS, FormatSpec
+from lobcq_fx.format.stacked import EncodedStack, decode_stack, encode_stack, grouped_matmul
 from lobcq_fx.format.universal import universal_codebooks
 
 __all__ = [
     "PAPER_CONFIGURATIONS",
     "Encoded",
+    "EncodedStack",
     "FormatSpec",
     "Int8Activation",
     "Operand",
@@ -20,8 +22,11 @@ __all__ = [
     "block_arrays",
     "check_codebooks",
     "decode",
+    "decode_stack",
     "encode",
     "encode_int8",
+    "encode_stack",
+    "grouped_matmul",
     "matmul",
     "product_in_fp32",
     "rotate",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from lobcq_fx.graph.attributes import named_arguments
 from lobcq_fx.graph.operands import constant_nodes, constant_weight, made_of
 
 aten = torch.ops.aten
@@ -24,7 +25,7 @@ _PRODUCTS = {
 }
 _CONVOLUTION = "a convolution, not a matmul"
 _RECURRENT = "a recurrent layer, which multiplies step by step"
-_EXPERTS = "fused 3-D expert weights are not supported yet"
+_GROUPED = "a grouped product in another form than rows [T, K] by weights [E, K, N], with offsets and nothing else"
 _FUSED = "a fused layer that hides its matmuls: torch.backends.mha.set_fastpath_enabled(False) before quantizing"
 _UNSUPPORTED = {
     "einsum": "einsum is not a supported form; write it as a matmul",
@@ -49,8 +50,10 @@ class Matmul:
     layer: module path of its weight's owner, or of the module that runs it.
     weight: the `get_attr` node of its constant operand, the first where it has several, None if it has none.
     constants: every matrix among the constants that its operands are made of.
-    flipped: the attribute is [K, N] and the operand its transpose.
-    obstacle: why its form forbids quantizing it; None where it is a `linear` with a constant weight.
+    flipped: the attribute is [K, N], or [E, K, N], and the weight its transpose.
+    obstacle: why its form forbids quantizing it; None where it is a `linear` with a constant weight, or a grouped one.
+    grouped: each of E groups of rows meets a matrix of its own: its weight is [E, N, K].
+    offsets: where the groups end, int32 [E]; None where the activation is [E, M, K], or nothing is grouped.
     """
 
     node: fx.Node
@@ -59,6 +62,8 @@ class Matmul:
     flipped: bool
     obstacle: str | None
     constants: tuple[fx.Node, ...]
+    grouped: bool = False
+    offsets: fx.Node | None = None
 
     @property
     def activation(self) -> fx.Node:
@@ -70,17 +75,17 @@ class Matmul:
     @property
     def bias(self) -> fx.Node | None:
         """The bias operand [N], or None."""
-        bias = self.node.args[2] if len(self.node.args) > 2 else None
+        bias = self.node.args[2] if len(self.node.args) > 2 and not self.grouped else None
         assert bias is None or isinstance(bias, fx.Node)
         return bias
 
     @property
     def shape(self) -> tuple[int, ...] | None:
-        """(N, K) of a 2-D weight; the shape of any other as it is; None without one."""
+        """(N, K), or (E, N, K), of a weight; the shape of any other constant as it is; None without one."""
         if self.weight is None:
             return None
         shape = tuple(self.weight.meta["val"].shape)
-        return shape[::-1] if self.flipped else shape
+        return (*shape[:-2], shape[-1], shape[-2]) if self.flipped else shape
 
 
 def find_matmuls(graph_module: fx.GraphModule) -> list[Matmul]:
@@ -89,11 +94,13 @@ def find_matmuls(graph_module: fx.GraphModule) -> list[Matmul]:
     for node in graph_module.graph.nodes:
         if node.op != "call_function":
             continue
-        unsupported = _unsupported(node)
+        unsupported, grouped = _unsupported(node), _grouped(node, constant)
         if node.target is aten.linear.default:
             found.append(_linear(node, constant))
         elif node.target is aten.scaled_dot_product_attention.default:  # its mask may be constant, and is no weight
             found.append(Matmul(node, module_path(node), None, False, _ATTENTION, ()))
+        elif grouped is not None:
+            found.append(grouped)
         elif node.target in _PRODUCTS:
             found.append(
                 _left_alone(node, node.args[_PRODUCTS[node.target]], _product_obstacle(node, constant), constant)
@@ -103,9 +110,30 @@ def find_matmuls(graph_module: fx.GraphModule) -> list[Matmul]:
     return found
 
 
+def _grouped(node: fx.Node, constant: set[fx.Node]) -> Matmul | None:
+    """Products of groups of rows and the matrices of a stack, as mixtures of experts have them."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    if "grouped_mm" in node.target.name():  # torch's, and transformers' where torch has none for the dtype
+        given = list(named_arguments(node).values())
+        offsets = given[2] if len(given) > 2 else None
+        plain = isinstance(offsets, fx.Node) and all(one is None for one in given[3:])
+    elif node.target is aten.bmm.default:
+        given, offsets, plain = list(node.args), None, node.args[0] not in constant
+    else:
+        return None
+    found = constant_weight(given[1])
+    if node.target is aten.bmm.default and (found is None or not plain):
+        return None  # attention, or a form that has its own reason
+    dims = [one.meta["val"].dim() for one in given[:2]]
+    if found is None or not plain or dims != [3 if offsets is None else 2, 3]:
+        return _left_alone(node, given[1], _GROUPED, constant)
+    weight, flipped = found
+    layer = _layer_name(node, str(weight.target))
+    return Matmul(node, layer, weight, not flipped, None, (weight,), grouped=True, offsets=offsets)
+
+
 def _unsupported(node: fx.Node) -> str | None:
-    if "grouped_mm" in str(node.target):
-        return _EXPERTS
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return None
     return _UNSUPPORTED.get(node.target._schema.name.removeprefix("aten::"))

@@ -57,16 +57,20 @@ def operation_name(node: fx.Node) -> str:
 
 
 def is_transpose(node: fx.Node) -> bool:
-    """Whether the node swaps the two dimensions of a matrix."""
+    """Whether the node swaps the two dimensions of a matrix, or the last two of a stack of them."""
     value = node.meta.get("val")
-    if node.op != "call_function" or value is None or not hasattr(value, "dim") or value.dim() != 2:
+    if node.op != "call_function" or value is None or not hasattr(value, "dim") or value.dim() not in (2, 3):
         return False
     args: tuple[Any, ...] = node.args
+    dims = value.dim()
     if node.target in (aten.t.default, aten.numpy_T.default):
+        return bool(dims == 2)
+    if node.target is aten.mT.default:
         return True
     if node.target is aten.transpose.int:
-        return {int(dim) % 2 for dim in args[1:3]} == {0, 1}
-    return node.target is aten.permute.default and [int(dim) % 2 for dim in args[1]] == [1, 0]
+        return {int(dim) % dims for dim in args[1:3]} == {dims - 2, dims - 1}
+    swapped = [*range(dims - 2), dims - 1, dims - 2]
+    return node.target is aten.permute.default and [int(dim) % dims for dim in args[1]] == swapped
 
 
 def readers(weight: fx.Node) -> set[fx.Node]:

@@ -3,6 +3,8 @@
 quantize_activation(x, ...) -> getitem x 4 -> lobcq::linear                        W4A4
 quantize_activation_int8(x, ...) -> getitem x 3 -> lobcq::linear.int8_activation   W4A8
 lobcq::linear.float_activation(x, ...)                                             W4A16
+
+`lobcq::grouped_linear` and its overloads likewise: the experts of a mixture, whose weight is a stack.
 """
 
 from __future__ import annotations
@@ -24,15 +26,17 @@ ops = torch.ops.lobcq
 ENCODERS: dict[Any, Any] = {
     ops.linear.default: ops.quantize_activation.default,
     ops.linear.int8_activation: ops.quantize_activation_int8.default,
+    ops.grouped_linear.default: ops.quantize_activation.default,
+    ops.grouped_linear.int8_activation: ops.quantize_activation_int8.default,
 }
 """Linears of encoded activations, and what encodes those for them."""
 
-LINEARS = (*ENCODERS, ops.linear.float_activation)
+LINEARS = (*ENCODERS, ops.linear.float_activation, ops.grouped_linear.float_activation)
 
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """One call of an overload of `lobcq::linear`."""
+    """One call of an overload of `lobcq::linear`, or of `lobcq::grouped_linear`."""
 
     node: fx.Node
 
@@ -66,8 +70,19 @@ class StoredLinear:
     @property
     def bias(self) -> fx.Node | None:
         """The bias operand, or None."""
-        node: fx.Node | None = self.arguments["bias"]
+        node: fx.Node | None = self.arguments.get("bias")
         return node
+
+    @property
+    def grouped(self) -> bool:
+        """Whether its weight is a stack, each matrix of which meets rows of its own."""
+        return "offsets" in self.arguments
+
+    @property
+    def groups(self) -> tuple[fx.Node | None, fx.Node | None]:
+        """Where groups of rows end, and which rows they are of."""
+        arguments = self.arguments
+        return arguments["offsets"], arguments["rows"]
 
     @property
     def array_size(self) -> int:

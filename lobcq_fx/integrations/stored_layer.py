@@ -48,6 +48,8 @@ class StoredLayer:
         Raises:
             ValueError: what a module has no place for.
         """
+        if linear.grouped:
+            raise ValueError("it is the experts of a mixture, whose weights are one stack")
         weight = get_attribute(root, linear.weight)
         encoder = {} if linear.encoder is None else named_arguments(linear.encoder)
         layer = linear.weight.removesuffix(".weight")

@@ -31,6 +31,7 @@ from lobcq_fx.kernels.cpu.weight_layout import CpuWeightLayout
 from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
 from lobcq_fx.ops import schemas
 from lobcq_fx.ops.attention import attention, check_attention
+from lobcq_fx.ops.grouped_linear import StoredGroupedLinears
 from lobcq_fx.ops.linear import StoredLinears
 from lobcq_fx.ops.operand_checks import check, check_whole_arrays
 from lobcq_fx.ops.states import PackedStates
@@ -84,6 +85,10 @@ def bind_cpu_core() -> bool:
     torch.library.impl(schemas.LINEAR, "CPU", stored.linear)
     torch.library.impl(schemas.LINEAR_INT8_ACTIVATION, "CPU", stored.linear_int8_activation)
     torch.library.impl(schemas.LINEAR_FLOAT_ACTIVATION, "CPU", stored.linear_float_activation)
+    grouped = StoredGroupedLinears(_scaled_entries)
+    torch.library.impl(schemas.GROUPED_LINEAR, "CPU", grouped.grouped_linear)
+    torch.library.impl(schemas.GROUPED_LINEAR_INT8_ACTIVATION, "CPU", grouped.grouped_linear_int8_activation)
+    torch.library.impl(schemas.GROUPED_LINEAR_FLOAT_ACTIVATION, "CPU", grouped.grouped_linear_float_activation)
     return True
 
 

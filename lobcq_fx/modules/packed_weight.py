@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lobcq_fx.format import Encoded, FormatSpec
+from lobcq_fx.format import Encoded, EncodedStack, FormatSpec
 
 PARTS = ("codes", "selectors", "scales", "tensor_scale")
 PREPACKED = "prepacked"
@@ -18,18 +18,25 @@ Parts = tuple[Tensor, Tensor, Tensor]
 """Codes, selectors and scales, as in `lobcq_fx.format.Encoded`."""
 
 
-def parts_of(rows: int, columns: int, spec: FormatSpec) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """dtype and shape of each of `PARTS` of a weight [rows, columns]."""
+def parts_of(
+    rows: int, columns: int, spec: FormatSpec, stack: tuple[int, ...] = ()
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of each of `PARTS` of a weight [rows, columns]; stack: (E,) for E of them."""
     return {
-        "codes": (torch.uint8, (rows, spec.code_bytes(columns))),
-        "selectors": (torch.uint8, (rows, spec.selector_bytes(columns))),
-        "scales": (torch.float8_e4m3fn, (rows, spec.num_arrays(columns))),
-        "tensor_scale": (torch.float32, ()),
+        "codes": (torch.uint8, (*stack, rows, spec.code_bytes(columns))),
+        "selectors": (torch.uint8, (*stack, rows, spec.selector_bytes(columns))),
+        "scales": (torch.float8_e4m3fn, (*stack, rows, spec.num_arrays(columns))),
+        "tensor_scale": (torch.float32, stack),
     }
 
 
 class WeightLayout(Protocol):
-    """How the kernels of one device want a weight to lie in memory."""
+    """How the kernels of one device want a weight to lie in memory.
+
+    stacks: whether the device has kernels for stacks of weights, each matrix laid out for itself.
+    """
+
+    stacks: ClassVar[bool]
 
     def pack(self, parts: Parts, spec: FormatSpec, columns: int) -> Tensor:
         """The weight [N, columns] in kernel layout, uint8 [bytes]."""
@@ -44,6 +51,7 @@ class WeightLayout(Protocol):
 class PackedWeight(nn.Module):
     """Holds an encoded weight [N, K] in place of the float parameter, so that its buffers are `<parameter>.codes`, ...
 
+    Or a stack of E of them, whose parts have E as their first dimension; `stack` is then (E,), otherwise ().
     `repack` replaces codes, selectors and scales by one buffer, `prepacked`, in a device's kernel layout; the bytes are
     held once. State dicts have the parts all the same. `.to(device)` moves buffers; `.half()` and the like leave them
     alone: they are the format's bytes, not numbers.
@@ -55,9 +63,10 @@ class PackedWeight(nn.Module):
     tensor_scale: Tensor
     prepacked: Tensor
 
-    def __init__(self, encoded: Encoded) -> None:
+    def __init__(self, encoded: Encoded | EncodedStack) -> None:
         super().__init__()
-        self.spec, (self.rows, self.columns) = encoded.spec, encoded.shape
+        self.spec, (*stack, self.rows, self.columns) = encoded.spec, encoded.shape
+        self.stack = tuple(stack)
         self.kernel_spec = self.spec
         self.layout: WeightLayout | None = None
         for part in PARTS:
@@ -80,8 +89,13 @@ class PackedWeight(nn.Module):
         """
         self.kernel_spec = self.spec if array_size is None else replace(self.spec, array_size=array_size)
         assert self.kernel_spec == self.spec or self.columns % self.spec.array_size == 0, "padding would not come back"
-        scales = self.scales.view(torch.uint8).repeat_interleave(self._scale_copies, dim=1).view(self.scales.dtype)
-        prepacked = layout.pack((self.codes, self.selectors, scales), self.kernel_spec, self.columns)
+        scales = self.scales.view(torch.uint8).repeat_interleave(self._scale_copies, dim=-1).view(self.scales.dtype)
+        parts = (self.codes, self.selectors, scales)
+        if self.stack:
+            matrices = zip(*parts, strict=True)
+            prepacked = torch.stack([layout.pack(one, self.kernel_spec, self.columns) for one in matrices])
+        else:
+            prepacked = layout.pack(parts, self.kernel_spec, self.columns)
         del self.codes, self.selectors, self.scales
         self.register_buffer(PREPACKED, prepacked, persistent=False)
         self.layout = layout
@@ -97,9 +111,16 @@ class PackedWeight(nn.Module):
     def _parts(self) -> dict[str, Tensor]:
         """Codes, selectors and scales from the kernel layout."""
         assert self.layout is not None, "not in a kernel layout"
-        parts = self.layout.unpack(self.prepacked, self.kernel_spec, self.rows, self.columns)
-        codes, selectors, scales = parts
-        return dict(zip(PARTS, (codes, selectors, scales[:, :: self._scale_copies].contiguous()), strict=False))
+        size = self.kernel_spec, self.rows, self.columns
+        if self.stack:
+            matrices = [self.layout.unpack(one, *size) for one in self.prepacked]
+            # torch stacks no E4M3: its bytes are.
+            stacked = (torch.stack([part.view(torch.uint8) for part in one]) for one in zip(*matrices, strict=True))
+            codes, selectors, scales = stacked
+            scales = scales.view(torch.float8_e4m3fn)
+        else:
+            codes, selectors, scales = self.layout.unpack(self.prepacked, *size)
+        return dict(zip(PARTS, (codes, selectors, scales[..., :: self._scale_copies].contiguous()), strict=False))
 
     @property
     def _scale_copies(self) -> int:

@@ -5,6 +5,11 @@ import lobcq_fx.ops.linear_prepacked  # noqa: F401  (its schemas and fake kernel
 from lobcq_fx.ops.attention import attention
 from lobcq_fx.ops.compensate import compensate
 from lobcq_fx.ops.dequantize_weight import dequantize_weight
+from lobcq_fx.ops.grouped_linear import (
+    grouped_linear,
+    grouped_linear_float_activation,
+    grouped_linear_int8_activation,
+)
 from lobcq_fx.ops.linear import linear, linear_float_activation, linear_int8_activation
 from lobcq_fx.ops.quantize_activation import quantize_activation
 from lobcq_fx.ops.quantize_activation_int8 import quantize_activation_int8
@@ -17,6 +22,9 @@ __all__ = [
     "compensate",
     "dequantize_states",
     "dequantize_weight",
+    "grouped_linear",
+    "grouped_linear_float_activation",
+    "grouped_linear_int8_activation",
     "linear",
     "linear_float_activation",
     "linear_int8_activation",

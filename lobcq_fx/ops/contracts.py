@@ -16,6 +16,7 @@ from lobcq_fx.ops import schemas
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT32, UINT8, INT8, E4M3 = (torch.float32,), (torch.uint8,), (torch.int8,), (torch.float8_e4m3fn,)
+INT32, INT64 = (torch.int32,), (torch.int64,)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,14 @@ _WEIGHT = (
     Operand("bias", FLOATS, ("N",)),
 )
 _ACTIVATION_SCALES = (Operand("scales", E4M3, (..., "arrays")), Operand("tensor_scale", FLOAT32, (..., 1)))
+_STACK = (
+    Operand("w_codes", UINT8, ("E", "N", "w_code_bytes")),
+    Operand("w_selectors", UINT8, ("E", "N", "w_selector_bytes")),
+    Operand("w_scales", E4M3, ("E", "N", "w_arrays")),
+    Operand("w_tensor_scale", FLOAT32, ("E",)),
+    Operand("w_codebooks", INT8, ("N_c", CODEBOOK_SIZE)),
+)
+_GROUPS = (Operand("offsets", INT32, ("E",), contiguous=True), Operand("rows", INT64, ("S",), contiguous=True))
 _X = Operand("x", FLOATS, (..., "K"))
 _CODEBOOKS = Operand("codebooks", INT8, ("N_c", CODEBOOK_SIZE))
 _W = (Operand("w", FLOATS, ("N", "K")), _CODEBOOKS)
@@ -62,6 +71,12 @@ _PREPACKED = (
     Operand("weights", UINT8, ("weight_bytes",), contiguous=True),
     Operand("tensor_scales", FLOAT32, (), contiguous=True),
     Operand("biases", FLOATS, ("N",), contiguous=True, or_empty=True),
+)
+_PREPACKED_STACK = (
+    Operand("weight_tables", UINT8, ("table_bytes",), contiguous=True),
+    Operand("weights", UINT8, ("E", "weight_bytes"), contiguous=True),
+    Operand("tensor_scales", FLOAT32, ("E",), contiguous=True),
+    *_GROUPS,
 )
 _ENCODED = (_TABLES, _STATIC_SCALE, *_PREPACKED)
 _RESIDUALS = Operand("residuals", (), (..., "N"), like="dtype", or_empty=True)
@@ -104,6 +119,23 @@ OPERANDS: dict[str, tuple[Operand, ...]] = {
         *_ACTIVATION_SCALES,
         *_WEIGHT,
     ),
+    schemas.GROUPED_LINEAR: (
+        Operand("codes", UINT8, (..., "code_bytes")),
+        Operand("selectors", UINT8, (..., "selector_bytes")),
+        *_ACTIVATION_SCALES,
+        _CODEBOOKS,
+        *_STACK,
+        *_GROUPS,
+    ),
+    schemas.GROUPED_LINEAR_FLOAT_ACTIVATION: (_X, *_STACK, *_GROUPS),
+    schemas.GROUPED_LINEAR_INT8_ACTIVATION: (
+        Operand("entries", INT8, (..., "padded_columns")),
+        *_ACTIVATION_SCALES,
+        *_STACK,
+        *_GROUPS,
+    ),
+    schemas.GROUPED_LINEAR_PREPACKED: (_X, _TABLES, _STATIC_SCALE, *_PREPACKED_STACK),
+    schemas.GROUPED_LINEAR_PREPACKED_FLOAT_ACTIVATION: (_X, *_PREPACKED_STACK),
     schemas.LINEAR_PREPACKED: (_X, *_ENCODED),
     schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION: (_X, *_PREPACKED),
     schemas.LINEAR_PREPACKED_RESIDUAL: (_X, *_ENCODED, _RESIDUALS),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.format import Encoded, FormatSpec, Int8Activation, product_in_fp32, scale_product
-from lobcq_fx.format.encoded import scaled_entries
+from lobcq_fx.format.encoded import scaled_entries as entries_of
 from lobcq_fx.ops.operand_checks import check, check_fake
 from lobcq_fx.ops.schemas import LINEAR, LINEAR_FLOAT_ACTIVATION, LINEAR_INT8_ACTIVATION, argument_names
 
@@ -112,17 +112,17 @@ class StoredLinears:
         return product_in_fp32(x.float(), w, None if bias is None else bias.float()).to(x.dtype)
 
 
-def _scaled_entries(
+def scaled_entries(
     codes: Tensor, selectors: Tensor, scales: Tensor, codebooks: Tensor, columns: int, array_size: int
 ) -> Tensor:
-    """By the format alone."""
+    """Entries times block-array scales, fp32 [R, K], of an operand with any leading dimensions, by the format alone."""
     rows, spec = codes.shape[:-1].numel(), FormatSpec(codebooks.shape[0], array_size)
     codes, selectors, scales = (part.reshape(rows, part.shape[-1]) for part in (codes, selectors, scales))
     unscaled = torch.ones((), dtype=torch.float32, device=codes.device)
-    return scaled_entries(Encoded(codes, selectors, scales, unscaled, codebooks, spec, columns))
+    return entries_of(Encoded(codes, selectors, scales, unscaled, codebooks, spec, columns))
 
 
-_DEFAULT = StoredLinears(_scaled_entries)
+_DEFAULT = StoredLinears(scaled_entries)
 linear, linear_float_activation = _DEFAULT.linear, _DEFAULT.linear_float_activation
 linear_int8_activation = _DEFAULT.linear_int8_activation
 

@@ -133,8 +133,11 @@ class _Sizes:
         match name:
             case "K":
                 return self.columns
-            case "B" | "H" | "T" | "P" | "D":
+            case "B" | "H" | "T" | "P" | "D" | "S":
                 return None
+            case "E":
+                matrices: int = self.given["w_codes" if "w_codes" in self.given else "weights"].shape[0]
+                return matrices
             case "batch" | "tokens":
                 return self.attention[name]
             case "batch or 1" | "query_heads or 1" | "queries or 1" | "tokens or 1":
@@ -185,8 +188,9 @@ class _Sizes:
     def outputs(self, index: int) -> int | None:
         """N of linear `index`; None where the op has none, or its weight says how many."""
         if "out_features" not in self.given:
-            return self.given["w_codes"].shape[0] if "w_codes" in self.given else None
-        outputs: int = self.given["out_features"][index]
+            return self.given["w_codes"].shape[-2] if "w_codes" in self.given else None
+        given = self.given["out_features"]
+        outputs: int = given if isinstance(given, int) else given[index]
         if outputs < 0:
             raise OperandError(f"{self.op}: out_features[{index}] is {outputs}")
         return outputs

@@ -32,6 +32,9 @@ ATTENTION = "lobcq::attention"
 LINEAR = "lobcq::linear"
 LINEAR_FLOAT_ACTIVATION = "lobcq::linear.float_activation"
 LINEAR_INT8_ACTIVATION = "lobcq::linear.int8_activation"
+GROUPED_LINEAR = "lobcq::grouped_linear"
+GROUPED_LINEAR_FLOAT_ACTIVATION = "lobcq::grouped_linear.float_activation"
+GROUPED_LINEAR_INT8_ACTIVATION = "lobcq::grouped_linear.int8_activation"
 LINEAR_PREPACKED = "lobcq::linear_prepacked"
 LINEAR_PREPACKED_FLOAT_ACTIVATION = "lobcq::linear_prepacked.float_activation"
 LINEAR_PREPACKED_RESIDUAL = "lobcq::linear_prepacked.residual"
@@ -40,6 +43,8 @@ LINEAR_PREPACKED_SILU_MUL = "lobcq::linear_prepacked.silu_mul"
 LINEAR_PREPACKED_RMS_NORM = "lobcq::linear_prepacked.rms_norm"
 LINEAR_PREPACKED_ADD_RMS_NORM = "lobcq::linear_prepacked.add_rms_norm"
 LINEAR_PREPACKED_LAYER_NORM = "lobcq::linear_prepacked.layer_norm"
+GROUPED_LINEAR_PREPACKED = "lobcq::grouped_linear_prepacked"
+GROUPED_LINEAR_PREPACKED_FLOAT_ACTIVATION = "lobcq::grouped_linear_prepacked.float_activation"
 
 _WEIGHT = "Tensor w_codes, Tensor w_selectors, Tensor w_scales, Tensor w_tensor_scale, Tensor w_codebooks"
 
@@ -91,6 +96,23 @@ torch.library.define(
     " ScalarType dtype) -> Tensor",
 )
 
+_GROUPS = "Tensor? offsets, Tensor? rows"
+torch.library.define(
+    GROUPED_LINEAR,
+    "(Tensor codes, Tensor selectors, Tensor scales, Tensor tensor_scale, Tensor codebooks,"
+    f" {_WEIGHT}, {_GROUPS}, int in_features, int array_size, ScalarType dtype,"
+    " int? activation_array_size=None) -> Tensor",
+)
+torch.library.define(
+    GROUPED_LINEAR_FLOAT_ACTIVATION,
+    f"(Tensor x, {_WEIGHT}, {_GROUPS}, int array_size) -> Tensor",
+)
+torch.library.define(
+    GROUPED_LINEAR_INT8_ACTIVATION,
+    f"(Tensor entries, Tensor scales, Tensor tensor_scale, {_WEIGHT}, {_GROUPS}, int in_features, int array_size,"
+    " ScalarType dtype) -> Tensor",
+)
+
 _WEIGHTS = "Tensor[] weights, Tensor[] tensor_scales, Tensor weight_tables"
 _PREPACKED = f"{_WEIGHTS}, Tensor[] biases, int[] out_features, int array_size"
 
@@ -98,6 +120,10 @@ _TABLES = "Tensor? activation_tables, Tensor? static_scale"  # no tables: the ac
 _TAIL = "ScalarType dtype, bool rotated=False"
 torch.library.define(LINEAR_PREPACKED, f"(Tensor x, {_TABLES}, {_PREPACKED}, {_TAIL}) -> Tensor[]")
 torch.library.define(LINEAR_PREPACKED_FLOAT_ACTIVATION, f"(Tensor x, {_PREPACKED}) -> Tensor[]")
+
+_STACK = f"Tensor weights, Tensor tensor_scales, Tensor weight_tables, {_GROUPS}, int out_features, int array_size"
+torch.library.define(GROUPED_LINEAR_PREPACKED, f"(Tensor x, {_TABLES}, {_STACK}, {_TAIL}) -> Tensor")
+torch.library.define(GROUPED_LINEAR_PREPACKED_FLOAT_ACTIVATION, f"(Tensor x, {_STACK}) -> Tensor")
 
 _RMS_NORM = "Tensor? norm_weight, float eps, float offset, bool round_first"
 _FUSED = {
@@ -134,12 +160,16 @@ def _refuse_backward(*_: Any) -> NoReturn:
 _ON_STORED = (
     QUANTIZE_ACTIVATION, QUANTIZE_ACTIVATION_INT8, ROTATE, QUANTIZE_WEIGHT, QUANTIZE_WEIGHT_SEARCHED,
     DEQUANTIZE_WEIGHT, COMPENSATE, QUANTIZE_STATES, DEQUANTIZE_STATES, ATTENTION, LINEAR, LINEAR_INT8_ACTIVATION,
-    LINEAR_FLOAT_ACTIVATION,
+    LINEAR_FLOAT_ACTIVATION, GROUPED_LINEAR, GROUPED_LINEAR_FLOAT_ACTIVATION, GROUPED_LINEAR_INT8_ACTIVATION,
 )  # fmt: skip
 for _name in _ON_STORED:
     torch.library.register_autograd(_name, _refuse_backward)
 
 # A registered formula is Python that runs on every call, with gradients off too. The kernels of these refuse by
 # themselves an activation that requires a gradient.
-for _name in (LINEAR_PREPACKED, LINEAR_PREPACKED_FLOAT_ACTIVATION, *_FUSED):
+_ON_PREPACKED = (
+    LINEAR_PREPACKED, LINEAR_PREPACKED_FLOAT_ACTIVATION, *_FUSED, GROUPED_LINEAR_PREPACKED,
+    GROUPED_LINEAR_PREPACKED_FLOAT_ACTIVATION,
+)  # fmt: skip
+for _name in _ON_PREPACKED:
     torch.library.impl(_name, "Autograd", torch.library.fallthrough_kernel)

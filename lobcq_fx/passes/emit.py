@@ -22,6 +22,7 @@ import lobcq_fx.ops  # noqa: F401  (registers the ops that this pass emits)
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.graph.aliasing import written_between
 from lobcq_fx.graph.attributes import add_call, get_attr_node, has_attribute
+from lobcq_fx.graph.dispatch import before_dispatch
 from lobcq_fx.graph.matmuls import Matmul
 from lobcq_fx.graph.operands import erase_unread
 from lobcq_fx.graph.stored_linear import ENCODERS
@@ -78,13 +79,18 @@ class Emit(GraphPass):
         packed.append(get_attr_node(graph_module, self.codebooks.name_of(self.codebooks.weights[spec])))
         with graph.inserting_before(node):
             x = self._prepared(graph_module, node, x, planned, prepared)
+            packet: Any = ops.linear
+            of_call: tuple[fx.Node | None, ...] = (matmul.bias,)
+            if matmul.grouped:
+                x, rows = before_dispatch(x, node)
+                packet, of_call = ops.grouped_linear, (matmul.offsets, rows)
             if planned.config.mode == "w4a16":
-                target, args = ops.linear.float_activation, (x, *packed, matmul.bias, spec.array_size)
+                target, args = packet.float_activation, (x, *packed, *of_call, spec.array_size)
             else:
-                target = ops.linear.int8_activation if planned.config.mode == "w4a8" else ops.linear.default
+                target = packet.int8_activation if planned.config.mode == "w4a8" else packet.default
                 encoded = self._encode_activation(graph_module, node, x, planned, ENCODERS[target])
                 arrays = planned.config.activations.array_size
-                tail = (matmul.bias, weight.shape[1], spec.array_size, node.meta["val"].dtype)
+                tail = (*of_call, weight.columns, spec.array_size, node.meta["val"].dtype)
                 others = () if arrays == spec.array_size else (arrays,)
                 args = (*encoded, *packed, *tail, *others)
             replacement = add_call(graph, target, args, like=node)

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.graph.attributes import register_attribute
+from lobcq_fx.graph.matmuls import Matmul
 from lobcq_fx.passes.infra import Condition, GraphPass
 from lobcq_fx.passes.normalize_matmuls import normal_form
 from lobcq_fx.plan import PlannedMatmul, QuantizationPlan
@@ -19,13 +20,16 @@ PREFIX = "lobcq_observers"
 class Observer(nn.Module):
     """Passes its input through and adds it to the statistics."""
 
-    def __init__(self, statistics: ActivationStatistics) -> None:
+    def __init__(self, statistics: ActivationStatistics, grouped: bool = False) -> None:
         super().__init__()
         self.statistics = statistics
+        self.grouped = grouped
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] unchanged."""
+    def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """x [..., K] unchanged; offsets: where the groups of its rows end, one for each expert."""
         self.statistics.update(x)
+        if self.grouped:
+            self.statistics.update_groups(x, offsets)
         return x
 
 
@@ -50,20 +54,25 @@ class InsertObservers(GraphPass):
 
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Insert `call_module` nodes; their statistics are named after the first layer that reads the activation."""
-        by_activation: dict[fx.Node, list[tuple[fx.Node, PlannedMatmul]]] = {}
+        by_activation: dict[fx.Node, list[tuple[Matmul, PlannedMatmul]]] = {}
         for matmul, planned in self.plan.pair(graph_module):
             if planned.weight is not None and _observer(graph_module, matmul.activation) is None:
-                by_activation.setdefault(matmul.activation, []).append((matmul.node, planned))
+                by_activation.setdefault(matmul.activation, []).append((matmul, planned))
         for index, (activation, reading) in enumerate(by_activation.items()):
-            _, first = reading[0]
+            matmul, first = reading[0]
             target = f"{PREFIX}.{index}"
             statistics = ActivationStatistics(first.layer, first.config.activations)
-            register_attribute(graph_module, target, Observer(statistics))
-            with graph_module.graph.inserting_after(activation):
-                observer = graph_module.graph.call_module(target, (activation,))
+            register_attribute(graph_module, target, Observer(statistics, matmul.grouped))
+            graph, offsets = graph_module.graph, matmul.offsets
+            if offsets is None:
+                with graph.inserting_after(activation):
+                    observer = graph.call_module(target, (activation,))
+            else:  # which may be known only after the activation
+                with graph.inserting_before(matmul.node):
+                    observer = graph.call_module(target, (activation, offsets))
             observer.meta = {"val": activation.meta.get("val")}
-            for node, _ in reading:
-                node.replace_input_with(activation, observer)
+            for reader, _ in reading:
+                reader.node.replace_input_with(activation, observer)
         return bool(by_activation)
 
 
@@ -81,7 +90,8 @@ def unobserved(graph_module: fx.GraphModule, activation: fx.Node) -> fx.Node:
     """The activation itself, behind its observer if it has one."""
     if _observer(graph_module, activation) is None:
         return activation
-    (behind,) = activation.all_input_nodes
+    behind = activation.args[0]
+    assert isinstance(behind, fx.Node)
     return behind
 
 

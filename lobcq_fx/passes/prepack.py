@@ -4,6 +4,7 @@ quantize_activation(x); linear(codes, ..., w)                   ->  linear_prepa
 quantize_activation_int8(x); linear.int8_activation(..., w)     ->  linear_prepacked(x, None, [w])               W4A8
 quantize_activation(rotate(x)); linear(codes, ..., w)           ->  linear_prepacked(x, ..., rotated=True)
 linear.float_activation(x, w)                                   ->  linear_prepacked.float_activation(x, [w])    W4A16
+grouped_linear(..., w, offsets, rows)                           ->  grouped_linear_prepacked(x, ..., w, offsets, rows)
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Prepack(GraphPass):
     A linear whose bias is computed in the graph keeps the ops of the format, and so does every other that reads its
     weight: the call stands where the activation was encoded, and the bias may not be known there yet. So does one whose
     encoded activation is not the result of what encodes it for that linear, and a weight that is multiplied in arrays
-    of two sizes.
+    of two sizes; and the experts of a mixture where the device has no kernels for stacks of weights.
 
     Args:
         layout: of the device's kernels.
@@ -61,14 +62,21 @@ class Prepack(GraphPass):
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Replace linears one by one, at the place where their activation was encoded or read."""
         stored = self.stored | weights_as_stored(graph_module.graph)
-        linears = [linear for linear in stored_linears(graph_module.graph) if linear.weight not in stored]
+        linears = [
+            linear
+            for linear in stored_linears(graph_module.graph)
+            if linear.weight not in stored and (self.layout.stacks or not linear.grouped)
+        ]
         sizes = {linear.weight: linear.kernel_array_size for linear in linears}
         for name in sorted(sizes):
             weight = get_attribute(graph_module, name)
             if weight.layout is None:  # another graph's run may have repacked it
                 weight.repack(self.layout, sizes[name])
         for linear in linears:
-            self._replace(graph_module, linear)
+            if linear.grouped:
+                self._replace_grouped(graph_module, linear)
+            else:
+                self._replace(graph_module, linear)
         if linears:
             _erase_unread(graph_module.graph)
         return bool(linears)
@@ -96,6 +104,27 @@ class Prepack(GraphPass):
             call = add_call(graph, target, args, like=node)
             result = add_call(graph, operator.getitem, (call, 0), like=node)
         node.replace_all_uses_with(result)
+        graph.erase_node(node)
+
+    def _replace_grouped(self, graph_module: fx.GraphModule, linear: StoredLinear) -> None:
+        """The call stands where the linear did: its groups may not be known before."""
+        graph, node, encoder = graph_module.graph, linear.node, linear.encoder
+        args: tuple[Any, ...] = (
+            add_get_attr(graph_module, f"{linear.weight}.{PREPACKED}"),
+            get_attr_node(graph_module, f"{linear.weight}.tensor_scale"),
+            self._tables(graph_module, linear.codebooks),
+            *linear.groups,
+            get_attribute(graph_module, linear.weight).rows,
+            linear.kernel_array_size,
+        )
+        x, target = linear.activation, ops.grouped_linear_prepacked.float_activation
+        if encoder is not None:
+            target, encoded = ops.grouped_linear_prepacked.default, named_arguments(encoder)
+            tables = self._tables(graph_module, encoded["codebooks"]) if "codebooks" in encoded else None
+            args = (tables, encoded.get("static_scale"), *args, linear.arguments["dtype"])
+        with graph.inserting_before(node):
+            call = add_call(graph, target, (x, *args), like=node)
+        node.replace_all_uses_with(call)
         graph.erase_node(node)
 
     def _tables(self, graph_module: fx.GraphModule, codebooks: fx.Node) -> fx.Node:
@@ -136,8 +165,15 @@ def weights_as_stored(graph: fx.Graph) -> frozenset[str]:
         for linear in linears
         if linear.activation is None
         or (linear.bias is not None and linear.bias.op != "get_attr")
+        or (linear.grouped and _written_since_encoded(linear))
         or linear.kernel_array_size != first[linear.weight]
     )
+
+
+def _written_since_encoded(linear: StoredLinear) -> bool:
+    """Whether what was encoded for a linear is another by the time the linear runs."""
+    encoder, x = linear.encoder, linear.activation
+    return encoder is not None and x is not None and written_between(encoder, linear.node, [x])
 
 
 def _register_transient(graph_module: fx.GraphModule, name: str, value: Tensor) -> None:

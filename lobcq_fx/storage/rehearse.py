@@ -117,10 +117,24 @@ def _check_linear(linear: StoredLinear, values: Mapping[fx.Node, Any]) -> None:
     bias = None if linear.bias is None else values[linear.bias]
     fits = x.dtype.is_floating_point and arguments.get("dtype", x.dtype).is_floating_point and x.shape[-1] == columns
     fits &= -(-columns // linear.array_size) == scales.shape[-1]
+    if linear.grouped:
+        _check_groups(linear, values, x, codes)
     if not fits or (bias is not None and (bias.shape != codes.shape[:1] or not bias.dtype.is_floating_point)):
         raise CheckpointError(
             f"graph.json: node {linear.node.name!r} multiplies a {x.dtype} of {list(x.shape)} by"
-            f" {linear.weight}, which has {codes.shape[0]} rows of {columns}"
+            f" {linear.weight}, which has {codes.shape[-2]} rows of {columns}"
+        )
+
+
+def _check_groups(linear: StoredLinear, values: Mapping[fx.Node, Any], x: Tensor, codes: Tensor) -> None:
+    """Ends of as many groups of rows as there are matrices. What ends and rows are is checked as they are used."""
+    offsets, rows = (None if one is None else values[one] for one in linear.groups)
+    groups = x.shape[:1] if offsets is None else offsets.shape
+    fits = groups == codes.shape[:1] and (offsets is None or offsets.dtype == torch.int32)
+    if not fits or (rows is not None and (rows.dim() != 1 or rows.dtype != torch.int64)):
+        raise CheckpointError(
+            f"graph.json: node {linear.node.name!r} cuts rows into {list(groups)} groups for {linear.weight}, which has"
+            f" {codes.shape[0]} matrices"
         )
 
 

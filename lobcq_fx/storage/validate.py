@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops whose operands are checked)
 from lobcq_fx.errors import CheckpointError
-from lobcq_fx.format import Encoded, FormatSpec, check_codebooks
+from lobcq_fx.format import Encoded, EncodedStack, FormatSpec, check_codebooks
 from lobcq_fx.format.spec import ALLOWED_ARRAY_SIZES, E4M3_MAX, ENTRY_MAX
 from lobcq_fx.graph.attributes import delete_attribute, get_attribute, named_arguments, register_attribute
 from lobcq_fx.graph.recurrence import recurrences
@@ -110,7 +110,7 @@ def _check_recurrences(module: nn.Module, graph: fx.Graph) -> None:
 
 
 def _restore_weights(module: nn.Module, linears: Sequence[StoredLinear]) -> None:
-    done: dict[str, tuple[str, int, int]] = {}
+    done: dict[str, tuple[str, int, bool, int]] = {}
     for linear in linears:
         for part in linear.weight_nodes:
             _stored(part)
@@ -122,12 +122,18 @@ def _restore_weights(module: nn.Module, linears: Sequence[StoredLinear]) -> None
         spec = _spec(codebooks, linear.array_size, codebooks_name)
         columns = linear.arguments.get("in_features", tensors["scales"].shape[-1] * spec.array_size)
         _check_kernel_array_size(linear, columns)
-        read = (codebooks_name, spec.array_size, columns)
+        read = (codebooks_name, spec.array_size, linear.grouped, columns)
         if done.setdefault(name, read) != read:
-            raise CheckpointError(f"{name} is read as {read} and as {done[name]} (codebooks, array size, columns)")
+            raise CheckpointError(
+                f"{name} is read as {read} and as {done[name]} (codebooks, array size, stacked, columns)"
+            )
         if isinstance(get_attribute(module, name), PackedWeight):
             continue
-        encoded = Encoded(**tensors, codebooks=codebooks, spec=spec, columns=columns)
+        encoded: Encoded | EncodedStack
+        if linear.grouped:
+            encoded = EncodedStack(**tensors, codebooks=codebooks, spec=spec, columns=columns)
+        else:
+            encoded = Encoded(**tensors, codebooks=codebooks, spec=spec, columns=columns)
         check_encoded(name, encoded)
         delete_attribute(module, name)
         register_attribute(module, name, PackedWeight(encoded))
@@ -163,24 +169,27 @@ def _spec(codebooks: Tensor, array_size: int, name: str) -> FormatSpec:
     return spec
 
 
-def check_encoded(name: str, encoded: Encoded) -> None:
+def check_encoded(name: str, encoded: Encoded | EncodedStack) -> None:
     """That the parts of a weight are of the format, and its scales numbers.
 
     Raises:
         CheckpointError: names the part.
     """
-    spec, columns, rows = encoded.spec, encoded.columns, encoded.codes.shape[0]
-    for part, (dtype, shape) in parts_of(rows, columns, spec).items():
+    spec, columns, stacked = encoded.spec, encoded.columns, isinstance(encoded, EncodedStack)
+    if encoded.codes.dim() != (3 if stacked else 2) or (stacked and not encoded.codes.shape[0]):
+        expected = "a stack of weights has [E, N, ...]" if stacked else "a weight has [N, ...]"
+        raise CheckpointError(f"{name}.codes is {list(encoded.codes.shape)}: {expected}")
+    *stack, rows = encoded.codes.shape[:-1]
+    for part, (dtype, shape) in parts_of(rows, columns, spec, tuple(stack)).items():
         tensor = getattr(encoded, part)
         if tensor.dtype != dtype or tuple(tensor.shape) != shape:
             actual = f"{tensor.dtype} {list(tensor.shape)}"
             raise CheckpointError(
                 f"{name}.{part} is {actual}; format {spec.name} with K = {columns} has {dtype} {list(shape)}"
             )
-    if not 0 <= float(encoded.tensor_scale) <= LARGEST_SCALE:
-        raise CheckpointError(
-            f"{name}.tensor_scale is {float(encoded.tensor_scale)}: it must be from 0 to {LARGEST_SCALE:.3g}"
-        )
+    for scale in encoded.tensor_scale.flatten().tolist():
+        if not 0 <= scale <= LARGEST_SCALE:
+            raise CheckpointError(f"{name}.tensor_scale is {scale}: it must be from 0 to {LARGEST_SCALE:.3g}")
     scales = encoded.scales.view(torch.uint8)
     if bool((scales > 0x7E).any()):  # 0x7F is E4M3's NaN, 0x80 and up are negative
         raise CheckpointError(f"{name}.scales holds NaN or a negative scale: the file is damaged")

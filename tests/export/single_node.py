@@ -16,11 +16,13 @@ from lobcq_fx.export.schemas import DOMAIN, SCHEMAS, VERSION
 KINDS = {
     "tensor(uint8)": ir.DataType.UINT8,
     "tensor(int8)": ir.DataType.INT8,
+    "tensor(int32)": ir.DataType.INT32,
+    "tensor(int64)": ir.DataType.INT64,
     "tensor(float)": ir.DataType.FLOAT,
     "tensor(float8e4m3fn)": ir.DataType.FLOAT8E4M3FN,
 }
 TORCH = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
-NUMPY = (ir.DataType.FLOAT, ir.DataType.UINT8, ir.DataType.INT8)
+NUMPY = (ir.DataType.FLOAT, ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64)
 """What numpy has; E4M3 and narrow floats travel as fp32, exactly, and are cast next to the node."""
 
 
@@ -48,7 +50,7 @@ class Operator:
         if ranks not in self.sessions:
             self.sessions[ranks] = self._session(ranks)
         arrays = {
-            parameter.name: (tensor if tensor.dtype in (torch.uint8, torch.int8) else tensor.float()).numpy()
+            parameter.name: (tensor.float() if tensor.dtype.is_floating_point else tensor).numpy()
             for parameter, tensor in zip(self.schema.inputs, padded, strict=True)
             if tensor is not None
         }

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 
-import lobcq_fx
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
-from tests.families import CAUSAL_LMS, LLAMA, VOCABULARY, fake_quantized, quantized_causal_lm, quantized_layers
+from tests.families import CAUSAL_LMS, VOCABULARY, fake_quantized, quantized_causal_lm, quantized_layers
 
 LENGTH = 11
 
@@ -103,21 +101,3 @@ def test_a_damaged_calling_convention_is_refused(pair, field, value):
     assert CausalLMCall.from_dict(values) == pair[1].calling
     with pytest.raises(ValueError, match=field):
         CausalLMCall.from_dict({**values, field: value})
-
-
-@torch.no_grad()
-def test_experts_stay_in_float_loudly(caplog):
-    torch.manual_seed(0)
-    settings = {**LLAMA, "hidden_size": 64, "head_dim": 16, "num_local_experts": 4}
-    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**settings)).eval()
-    q = lobcq_fx.quantize(model)
-    experts = [record for record in q.inventory.left_alone if record.layer.endswith("mlp.experts")]
-    assert len(experts) == 4  # gate and up fused, down; two layers
-    assert sum(record.float_bytes for record in experts) == 2 * 4 * 3 * 64 * 172 * 4
-    assert all("expert weights are not supported yet" in str(record.reason) for record in experts)
-    assert "stay in float, unasked" in caplog.text
-    ids, mask = batch(3)
-    with fake_quantized(model, quantized_layers(q)):
-        expected = model(ids, attention_mask=mask).logits
-    assert_logits_close(q(ids, attention_mask=mask).logits, expected, mask)
-    assert q.generate(ids, attention_mask=mask, max_new_tokens=3, pad_token_id=0).shape == (3, LENGTH + 3)

@@ -19,6 +19,9 @@ OPS = (
     "linear.float_activation",
     "linear_prepacked",
     *(f"linear_prepacked.{overload}" for overload in PREPACKED),
+    "grouped_linear",
+    "grouped_linear_prepacked",
+    "grouped_linear_prepacked.float_activation",
 )
 
 PRETENDED = """

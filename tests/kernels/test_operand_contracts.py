@@ -64,6 +64,9 @@ DEFAULTS = {
     schemas.LINEAR: lobcq_fx.ops.linear,
     schemas.LINEAR_INT8_ACTIVATION: lobcq_fx.ops.linear_int8_activation,
     schemas.LINEAR_FLOAT_ACTIVATION: lobcq_fx.ops.linear_float_activation,
+    schemas.GROUPED_LINEAR: lobcq_fx.ops.grouped_linear,
+    schemas.GROUPED_LINEAR_INT8_ACTIVATION: lobcq_fx.ops.grouped_linear_int8_activation,
+    schemas.GROUPED_LINEAR_FLOAT_ACTIVATION: lobcq_fx.ops.grouped_linear_float_activation,
 }
 
 

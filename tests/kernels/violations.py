@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.errors import OperandError
-from lobcq_fx.format import FormatSpec, encode, encode_int8, universal_codebooks
+from lobcq_fx.format import FormatSpec, encode, encode_int8, encode_stack, universal_codebooks
 from lobcq_fx.ops import schemas
 from lobcq_fx.ops.contracts import FLOATS, OPERANDS, Operand
 from lobcq_fx.ops.operand_checks import Arguments
@@ -59,7 +59,7 @@ def violations(op: str, operand: Operand, valid: Tensor) -> Iterator[tuple[str, 
 
 
 def _other_sizes(operand: Operand, valid: Tensor, first: bool) -> Iterator[tuple[str, Tensor]]:
-    free = {"B", "H", "T", "D", "K", "N"} if first or operand.name == "w_codes" else {"P"}
+    free = {"B", "H", "T", "D", "K", "N", "E"} if first or operand.name == "w_codes" else {"P", "S"}
     for place, size in enumerate(operand.shape, valid.dim() - len(operand.shape)):
         if size in free or (size is ... and first):
             continue
@@ -108,7 +108,11 @@ def broken_numbers(given: Arguments) -> Iterator[tuple[str, Any]]:
         yield from (("in_features", columns) for columns in (-1, 0, 192, 257, 2**62))
     for name in ("heads", "width", "value_width"):
         yield from ((name, size) for size in (-1, 0, 65, 2**62) if name in given)
-    if "out_features" in given:
+    if isinstance(given.get("out_features"), int):
+        first = given["out_features"]
+        for n in {-1, 0, first - 1, first + 1, first + 16, 2**31 + 1, 2**62, -(2**63)}:
+            yield "out_features", n
+    elif "out_features" in given:
         first, *rest = given["out_features"]
         for n in {-1, 0, first - 1, first + 1, first + 16, 2**31 + 1, 2**62, -(2**63)} - {first}:
             yield "out_features", [n, *rest]
@@ -116,7 +120,8 @@ def broken_numbers(given: Arguments) -> Iterator[tuple[str, Any]]:
 
 
 PREPACKED = [name for name in OPERANDS if name.startswith(schemas.LINEAR_PREPACKED)]
-STORED = [name for name in OPERANDS if name not in PREPACKED]
+GROUPED_PREPACKED = [name for name in OPERANDS if name.startswith(schemas.GROUPED_LINEAR_PREPACKED)]
+STORED = [name for name in OPERANDS if name not in (*PREPACKED, *GROUPED_PREPACKED)]
 
 
 _NUMBERS = ("array_size", "key_array_size", "value_array_size", "heads", "width", "value_width")
@@ -132,6 +137,7 @@ def assert_refused(op: str, given: Arguments, run: Callable[..., object], errors
             run(*(broken[argument] for argument in schemas.argument_names(op)))
         except (OperandError, *errors) as error:
             named = name in str(error) or name == first or name in UNNAMED
+            named |= name == "weights" and op in GROUPED_PREPACKED  # as many matrices as other operands have numbers
             if not (named and "lobcq::" in str(error)):
                 accepted.append((name, what, str(error)))
         else:
@@ -186,7 +192,12 @@ def stored_call(op: str, device: torch.device) -> dict[str, Any]:
         keys, rows = (torch.ops.lobcq.quantize_states(query[:, :2, :, :width], codebooks, 32) for width in (50, 40))
         values |= {"query": query, "keys": keys, "values": rows, "heads": 2, "value_width": 40, "scale": 0.3}
         values |= {"mask": torch.ones(3, 1, 3, 3, device=device) > 0, "key_array_size": 32, "value_array_size": 32}
-    if op == schemas.LINEAR_INT8_ACTIVATION:
+    if op in (schemas.LINEAR_INT8_ACTIVATION, schemas.GROUPED_LINEAR_INT8_ACTIVATION):
         in_int8 = encode_int8(x, spec.array_size)
         values |= {"entries": in_int8.entries, "scales": in_int8.scales}
+    if op.startswith(schemas.GROUPED_LINEAR):
+        stack = encode_stack(w.view(4, 5, 200), spec, codebooks)
+        values |= {f"w_{part}": getattr(stack, part) for part in ("codes", "selectors", "scales", "tensor_scale")}
+        values |= {"offsets": torch.tensor([1, 1, 3, 4], dtype=torch.int32, device=device)}
+        values |= {"rows": torch.tensor([2, 0, 1, 0, 2], dtype=torch.int64, device=device)}
     return {name: values[name] for name in schemas.argument_names(op)}

@@ -129,7 +129,7 @@ def test_a_bias_that_only_the_second_graph_computes_keeps_its_weight_as_it_is_st
 class Reversed:
     """A weight layout that counts what it packs."""
 
-    packed = 0
+    packed, stacks = 0, False
 
     def pack(self, parts, spec, columns):
         type(self).packed += 1

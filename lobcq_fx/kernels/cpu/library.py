@@ -7,6 +7,7 @@ the rest. ctypes releases the GIL during a call.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ from lobcq_fx.kernels.cpu.operands import (
     require,
 )
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 ALIGNMENT = 64
 """Bytes: where the core's opaque buffers start. torch's CPU allocator aligns to as much."""
 
@@ -87,7 +88,7 @@ class Core:
         return str(self._lib.lobcq_isa().decode())
 
     def register_torch_ops(self) -> None:
-        """Register `lobcq::linear_prepacked` for CPU tensors, in C++. Once a process.
+        """Register the prepacked linears for CPU tensors, in C++. Once a process.
 
         Raises:
             CoreError: this libtorch is older than 2.10, or has the ops already.
@@ -269,6 +270,35 @@ class Core:
         )  # fmt: skip
         self._call("linear", ctypes.byref(product), ctypes.c_int64(1), ctypes.byref(a), self._parallel())
         return out
+
+    def gather_activation(self, activation: KernelActivation, rows: Tensor) -> KernelActivation:
+        """An activation of the rows that int64 [S] names."""
+        require("rows", rows, torch.int64, (rows.numel(),))
+        gathered = self._new_activation(rows.numel(), activation.columns, activation.array_size, activation.kind)
+        source, out = c_activation(activation), c_activation(gathered)
+        self._call("activation_gather", ctypes.byref(source), _pointer(rows), ctypes.byref(out), self._parallel())
+        return gathered
+
+    def grouped_linear(
+        self, tables: Tables, weights: Sequence[KernelWeight], groups: Sequence[range], activation: KernelActivation
+    ) -> list[Tensor]:
+        """For each weight the product with its group of the activation's rows, fp32 [rows, N]."""
+        pairs = list(zip(weights, groups, strict=True))
+        results = [_floats((len(rows), weight.rows)) for weight, rows in pairs]
+        matrices, stored = [c_matrix(one) for one in results], [c_weight(weight) for weight in weights]
+        products = (CProduct * len(pairs))()
+        for index, (weight, _) in enumerate(pairs):
+            self._check_weight(weight)
+            products[index] = CProduct(
+                tables.data.data_ptr(), ctypes.pointer(stored[index]), weight.tensor_scale, None,
+                ctypes.pointer(matrices[index]),
+            )  # fmt: skip
+        first_rows = (ctypes.c_int64 * len(pairs))(*(rows.start for _, rows in pairs))
+        operand = c_activation(activation)
+        self._call(
+            "grouped_linear", products, first_rows, ctypes.c_int64(len(pairs)), ctypes.byref(operand), self._parallel()
+        )
+        return results
 
     def attention(
         self,

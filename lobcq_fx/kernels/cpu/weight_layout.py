@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class CpuWeightLayout:
 
     It holds no state: models that carry it can be copied and pickled.
     """
+
+    stacks: ClassVar[bool] = True
 
     def pack(self, parts: Parts, spec: FormatSpec, columns: int) -> Tensor:
         """The weight [N, columns] in kernel layout, uint8 [bytes].

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from lobcq_fx.format.spec import FormatSpec
 from lobcq_fx.kernels.triton.configs import PrefillConfig, Shape, prefill_config
-from lobcq_fx.kernels.triton.e4m3 import e4m3_256th
+from lobcq_fx.kernels.triton.gemm_tile import tile_sums
 from lobcq_fx.kernels.triton.launching import OPTIONS
 from lobcq_fx.kernels.triton.operands import Activation, Linear
-from lobcq_fx.kernels.triton.products import num_terms, operand_term, operand_type, store_result
-from lobcq_fx.kernels.triton.weight_tile import COLUMNS, PANEL, natural_entries, panel_tiles
+from lobcq_fx.kernels.triton.products import num_terms, operand_type, store_result
+from lobcq_fx.kernels.triton.weight_tile import COLUMNS
 
 
 @triton.jit
@@ -47,10 +47,7 @@ def prefill_gemm_kernel(
     TILE_N: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Each program makes one tile [TILE_M, TILE_N] of the result, STEP block arrays at a time.
-
-    SCALED_WEIGHT: the MMA multiplies with entry times scale. Otherwise with entries, and what an array adds is scaled.
-    """
+    """Each program makes one tile [TILE_M, TILE_N] of the result."""
     tiles_m, tiles_n = tl.cdiv(rows, TILE_M), tl.cdiv(outputs, TILE_N)
     group = tl.program_id(0) // (GROUP * tiles_n)
     group_size = tl.minimum(tiles_m - group * GROUP, GROUP)
@@ -59,47 +56,12 @@ def prefill_gemm_kernel(
     n_tile = within // group_size
     n = n_tile * TILE_N + tl.arange(0, TILE_N)
 
-    PANELS: tl.constexpr = TILE_N // PANEL
-    ARRAYS: tl.constexpr = COLUMNS // ARRAY
-    tiles = tl.cdiv(columns, COLUMNS)
-    first_panel = n_tile * PANELS
-    # Of each output and each array of a step: where a tile's scales have it.
-    output = tl.arange(0, TILE_N)[:, None]
-    scale_tile = panel_tiles(first_panel, outputs, tiles, output // PANEL)
-    byte_scales = scales.to(tl.pointer_type(tl.uint8), bitcast=True)
-    output_scales = byte_scales + scale_tile * (PANEL * ARRAYS) + output % 8 * (2 * ARRAYS) + output // 8 % 2
     x_rows = x + m.to(tl.int64)[:, None] * row_stride
-    k = tl.arange(0, STEP * ARRAY)[None, :]
-
-    sums = tl.zeros((TILE_M, TILE_N), tl.float32)
-    for i in tl.static_range(TERMS):  # the smallest first: least is rounded away
-        for first in range(0, arrays, STEP):
-            operand = natural_entries(
-                codes, selectors, codebooks, first_panel, outputs, tiles, first * ARRAY,
-                STEP * ARRAY, PANELS, SELECTOR_BITS, OPERAND,
-            )  # fmt: skip
-            array = first + tl.arange(0, STEP)[None, :]
-            place = array // ARRAYS * (PANEL * ARRAYS) + array % ARRAYS * 2
-            scale = e4m3_256th(tl.load(output_scales + place).to(tl.int32))  # [TILE_N, STEP]
-            inside = (m[:, None] < rows) & (first * ARRAY + k < columns)
-            values = tl.load(x_rows + first * ARRAY + k, mask=inside, other=0)  # [TILE_M, STEP * L_A]
-            term = operand_term(values, TERMS - 1 - i, OPERAND)
-            if SCALED_WEIGHT:
-                operand = tl.reshape(operand, (TILE_N, STEP, ARRAY)) * (scale * 256.0).to(OPERAND)[:, :, None]
-                operand = tl.reshape(operand, (TILE_N, STEP * ARRAY))  # exact: at most 9 significant bits
-                sums = tl.dot(term, tl.trans(operand), acc=sums)
-            else:
-                tl.static_assert(STEP == 1, "an array is scaled by itself")
-                product = tl.dot(term, tl.trans(operand)).to(tl.float32)
-                scale = tl.reshape(scale, (1, TILE_N))
-                if x_scales is None:
-                    scale *= 256.0
-                else:
-                    scale = tl.load(x_scales + m * (tiles * ARRAYS) + first, mask=m < rows, other=0)[:, None] * scale
-                sums += product * scale
-
-    if x_scales is not None:
-        sums *= 256.0
+    x_scale_rows = None if x_scales is None else x_scales + m * (tl.cdiv(columns, COLUMNS) * (COLUMNS // ARRAY))
+    sums = tile_sums(
+        x_rows, x_scale_rows, m < rows, codes, selectors, scales, codebooks, n_tile, outputs, columns, arrays,
+        ARRAY, SELECTOR_BITS, STEP, SCALED_WEIGHT, TERMS, OPERAND, TILE_M, TILE_N,
+    )  # fmt: skip
     store_result(sums, m[:, None], n[None, :], rows, outputs, row_scales, weight_scale, bias, residual, out)
 
 

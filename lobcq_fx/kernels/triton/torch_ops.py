@@ -19,12 +19,14 @@ from lobcq_fx.kernels.triton.decode_gemm import MAX_ROWS, decode_gemm
 from lobcq_fx.kernels.triton.dequantize import dequantize
 from lobcq_fx.kernels.triton.encode import Packed, encode_rows
 from lobcq_fx.kernels.triton.encode_operand import encode_operand
+from lobcq_fx.kernels.triton.grouped_gemm import Groups, grouped_gemm
 from lobcq_fx.kernels.triton.lookup import TABLE_BYTES, Lookup
 from lobcq_fx.kernels.triton.operands import Activation, Epilogue, Linear
 from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
 from lobcq_fx.kernels.triton.prologues import AddRmsNorm, LayerNorm, Prologue, RmsNorm, SiluMul
 from lobcq_fx.kernels.triton.weight_layout import WeightTiles, weight_bytes
 from lobcq_fx.ops import schemas
+from lobcq_fx.ops.grouped_linear import StoredGroupedLinears, check_groups, result_shape
 from lobcq_fx.ops.linear import StoredLinears
 from lobcq_fx.ops.operand_checks import PrepackedSizes, check, check_whole_arrays
 from lobcq_fx.ops.schemas import NO_GRADIENT
@@ -119,7 +121,42 @@ def _scaled_entries(
     return dequantize(codes, selectors, scales, None, codebooks.contiguous(), spec, columns, torch.float32)
 
 
+def _groups_overload(name: str) -> Callable[..., Tensor]:
+    """The implementation of an overload of `lobcq::grouped_linear_prepacked`.
+
+    Rows that do not exist give NaN: to refuse them would wait for the GPU.
+    """
+    names = schemas.argument_names(name)
+
+    def run(*arguments: Any) -> Tensor:
+        given = dict(zip(names, arguments, strict=False))  # those left to their defaults are absent
+        check(name, given, _SIZES)
+        check_groups(name, given)
+        x, stack, size, rotated = given["x"], given["weights"], given["array_size"], given.get("rotated", False)
+        _refuse_gradients(x)
+        if rotated:
+            check_whole_arrays(name, "x", x, size)
+        rows, outputs = _rows(x), given["out_features"]
+        a = Activation(rows)
+        if "activation_tables" in given:
+            tables = given["activation_tables"]
+            lookup = None if tables is None else Lookup.from_bytes(tables)
+            encoded = FormatSpec(1 if lookup is None else lookup.codebooks.shape[0], size)
+            a = encode_operand(rows, lookup, encoded, given["static_scale"], size >= INTEGER_ARRAY, None, rotated)
+        codebooks = Lookup.from_bytes(given["weight_tables"]).codebooks
+        ends = given["offsets"]
+        if ends is None:
+            ends = torch.arange(1, stack.shape[0] + 1, dtype=torch.int32, device=x.device) * x.shape[1]
+        spec, dtype = FormatSpec(codebooks.shape[0], size), given.get("dtype", x.dtype)
+        groups = Groups(ends, given["rows"])
+        out = grouped_gemm(a, stack, given["tensor_scales"], groups, outputs, codebooks, spec, dtype)
+        return out.view(result_shape(given, outputs))
+
+    return run
+
+
 _STORED = StoredLinears(_scaled_entries)
+_STORED_GROUPS = StoredGroupedLinears(_scaled_entries)
 linear, linear_float_activation = _STORED.linear, _STORED.linear_float_activation
 linear_int8_activation = _STORED.linear_int8_activation
 
@@ -202,6 +239,13 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     schemas.LINEAR: linear,
     schemas.LINEAR_INT8_ACTIVATION: linear_int8_activation,
     schemas.LINEAR_FLOAT_ACTIVATION: linear_float_activation,
+    schemas.GROUPED_LINEAR: _STORED_GROUPS.grouped_linear,
+    schemas.GROUPED_LINEAR_INT8_ACTIVATION: _STORED_GROUPS.grouped_linear_int8_activation,
+    schemas.GROUPED_LINEAR_FLOAT_ACTIVATION: _STORED_GROUPS.grouped_linear_float_activation,
     **{name: _overload(name, prologue) for name, prologue in _PROLOGUES.items()},
+    **{
+        name: _groups_overload(name)
+        for name in (schemas.GROUPED_LINEAR_PREPACKED, schemas.GROUPED_LINEAR_PREPACKED_FLOAT_ACTIVATION)
+    },
 }
 """What CUDA tensors run, by op."""

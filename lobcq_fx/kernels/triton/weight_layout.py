@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -88,6 +89,8 @@ class CudaWeightLayout:
     It holds no state: models that carry it can be copied and pickled. No larger than what is stored, but for padding to
     16 rows and 128 columns.
     """
+
+    stacks: ClassVar[bool] = True
 
     def pack(self, parts: Parts, spec: FormatSpec, columns: int) -> Tensor:
         """The weight [N, columns] in kernel layout, uint8 [bytes].

@@ -21,6 +21,7 @@ ELEMENT_TYPES = {
     torch.float16: TensorProto.FLOAT16,
     torch.uint8: TensorProto.UINT8,
     torch.int8: TensorProto.INT8,
+    torch.int32: TensorProto.INT32,
     torch.int64: TensorProto.INT64,
     torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN,
 }

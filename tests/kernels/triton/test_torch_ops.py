@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lobcq_fx.ops
 from lobcq_fx.errors import LobcqError
-from lobcq_fx.format import FormatSpec, encode, universal_codebooks
+from lobcq_fx.format import EncodedStack, FormatSpec, encode, encode_stack, universal_codebooks
 from lobcq_fx.kernels.triton import torch_ops
 from lobcq_fx.kernels.triton.encode import encode_rows
 from lobcq_fx.kernels.triton.encode_operand import encode_operand
@@ -276,3 +276,63 @@ def test_a_static_scale_that_no_host_looks_at_gives_nan(bad: float) -> None:
     x = values(3, 100).to(DEVICE)
     assert encode_operand(x, lookup, FormatSpec(), scale).row_scales.isnan().all()
     assert encode_rows(x, lookup, FormatSpec(), scale)[3].isnan().all()
+
+
+GROUPED = schemas.GROUPED_LINEAR_PREPACKED
+GROUPED_ENDS = torch.tensor([1, 1, 4, 6], dtype=torch.int32)
+GROUPED_ROWS = torch.tensor([2, 0, 1, 0, 2, 1, 0])
+
+
+def laid_out_stack(columns: int, spec: FormatSpec, outputs: int = 20) -> tuple[EncodedStack, Tensor, Tensor]:
+    books = universal_codebooks(spec.num_codebooks)
+    weights = torch.randn(4, outputs, columns, generator=torch.Generator().manual_seed(3)) * 0.05
+    encoded = encode_stack(weights, spec, books)
+    packed = PackedWeight(encoded).to(DEVICE)
+    packed.repack(CudaWeightLayout())
+    return encoded, packed.prepacked, CudaWeightLayout().tables(books.to(DEVICE))
+
+
+@pytest.mark.parametrize("name", ["2x32", "8x64", "16x128"])
+@pytest.mark.parametrize("rows", [None, GROUPED_ROWS], ids=["in order", "gathered"])
+def test_groups(name: str, rows: Tensor | None) -> None:
+    """Against the ops on stored weights, which decode and leave the product to torch."""
+    spec = FormatSpec.from_name(name)
+    encoded, stack, tables = laid_out_stack(200, spec)
+    x = values(3 if rows is not None else 7, 200)
+    stored = (encoded.codes, encoded.selectors, encoded.scales, encoded.tensor_scale, encoded.codebooks)
+    given = (stack, encoded.tensor_scale.to(DEVICE), tables, GROUPED_ENDS.to(DEVICE))
+    given += (None if rows is None else rows.to(DEVICE), 20, spec.array_size)
+    tail = (GROUPED_ENDS, rows, 200, spec.array_size, torch.float32)
+    a = lobcq_fx.ops.quantize_activation(x, encoded.codebooks, spec.array_size)
+    expected = lobcq_fx.ops.grouped_linear(*a, encoded.codebooks, *stored, *tail)
+    actual = IMPLEMENTATIONS[GROUPED](x.to(DEVICE), tables, None, *given, torch.float32)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-4)
+    a = lobcq_fx.ops.quantize_activation_int8(x, spec.array_size)
+    expected = lobcq_fx.ops.grouped_linear_int8_activation(*a, *stored, *tail)
+    actual = IMPLEMENTATIONS[GROUPED](x.to(DEVICE), None, None, *given, torch.float32)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-4)
+    expected = lobcq_fx.ops.grouped_linear_float_activation(x, *stored, GROUPED_ENDS, rows, spec.array_size)
+    actual = IMPLEMENTATIONS[schemas.GROUPED_LINEAR_PREPACKED_FLOAT_ACTIVATION](x.to(DEVICE), *given)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_groups_of_one_size_and_rotated() -> None:
+    encoded, stack, tables = laid_out_stack(128, FormatSpec())
+    x = values(4, 3, 128).to(DEVICE)
+    rest = (20, 64, torch.bfloat16, True)
+    scales = encoded.tensor_scale.to(DEVICE)
+    out = IMPLEMENTATIONS[GROUPED](x, tables, None, stack, scales, tables, None, None, *rest)
+    assert out.shape == (4, 3, 20)
+    ends = torch.tensor([3, 6, 9, 12], dtype=torch.int32, device=DEVICE)
+    flat = lobcq_fx.ops.rotate(x.flatten(0, 1), 64)
+    one = IMPLEMENTATIONS[GROUPED](flat, tables, None, stack, scales, tables, ends, None, 20, 64, torch.bfloat16)
+    assert torch.equal(out.flatten(0, 1), one)
+
+
+def test_the_bytes_of_a_stack_come_back() -> None:
+    encoded, _, _ = laid_out_stack(200, FormatSpec(8, 128))
+    packed = PackedWeight(encoded).to(DEVICE)
+    packed.repack(CudaWeightLayout())
+    packed.restore()
+    for part in ("codes", "selectors", "scales", "tensor_scale"):
+        assert_same_bits(getattr(packed, part), getattr(encoded, part))

@@ -87,12 +87,13 @@ int32_t check_activation(const lobcq_activation* a) {
     return valid_shape(a->rows, a->columns) && aligned(a->data, kAlign) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
 }
 
-int32_t check_product(const lobcq_product& p, const lobcq_activation& a) {
+// `rows` of the activation's are multiplied.
+int32_t check_product(const lobcq_product& p, const lobcq_activation& a, int64_t rows) {
     if (!valid_tables(p.tables) || !valid_matrix(p.out) || (p.bias && !aligned(p.bias, 4)))
         return LOBCQ_INVALID_ARGUMENT;
     if (const int32_t status = check_packed_weight(p.weight)) return status;
     const bool fits = p.weight->columns == a.columns && p.weight->array_size == a.array_size &&
-                      p.weight->num_codebooks == as_tables(p.tables).num_codebooks && p.out->rows == a.rows &&
+                      p.weight->num_codebooks == as_tables(p.tables).num_codebooks && p.out->rows == rows &&
                       p.out->columns == p.weight->rows;
     return fits ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
 }
@@ -381,9 +382,37 @@ int32_t lobcq_linear(const lobcq_product* products, int64_t count, const lobcq_a
     if (count < 0 || (count > 0 && !products)) return LOBCQ_INVALID_ARGUMENT;
     if (const int32_t status = check_activation(activation)) return status;
     for (int64_t i = 0; i < count; ++i)
-        if (const int32_t status = check_product(products[i], *activation)) return status;
+        if (const int32_t status = check_product(products[i], *activation, activation->rows)) return status;
     const LinearGroup group{products, count, view(*activation)};
     return run(group.tasks(), group.grain(), parallel, [&](int64_t begin, int64_t end) { group.run(begin, end); });
+}
+
+int32_t lobcq_activation_gather(const lobcq_activation* from, const int64_t* rows, lobcq_activation* to,
+                                lobcq_parallel_for parallel) {
+    if (const int32_t status = check_activation(from)) return status;
+    if (const int32_t status = check_activation(to)) return status;
+    if (from->columns != to->columns || from->array_size != to->array_size || from->kind != to->kind ||
+        (to->rows > 0 && !aligned(rows, 8)))
+        return LOBCQ_INVALID_ARGUMENT;
+    for (int64_t i = 0; i < to->rows; ++i)
+        if (rows[i] < 0 || rows[i] >= from->rows) return LOBCQ_INVALID_ARGUMENT;
+    const ActivationView source = view(*from), a = view(*to);
+    return run(to->rows, row_grain(to->columns), parallel,
+               [&](int64_t begin, int64_t end) { gather_activation(source, rows, a, begin, end); });
+}
+
+int32_t lobcq_grouped_linear(const lobcq_product* products, const int64_t* first_rows, int64_t count,
+                             const lobcq_activation* activation, lobcq_parallel_for parallel) {
+    if (count < 0 || (count > 0 && (!products || !aligned(first_rows, 8)))) return LOBCQ_INVALID_ARGUMENT;
+    if (const int32_t status = check_activation(activation)) return status;
+    for (int64_t i = 0; i < count; ++i) {
+        const lobcq_matrix* out = products[i].out;
+        if (!out || first_rows[i] < 0 || out->rows > activation->rows || first_rows[i] > activation->rows - out->rows)
+            return LOBCQ_INVALID_ARGUMENT;
+        if (const int32_t status = check_product(products[i], *activation, out->rows)) return status;
+    }
+    const GroupedLinears group{products, first_rows, count, view(*activation)};
+    return run(group.cost(), group.grain(), parallel, [&](int64_t begin, int64_t end) { group.run(begin, end); });
 }
 
 int32_t lobcq_attend(const void* tables, const lobcq_attention* attention, lobcq_parallel_for parallel) {

@@ -176,6 +176,19 @@ void load_activation(const Tables& t, const lobcq_packed& packed, const Activati
     }
 }
 
+void gather_activation(const ActivationView& from, const int64_t* rows, const ActivationView& to, int64_t begin,
+                       int64_t end) {
+    const int64_t planes = to.planes, numbers = planes * to.arrays;
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t own = i * planes, other = rows[i] * planes;
+        std::memcpy(to.entries_at(own), from.entries_at(other), static_cast<size_t>(planes * to.stride));
+        std::memcpy(to.scales_at(own), from.scales_at(other), static_cast<size_t>(numbers) * sizeof(float));
+        std::memcpy(to.corrections_at(own), from.corrections_at(other),
+                    static_cast<size_t>(numbers * to.parts) * sizeof(int32_t));
+        to.row_scales[i] = from.row_scales[rows[i]];
+    }
+}
+
 void split_activation(const lobcq_matrix& x, const ActivationView& a, int64_t begin, int64_t end) {
     Slab slab;
     for (int64_t row = begin; row < end; ++row) {

@@ -18,10 +18,12 @@ uint32_t absmax_of_rows(const lobcq_matrix& x, int64_t begin, int64_t end);
 void encode_packed(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, bool search, const lobcq_packed& out,
                    int64_t begin, int64_t end);
 
-// Rows [begin, end) into an activation: encoded, from packed bytes, or split into digits.
+// Rows [begin, end) into an activation: encoded, from packed bytes, split into digits, or of another activation.
 void encode_activation(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, const float* tensor_scale,
                        bool rotated, const ActivationView& a, int64_t begin, int64_t end);
 void load_activation(const Tables& t, const lobcq_packed& packed, const ActivationView& a, int64_t begin, int64_t end);
+void gather_activation(const ActivationView& from, const int64_t* rows, const ActivationView& to, int64_t begin,
+                       int64_t end);
 void split_activation(const lobcq_matrix& x, const ActivationView& a, int64_t begin, int64_t end);
 
 // The same in int8.

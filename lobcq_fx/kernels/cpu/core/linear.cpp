@@ -8,6 +8,7 @@ constexpr int64_t kMaxBlockRows = 288;
 // Blocks of rows are multiples of this: whole micro-kernels (6 or 4 rows) and whole sets of planes (1, 3 or 4).
 constexpr int64_t kRowStep = 12;
 constexpr int64_t kMaxFusedRows = 8;
+constexpr int64_t kDecodeCost = 8;  // of a panel, in rows that are multiplied with it
 constexpr int64_t kGrainProducts = 1 << 18;  // below this a thread costs more than it saves
 
 }  // namespace
@@ -19,6 +20,11 @@ int64_t Linear::rows_per_block() const { return round_up(ceil_div(rows(), row_bl
 int64_t Linear::tasks() const {
     if (rows() == 0) return 0;
     return fused() ? w.panels : ceil_div(w.panels, kTilePanels) * row_blocks();
+}
+
+int64_t Linear::task_cost() const {
+    if (fused() || rows() == 0) return rows() + kDecodeCost;
+    return kTilePanels * (rows_per_block() + kDecodeCost);
 }
 
 void Linear::run(int64_t begin, int64_t end) const {
@@ -91,6 +97,26 @@ void LinearGroup::run(int64_t begin, int64_t end) const {
         const Linear linear(products[i], a);
         const int64_t last = first + linear.tasks();
         if (begin < last) linear.run(begin < first ? 0 : begin - first, (end < last ? end : last) - first);
+        first = last;
+    }
+}
+
+int64_t GroupedLinears::cost() const {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += linear(i).tasks() * linear(i).task_cost();
+    return sum;
+}
+
+int64_t GroupedLinears::grain() const {
+    return ceil_div(kGrainProducts, (a.arrays * a.array_size + 1) * kPanel);
+}
+
+void GroupedLinears::run(int64_t begin, int64_t end) const {
+    for (int64_t i = 0, first = 0; i < count && first < end; ++i) {
+        const Linear one = linear(i);
+        const int64_t cost = one.task_cost(), last = first + one.tasks() * cost;
+        if (begin < last)
+            one.run(begin < first ? 0 : ceil_div(begin - first, cost), ceil_div((end < last ? end : last) - first, cost));
         first = last;
     }
 }

@@ -20,6 +20,7 @@ struct Linear {
           bias(p.bias), out(*p.out) {}
 
     int64_t tasks() const;
+    int64_t task_cost() const;  // about that of multiplying so many rows, planes counted, with a panel
     void run(int64_t begin, int64_t end) const;
 
   private:
@@ -41,6 +42,22 @@ struct LinearGroup {
     int64_t tasks() const;
     int64_t grain() const;  // how many tasks are worth a thread
     void run(int64_t begin, int64_t end) const;
+};
+
+// Products of rows of their own of one activation. Some have one row and some have hundreds, so that what threads share
+// is counted in costs, not in tasks: a thread runs the tasks that start in its range of the whole.
+struct GroupedLinears {
+    const lobcq_product* products;
+    const int64_t* first_rows;
+    int64_t count;
+    ActivationView a;
+
+    int64_t cost() const;
+    int64_t grain() const;  // how much of the cost is worth a thread
+    void run(int64_t begin, int64_t end) const;
+
+  private:
+    Linear linear(int64_t i) const { return Linear(products[i], a.part(first_rows[i], products[i].out->rows)); }
 };
 
 }  // namespace lobcq

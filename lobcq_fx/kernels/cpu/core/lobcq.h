@@ -32,7 +32,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a declaration in this header changes its meaning. */
-#define LOBCQ_ABI_VERSION 6
+#define LOBCQ_ABI_VERSION 7
 
 enum lobcq_status {
     LOBCQ_OK = 0,
@@ -234,6 +234,16 @@ typedef struct {
  * weight and nothing else: its bits are the same for any M, N, company and number of threads. */
 LOBCQ_API int32_t lobcq_linear(const lobcq_product* products, int64_t count, const lobcq_activation* activation,
                                lobcq_parallel_for parallel);
+
+/* Rows of an activation in another order, or more than once: row i of `to` is row rows[i] of `from`, which has the same
+ * columns, array_size and kind. LOBCQ_INVALID_ARGUMENT: one of the rows does not exist. */
+LOBCQ_API int32_t lobcq_activation_gather(const lobcq_activation* from, const int64_t* rows, lobcq_activation* to,
+                                          lobcq_parallel_for parallel);
+
+/* `count` linears, each of its own rows of one activation, as one parallel loop: product i has out->rows rows, from row
+ * first_rows[i] of the activation on. What holds of lobcq_linear's bits holds here. */
+LOBCQ_API int32_t lobcq_grouped_linear(const lobcq_product* products, const int64_t* first_rows, int64_t count,
+                                       const lobcq_activation* activation, lobcq_parallel_for parallel);
 
 enum lobcq_mask { LOBCQ_NO_MASK = 0, LOBCQ_BOOL_MASK = 1 /* uint8, 0: not looked at */, LOBCQ_ADDED_MASK = 2 /* fp32 */ };
 

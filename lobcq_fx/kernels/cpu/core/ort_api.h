@@ -21,7 +21,7 @@ struct KernelContext;  // a call of a kernel
 struct CustomOp;
 
 enum ErrorCode : int32_t { kFail = 1, kInvalidArgument = 2 };
-enum ElementType : int32_t { kFloat = 1, kUint8 = 2, kInt8 = 3, kFloat16 = 10, kBfloat16 = 16, kFloat8E4M3FN = 17 };
+enum ElementType : int32_t { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16, kFloat8E4M3FN = 17 };
 enum Characteristic : int32_t { kRequired = 0, kOptional = 1 };
 
 // Numbers are positions in OrtApi; what lies between is not used.

@@ -3,65 +3,16 @@
 #include <cmath>
 #include <optional>
 
-#include "ort_weight.h"
+#include "ort_grouped.h"
+#include "ort_product.h"
 
 namespace lobcq::ort {
 namespace {
-
-int32_t checked_array_size(const Node& node, const char* name, int64_t size) {
-    if (size != 16 && size != 32 && size != 64 && size != 128)
-        node.refuse(std::string(name) + " is " + std::to_string(size) + ", not 16, 32, 64 or 128");
-    return static_cast<int32_t>(size);
-}
-
-int32_t array_size_of(const Node& node, const KernelInfo* info) {
-    return checked_array_size(node, "array_size", node.attribute(info, "array_size"));
-}
-
-// L_A of the activation, in which the product is computed; that of the weight, a multiple of it, where it is not given.
-int32_t kernel_array_size_of(const Node& node, const KernelInfo* info) {
-    constexpr const char* kName = "activation_array_size";
-    const int32_t of_weight = array_size_of(node, info);
-    const int32_t size = checked_array_size(node, kName, node.attribute(info, kName, of_weight));
-    if (size > of_weight) node.refuse("activation_array_size is larger than array_size");
-    return size;
-}
-
-int32_t dtype_of(ElementType type) {
-    return type == kFloat ? LOBCQ_FP32 : type == kBfloat16 ? LOBCQ_BF16 : LOBCQ_FP16;
-}
-
-// Of a tensor [..., columns].
-Shape leading_of(const Node& node, size_t index, const Tensor& tensor) {
-    if (tensor.shape.empty()) node.refuse(std::string(node.name(index)) + " has no dimension");
-    return Shape(tensor.shape.begin(), tensor.shape.end() - 1);
-}
-
-Shape with(Shape leading, int64_t last) {
-    leading.push_back(last);
-    return leading;
-}
 
 float scalar(const Node& node, size_t index, const Tensor& tensor) {
     if (elements(tensor.shape) != 1) node.check_shape(index, tensor, {});
     return *tensor.as<const float>();
 }
-
-// An activation in kernel layout, for one call.
-struct Activation {
-    Buffer data;
-    lobcq_activation view;
-
-    Activation(const Node& node, int64_t rows, int64_t columns, int32_t array_size, int32_t kind)
-        : data(bytes(node, rows, columns, array_size, kind)), view{data.data(), rows, columns, array_size, kind} {}
-
-  private:
-    static int64_t bytes(const Node& node, int64_t rows, int64_t columns, int32_t array_size, int32_t kind) {
-        const int64_t count = lobcq_activation_bytes(rows, columns, array_size, kind);
-        if (count < 0) node.refuse("the activation is too large");
-        return count;
-    }
-};
 
 // What both encoders have in common.
 class Encoder : public Kernel {
@@ -183,7 +134,7 @@ class Product : public Kernel {
         release_constants(node_, at_);
     }
 
-    void multiply(const Call& call, const Activation& a, const Shape& leading, ElementType type) const;
+    void multiply(const Call& call, const Activation& a, ElementType type) const;
 
     Node node_;
     int32_t array_size_;  // that the product is computed in
@@ -198,30 +149,19 @@ class Product : public Kernel {
     std::optional<Weight> weight_;  // none where it is not constant
 };
 
-void Product::multiply(const Call& call, const Activation& a, const Shape& leading, ElementType type) const {
+void Product::multiply(const Call& call, const Activation& a, ElementType type) const {
     std::optional<Weight> of_call;
     if (!weight_) of_call = repacked([&](size_t index) { return call.input(index); });
     const Weight& w = weight_ ? *weight_ : *of_call;
     const int64_t columns = a.view.columns;
-    if (array_size_ != weight_array_size_ && columns % weight_array_size_)
-        node_.refuse("in_features is " + std::to_string(columns) +
-                     ", no multiple of array_size, as arrays of two sizes need");
-    if (round_up(columns, array_size_) != w.padded_columns)
-        node_.refuse("the weight has rows of " + std::to_string(w.padded_columns) + " scalars, the activation of " +
-                     std::to_string(columns) + ", filled up to a multiple of array_size");
+    check_columns(node_, w, columns, array_size_, weight_array_size_);
     const Tensor bias = call.input(at_.bias());
     if (bias) node_.check_shape(at_.bias(), bias, {w.outputs});
     const float scale = scalar(node_, at_.tensor_scale(), call.input(at_.tensor_scale()));
     const lobcq_weight weight{w.data.data(), w.outputs, columns, w.tables->num_codebooks, array_size_};
-    const lobcq_matrix out{call.output(0, with(leading, w.outputs)), a.view.rows, w.outputs, w.outputs, dtype_of(type)};
+    const lobcq_matrix out{call.output(0, with(a.leading, w.outputs)), a.view.rows, w.outputs, w.outputs, dtype_of(type)};
     const lobcq_product product{w.tables.get(), &weight, scale, bias.as<const float>(), &out};
     node_.check_core(lobcq_linear(&product, 1, &a.view, parallel_for), "the product");
-}
-
-int64_t in_features_of(const Node& node, const KernelInfo* info) {
-    const int64_t features = node.attribute(info, "in_features");
-    if (features < 0) node.refuse("in_features is " + std::to_string(features));
-    return features;
 }
 
 class Linear : public Product {
@@ -234,7 +174,7 @@ class Linear : public Product {
     void compute(KernelContext* context) const override;
 
   private:
-    enum { kCodes, kSelectors, kScales, kTensorScale, kCodebooks, kWeight };
+    enum { kCodebooks = 4, kWeight };  // behind codes, selectors, scales and tensor_scale
 
     int64_t in_features_;
     SharedTables tables_;  // of the activation; null where its codebooks are not constant
@@ -242,21 +182,8 @@ class Linear : public Product {
 
 void Linear::compute(KernelContext* context) const {
     const Call call(node_, context);
-    const Tensor codes = call.input(kCodes), selectors = call.input(kSelectors), scales = call.input(kScales),
-                 tensor_scale = call.input(kTensorScale);
     const SharedTables tables = tables_ ? tables_ : tables_of(node_, kCodebooks, call.input(kCodebooks));
-    const Shape leading = leading_of(node_, kCodes, codes);
-    const int64_t rows = elements(leading);
-    Activation activation(node_, rows, in_features_, array_size_, LOBCQ_ENCODED);
-    const PackedRow row(in_features_, tables->num_codebooks, array_size_);
-    node_.check_shape(kCodes, codes, with(leading, row.codes));
-    node_.check_shape(kSelectors, selectors, with(leading, row.selectors));
-    node_.check_shape(kScales, scales, with(leading, row.scales));
-    node_.check_shape(kTensorScale, tensor_scale, with(leading, 1));
-    const lobcq_packed packed{codes.as<uint8_t>(), selectors.as<uint8_t>(), scales.as<uint8_t>(),
-                              tensor_scale.as<float>(), rows, rows, in_features_, tables->num_codebooks, array_size_};
-    node_.check_core(lobcq_activation_load(tables.get(), &packed, &activation.view, parallel_for), "the activation");
-    multiply(call, activation, leading, kFloat);
+    multiply(call, encoded_activation(node_, call, *tables, in_features_, array_size_), kFloat);
 }
 
 class LinearInt8Activation : public Product {
@@ -266,23 +193,11 @@ class LinearInt8Activation : public Product {
 
     void compute(KernelContext* context) const override {
         const Call call(node_, context);
-        const Tensor entries = call.input(kEntries), scales = call.input(kScales),
-                     tensor_scale = call.input(kTensorScale);
-        const Shape leading = leading_of(node_, kEntries, entries);
-        const int64_t rows = elements(leading);
-        Activation activation(node_, rows, in_features_, array_size_, LOBCQ_INT8);
-        const int64_t padded = round_up(in_features_, array_size_);
-        node_.check_shape(kEntries, entries, with(leading, padded));
-        node_.check_shape(kScales, scales, with(leading, padded / array_size_));
-        node_.check_shape(kTensorScale, tensor_scale, with(leading, 1));
-        const lobcq_int8 operand{entries.as<int8_t>(), scales.as<uint8_t>(), tensor_scale.as<float>(), rows, rows,
-                                 in_features_, array_size_};
-        node_.check_core(lobcq_activation_load_int8(&operand, &activation.view, parallel_for), "the activation");
-        multiply(call, activation, leading, kFloat);
+        multiply(call, int8_activation(node_, call, in_features_, array_size_), kFloat);
     }
 
   private:
-    enum { kEntries, kScales, kTensorScale, kWeight };
+    enum { kWeight = 3 };  // behind entries, scales and tensor_scale
 
     int64_t in_features_;
 };
@@ -294,18 +209,19 @@ class LinearFloatActivation : public Product {
 
     void compute(KernelContext* context) const override {
         const Call call(node_, context);
-        const Tensor x = call.input(kX);
-        const Shape leading = leading_of(node_, kX, x);
-        const int64_t rows = elements(leading), columns = x.shape.back();
-        Activation activation(node_, rows, columns, array_size_, LOBCQ_FLOAT);
-        const lobcq_matrix matrix{x.data, rows, columns, columns, dtype_of(x.type)};
-        node_.check_core(lobcq_activation_split(&matrix, &activation.view, parallel_for), "x");
-        multiply(call, activation, leading, x.type);
+        multiply(call, float_activation(node_, call, array_size_), call.input(kX).type);
     }
 
   private:
     enum { kX, kWeight };
 };
+
+// The inputs of a linear of groups: where they end, and which rows they are of, in place of the bias.
+std::vector<Port> grouped(std::vector<Port> linear) {
+    linear.back() = {"ends", kInt32};
+    linear.push_back({"rows", kInt64});
+    return linear;
+}
 
 template <class K>
 std::unique_ptr<Kernel> create(const Signature& op, const Api& api, const KernelInfo* info) {
@@ -339,6 +255,9 @@ std::vector<Signature> signatures() {
         {"Linear", linear, {y}, create<Linear>},
         {"LinearInt8Activation", int8_activation, {y}, create<LinearInt8Activation>},
         {"LinearFloatActivation", float_activation, {y_like_x}, create<LinearFloatActivation>},
+        {"GroupedLinear", grouped(linear), {y}, create_grouped_linear},
+        {"GroupedLinearInt8Activation", grouped(int8_activation), {y}, create_grouped_linear_int8_activation},
+        {"GroupedLinearFloatActivation", grouped(float_activation), {y_like_x}, create_grouped_linear_float_activation},
     };
 }
 

@@ -81,6 +81,28 @@ Weight repack(const Node& node, const WeightInputs& at, int32_t array_size, int3
     return weight;
 }
 
+std::vector<Weight> repack_stack(const Node& node, const WeightInputs& at, int32_t array_size, int32_t kernel_array_size,
+                                 const std::function<Tensor(size_t)>& input) {
+    const Shape shape = input(at.codes).shape;
+    if (shape.size() != 3) node.refuse("w_codes has the shape " + to_string(shape) + ", not [E, N, Kp/2]");
+    for (const size_t index : {at.selectors(), at.scales()}) {
+        const Tensor part = input(index);
+        if (part.shape.size() != 3 || part.shape[0] != shape[0])
+            node.refuse(std::string(node.name(index)) + " has the shape " + to_string(part.shape) + ", w_codes " +
+                        to_string(shape));
+    }
+    std::vector<Weight> weights;
+    for (int64_t matrix = 0; matrix < shape[0]; ++matrix)
+        weights.push_back(repack(node, at, array_size, kernel_array_size, [&](size_t index) {
+            Tensor part = input(index);
+            if (index == at.codebooks()) return part;
+            part.shape.erase(part.shape.begin());  // all parts have elements of one byte
+            part.data = part.as<uint8_t>() + matrix * elements(part.shape);
+            return part;
+        }));
+    return weights;
+}
+
 void release_constants([[maybe_unused]] const Node& node, [[maybe_unused]] const WeightInputs& at) {
 #if defined(__linux__)
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));

@@ -39,6 +39,8 @@ struct WeightInputs {
     size_t tensor_scale() const { return codes + 3; }
     size_t codebooks() const { return codes + 4; }
     size_t bias() const { return codes + 5; }
+    size_t ends() const { return codes + 5; }  // of the groups of a stack, which have no bias
+    size_t rows() const { return codes + 6; }
 
     bool all_constant(const Node& node) const;
 };
@@ -55,6 +57,10 @@ struct Weight {
 // multiply in shorter arrays than those of the weight.
 Weight repack(const Node& node, const WeightInputs& at, int32_t array_size, int32_t kernel_array_size,
               const std::function<Tensor(size_t)>& input);
+
+// The same of each matrix of a stack, whose parts have E as their first dimension.
+std::vector<Weight> repack_stack(const Node& node, const WeightInputs& at, int32_t array_size, int32_t kernel_array_size,
+                                 const std::function<Tensor(size_t)>& input);
 
 // Gives the pages of a weight's constant parts back to the system where they are a file's: ONNX Runtime maps external
 // data into memory and keeps it so, though nothing reads it again. Whatever does gets the same bytes.

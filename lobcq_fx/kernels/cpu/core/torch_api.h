@@ -47,6 +47,8 @@ struct Api {
     int32_t (*aoti_torch_dtype_bfloat16)();
     int32_t (*aoti_torch_dtype_float16)();
     int32_t (*aoti_torch_dtype_uint8)();
+    int32_t (*aoti_torch_dtype_int32)();
+    int32_t (*aoti_torch_dtype_int64)();
     int32_t (*aoti_torch_device_type_cpu)();
     int32_t (*torch_delete_stable_ivalue)(Value* value);  // since 2.13; null before: C++ `delete`
     lobcq_parallel_for torch_parallel_for;

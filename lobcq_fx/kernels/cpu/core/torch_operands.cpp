@@ -4,7 +4,8 @@ namespace lobcq::torch {
 namespace {
 
 int64_t element_size(int32_t torch_dtype) {
-    if (torch_dtype == api.aoti_torch_dtype_float32()) return 4;
+    if (torch_dtype == api.aoti_torch_dtype_float32() || torch_dtype == api.aoti_torch_dtype_int32()) return 4;
+    if (torch_dtype == api.aoti_torch_dtype_int64()) return 8;
     return torch_dtype == api.aoti_torch_dtype_uint8() ? 1 : 2;
 }
 
@@ -13,6 +14,8 @@ bool has_dtype(Dtypes dtypes, int32_t torch_dtype) {
         case Dtypes::kFloats: return float_dtype(torch_dtype) >= 0;
         case Dtypes::kFloat32: return torch_dtype == api.aoti_torch_dtype_float32();
         case Dtypes::kUint8: return torch_dtype == api.aoti_torch_dtype_uint8();
+        case Dtypes::kInt32: return torch_dtype == api.aoti_torch_dtype_int32();
+        case Dtypes::kInt64: return torch_dtype == api.aoti_torch_dtype_int64();
     }
     return false;
 }
@@ -22,6 +25,8 @@ const char* names_of(Dtypes dtypes) {
         case Dtypes::kFloats: return "float32 or bfloat16 or float16";
         case Dtypes::kFloat32: return "float32";
         case Dtypes::kUint8: return "uint8";
+        case Dtypes::kInt32: return "int32";
+        case Dtypes::kInt64: return "int64";
     }
     return "";
 }
@@ -44,13 +49,14 @@ bool holds(const Tensor& operand, int64_t elements) {
 }
 
 std::string expected_of(const Contract& contract, int64_t elements) {
-    const std::string shape = contract.rank == 0 ? "[]" : to_string(std::vector<int64_t>{elements});
+    std::string shape = contract.rank == 0 ? "[]" : to_string(std::vector<int64_t>{elements});
+    if (contract.rank == 2) shape = "[E, bytes] of " + std::to_string(elements) + " elements";
     return std::string("contiguous ") + names_of(contract.dtypes) + " " + shape;
 }
 
 }  // namespace
 
-void refuse(const std::string& what) { throw std::runtime_error("lobcq::linear_prepacked: " + what); }
+void refuse(const std::string& what) { throw Refusal(what); }
 
 void require(const Contract& contract, const Tensor& operand, int64_t elements, int index) {
     const bool counted = operand.dim() == contract.rank && operand.numel() == elements;

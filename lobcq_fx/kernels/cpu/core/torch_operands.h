@@ -1,4 +1,4 @@
-// What the operands of lobcq::linear_prepacked have to be: as in lobcq_fx/ops/contracts.py. The core is given
+// What the operands of the prepacked linears have to be: as in lobcq_fx/ops/contracts.py. The core is given
 // addresses alone, so that whatever passes here is read and multiplied.
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace lobcq::torch {
 
-enum class Dtypes { kFloats, kFloat32, kUint8 };  // kFloats: fp32, bf16 or fp16
+enum class Dtypes { kFloats, kFloat32, kUint8, kInt32, kInt64 };  // kFloats: fp32, bf16 or fp16
 
 // One row of the table.
 struct Contract {
@@ -24,9 +24,29 @@ constexpr Contract kTensorScales{"tensor_scales", Dtypes::kFloat32, 0, ""};
 constexpr Contract kWeightTables{"weight_tables", Dtypes::kUint8, 1, ": tables are what this core makes"};
 constexpr Contract kBiases{"biases", Dtypes::kFloats, 1, ""};
 
+constexpr Contract kStack{"weights", Dtypes::kUint8, 2, ": it was packed for another shape or format"};
+constexpr Contract kStackScales{"tensor_scales", Dtypes::kFloat32, 1, ""};
+constexpr Contract kOffsets{"offsets", Dtypes::kInt32, 1, ""};
+constexpr Contract kRows{"rows", Dtypes::kInt64, 1, ""};
+
 constexpr int kAlone = -1;  // the index of an operand that is in no list
 
+// What is refused, until it is known by which op.
+struct Refusal : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
 [[noreturn]] void refuse(const std::string& what);
+
+// Runs an op's body; what that refuses, it refuses in the op's name.
+template <class Body>
+void in_op(const char* name, const Body& body) {
+    try {
+        body();
+    } catch (const Refusal& refusal) {
+        throw std::runtime_error(std::string(name) + ": " + refusal.what());
+    }
+}
 
 // Refuses an operand that breaks its contract, has not `elements`, or whose storage ends before its last element. Its
 // device is the dispatcher's business: a tensor of another one takes the call to that one's kernel.

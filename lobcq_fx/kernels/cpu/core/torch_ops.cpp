@@ -1,42 +1,22 @@
 // lobcq::linear_prepacked and lobcq::linear_prepacked.float_activation for CPU tensors.
 #include <dlfcn.h>
 
-#include <cmath>
-
 #include "half.h"
-#include "layout.h"
 #include "lobcq_torch.h"
-#include "torch_operands.h"
+#include "torch_activation.h"
+#include "torch_grouped.h"
 
 namespace lobcq::torch {
 namespace {
 
-void check_core(int32_t status) {
-    if (status) refuse(lobcq_status_text(status));
-}
-
-bool aligned(const void* data, uintptr_t to) { return reinterpret_cast<uintptr_t>(data) % to == 0; }
-
-// The stable interface has no requires_grad. A view of a tensor that requires a gradient is no leaf.
-bool requires_grad(const Tensor& x) {
-    if (!api.aoti_torch_grad_mode_is_enabled()) return false;
-    Value stack[1] = {x.another().release()};
-    check(api.torch_call_dispatcher("aten::alias", "", stack, kVersion), "aten::alias");
-    check(api.torch_call_dispatcher("aten::is_leaf", "", stack, kVersion), "aten::is_leaf");
-    return (stack[0] & 1) == 0;
-}
-
 // A call's arguments; see lobcq_fx/ops/linear_prepacked.py.
 struct Call {
-    Tensor x, activation_tables, static_scale;
-    int32_t kind = LOBCQ_FLOAT;  // what the activation is multiplied as
+    FloatActivation activation;
     std::vector<Tensor> weights, tensor_scales;
     Tensor weight_tables;
     std::vector<Tensor> biases;
     std::vector<int64_t> out_features;
-    int64_t array_size = 0;
     int32_t dtype = 0;  // torch's number
-    bool rotated = false;
 
     // Takes what follows the activation's arguments.
     void take_rest(const Value* stack) {
@@ -45,106 +25,22 @@ struct Call {
         weight_tables = Tensor(stack[2]);
         biases = take_tensors(stack[3]);
         out_features = take_integers(stack[4]);
-        array_size = static_cast<int64_t>(stack[5]);
+        activation.array_size = static_cast<int64_t>(stack[5]);
     }
 
     std::vector<Tensor> run();
 
   private:
     void check_operands() const;
-    int32_t narrow_array_size() const { return static_cast<int32_t>(array_size); }  // once it is checked
-    int64_t activation_bytes(int64_t rows, int64_t columns) const {
-        return lobcq_activation_bytes(rows, columns, narrow_array_size(), kind);
-    }
-    lobcq_matrix rows();
     lobcq_weight weight(size_t index, int64_t columns, int32_t codebooks) const;
-    Tensor encoded(const lobcq_matrix& rows, lobcq_activation* activation) const;
 };
 
-// All leading dimensions step as one, so that the tensor is a matrix as it lies.
-bool is_matrix(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
-    if (sizes.back() > 1 && strides.back() != 1) return false;
-    int64_t next = 0;  // of the dimension further in, its size times its stride; 0 before the first
-    for (size_t i = sizes.size() - 1; i-- > 0;) {
-        if (sizes[i] == 1) continue;
-        if (next ? strides[i] != next : strides[i] < sizes.back()) return false;
-        next = strides[i] * sizes[i];
-    }
-    return true;
-}
-
-Tensor contiguous(Tensor x) {
-    Value stack[2] = {x.release(), 0};  // 0: the contiguous memory format
-    check(api.torch_call_dispatcher("aten::contiguous", "", stack, kVersion), "aten::contiguous");
-    return Tensor(stack[0]);
-}
-
-// The same elements where `align` bytes divide their address: a compiled program's constants, say, start anywhere.
-Tensor realigned(Tensor x, uintptr_t align) {
-    if (aligned(x.data<void>(), align)) return x;
-    Value stack[2] = {x.release(), 0};  // 0: no memory format, that of x
-    check(api.torch_call_dispatcher("aten::clone", "", stack, kVersion), "aten::clone");
-    return Tensor(stack[0]);
-}
-
-// x as a matrix, copied where its strides are none of a matrix.
-lobcq_matrix Call::rows() {
-    const std::vector<int64_t> sizes = x.sizes();
-    const int64_t columns = sizes.back();
-    int64_t count = 1;
-    for (size_t i = sizes.size() - 1; i-- > 0;) count *= sizes[i];
-    if (activation_bytes(count, columns) < 0) refuse("x is " + to_string(sizes) + ": too large");
-    if (rotated && columns % array_size)
-        refuse("x has " + std::to_string(columns) + " columns: pass whole block arrays, multiples of " +
-               std::to_string(array_size));
-    if (!is_matrix(sizes, x.strides())) x = contiguous(std::move(x));
-    x = realigned(std::move(x), float_dtype(x.dtype()) == LOBCQ_FP32 ? 4 : 2);
-    const std::vector<int64_t> strides = x.strides();
-    int64_t stride = columns;  // that of the innermost dimension which has more than one row
-    for (size_t i = sizes.size() - 1; i-- > 0 && count > 1;)
-        if (sizes[i] != 1) {
-            stride = strides[i];
-            break;
-        }
-    return {x.data<void>(), count, columns, stride, float_dtype(x.dtype())};
-}
-
-// Fills in the activation; its memory lives as long as the result.
-Tensor Call::encoded(const lobcq_matrix& rows, lobcq_activation* activation) const {
-    Tensor buffer = Tensor::empty({activation_bytes(rows.rows, rows.columns)}, api.aoti_torch_dtype_uint8());
-    *activation = {buffer.data<void>(), rows.rows, rows.columns, narrow_array_size(), kind};
-    if (kind == LOBCQ_FLOAT) {
-        check_core(lobcq_activation_split(&rows, activation, api.torch_parallel_for));
-        return buffer;
-    }
-    const void* tables = kind == LOBCQ_ENCODED ? activation_tables.data<void>() : nullptr;
-    if (tables && lobcq_tables_codebooks(tables) < 0) refuse("activation_tables are not what this core makes of codebooks");
-    if (!static_scale) {
-        check_core(lobcq_activation_encode(tables, &rows, LOBCQ_ABSMAX_SCALES, nullptr, rotated, activation,
-                                           api.torch_parallel_for));
-        return buffer;
-    }
-    const auto scale = static_scale.first<float>();
-    if (!(scale > 0 && std::isfinite(scale)))
-        refuse("static_scale is " + std::to_string(scale) + ": it must be positive and finite");
-    // Given for each row, the rule that makes NaN of a whole row with NaN or infinity in it.
-    const std::vector<float> scales(static_cast<size_t>(rows.rows), scale);
-    check_core(lobcq_activation_encode(tables, &rows, LOBCQ_ROW_SCALES, scales.data(), rotated, activation,
-                                       api.torch_parallel_for));
-    return buffer;
-}
-
 void Call::check_operands() const {
-    if (requires_grad(x)) refuse("the lobcq:: ops are inference only and have no gradient");
     const size_t count = weights.size();
     if (tensor_scales.size() != count || biases.size() != count || out_features.size() != count)
         refuse("weights, tensor_scales, biases and out_features differ in length");
-    if (array_size != 16 && array_size != 32 && array_size != 64 && array_size != 128)
-        refuse("array_size is " + std::to_string(array_size) + ": pass 16, 32, 64 or 128");
-    require_activation(x);
+    activation.check_operands();
     if (float_dtype(dtype) < 0) refuse("dtype is " + dtype_name(dtype) + ": pass float32 or bfloat16 or float16");
-    if (activation_tables) require(kActivationTables, activation_tables, lobcq_tables_bytes());
-    if (static_scale) require(kStaticScale, static_scale, 1);
     require(kWeightTables, weight_tables, lobcq_tables_bytes());
 }
 
@@ -166,45 +62,35 @@ const float* float_bias(const Tensor& bias, int64_t outputs, int index, std::vec
     return buffer->data();
 }
 
-std::string target_of(const WeightStamp& stamp) {
-    return to_string({stamp.rows, stamp.columns}) + " in " + std::to_string(stamp.num_codebooks) + "x" +
-           std::to_string(stamp.array_size);
-}
-
 // Weight `index` [rows, columns] of the call.
 lobcq_weight Call::weight(size_t index, int64_t columns, int32_t codebooks) const {
     const int64_t rows = out_features[index];
     const int at = static_cast<int>(index);
-    const int64_t bytes = lobcq_weight_bytes(rows, columns, codebooks, narrow_array_size());
+    const int64_t bytes = lobcq_weight_bytes(rows, columns, codebooks, activation.narrow_array_size());
     if (bytes < 0) refuse("out_features[" + std::to_string(at) + "] is " + std::to_string(rows) + ": no weight's");
     require(kWeights, weights[index], bytes, at);
-    const lobcq_weight weight{weights[index].data<void>(), rows, columns, codebooks, narrow_array_size()};
-    const WeightStamp stamp = WeightView(weight).stamp(), expected = stamp_of(weight);
-    if (stamp.magic != expected.magic) refuse("weights[" + std::to_string(at) + "] was not packed by this core");
-    if (stamp != expected)
-        refuse("weights[" + std::to_string(at) + "] was packed for another shape or format: " + target_of(stamp) +
-               ", this call reads " + target_of(expected));
+    const lobcq_weight weight{weights[index].data<void>(), rows, columns, codebooks, activation.narrow_array_size()};
+    require_packed_for(weight, at);
     return weight;
 }
 
 std::vector<Tensor> Call::run() {
     check_operands();
     weight_tables = realigned(std::move(weight_tables), kAlign);
-    if (activation_tables) activation_tables = realigned(std::move(activation_tables), kAlign);
     const auto* tables = weight_tables.data<void>();
     const int32_t codebooks = lobcq_tables_codebooks(tables);
     if (codebooks < 0) refuse("weight_tables are not what this core makes of codebooks");
-    const lobcq_matrix matrix = rows();
+    const lobcq_matrix matrix = activation.rows();
     const size_t count = weights.size();
     std::vector<lobcq_weight> kernel_weights(count);
     for (size_t i = 0; i < count; ++i) kernel_weights[i] = weight(i, matrix.columns, codebooks);
-    lobcq_activation activation;
-    const Tensor buffer = encoded(matrix, &activation);
+    lobcq_activation encoded;
+    const Tensor buffer = activation.encoded(matrix, &encoded);
     std::vector<Tensor> outputs;
     std::vector<lobcq_matrix> matrices(count);
     std::vector<std::vector<float>> bias_buffers(count);
     std::vector<lobcq_product> products(count);
-    std::vector<int64_t> sizes = x.sizes();
+    std::vector<int64_t> sizes = activation.x.sizes();
     for (size_t i = 0; i < count; ++i) {
         const int at = static_cast<int>(i);
         const int64_t n = sizes.back() = out_features[i];
@@ -215,28 +101,29 @@ std::vector<Tensor> Call::run() {
         matrices[i] = {outputs[i].data<void>(), matrix.rows, n, n, float_dtype(dtype)};
         products[i] = {tables, &kernel_weights[i], tensor_scales[i].first<float>(), bias, &matrices[i]};
     }
-    check_core(lobcq_linear(products.data(), static_cast<int64_t>(count), &activation, api.torch_parallel_for));
+    check_core(lobcq_linear(products.data(), static_cast<int64_t>(count), &encoded, api.torch_parallel_for));
     return outputs;
 }
 
 void linear_prepacked(Value* stack, uint64_t, uint64_t) {
-    Call call;
-    call.x = Tensor(stack[0]);
-    call.activation_tables = take_optional_tensor(stack[1]);
-    call.kind = call.activation_tables ? LOBCQ_ENCODED : LOBCQ_INT8;
-    call.static_scale = take_optional_tensor(stack[2]);
-    call.take_rest(stack + 3);
-    call.dtype = static_cast<int32_t>(stack[9]);
-    call.rotated = stack[10] & 1;  // a bool: only its byte is written
-    stack[0] = give_tensors(call.run());
+    in_op("lobcq::linear_prepacked", [stack] {
+        Call call;
+        call.activation.take(stack);
+        call.take_rest(stack + 3);
+        call.dtype = static_cast<int32_t>(stack[9]);
+        call.activation.rotated = stack[10] & 1;  // a bool: only its byte is written
+        stack[0] = give_tensors(call.run());
+    });
 }
 
 void linear_prepacked_float_activation(Value* stack, uint64_t, uint64_t) {
-    Call call;
-    call.x = Tensor(stack[0]);
-    call.take_rest(stack + 1);
-    call.dtype = call.x.dtype();
-    stack[0] = give_tensors(call.run());
+    in_op("lobcq::linear_prepacked", [stack] {
+        Call call;
+        call.activation.x = Tensor(stack[0]);
+        call.take_rest(stack + 1);
+        call.dtype = call.activation.x.dtype();
+        stack[0] = give_tensors(call.run());
+    });
 }
 
 template <class Function>
@@ -260,6 +147,7 @@ bool find_all(void* torch) {
            LOBCQ_FIND(torch_list_get_item) && LOBCQ_FIND(torch_list_push_back) && LOBCQ_FIND(torch_delete_list) &&
            LOBCQ_FIND(aoti_torch_dtype_float32) && LOBCQ_FIND(aoti_torch_dtype_bfloat16) &&
            LOBCQ_FIND(aoti_torch_dtype_float16) && LOBCQ_FIND(aoti_torch_dtype_uint8) &&
+           LOBCQ_FIND(aoti_torch_dtype_int32) && LOBCQ_FIND(aoti_torch_dtype_int64) &&
            LOBCQ_FIND(aoti_torch_device_type_cpu) && LOBCQ_FIND(torch_parallel_for);
 #undef LOBCQ_FIND
 }
@@ -275,6 +163,9 @@ int32_t lobcq_register_torch_ops(void* libtorch) {
         api.aoti_torch_library_init_impl("lobcq", "CPU", __FILE__, __LINE__, &library) ||
         api.torch_library_impl(library, "linear_prepacked", linear_prepacked, kVersion) ||
         api.torch_library_impl(library, "linear_prepacked.float_activation", linear_prepacked_float_activation,
-                               kVersion);
+                               kVersion) ||
+        api.torch_library_impl(library, "grouped_linear_prepacked", grouped_linear_prepacked, kVersion) ||
+        api.torch_library_impl(library, "grouped_linear_prepacked.float_activation",
+                               grouped_linear_prepacked_float_activation, kVersion);
     return failed ? LOBCQ_INVALID_ARGUMENT : LOBCQ_OK;
 }
