@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lobcq_fx.cli.options import JsonOption, KvCacheOption, ModelArgument
+from lobcq_fx.cli.options import Attention, AttentionOption, JsonOption, KvCacheOption, ModelArgument
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,6 +28,7 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="With --sample: fixes what is drawn.")] = 0,
     kv_cache: KvCacheOption = None,
+    attention: AttentionOption = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="DIR is one that `lobcq export onnx` wrote; runs in ONNX Runtime.")
     ] = False,
@@ -46,7 +47,9 @@ def generate(
         raise typer.BadParameter("the prompt is empty: give a few words to continue")
     if kv_cache is not None and onnx:
         raise typer.BadParameter("--kv-cache: an exported model keeps keys and values in float: leave out --onnx")
-    cache = {} if kv_cache is None else _cache(kv_cache)
+    if attention is not None and kv_cache is None:
+        raise typer.BadParameter("--attention: it multiplies keys and values in LO-BCQ: pass --kv-cache too")
+    cache = {} if kv_cache is None else _cache(kv_cache, attention or Attention.w4a16)
     with messages.status("Loading the model"):
         language_model = _onnx_model(folder) if onnx else load_model(folder)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, **cache}
@@ -63,12 +66,12 @@ def generate(
     messages.print(f"[dim]{len(tokens)} tokens in {seconds:.1f} s ({rate:.1f} tokens/s)[/]", highlight=False)
 
 
-def _cache(format: str) -> dict[str, Any]:
+def _cache(format: str, attention: Attention) -> dict[str, Any]:
     """The argument of `model.generate` that gives it a quantized cache."""
     from lobcq_fx import LobcqCache
     from lobcq_fx.frontends.output_types import CACHE_NAME
 
-    return {CACHE_NAME: LobcqCache(format)}
+    return {CACHE_NAME: LobcqCache(format, attention=attention.value)}
 
 
 def _onnx_model(folder: ModelFolder) -> nn.Module:

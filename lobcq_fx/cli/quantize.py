@@ -11,6 +11,8 @@ import typer
 from lobcq_fx.cli.options import (
     ActivationFormatOption,
     ActivationScale,
+    Attention,
+    AttentionOption,
     Dtype,
     FormatOption,
     JsonOption,
@@ -95,6 +97,7 @@ def quantize(
         ),
     ] = None,
     kv_cache: KvCacheOption = None,
+    attention: AttentionOption = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Quantize only layers whose name matches; repeatable.")
     ] = None,
@@ -130,6 +133,7 @@ def quantize(
         smoothing,
         rotation,
         kv_cache,
+        attention,
         include,
         exclude,
         bits,
@@ -175,6 +179,7 @@ def _config(
     smoothing: Smoothing | None,
     rotation: Rotation | None,
     kv_cache: str | None,
+    attention: Attention | None,
     include: list[str] | None,
     exclude: list[str] | None,
     bits: float | None,
@@ -182,7 +187,7 @@ def _config(
 ) -> LobcqConfig:
     from lobcq_fx.config import DEFAULT_EXCLUDE, LobcqConfig
 
-    given = {"rounding": rounding, "smoothing": smoothing, "rotation": rotation}
+    given = {"rounding": rounding, "smoothing": smoothing, "rotation": rotation, "attention": attention}
     return LobcqConfig.of_recipe(
         recipe.value,
         format=format,

@@ -29,6 +29,8 @@ from lobcq_fx.tracing.trace import MAIN
 
 logger = logging.getLogger(__name__)
 
+DEQUANTIZE = torch.ops.lobcq.dequantize_states.default
+
 
 class CausalLMForward:
     """The `forward` that Hugging Face's `generate()` reads and calls; the next class has one that takes keywords.
@@ -131,8 +133,8 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         return (parts.config,)
 
     def _new_cache(self) -> LobcqCache | None:
-        spec = self.lobcq_config.kv_cache
-        return None if spec is None else LobcqCache(spec)
+        config = self.lobcq_config
+        return None if config.kv_cache is None else LobcqCache(config.kv_cache, attention=config.attention)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -201,8 +203,16 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
             if first.refusals:
                 reasons = "; ".join(map(str, first.refusals))
                 raise CallError(f"the model's graph cannot keep a quantized cache: {reasons}. Pass a DynamicCache")
-            for refusal in (refusal for one in others for refusal in one.refusals):
+            left = [refusal for one in others for refusal in one.refusals]
+            for refusal in left:
                 logger.info("%s", refusal)
+            decoded = graph_module.graph.find_nodes(op="call_function", target=DEQUANTIZE)
+            if decoded and cache_format.attention != "w4a16":
+                reasons = "; ".join(map(str, left)) or "its attention is written out"
+                raise CallError(
+                    f"past_key_values is LobcqCache(attention={cache_format.attention!r}): not only"
+                    f" scaled_dot_product_attention reads this model's cache: {reasons}. Remedy: attention='w4a16'"
+                )
             constants = tuple(one.to(self.device) for one in quantize_cache.constants.values())
             row_bytes = tuple(
                 cache_format.rows(heads, width).row_bytes for heads, *widths in calling.cache_heads for width in widths

@@ -237,12 +237,12 @@ def _attention(
     key_array_size: int,
     value_array_size: int,
     scale: float,
+    in_int8: bool = False,
 ) -> Tensor:
     check_attention(locals())
     if max(query.shape[3], value_width) > WIDEST_HEAD:
-        return attention(
-            query, keys, values, codebooks, mask, heads, value_width, key_array_size, value_array_size, scale
-        )
+        sizes = (heads, value_width, key_array_size, value_array_size, scale, in_int8)
+        return attention(query, keys, values, codebooks, mask, *sizes)
     if mask is not None:
         mask = mask if mask.dtype == torch.bool else mask.float()
         mask = mask.expand(*query.shape[:3], keys.shape[1])
@@ -250,7 +250,7 @@ def _attention(
     of_values = StateRows(FormatSpec(codebooks.shape[0], value_array_size), heads, value_width)
     states = (keys.contiguous(), of_keys), (values.contiguous(), of_values)
     floats = query.detach().float().contiguous()
-    return _core().attention(tables_of(codebooks), floats, *states, mask, scale).to(query.dtype)
+    return _core().attention(tables_of(codebooks), floats, *states, mask, scale, in_int8).to(query.dtype)
 
 
 def _scaled_entries(

@@ -73,7 +73,7 @@ torch.library.define(
 torch.library.define(
     ATTENTION,
     "(Tensor query, Tensor keys, Tensor values, Tensor codebooks, Tensor? mask, int heads, int value_width,"
-    " int key_array_size, int value_array_size, float scale) -> Tensor",
+    " int key_array_size, int value_array_size, float scale, bool in_int8=False) -> Tensor",
 )
 torch.library.define(
     LINEAR,

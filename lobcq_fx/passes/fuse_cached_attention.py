@@ -31,9 +31,13 @@ class FuseCachedAttention(GraphPass):
     """For devices with a kernel for `lobcq::attention`, after `QuantizeCache` and `GroupQueryHeads`.
 
     Attention that is no `scaled_dot_product_attention`, or reads what is not cached, stays as it is.
+
+    in_int8: multiply integers instead of decoded keys and values.
     """
 
     name: ClassVar[str] = "fuse_cached_attention"
+
+    in_int8: bool = False
 
     def attempt(self, graph_module: fx.GraphModule) -> tuple[bool, list[Refusal]]:
         """Fuse every attention of the graph; what only decoded for one of them goes."""
@@ -51,7 +55,7 @@ class FuseCachedAttention(GraphPass):
             with graph.inserting_before(node):
                 if key.rotation is not None:
                     query = add_call(graph, aten.matmul.default, (query, key.rotation), like=node)
-                arguments = _arguments(query, key.states, value.states, given)
+                arguments = (*_arguments(query, key.states, value.states, given), self.in_int8)
                 fused = add_call(graph, lobcq.attention.default, arguments, like=node)
             node.replace_all_uses_with(fused)
             graph.erase_node(node)

@@ -33,7 +33,7 @@ from lobcq_fx.kernels.cpu.operands import (
     require,
 )
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 ALIGNMENT = 64
 """Bytes: where the core's opaque buffers start. torch's CPU allocator aligns to as much."""
 
@@ -278,6 +278,7 @@ class Core:
         values: tuple[Tensor, StateRows],
         mask: Tensor | None,
         scale: float,
+        in_int8: bool = False,
     ) -> Tensor:
         """Attention over cached states: fp32 [B, Hq, T, width of a value].
 
@@ -287,6 +288,7 @@ class Core:
             keys, values: rows uint8 [B, P, row_bytes], and how they are laid out.
             mask: bool, or fp32 that is added to the scores, [B, Hq, T, P], any strides; or None.
             scale: of the scores.
+            in_int8: whether its products are of integers.
         """
         (batch, query_heads, queries), tokens = query.shape[:3], keys[0].shape[1]
         require("query", query, torch.float32, (batch, query_heads, queries, keys[1].width))
@@ -299,7 +301,7 @@ class Core:
             strides, address, kind = mask.stride(), mask.data_ptr(), _MASKS[mask.dtype]
         operands = CAttention(
             query.data_ptr(), c_states(*keys), c_states(*values), address, (ctypes.c_int64 * 4)(*strides),
-            out.data_ptr(), batch, query_heads, queries, keys[1].heads, tokens, scale, kind,
+            out.data_ptr(), batch, query_heads, queries, keys[1].heads, tokens, scale, kind, in_int8,
         )  # fmt: skip
         self._call("attend", _pointer(tables.data), ctypes.byref(operands), self._parallel())
         return out

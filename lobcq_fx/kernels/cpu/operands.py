@@ -206,6 +206,7 @@ class CAttention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "query_heads", "queries", "heads", "tokens")),
         ("scale", ctypes.c_float),
         ("mask_kind", ctypes.c_int32),
+        ("products", ctypes.c_int32),
     )
 
 

@@ -116,7 +116,8 @@ int32_t check_states(const lobcq_states& s, int64_t heads, int32_t num_codebooks
 int32_t check_attention(const void* tables, const lobcq_attention* a) {
     if (!valid_tables(tables) || !a || a->heads < 1 || a->heads > kMaxSize || a->query_heads < 0)
         return LOBCQ_INVALID_ARGUMENT;
-    if (a->query_heads % a->heads || a->mask_kind < LOBCQ_NO_MASK || a->mask_kind > LOBCQ_ADDED_MASK)
+    if (a->query_heads % a->heads || a->mask_kind < LOBCQ_NO_MASK || a->mask_kind > LOBCQ_ADDED_MASK ||
+        a->products < LOBCQ_FLOAT_PRODUCTS || a->products > LOBCQ_INT8_PRODUCTS)
         return LOBCQ_INVALID_ARGUMENT;
     for (const lobcq_states* s : {&a->keys, &a->values})
         if (const int32_t status = check_states(*s, a->heads, as_tables(tables).num_codebooks)) return status;

@@ -32,7 +32,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a declaration in this header changes its meaning. */
-#define LOBCQ_ABI_VERSION 6
+#define LOBCQ_ABI_VERSION 7
 
 enum lobcq_status {
     LOBCQ_OK = 0,
@@ -237,6 +237,9 @@ LOBCQ_API int32_t lobcq_linear(const lobcq_product* products, int64_t count, con
 
 enum lobcq_mask { LOBCQ_NO_MASK = 0, LOBCQ_BOOL_MASK = 1 /* uint8, 0: not looked at */, LOBCQ_ADDED_MASK = 2 /* fp32 */ };
 
+/* fp32: of decoded keys and values. int8: integers, as docs/format.md says. */
+enum lobcq_products { LOBCQ_FLOAT_PRODUCTS = 0, LOBCQ_INT8_PRODUCTS = 1 };
+
 /* Keys or values of a cache, of a batch of sequences of as many tokens. `rows` is uint8 [batch, tokens, row bytes]: a
  * row is the token's tensor scale, fp32, anywhere in memory, and for each head its codes, selectors and scales, each as
  * one row of lobcq_packed with `width` columns. Any bytes decode to something. */
@@ -247,7 +250,7 @@ typedef struct {
     int32_t array_size;
 } lobcq_states;
 
-/* Scaled dot-product attention over encoded keys and values, in fp32.
+/* Scaled dot-product attention over encoded keys and values, its products as `products` (enum lobcq_products) says.
  *   query fp32 [batch, query_heads, queries, keys.width], out fp32 [batch, query_heads, queries, values.width],
  *         contiguous
  *   mask  as mask_kind (enum lobcq_mask) says, [batch, query_heads, queries, tokens] with strides in elements, which may
@@ -262,7 +265,7 @@ typedef struct {
     float* out;
     int64_t batch, query_heads, queries, heads, tokens;
     float scale;
-    int32_t mask_kind;
+    int32_t mask_kind, products;
 } lobcq_attention;
 
 LOBCQ_API int32_t lobcq_attend(const void* tables, const lobcq_attention* attention, lobcq_parallel_for parallel);
