@@ -10,9 +10,12 @@ from lobcq_fx.format import Encoded, FormatSpec, encode_int8
 from lobcq_fx.format.encoded import selected_entries
 from lobcq_fx.format.int8_attention import StateEntries, attend_int8
 from lobcq_fx.format.state_rows import StateRows
-from lobcq_fx.ops.operand_checks import Arguments, check, check_fake
+from lobcq_fx.ops.operand_checks import Arguments, check, check_fake, refuse_gradient
 from lobcq_fx.ops.schemas import ATTENTION
 from lobcq_fx.ops.states import dequantize_states
+
+WIDEST_HEAD = 1024
+"""Scalars of a head up to which kernels attend."""
 
 
 def attention(
@@ -47,6 +50,7 @@ def attention(
 
     Raises:
         OperandError: an operand is not what `contracts` says, or `heads` does not divide Hq.
+        LobcqError: the query requires a gradient.
     """
     check_attention(locals())
     batch, query_heads, queries, width = query.shape
@@ -93,6 +97,7 @@ def check_attention(given: Arguments) -> None:
         OperandError: one is not what it has to be.
     """
     check(ATTENTION, given)
+    refuse_gradient(given["query"])
     query_heads, heads = given["query"].shape[1], given["heads"]
     if heads < 1 or query_heads % heads:
         raise OperandError(f"{ATTENTION}: heads is {heads}, which does not divide the {query_heads} of query")

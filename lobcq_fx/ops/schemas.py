@@ -133,13 +133,12 @@ def _refuse_backward(*_: Any) -> NoReturn:
 
 _ON_STORED = (
     QUANTIZE_ACTIVATION, QUANTIZE_ACTIVATION_INT8, ROTATE, QUANTIZE_WEIGHT, QUANTIZE_WEIGHT_SEARCHED,
-    DEQUANTIZE_WEIGHT, COMPENSATE, QUANTIZE_STATES, DEQUANTIZE_STATES, ATTENTION, LINEAR, LINEAR_INT8_ACTIVATION,
-    LINEAR_FLOAT_ACTIVATION,
+    DEQUANTIZE_WEIGHT, COMPENSATE, DEQUANTIZE_STATES, LINEAR, LINEAR_INT8_ACTIVATION, LINEAR_FLOAT_ACTIVATION,
 )  # fmt: skip
 for _name in _ON_STORED:
     torch.library.register_autograd(_name, _refuse_backward)
 
 # A registered formula is Python that runs on every call, with gradients off too. The kernels of these refuse by
 # themselves an activation that requires a gradient.
-for _name in (LINEAR_PREPACKED, LINEAR_PREPACKED_FLOAT_ACTIVATION, *_FUSED):
+for _name in (QUANTIZE_STATES, ATTENTION, LINEAR_PREPACKED, LINEAR_PREPACKED_FLOAT_ACTIVATION, *_FUSED):
     torch.library.impl(_name, "Autograd", torch.library.fallthrough_kernel)

@@ -16,6 +16,7 @@ from torch import fx
 
 from lobcq_fx.graph.attributes import add_call, named_arguments
 from lobcq_fx.graph.dead_code import erase_dead_nodes
+from lobcq_fx.ops.attention import WIDEST_HEAD
 from lobcq_fx.passes.group_query_heads import keeps_everything
 from lobcq_fx.passes.guard_attention import is_guarded
 from lobcq_fx.passes.infra import GraphPass
@@ -98,6 +99,8 @@ def _unguarded(key: fx.Node, value: fx.Node) -> Any:
 def _refusal(given: dict[str, Any], key: _Cached, value: _Cached) -> str | None:
     if named_arguments(key.states)["heads"] != named_arguments(value.states)["heads"]:
         return "it has other heads for keys than for values"
+    if max(named_arguments(one.states)["width"] for one in (key, value)) > WIDEST_HEAD:
+        return f"its heads are wider than {WIDEST_HEAD}, up to which kernels attend"
     if given.get("is_causal") or given.get("dropout_p"):
         return "it makes a causal mask of its own, or drops out"
     return None

@@ -110,7 +110,7 @@ def test_what_the_core_refuses(core: Core) -> None:
         call.layout = layout
         with pytest.raises((CoreError, ValueError)):
             call.on(core)
-    wide = Call(FormatSpec(), 520)
+    wide = Call(FormatSpec(), 1030)
     with pytest.raises(CoreError, match="inconsistent"):
         wide.on(core)
     five = Call(FormatSpec(), 64)

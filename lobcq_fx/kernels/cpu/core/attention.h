@@ -6,7 +6,7 @@
 namespace lobcq {
 
 constexpr int64_t kStateScaleBytes = 4; // of a token's tensor scale, which its row starts with
-constexpr int64_t kMaxWidth = 512;      // scalars of a head, padding included
+constexpr int64_t kMaxWidth = 1024;     // scalars of a head, padding included
 constexpr int64_t kMaxQueryRows = 128;  // queries that share decoded keys and values
 constexpr int64_t kRowScalars = 8192;   // of them together, padding included
 
@@ -42,9 +42,18 @@ struct QueryBlock {
 
     int64_t query_head(int64_t row) const { return head * work.group + (first + row) % work.group; }
     int64_t query(int64_t row) const { return (first + row) / work.group; }
-    // Of a row's first scalar in tensors [batch, query_heads, queries, width].
-    int64_t offset(int64_t row, int64_t width) const {
-        return ((batch * work.a.query_heads + query_head(row)) * work.a.queries + query(row)) * width;
+    // Reads a row's query as fp32.
+    void load_query(int64_t row, float* to) const {
+        const lobcq_attention& a = work.a;
+        const int64_t* s = a.query_strides;
+        const int64_t place = batch * s[0] + query_head(row) * s[1] + query(row) * s[2];
+        isa().load(static_cast<const uint8_t*>(a.query) + place * scalar_bytes(a.dtype), a.dtype, a.keys.width, to);
+    }
+    // Where a row's result goes.
+    void* result(int64_t row) const {
+        const lobcq_attention& a = work.a;
+        const int64_t place = (batch * a.query_heads + query_head(row)) * a.queries + query(row);
+        return static_cast<uint8_t*>(a.out) + place * a.values.width * scalar_bytes(a.dtype);
     }
 };
 

@@ -13,7 +13,9 @@ class FloatProducts {
 
     explicit FloatProducts(const QueryBlock& block)
         : block_(block), key_rows_(block.work.states(block.work.a.keys, block.batch)),
-          value_rows_(block.work.states(block.work.a.values, block.batch)) {}
+          value_rows_(block.work.states(block.work.a.values, block.batch)) {
+        for (int64_t row = 0; row < block.rows; ++row) block.load_query(row, queries_ + row * key_rows_.width);
+    }
 
     int64_t value_width() const { return value_rows_.padded; }
 
@@ -39,9 +41,9 @@ class FloatProducts {
     // scores[r][j] = scale * (query r . key j), of kRows rows from `row` on.
     template <int kRows>
     void score(int64_t row, float (*scores)[kTokens]) const {
-        const lobcq_attention& a = block_.work.a;
+        const float scale = block_.work.a.scale;
         const float* queries[kRows];
-        for (int r = 0; r < kRows; ++r) queries[r] = a.query + block_.offset(row + r, key_rows_.width);
+        for (int r = 0; r < kRows; ++r) queries[r] = queries_ + (row + r) * key_rows_.width;
         for (int j = 0; j < kTokens; j += kVectors * kLanes) {
             Floats sums[kRows][kVectors] = {};
             for (int64_t d = 0; d < key_rows_.width; ++d)
@@ -50,7 +52,7 @@ class FloatProducts {
                     for (int r = 0; r < kRows; ++r) sums[r][i] = multiply_add(all(queries[r][d]), keys, sums[r][i]);
                 }
             for (int r = 0; r < kRows; ++r)
-                for (int i = 0; i < kVectors; ++i) store_floats(sums[r][i] * a.scale, scores[r] + j + i * kLanes);
+                for (int i = 0; i < kVectors; ++i) store_floats(sums[r][i] * scale, scores[r] + j + i * kLanes);
         }
     }
 
@@ -85,6 +87,7 @@ class FloatProducts {
     const QueryBlock& block_;
     StateRows key_rows_, value_rows_;
     int64_t tokens_ = 0;
+    alignas(64) float queries_[kRowScalars];
     alignas(64) float keys_[kMaxWidth][kTokens];  // transposed; what is behind the last token is zero
     alignas(64) float values_[kTokens * kMaxWidth];
     DecodedStates<kTokens> decoded_;

@@ -88,8 +88,7 @@ class Int8Products {
         float divisors[kMaxWidth / 16];
         const int64_t arrays = key_rows_.arrays();
         const int size = key_rows_.array_size;
-        std::memcpy(x, block_.work.a.query + block_.offset(row, key_rows_.width),
-                    static_cast<size_t>(key_rows_.width) * sizeof(float));
+        block_.load_query(row, x);
         for (int64_t d = key_rows_.width; d < key_rows_.padded; ++d) x[d] = 0.0f;
         isa().absmax(x, arrays, size, absmax);
         for (int64_t g = 0; g < arrays; ++g) most = absmax[g] > most ? absmax[g] : most;

@@ -4,6 +4,7 @@
 
 #include "attention_float.h"
 #include "attention_int8.h"
+#include "loops.h"
 
 namespace lobcq {
 namespace {
@@ -32,8 +33,11 @@ bool load_mask(const QueryBlock& block, int64_t row, int rows, int64_t token, in
         const int64_t start = block.batch * strides[0] + block.query_head(row + r) * strides[1] +
                               block.query(row + r) * strides[2] + token * strides[3];
         if (a.mask_kind == LOBCQ_ADDED_MASK) {
-            const float* from = static_cast<const float*>(a.mask) + start;
-            for (int64_t j = 0; j < n; ++j) to[r][j] = from[j * strides[3]];
+            const int64_t bytes = scalar_bytes(a.mask_dtype);
+            const uint8_t* from = static_cast<const uint8_t*>(a.mask) + start * bytes;
+            if (strides[3] == 1) load_row(from, a.mask_dtype, n, to[r]);
+            else
+                for (int64_t j = 0; j < n; ++j) load_row(from + j * strides[3] * bytes, a.mask_dtype, 1, to[r] + j);
         } else {
             const uint8_t* from = static_cast<const uint8_t*>(a.mask) + start;
             if (strides[3] == 1)
@@ -105,9 +109,15 @@ void finish_attention(const QueryBlock& block, int64_t row, const float* weights
     for (int half = kSumLanes / 2; half > 0; half /= 2)
         for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
     const float sum = sums[0] == 0.0f ? 1.0f : sums[0];
-    const int64_t width = block.work.a.values.width;
-    float* to = block.work.a.out + block.offset(row, width);
-    for (int64_t d = 0; d < width; ++d) to[d] = values[d] / sum;
+    const lobcq_attention& a = block.work.a;
+    void* to = block.result(row);
+    auto* half = static_cast<uint16_t*>(to);
+    if (a.dtype == LOBCQ_FP32)
+        for (int64_t d = 0; d < a.values.width; ++d) static_cast<float*>(to)[d] = values[d] / sum;
+    else if (a.dtype == LOBCQ_BF16)
+        for (int64_t d = 0; d < a.values.width; ++d) half[d] = float_to_bf16(values[d] / sum);
+    else
+        for (int64_t d = 0; d < a.values.width; ++d) half[d] = float_to_fp16(values[d] / sum);
 }
 
 template <class Products>

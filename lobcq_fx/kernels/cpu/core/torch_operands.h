@@ -26,11 +26,27 @@ constexpr Contract kBiases{"biases", Dtypes::kFloats, 1, ""};
 
 constexpr int kAlone = -1;  // the index of an operand that is in no list
 
-[[noreturn]] void refuse(const std::string& what);
+[[noreturn]] void refuse(const std::string& what, const char* op = "linear_prepacked");
+
+constexpr const char* kNoGradient = "the lobcq:: ops are inference only and have no gradient";
+
+// Refuses what the core has refused.
+void check_core(int32_t status, const char* op = "linear_prepacked");
 
 // Refuses an operand that breaks its contract, has not `elements`, or whose storage ends before its last element. Its
 // device is the dispatcher's business: a tensor of another one takes the call to that one's kernel.
 void require(const Contract& contract, const Tensor& operand, int64_t elements, int index = kAlone);
+
+// One operand of an op that reads any strides: its dtypes and sizes, where -1 is any.
+struct StridedContract {
+    const char* op;
+    const char* name;
+    std::vector<int32_t> dtypes;  // torch's numbers
+    std::vector<int64_t> sizes;
+};
+
+// Refuses an operand that breaks its contract, or whose storage ends before its last element.
+void require(const StridedContract& contract, const Tensor& operand);
 
 // The activation, whose shape is the caller's to choose.
 void require_activation(const Tensor& x);

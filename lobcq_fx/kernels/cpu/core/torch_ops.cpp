@@ -1,4 +1,4 @@
-// lobcq::linear_prepacked and lobcq::linear_prepacked.float_activation for CPU tensors.
+// lobcq::linear_prepacked and lobcq::linear_prepacked.float_activation for CPU tensors, and the registration of all ops.
 #include <dlfcn.h>
 
 #include <cmath>
@@ -7,24 +7,10 @@
 #include "layout.h"
 #include "lobcq_torch.h"
 #include "torch_operands.h"
+#include "torch_states.h"
 
 namespace lobcq::torch {
 namespace {
-
-void check_core(int32_t status) {
-    if (status) refuse(lobcq_status_text(status));
-}
-
-bool aligned(const void* data, uintptr_t to) { return reinterpret_cast<uintptr_t>(data) % to == 0; }
-
-// The stable interface has no requires_grad. A view of a tensor that requires a gradient is no leaf.
-bool requires_grad(const Tensor& x) {
-    if (!api.aoti_torch_grad_mode_is_enabled()) return false;
-    Value stack[1] = {x.another().release()};
-    check(api.torch_call_dispatcher("aten::alias", "", stack, kVersion), "aten::alias");
-    check(api.torch_call_dispatcher("aten::is_leaf", "", stack, kVersion), "aten::is_leaf");
-    return (stack[0] & 1) == 0;
-}
 
 // A call's arguments; see lobcq_fx/ops/linear_prepacked.py.
 struct Call {
@@ -71,20 +57,6 @@ bool is_matrix(const std::vector<int64_t>& sizes, const std::vector<int64_t>& st
         next = strides[i] * sizes[i];
     }
     return true;
-}
-
-Tensor contiguous(Tensor x) {
-    Value stack[2] = {x.release(), 0};  // 0: the contiguous memory format
-    check(api.torch_call_dispatcher("aten::contiguous", "", stack, kVersion), "aten::contiguous");
-    return Tensor(stack[0]);
-}
-
-// The same elements where `align` bytes divide their address: a compiled program's constants, say, start anywhere.
-Tensor realigned(Tensor x, uintptr_t align) {
-    if (aligned(x.data<void>(), align)) return x;
-    Value stack[2] = {x.release(), 0};  // 0: no memory format, that of x
-    check(api.torch_call_dispatcher("aten::clone", "", stack, kVersion), "aten::clone");
-    return Tensor(stack[0]);
 }
 
 // x as a matrix, copied where its strides are none of a matrix.
@@ -135,7 +107,7 @@ Tensor Call::encoded(const lobcq_matrix& rows, lobcq_activation* activation) con
 }
 
 void Call::check_operands() const {
-    if (requires_grad(x)) refuse("the lobcq:: ops are inference only and have no gradient");
+    if (requires_grad(x)) refuse(kNoGradient);
     const size_t count = weights.size();
     if (tensor_scales.size() != count || biases.size() != count || out_features.size() != count)
         refuse("weights, tensor_scales, biases and out_features differ in length");
@@ -260,6 +232,7 @@ bool find_all(void* torch) {
            LOBCQ_FIND(torch_list_get_item) && LOBCQ_FIND(torch_list_push_back) && LOBCQ_FIND(torch_delete_list) &&
            LOBCQ_FIND(aoti_torch_dtype_float32) && LOBCQ_FIND(aoti_torch_dtype_bfloat16) &&
            LOBCQ_FIND(aoti_torch_dtype_float16) && LOBCQ_FIND(aoti_torch_dtype_uint8) &&
+           LOBCQ_FIND(aoti_torch_dtype_int8) && LOBCQ_FIND(aoti_torch_dtype_bool) &&
            LOBCQ_FIND(aoti_torch_device_type_cpu) && LOBCQ_FIND(torch_parallel_for);
 #undef LOBCQ_FIND
 }
@@ -275,6 +248,8 @@ int32_t lobcq_register_torch_ops(void* libtorch) {
         api.aoti_torch_library_init_impl("lobcq", "CPU", __FILE__, __LINE__, &library) ||
         api.torch_library_impl(library, "linear_prepacked", linear_prepacked, kVersion) ||
         api.torch_library_impl(library, "linear_prepacked.float_activation", linear_prepacked_float_activation,
-                               kVersion);
+                               kVersion) ||
+        api.torch_library_impl(library, "quantize_states", quantize_states, kVersion) ||
+        api.torch_library_impl(library, "attention", attention, kVersion);
     return failed ? LOBCQ_INVALID_ARGUMENT : LOBCQ_OK;
 }
