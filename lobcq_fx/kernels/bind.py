@@ -1,9 +1,9 @@
 """Binds kernels to the `lobcq::` ops: the C++ core for CPU tensors, Triton's for CUDA tensors.
 
-The ops that every step of a model calls, `lobcq::linear_prepacked`, `lobcq::quantize_states` and `lobcq::attention`, are
-the core's own, from the dispatcher straight into C++. The ops on weights as they are stored encode and decode by the
-core, and multiply by torch: their results are those of the default implementations, bit for bit. Without a built core,
-or with LOBCQ_CPU_CORE=0 in the environment, the defaults stay in place.
+The ops that every step of a model calls, `lobcq::linear_prepacked`, `lobcq::quantize_states` and `lobcq::attention`,
+are the core's own, from the dispatcher straight into C++. The ops on weights as they are stored encode and decode by
+the core, and multiply by torch: their results are those of the default implementations, bit for bit. Without a built
+core, or with LOBCQ_CPU_CORE=0 in the environment, the defaults stay in place.
 
 On CUDA tensors all of them run Triton kernels where LOBCQ_TRITON=1 asks for those, which no GPU has run yet; otherwise,
 without Triton, or on a GPU that lacks their instructions, the defaults.
