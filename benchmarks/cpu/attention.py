@@ -29,6 +29,7 @@ from lobcq_fx import LobcqCache, LobcqConfig
 from lobcq_fx.benchmarking.machine import cpu_name
 from lobcq_fx.benchmarking.race import median_ratio, race
 from lobcq_fx.format import universal_codebooks
+from lobcq_fx.kernels.bind import bind_cpu_core
 
 RESULT = Path(__file__).parents[1] / "results" / "attention.json"
 HEADS = {"9 heads on 3 of 64": (9, 3, 64), "32 heads on 8 of 128": (32, 8, 128)}
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
+    assert bind_cpu_core(), "the CPU core was not built, or is switched off"
     rows: list[dict[str, Any]] = []
     for name, sizes in HEADS.items():
         for call, (queries, tokens) in CALLS.items():

@@ -12,7 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lobcq_fx.cache_format import CacheFormat
-from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
+from lobcq_fx.format import FormatSpec, universal_codebooks
 
 NAME = "lobcq_rounded"
 SPEC = FormatSpec()
@@ -57,6 +57,8 @@ def rounded(model: nn.Module, what: tuple[str, ...]) -> Iterator[None]:
 
 
 def _rounded(x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    encoded = encode(rows, SPEC, universal_codebooks(SPEC.num_codebooks), absmax_row_scale(rows))
-    return decode(encoded).view(x.shape)
+    """Each row by itself, by the ops that keys and values are encoded with."""
+    rows, codebooks = x.reshape(1, 1, -1, x.shape[-1]), universal_codebooks(SPEC.num_codebooks)
+    encoded = torch.ops.lobcq.quantize_states(rows, codebooks, SPEC.array_size)
+    sizes = (1, x.shape[-1], SPEC.array_size, torch.float32)
+    return torch.ops.lobcq.dequantize_states(encoded, codebooks, *sizes).view(x.shape)

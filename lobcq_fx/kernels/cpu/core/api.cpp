@@ -2,6 +2,7 @@
 #include "lobcq.h"
 
 #include <atomic>
+#include <initializer_list>
 
 #include "attention.h"
 #include "encode.h"
@@ -14,7 +15,9 @@ namespace {
 
 constexpr int64_t kMaxSize = int64_t{1} << 40;  // rows * columns: keeps every byte count far from overflow
 
-bool aligned(const void* p, uintptr_t to) { return p && reinterpret_cast<uintptr_t>(p) % to == 0; }
+bool aligned(const void* p, int64_t to) {
+    return p && reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(to) == 0;
+}
 
 bool valid_shape(int64_t rows, int64_t columns) {
     return rows >= 0 && columns >= 0 && rows <= kMaxSize && columns <= kMaxSize &&

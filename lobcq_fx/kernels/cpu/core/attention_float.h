@@ -21,11 +21,7 @@ class FloatProducts {
 
     // Decodes n tokens.
     void load(int64_t token, int64_t n) {
-        decoded_.load(block_.work.tables, key_rows_, block_.head, token, n);
-        for (int64_t d = 0; d < key_rows_.width; ++d)
-            for (int64_t j = 0; j < kTokens; ++j)
-                keys_[d][j] = static_cast<float>(decoded_.entries[j * key_rows_.padded + d] - kBias) *
-                              decoded_.scales[d / key_rows_.array_size][j] * decoded_.tensor_scales[j];
+        load_keys(token, n);
         decoded_.load(block_.work.tables, value_rows_, block_.head, token, n);
         tokens_ = n;
         for (int64_t j = 0; j < n; ++j)
@@ -67,6 +63,23 @@ class FloatProducts {
     }
 
   private:
+    // By quads of columns, of which each lane holds those of one token.
+    void load_keys(int64_t token, int64_t n) {
+        decoded_.load(block_.work.tables, key_rows_, block_.head, token, n);
+        quads_of(decoded_.entries, key_rows_.padded, kTokens, quads_);
+        for (int64_t quad = 0; quad < key_rows_.padded / 4; ++quad)
+            for (int j = 0; j < kTokens; j += kLanes) {
+                const Ints four = load_vector<Ints>(quads_ + (quad * kTokens + j) * 4);
+                const Floats scales = load_floats(decoded_.scales[quad * 4 / key_rows_.array_size] + j);
+                const Floats tensor_scales = load_floats(decoded_.tensor_scales + j);
+                for (int k = 0; k < 4; ++k) {
+                    const Ints entries = (four >> (8 * k) & 255) - kBias;
+                    const Floats scaled = __builtin_convertvector(entries, Floats) * scales;
+                    store_floats(scaled * tensor_scales, keys_[quad * 4 + k] + j);
+                }
+            }
+    }
+
     static constexpr int kVectors = kTokens / kLanes < kTileVectors ? kTokens / kLanes : kTileVectors;
 
     template <int kRows, int kColumns>
@@ -90,6 +103,7 @@ class FloatProducts {
     alignas(64) float queries_[kRowScalars];
     alignas(64) float keys_[kMaxWidth][kTokens];  // transposed; what is behind the last token is zero
     alignas(64) float values_[kTokens * kMaxWidth];
+    alignas(64) uint8_t quads_[kTokens * kMaxWidth];
     DecodedStates<kTokens> decoded_;
 };
 
