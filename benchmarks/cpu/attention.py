@@ -6,7 +6,7 @@ Alone: `lobcq::attention`, its products in fp32 (W4A16) and in integers (W4A8), 
 fp32 keys and values that no query head repeats; results are compared first. Times are without what puts the call's
 own tokens into the cache. As a part: a prompt, and a step after it, of a language model of SmolLM2-135M's shape with
 random weights in W4A8, on each kind of cache. One process, all in turns; the time over that with floats, medians.
-Writes benchmarks/results/attention.json.
+Writes benchmarks/results/attention.json after each row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,20 +54,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     assert bind_cpu_core(), "the CPU core was not built, or is switched off"
-    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    found |= {"machine": platform.machine(), "command": "python -m benchmarks.cpu.attention", "rows": []}
+    for name, call, contenders in races():
+        together = 20 if name in HEADS and CALLS[call][0] == 1 else 1
+        found["rows"].append({"of": name, "call": call} | _times(contenders, arguments.rounds, together))
+        arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(found["rows"][-1]), flush=True)
+
+
+def races() -> Iterator[tuple[str, str, dict[str, Callable[[], object]]]]:
+    """What is measured, in which call, and the contenders."""
     for name, sizes in HEADS.items():
         for call, (queries, tokens) in CALLS.items():
-            rows.append(
-                {"of": name, "call": call}
-                | _times(alone(sizes, queries, tokens), arguments.rounds, 1 if queries > 1 else 20)
-            )
-            print(json.dumps(rows[-1]), flush=True)
+            yield name, call, alone(sizes, queries, tokens)
     for call, contenders in in_a_model().items():
-        rows.append({"of": "a model", "call": call} | _times(contenders, arguments.rounds, 1))
-        print(json.dumps(rows[-1]), flush=True)
-    found = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}
-    found |= {"machine": platform.machine(), "command": "python -m benchmarks.cpu.attention"}
-    arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        yield "a model", call, contenders
 
 
 def _times(contenders: dict[str, Callable[[], object]], rounds: int, together: int) -> dict[str, float]:
@@ -121,9 +123,9 @@ def in_a_model() -> dict[str, dict[str, Callable[[], object]]]:
     def prompt(make: Callable[[], Any]) -> None:
         q(ids[:, :512], past_key_values=make(), logits_to_keep=1)
 
-    def step(cache: Any, context: int) -> None:
+    def step(cache: Any) -> None:
         q(ids[:, :1], past_key_values=cache)
-        cache.crop(context)
+        cache.crop(-1)
 
     calls: dict[str, dict[str, Callable[[], object]]] = {
         "prompt of 512": {name: partial(prompt, make) for name, make in CACHES.items()}
@@ -133,7 +135,7 @@ def in_a_model() -> dict[str, dict[str, Callable[[], object]]]:
         for name, make in CACHES.items():
             cache = make()
             q(ids[:, :context], past_key_values=cache, logits_to_keep=1)
-            steps[name] = partial(step, cache, context)
+            steps[name] = partial(step, cache)
     return calls
 
 
