@@ -1,4 +1,4 @@
-"""How the keys and values of a cache are stored: in which format, and whether keys are rotated first."""
+"""How the keys and values of a cache are stored and read: in which format, rotated or not, multiplied as what."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ class CacheFormat:
 
     spec: N_c, and the longest block arrays; heads whose width they do not divide get shorter ones, see `states_spec`.
     rotate_keys: multiply keys with a Hadamard matrix before they are encoded.
+    attention: what they are multiplied as, see `LobcqConfig`.
     """
 
     spec: FormatSpec = field(default_factory=FormatSpec)
     rotate_keys: bool = True
+    attention: str = "w4a16"
 
     def rows(self, heads: int, width: int) -> StateRows:
         """The layout of tokens whose states are [heads, width]."""

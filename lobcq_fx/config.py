@@ -18,6 +18,7 @@ CODEBOOKS = ("universal", "fitted")
 ROUNDINGS = ("nearest", "compensated")
 SMOOTHINGS = ("none", "folded", "everywhere")
 ROTATIONS = ("none", "hadamard")
+ATTENTIONS = ("w4a8", "w4a16")
 OVERRIDABLE = ("format", "mode", "activation_format", "activation_scale", "rounding", "smoothing", "rotation")
 
 CALIBRATED = "static scales, fitted codebooks, smoothing, rotation, compensated rounding and budgets of bits"
@@ -71,6 +72,8 @@ class LobcqConfig:
             with it. Activations are rotated when the model runs, on their way into the encoder.
         kv_cache: of a language model, the format of the keys and values in the caches that it makes by itself, in calls
             and in `generate()`: see `LobcqCache`. None leaves them in float.
+        attention: how attention multiplies keys and values of such a cache. `"w4a16"` decodes them and multiplies in
+            fp32; `"w4a8"` multiplies them as the integers they are, with queries and weights of tokens in int8.
         include: shell-style patterns of layer names, or `@head` for output heads, whatever they are called (known for
             Hugging Face models); a layer is quantized if one matches.
         exclude: shell-style patterns of layer names left in float; they win over `include`.
@@ -96,6 +99,7 @@ class LobcqConfig:
     smoothing: str = "none"
     rotation: str = "none"
     kv_cache: FormatSpec | None = None
+    attention: str = "w4a16"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = DEFAULT_EXCLUDE
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -116,6 +120,12 @@ class LobcqConfig:
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("smoothing", self.smoothing, SMOOTHINGS)
         _check_choice("rotation", self.rotation, ROTATIONS)
+        check_attention(self.attention)
+        if self.attention != "w4a16" and self.kv_cache is None:
+            raise ConfigError(
+                f"attention={self.attention!r} multiplies keys and values that are in LO-BCQ: say in which format, for"
+                " example kv_cache='8x64', or leave attention out"
+            )
         if self.codebooks not in CODEBOOKS and not str(self.codebooks).endswith(".json"):
             hint = nearest(str(self.codebooks), CODEBOOKS)
             raise ConfigError(f"codebooks={self.codebooks!r}: use one of {CODEBOOKS} or the path of a .json file{hint}")
@@ -185,6 +195,7 @@ class LobcqConfig:
             "smoothing": self.smoothing,
             "rotation": self.rotation,
             "kv_cache": None if self.kv_cache is None else self.kv_cache.name,
+            "attention": self.attention,
             "include": list(self.include),
             "exclude": list(self.exclude),
             "overrides": {
@@ -308,6 +319,15 @@ def format_of(value: FormatSpec | str) -> FormatSpec:
         return FormatSpec.from_name(value)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def check_attention(value: str) -> None:
+    """Refuse another way to multiply keys and values.
+
+    Raises:
+        ConfigError: no such way.
+    """
+    _check_choice("attention", value, ATTENTIONS)
 
 
 def _patterns(name: str, value: Iterable[str]) -> tuple[str, ...]:

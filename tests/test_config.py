@@ -24,6 +24,8 @@ REFUSED = {
     "format": ({"format": "8x65"}, "8x65|65"),
     "format without x": ({"format": "eight"}, "eight"),
     "format of another type": ({"format": 8}, "format=8: pass a FormatSpec or its name"),
+    "attention of floats": ({"attention": "w4a8"}, "attention='w4a8' multiplies keys and values that are in LO-BCQ"),
+    "attention": ({"attention": "w4a4", "kv_cache": "8x64"}, r"attention='w4a4': use one of \('w4a8', 'w4a16'\)"),
     "format of the cache": ({"kv_cache": "8"}, "format '8': write '<codebooks>x<array size>'"),
     "minimum": ({"min_in_features": 0}, "min_in_features=0: pass a positive integer"),
     "minimum of another type": ({"min_in_features": 1.5}, "min_in_features=1.5"),
@@ -80,6 +82,7 @@ CONFIGS = [
     LobcqConfig(format="16x32", mode="w4a16", exclude=[], include=["*.q_proj", "*.k_proj"], min_in_features=1),
     LobcqConfig(activation_scale="static", codebooks="fitted"),
     LobcqConfig(kv_cache="16x32"),
+    LobcqConfig(kv_cache="16x32", attention="w4a8"),
     LobcqConfig(codebooks="sets/own.json", overrides={"*": {"format": FormatSpec(4, 64)}, "a": {"mode": "w4a16"}}),
 ]
 

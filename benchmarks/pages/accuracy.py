@@ -29,6 +29,7 @@ def main() -> None:
             "ablations",
             "rotation",
             "kv_cache",
+            "attention",
             "perplexity",
         )
     }
@@ -39,6 +40,7 @@ def main() -> None:
         "ablations": ablations(found["ablations"]),
         "rotation": rotation(found["rotation"]),
         "kv cache": caches(found["kv_cache"]),
+        "attention": attention(found["attention"]),
         "budgets": budgets(found["perplexity"]),
     }
     keep_page(PAGE, sections, "accuracy", __doc__)
@@ -92,6 +94,26 @@ def caches(found: dict[str, Any]) -> str:
     tokens = "; ".join(f"{text}: {count:,} tokens" for text, count in found["tokens"].items())
     memory = ", ".join(f"{size:,.0f} in {name}" for name, size in sizes.items())
     return f"{lines}\n\n8x64 where nothing else is said. {tokens}. Bytes of a token, all layers: {memory}."
+
+
+def attention(found: dict[str, Any]) -> str:
+    """One line for each layer's sizes and for a model, two columns for each call."""
+    calls, products = list(dict.fromkeys(row["call"] for row in found["rows"])), ("W4A16", "W4A8")
+    times = {(row["of"], row["call"]): row for row in found["rows"]}
+    rows = [
+        [
+            of,
+            *(
+                f"{times[of, call][one]:.2f}" if (of, call) in times else "not measured"
+                for call in calls
+                for one in products
+            ),
+        ]
+        for of in dict.fromkeys(row["of"] for row in found["rows"])
+    ]
+    lines = table(["", *(f"{call}, {one}" for call in calls for one in products)], rows)
+    threads = "1 thread" if found["threads"] == 1 else f"{found['threads']} threads"
+    return f"{lines}\n\n{found['cpu']}, {threads}, torch {found['torch']}."
 
 
 def formats(found: dict[str, Any]) -> str:

@@ -4,14 +4,16 @@
     LOBCQ_TEST_DATA=... python -m benchmarks.quality.kv_cache
 
 The texts are those of `benchmarks.quality.smollm2`. Every prediction is made from keys and values as they are cached,
-of all tokens before and of the predicting one. Memory is that of the cache objects after a window. Writes
-benchmarks/results/kv_cache.json after each row, and prints it.
+of all tokens before and of the predicting one. Where queries or weights of tokens are in LO-BCQ too, they are rounded
+to it and multiplied in fp32; attention in W4A8 is the library's. Memory is that of the cache objects after a window.
+Writes benchmarks/results/kv_cache.json after each row, and prints it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import lobcq_fx
+from benchmarks.quality.rounded_attention import rounded
 from benchmarks.quality.smollm2 import WINDOW, Remembered, load, origin, texts
 from lobcq_fx import LobcqCache
 from lobcq_fx.evaluation import DivergenceResult, WithLobcqCache, divergence_of_sequences
@@ -30,9 +33,20 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "keys as they are": ("float", {"rotate_keys": False}),
     "keys rotated": ("float", {"rotate_keys": True}),
     "16x16, keys rotated": ("float", {"format": "16x16", "rotate_keys": True}),
+    "queries too": ("float", {"rotate_keys": True}),
+    "weights of tokens too": ("float", {"rotate_keys": True}),
+    "both: attention in W4A4": ("float", {"rotate_keys": True}),
     "W4A16, keys rotated": ("w4a16", {"rotate_keys": True}),
+    "W4A16, attention in W4A8": ("w4a16", {"rotate_keys": True, "attention": "w4a8"}),
 }
 """Weights, and arguments of `LobcqCache`, by what the page calls them."""
+
+ROUNDED = {
+    "queries too": ("queries",),
+    "weights of tokens too": ("weights",),
+    "both: attention in W4A4": ("queries", "weights"),
+}
+"""What attention rounds besides, in these rows."""
 
 
 def main() -> None:
@@ -58,11 +72,15 @@ def main() -> None:
         if weights not in models:
             models[weights] = lobcq_fx.quantize(model, config=lobcq_fx.LobcqConfig(mode=weights), static_cache=False)
         reference = references.setdefault(weights, Remembered(models[weights]))
+        for ids in measured.values():  # before attention is replaced
+            divergence_of_sequences(reference, reference, list(ids), max_length=WINDOW)
         cached = WithLobcqCache(models[weights], **cache)
-        found["rows"][name] = {
-            text: of_a_text(divergence_of_sequences(cached, reference, list(ids), max_length=WINDOW))
-            for text, ids in measured.items()
-        }
+        with rounded(models[weights], ROUNDED[name]) if name in ROUNDED else nullcontext():
+            found["rows"][name] = {
+                text: of_a_text(divergence_of_sequences(cached, reference, list(ids), max_length=WINDOW))
+                for text, ids in measured.items()
+            }
+        found["rows"] = {one: found["rows"][one] for one in ROWS if one in found["rows"]}
         arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(name, json.dumps(found["rows"][name]), flush=True)
 

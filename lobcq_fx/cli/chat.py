@@ -8,6 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from lobcq_fx.cli.options import (
+    ATTENTION_ALONE,
+    Attention,
+    AttentionOption,
     KvCacheOption,
     ModelArgument,
     SampleOption,
@@ -29,6 +32,7 @@ def chat(
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
     kv_cache: KvCacheOption = None,
+    attention: AttentionOption = None,
 ) -> None:
     """Talk with a float or quantized language model that has a chat template; answers appear as they are made.
 
@@ -42,6 +46,8 @@ def chat(
     from lobcq_fx.cli.failures import InputError
     from lobcq_fx.cli.inputs import causal_lm_folder, load_model, load_tokenizer
 
+    if attention is not None and kv_cache is None:
+        raise typer.BadParameter(ATTENTION_ALONE)
     folder = causal_lm_folder(model)
     tokenizer = load_tokenizer(folder)
     check_template(tokenizer, folder)
@@ -50,9 +56,8 @@ def chat(
         settings |= {"temperature": temperature, "top_p": top_p}
     with messages.status("Loading the model"):
         loaded = load_model(folder)
-    talk = Conversation(
-        loaded, tokenizer, system=system, max_length=folder.max_length, kv_cache=kv_cache, settings=settings
-    )
+    cache = None if kv_cache is None else {"format": kv_cache, "attention": attention or Attention.w4a16}
+    talk = Conversation(loaded, tokenizer, system=system, max_length=folder.max_length, cache=cache, settings=settings)
     torch.manual_seed(seed)
     messages.print(f"[dim]{FORGET} begins anew, {LEAVE[0]} leaves[/]", highlight=False)
     while (line := _line()) is not None:

@@ -52,7 +52,7 @@ class Conversation:
         tokenizer: with a chat template.
         system: instructions before the first turn.
         max_length: tokens that the model can take; None where nothing is known.
-        kv_cache: format of the keys and values; None for what the model was quantized for, or floats.
+        cache: arguments of a `LobcqCache`; None for what the model was quantized for, or floats.
         settings: further arguments of `generate`, `max_new_tokens` among them.
     """
 
@@ -63,12 +63,15 @@ class Conversation:
         *,
         system: str | None = None,
         max_length: int | None = None,
-        kv_cache: str | None = None,
+        cache: dict[str, Any] | None = None,
         settings: dict[str, Any],
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.max_length, self.kv_cache = max_length, kv_cache
-        self.system = system
+        self.max_length, self.system = max_length, system
+        config = getattr(model, "lobcq_config", None)
+        if cache is None and config is not None and config.kv_cache is not None:
+            cache = {"format": config.kv_cache.name, "attention": config.attention}
+        self.cache = cache
         self.forget()
 
     def forget(self) -> None:
@@ -136,6 +139,4 @@ class Conversation:
 
         from lobcq_fx import LobcqCache
 
-        config = getattr(self.model, "lobcq_config", None)
-        wanted = self.kv_cache or (config.kv_cache if config is not None else None)
-        return DynamicCache() if wanted is None else LobcqCache(wanted)
+        return DynamicCache() if self.cache is None else LobcqCache(**self.cache)

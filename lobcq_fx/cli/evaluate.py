@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lobcq_fx.cli.options import JsonOption, KvCacheOption, ModelArgument, OverwriteOption
+from lobcq_fx.cli.options import (
+    ATTENTION_ALONE,
+    Attention,
+    AttentionOption,
+    JsonOption,
+    KvCacheOption,
+    ModelArgument,
+    OverwriteOption,
+)
 
 if TYPE_CHECKING:
     from lobcq_fx.cli.console import ProgressBars
@@ -33,6 +41,7 @@ class Asked:
     max_tokens: int | None
     batch_size: int | None
     kv_cache: str | None
+    attention: str
 
     @property
     def all_texts(self) -> Sequence[Path | None]:
@@ -83,6 +92,7 @@ def evaluate(
         typer.Option(min=1, help="Items in one call; default: 1 window, 8 choices or last words, 32 sentences."),
     ] = None,
     kv_cache: KvCacheOption = None,
+    attention: AttentionOption = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="JSON file to write the results into as well.")
     ] = None,
@@ -104,7 +114,11 @@ def evaluate(
     from lobcq_fx.cli.scores_table import print_scores
 
     folders = [model_folder(given) for given in (model, against) if given is not None]
-    asked = Asked(text or [], multiple_choice, last_word, sts, window, stride, max_tokens, batch_size, kv_cache)
+    if attention is not None and kv_cache is None:
+        raise typer.BadParameter(ATTENTION_ALONE)
+    products = (attention or Attention.w4a16).value
+    files = (text or [], multiple_choice, last_word, sts)
+    asked = Asked(*files, window, stride, max_tokens, batch_size, kv_cache, products)
     _check_kinds(folders, asked)
     if output is not None:
         check_file(output, overwrite=overwrite)
@@ -113,7 +127,7 @@ def evaluate(
         sections = measured(folders, asked, progress)
     identities = [_identity(folder) for folder in folders]
     if kv_cache is not None:
-        identities[0]["kv_cache"] = kv_cache
+        identities[0] |= {"kv_cache": kv_cache, "attention": products}
     result = {"models": identities, "results": [one.to_dict() for one in sections]}
     if output is not None:
         write_json(output, result)
@@ -160,7 +174,7 @@ def _of_language_models(folders: Sequence[ModelFolder], asked: Asked, progress: 
     ids = [common_token_ids(tokenizers, one, asked.max_tokens) for one in texts]
     first, *others = loaded(folders, tokenizers, progress)
     if asked.kv_cache is not None:
-        first = replace(first, model=WithLobcqCache(first.model, format=asked.kv_cache))
+        first = replace(first, model=WithLobcqCache(first.model, format=asked.kv_cache, attention=asked.attention))
     measured = LanguageModels([first, *others], asked.batch_size, progress)
     found = [measured.text(one.source, tokens, windows) for one, tokens in zip(texts, ids, strict=True)]
     found += [measured.questions(one) for one in choices]

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lobcq_fx.cli.options import (
+    ATTENTION_ALONE,
+    Attention,
+    AttentionOption,
     JsonOption,
     KvCacheOption,
     ModelArgument,
@@ -51,6 +54,7 @@ def generate(
     top_p: TopPOption = 1.0,
     seed: SeedOption = 0,
     kv_cache: KvCacheOption = None,
+    attention: AttentionOption = None,
     onnx: Annotated[
         bool, typer.Option("--onnx", help="DIR is one that `lobcq export onnx` wrote; runs in ONNX Runtime.")
     ] = False,
@@ -70,8 +74,10 @@ def generate(
         raise typer.BadParameter("--system: there are instructions in a chat alone")
     if kv_cache is not None and onnx:
         raise typer.BadParameter("--kv-cache: an exported model keeps keys and values in float: leave out --onnx")
+    if attention is not None and kv_cache is None:
+        raise typer.BadParameter(ATTENTION_ALONE)
     prompt = _given(prompt)
-    cache = {} if kv_cache is None else _cache(kv_cache)
+    cache = {} if kv_cache is None else _cache(kv_cache, attention or Attention.w4a16)
     with messages.status("Loading the model"):
         language_model = _onnx_model(folder) if onnx else load_model(folder)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, **cache}
@@ -120,12 +126,12 @@ def _ids(tokenizer: Any, prompt: str, system: str | None, *, chat: bool) -> Tens
     return ids
 
 
-def _cache(format: str) -> dict[str, Any]:
+def _cache(format: str, attention: Attention) -> dict[str, Any]:
     """The argument of `model.generate` that gives it a quantized cache."""
     from lobcq_fx import LobcqCache
     from lobcq_fx.frontends.output_types import CACHE_NAME
 
-    return {CACHE_NAME: LobcqCache(format)}
+    return {CACHE_NAME: LobcqCache(format, attention=attention.value)}
 
 
 def _onnx_model(folder: ModelFolder) -> nn.Module:

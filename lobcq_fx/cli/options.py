@@ -68,6 +68,13 @@ class Mode(StrEnum):
     w4a16 = "w4a16"
 
 
+class Attention(StrEnum):
+    """What keys and values of a quantized cache are multiplied as."""
+
+    w4a8 = "w4a8"
+    w4a16 = "w4a16"
+
+
 class ActivationScale(StrEnum):
     """Whether an activation's tensor scale is computed for each token or calibrated once a layer."""
 
@@ -112,3 +119,13 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+ATTENTION_ALONE = "--attention: it multiplies keys and values in LO-BCQ: pass --kv-cache too"
+AttentionOption = Annotated[
+    Attention | None,
+    typer.Option(
+        show_default=False,
+        help="With --kv-cache: multiply cached keys and values in integers (w4a8), or in fp32 (w4a16, the default).",
+    ),
+]

@@ -11,6 +11,8 @@ import typer
 from lobcq_fx.cli.options import (
     ActivationFormatOption,
     ActivationScale,
+    Attention,
+    AttentionOption,
     Dtype,
     FormatOption,
     JsonOption,
@@ -95,6 +97,7 @@ def quantize(
         ),
     ] = None,
     kv_cache: KvCacheOption = None,
+    attention: AttentionOption = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Quantize only layers whose name matches; repeatable.")
     ] = None,
@@ -145,6 +148,7 @@ def quantize(
         smoothing,
         rotation,
         kv_cache,
+        attention,
         include,
         (*_default_exclude(default_exclude), *(exclude or ())),
         dict(map(_override, override or ())),
@@ -191,6 +195,7 @@ def _config(
     smoothing: Smoothing | None,
     rotation: Rotation | None,
     kv_cache: str | None,
+    attention: Attention | None,
     include: list[str] | None,
     exclude: tuple[str, ...],
     overrides: dict[str, dict[str, str]],
@@ -199,7 +204,7 @@ def _config(
 ) -> LobcqConfig:
     from lobcq_fx.config import LobcqConfig
 
-    given = {"rounding": rounding, "smoothing": smoothing, "rotation": rotation}
+    given = {"rounding": rounding, "smoothing": smoothing, "rotation": rotation, "attention": attention}
     return LobcqConfig.of_recipe(
         recipe.value,
         format=format,

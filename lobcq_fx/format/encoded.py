@@ -113,12 +113,17 @@ def scaled_entries(encoded: Operand) -> Tensor:
     step = max(1, CHUNK // max(1, encoded.spec.padded_columns(columns)))
     for start in range(0, rows, step):
         part = encoded.rows(start, start + step)
-        codes = unpack_codes(part.codes)
-        selectors = unpack_selectors(part.selectors, part.spec.selector_bits, codes.shape[1] // BLOCK_SIZE)
-        entries = entries_of(codes, selectors, part.codebooks).view(*part.scales.shape, part.spec.array_size)
+        entries = selected_entries(part).view(*part.scales.shape, part.spec.array_size)
         scaled = entries.float() * part.scales.float().unsqueeze(-1)
         values[start : start + step] = scaled.flatten(1)[:, :columns]
     return values
+
+
+def selected_entries(encoded: Encoded) -> Tensor:
+    """The entries that the codes select, int8 [R, Kp]; from column K on they may be any."""
+    codes = unpack_codes(encoded.codes)
+    selectors = unpack_selectors(encoded.selectors, encoded.spec.selector_bits, codes.shape[1] // BLOCK_SIZE)
+    return entries_of(codes, selectors, encoded.codebooks)
 
 
 def check_codebooks(codebooks: Tensor, spec: FormatSpec) -> None:

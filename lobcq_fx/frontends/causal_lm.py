@@ -12,22 +12,34 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Sta
 from transformers.cache_utils import Cache
 
 from lobcq_fx.cache_format import CacheFormat
-from lobcq_fx.errors import CallError
+from lobcq_fx.errors import CallError, ConfigError
+from lobcq_fx.format import FormatSpec
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.generation_overrides import PREPARE, delegated
 from lobcq_fx.frontends.lobcq_cache import LobcqCache
+from lobcq_fx.frontends.lobcq_static_cache import LobcqStaticCache
 from lobcq_fx.frontends.output_types import CACHE_NAME
 from lobcq_fx.frontends.plain_outputs import without_extra_outputs
-from lobcq_fx.frontends.quantized_cache_call import QuantizedCacheCall
-from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, cache_mask, initialize, is_static, static_cache
+from lobcq_fx.frontends.quantized_cache_call import QuantizedCacheCall, QuantizedStaticCacheCall
+from lobcq_fx.frontends.static_cache_call import (
+    STATIC_CACHE,
+    StaticCacheCall,
+    cache_mask,
+    initialize,
+    is_static,
+    static_cache,
+)
 from lobcq_fx.graph.graph_module import copied
 from lobcq_fx.graph.shared_tensors import SharingGraphModule
 from lobcq_fx.model import ModelGraph, ModelParts, QuantizedModel, Reader
 from lobcq_fx.passes.order import quantizing_cache
 from lobcq_fx.passes.quantize_cache import QuantizeCache
+from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.trace import MAIN
 
 logger = logging.getLogger(__name__)
+
+DEQUANTIZE = torch.ops.lobcq.dequantize_states.default
 
 
 class CausalLMForward:
@@ -131,8 +143,8 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         return (parts.config,)
 
     def _new_cache(self) -> LobcqCache | None:
-        spec = self.lobcq_config.kv_cache
-        return None if spec is None else LobcqCache(spec)
+        config = self.lobcq_config
+        return None if config.kv_cache is None else LobcqCache(config.kv_cache, attention=config.attention)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -145,7 +157,14 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         else:
             model_kwargs[CACHE_NAME] = cache
 
-    def static_cache(self, max_cache_len: int, batch_size: int | None = None) -> StaticCache:
+    def static_cache(
+        self,
+        max_cache_len: int,
+        batch_size: int | None = None,
+        *,
+        kv_cache: FormatSpec | str | None = None,
+        attention: str | None = None,
+    ) -> StaticCache | LobcqStaticCache:
         """A cache of a fixed length, for `past_key_values`; the calls write their keys and values into it.
 
         Its tensors stay where they are, so that a compiled step can be one CUDA graph. It is whole in every layer, also
@@ -154,10 +173,23 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         Args:
             max_cache_len: how many tokens it has room for.
             batch_size: of the calls; None leaves the memory to the first call, which should then not be compiled.
+            kv_cache, attention: as in `LobcqConfig`, for keys and values in LO-BCQ; None is what the model was
+                quantized for.
+
+        Raises:
+            ConfigError: no such format or attention, or attention in integers over floats.
         """
         calling = self.calling
         assert isinstance(calling, CausalLMCall)
-        cache = static_cache(self.config, calling, max_cache_len)
+        spec = self.lobcq_config.kv_cache if kv_cache is None else kv_cache
+        if spec is None and attention not in (None, "w4a16"):
+            raise ConfigError(f"attention={attention!r} multiplies keys and values in LO-BCQ: pass kv_cache='8x64' too")
+        cache: StaticCache | LobcqStaticCache
+        if spec is None:
+            cache = static_cache(self.config, calling, max_cache_len)
+        else:
+            products = self.lobcq_config.attention if attention is None else attention
+            cache = LobcqStaticCache(len(calling.cache_heads), max_cache_len, spec, attention=products)
         if batch_size is not None:
             initialize(cache, calling, batch_size, self.device)
         return cache
@@ -184,38 +216,61 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
 
     def _prepack(self) -> None:
         super()._prepack()
-        self._quantized_caches: dict[CacheFormat, ModelGraph] = {}  # made of what was lowered just now
+        self._quantized_caches: dict[tuple[str, CacheFormat], ModelGraph] = {}  # made of what was lowered just now
 
-    def _for_quantized_cache(self, cache_format: CacheFormat) -> ModelGraph:
-        """The main graph as it serves quantized caches; it is made at the first call.
+    def _for_quantized_cache(self, cache_format: CacheFormat, graph: ModelGraph | None = None) -> ModelGraph:
+        """A graph, the main one or that for static caches, as it serves quantized caches; made at the first call.
 
         Raises:
-            CallError: it keeps something else than keys and values that grow.
+            CallError: it keeps something else than keys and values.
         """
-        if cache_format not in self._quantized_caches:
-            main, calling = self.graphs[MAIN], self.calling
+        graph = self.graphs[MAIN] if graph is None else graph
+        key = (graph.calling.kind, cache_format)
+        if key not in self._quantized_caches:
+            calling, static = self.calling, isinstance(graph.calling, StaticCacheCall)
             assert isinstance(calling, CausalLMCall)
-            graph_module = SharingGraphModule(self.graph_module, copied(main.graph_module.graph))
-            quantize_cache = QuantizeCache(cache_format, calling.cache_heads, getattr(torch, calling.cache_dtype))
+            graph_module = SharingGraphModule(self.graph_module, copied(graph.graph_module.graph))
+            dtype = getattr(torch, calling.cache_dtype)
+            quantize_cache = QuantizeCache(cache_format, calling.cache_heads, dtype, static)
             first, *others = (one(graph_module) for one in quantizing_cache(quantize_cache, self.device))
             if first.refusals:
                 reasons = "; ".join(map(str, first.refusals))
                 raise CallError(f"the model's graph cannot keep a quantized cache: {reasons}. Pass a DynamicCache")
-            for refusal in (refusal for one in others for refusal in one.refusals):
+            left = [refusal for one in others for refusal in one.refusals]
+            for refusal in left:
                 logger.info("%s", refusal)
+            decoded = graph_module.graph.find_nodes(op="call_function", target=DEQUANTIZE)
+            if decoded and cache_format.attention != "w4a16":
+                reasons = "; ".join(map(str, left)) or "its attention is written out"
+                raise CallError(
+                    f"past_key_values is LobcqCache(attention={cache_format.attention!r}): not only"
+                    f" scaled_dot_product_attention reads this model's cache: {reasons}. Remedy: attention='w4a16'"
+                )
             constants = tuple(one.to(self.device) for one in quantize_cache.constants.values())
             row_bytes = tuple(
                 cache_format.rows(heads, width).row_bytes for heads, *widths in calling.cache_heads for width in widths
             )
-            call = QuantizedCacheCall(calling, row_bytes, constants)
-            self._quantized_caches[cache_format] = ModelGraph(graph_module, main.stored, call)
-        return self._quantized_caches[cache_format]
+            call: CallingConvention = QuantizedCacheCall(calling, row_bytes, constants)
+            if isinstance(graph.calling, StaticCacheCall):
+                call = QuantizedStaticCacheCall(calling, graph.calling.guards, row_bytes, constants)
+            self._quantized_caches[key] = ModelGraph(graph_module, graph.stored, call)
+        return self._quantized_caches[key]
 
     def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelGraph:
         if isinstance(kwargs.get("past_key_values"), LobcqCache):
             return self._for_quantized_cache(kwargs["past_key_values"].format)
+        if isinstance(kwargs.get("past_key_values"), LobcqStaticCache):
+            return self._for_quantized_cache(kwargs["past_key_values"].format, self._static_graph())
         if not is_static(kwargs.get("past_key_values")):
             return super()._serving(args, kwargs)
+        return self._static_graph()
+
+    def _static_graph(self) -> ModelGraph:
+        """The graph for static caches.
+
+        Raises:
+            CallError: there is none.
+        """
         graph = self.graphs.get(STATIC_CACHE)
         if graph is None:
             reason = self.refused_graphs.get(STATIC_CACHE, "it was saved by a release that knew none")

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 import lobcq_fx.ops  # noqa: F401  (defines the ops called here)
 from lobcq_fx.cache_format import CacheFormat
-from lobcq_fx.config import format_of
+from lobcq_fx.config import check_attention, format_of
 from lobcq_fx.errors import CallError
 from lobcq_fx.format import FormatSpec, universal_codebooks
 from lobcq_fx.format.state_rows import StateRows
@@ -41,6 +41,11 @@ class LobcqLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the states [B, H, T, D] of a float model's call; return all, [B, H, P + T, D], as they decode."""
+        if self.format.attention != "w4a16":
+            raise CallError(
+                f"past_key_values is LobcqCache(attention={self.format.attention!r}), and this model's own attention"
+                " multiplies floats: leave attention out, or pass the cache to a model from lobcq_fx.quantize()"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rotations = None
@@ -78,14 +83,19 @@ class LobcqCache(Cache):  # type: ignore[misc]
             them in the fewest bytes.
         rotate_keys: multiply keys with a Hadamard matrix within their heads before they are encoded, which spreads the
             few columns that stand out in keys (docs/accuracy.md has what it is worth).
+        attention: how quantized models multiply keys and values: `"w4a16"` in fp32, `"w4a8"` in integers, with queries
+            and weights of tokens in int8.
 
     Raises:
-        ConfigError: no such format.
+        ConfigError: no such format, or no such way.
     """
 
-    def __init__(self, format: FormatSpec | str = "8x64", *, rotate_keys: bool = True) -> None:
+    def __init__(
+        self, format: FormatSpec | str = "8x64", *, rotate_keys: bool = True, attention: str = "w4a16"
+    ) -> None:
         bind_cpu_core()
-        self.format = CacheFormat(format_of(format), rotate_keys)
+        check_attention(attention)
+        self.format = CacheFormat(format_of(format), rotate_keys, attention)
         super().__init__(layer_class_to_replicate=partial(LobcqLayer, self.format))
 
     @property

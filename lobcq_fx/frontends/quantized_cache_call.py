@@ -1,9 +1,9 @@
-"""How a decoder-only language model is called with a quantized cache: rows of bytes in, grown rows out."""
+"""How a decoder-only language model is called with a quantized cache, one that grows or one of a fixed length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall, call_arguments, input_ids_of
 from lobcq_fx.frontends.lobcq_cache import LobcqCache
+from lobcq_fx.frontends.lobcq_static_cache import LobcqStaticLayer
+from lobcq_fx.frontends.static_cache_call import StaticCacheCall
 from lobcq_fx.tracing.calling import CallingConvention
 
 
@@ -63,3 +65,35 @@ class QuantizedCacheCall(CallingConvention):
     def to_dict(self) -> dict[str, Any]:
         """What kind it is: the graph is made anew of the saved one, and so is this."""
         return {"kind": self.kind}
+
+
+@dataclass(frozen=True)
+class QuantizedStaticCacheCall(StaticCacheCall):
+    """Calls of the graph that `QuantizeCache` makes of one for static caches; it is never saved either.
+
+    row_bytes, constants: as those of `QuantizedCacheCall`.
+    """
+
+    kind: ClassVar[str] = "quantized_static_cache"
+    layer_type = LobcqStaticLayer
+    length_dimension = 1
+
+    row_bytes: tuple[int, ...] = ()
+    constants: tuple[Tensor, ...] = field(default=(), compare=False)
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """As `StaticCacheCall.flatten`, with keys and values as rows uint8 [B, C, row_bytes]; then the constants.
+
+        Raises:
+            CallError: the cache is of another model or batch, or has no room for the call's tokens.
+        """
+        return [*super().flatten(args, kwargs), *self.constants]
+
+    @property
+    def arity(self) -> tuple[int, int]:
+        """Those of the other graph, and the constants."""
+        inputs, outputs = super().arity
+        return inputs + len(self.constants), outputs
+
+    def _states(self, batch: int, length: int) -> tuple[torch.dtype, list[tuple[int, ...]], str]:
+        return torch.uint8, [(batch, length, width) for width in self.row_bytes], "[batch, length, bytes]"

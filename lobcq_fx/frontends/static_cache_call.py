@@ -35,6 +35,8 @@ class StaticCacheCall(CallingConvention):
     """
 
     kind: ClassVar[str] = STATIC_CACHE
+    layer_type: ClassVar[type[StaticLayer]] = StaticLayer
+    length_dimension: ClassVar[int] = 2
 
     causal: CausalLMCall
     guards: SizeGuards = field(default_factory=SizeGuards)
@@ -49,8 +51,8 @@ class StaticCacheCall(CallingConvention):
         ids = input_ids_of(call)
         batch, query = ids.shape
         layers = self._layers(call["past_key_values"], ids)
-        length = layers[0].keys.shape[2]
-        self._check_room(layers[0], query, call.get("attention_mask"))
+        length = layers[0].keys.shape[self.length_dimension]
+        self._check_room(layers[0], length, query, call.get("attention_mask"))
         positions = layers[0].cumulative_length + torch.arange(query, dtype=torch.long, device=ids.device)
         mask = cache_mask(call.get("attention_mask"), batch, length, ids.device)
         values = {
@@ -59,10 +61,12 @@ class StaticCacheCall(CallingConvention):
             "position_ids": self._position_ids(call.get("position_ids"), mask, positions, batch),
             "logits_to_keep": kept_positions(call.get("logits_to_keep"), query, ids.device),
         }
+        inputs = [values[name] for name in self.causal.inputs]
         states = [state for layer in layers for state in (layer.keys, layer.values)]
-        flat = [values[name] for name in self.causal.inputs] + states + [positions]
-        self.guards.check(flat, self.causal.name_of)
-        return flat
+        heads, width, _ = self.causal.cache_heads[0]
+        first_key = torch.empty((batch, heads, length, width), dtype=torch.uint8, device="meta")
+        self.guards.check([*inputs, first_key], self.causal.name_of)
+        return [*inputs, *states, positions]
 
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As `CausalLMCall.unflatten`; the cache, which the graph has written to, counts the call's tokens."""
@@ -92,11 +96,11 @@ class StaticCacheCall(CallingConvention):
 
     def _layers(self, cache: Any, ids: Tensor) -> list[StaticLayer]:
         """The cache's layers, with memory of the right sizes."""
-        sizes, batch, dtype = self.causal.cache_heads, ids.shape[0], getattr(torch, self.causal.cache_dtype)
+        sizes, batch = self.causal.cache_heads, ids.shape[0]
         if len(cache.layers) != len(sizes):
             raise CallError(f"past_key_values has {len(cache.layers)} layers, the model {len(sizes)}: {REMEDY}")
         for layer in cache.layers:
-            if type(layer) is not StaticLayer:
+            if type(layer) is not self.layer_type:
                 kind = type(layer).__name__
                 raise CallError(
                     f"past_key_values holds a {kind}; the graph keeps whole caches and windows them in its mask, in"
@@ -104,19 +108,25 @@ class StaticCacheCall(CallingConvention):
                 )
         if not cache.layers[0].is_initialized:
             initialize(cache, self.causal, batch, ids.device)
-        for layer, (heads, *widths) in zip(cache.layers, sizes, strict=True):
-            for state, width in zip((layer.keys, layer.values), widths, strict=True):
-                wanted = (batch, heads, cache.layers[0].keys.shape[2], width)
-                if (tuple(state.shape), state.dtype) != (wanted, dtype):
-                    raise CallError(
-                        f"past_key_values holds a {state.dtype} of {list(state.shape)} for a call that needs a {dtype}"
-                        f" of {list(wanted)} [batch, heads, length, width]: {REMEDY}"
-                    )
+        dtype, shapes, names = self._states(batch, cache.layers[0].keys.shape[self.length_dimension])
+        states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
+        for state, wanted in zip(states, shapes, strict=True):
+            if (tuple(state.shape), state.dtype) != (wanted, dtype):
+                raise CallError(
+                    f"past_key_values holds a {state.dtype} of {list(state.shape)} for a call that needs a {dtype}"
+                    f" of {list(wanted)} {names}: {REMEDY}"
+                )
         return list(cache.layers)
 
-    def _check_room(self, layer: StaticLayer, query: int, mask: Tensor | None) -> None:
+    def _states(self, batch: int, length: int) -> tuple[torch.dtype, list[tuple[int, ...]], str]:
+        """What keys and values have to be, in turn: their dtype, their shapes, and the names of the dimensions."""
+        shapes: list[tuple[int, ...]] = [
+            (batch, heads, length, width) for heads, *widths in self.causal.cache_heads for width in widths
+        ]
+        return getattr(torch, self.causal.cache_dtype), shapes, "[batch, heads, length, width]"
+
+    def _check_room(self, layer: StaticLayer, length: int, query: int, mask: Tensor | None) -> None:
         """That the call's tokens fit behind the cached ones, as far as that is known without waiting for a device."""
-        length = layer.keys.shape[2]
         if query > length:
             raise CallError(f"the cache has room for {length} tokens, the call has {query}: {REMEDY}, longer")
         if torch.compiler.is_compiling() or layer.cumulative_length.device.type != "cpu":

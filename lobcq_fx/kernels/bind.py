@@ -1,9 +1,9 @@
 """Binds kernels to the `lobcq::` ops: the C++ core for CPU tensors, Triton's for CUDA tensors.
 
-`lobcq::linear_prepacked`, the op of models that run, is the core's own, from the dispatcher straight into C++. The ops
-on weights as they are stored encode and decode by the core, and multiply by torch: their results are those of the
-default implementations, bit for bit. Without a built core, or with LOBCQ_CPU_CORE=0 in the environment, the defaults
-stay in place.
+The ops that every step of a model calls, `lobcq::linear_prepacked`, `lobcq::quantize_states` and `lobcq::attention`,
+are the core's own, from the dispatcher straight into C++. The ops on weights as they are stored encode and decode by
+the core, and multiply by torch: their results are those of the default implementations, bit for bit. Without a built
+core, or with LOBCQ_CPU_CORE=0 in the environment, the defaults stay in place.
 
 On CUDA tensors all of them run Triton kernels where LOBCQ_TRITON=1 asks for those, which no GPU has run yet; otherwise,
 without Triton, or on a GPU that lacks their instructions, the defaults.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,18 +23,16 @@ from torch import Tensor
 
 import lobcq_fx.ops  # noqa: F401  (defines the schemas that are implemented here)
 from lobcq_fx.format import FormatSpec
-from lobcq_fx.format.state_rows import StateRows
 from lobcq_fx.kernels.cpu.installed import cpu_core, tables_of
 from lobcq_fx.kernels.cpu.library import Core
 from lobcq_fx.kernels.cpu.operands import PackedOperand
 from lobcq_fx.kernels.cpu.weight_layout import CpuWeightLayout
 from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
 from lobcq_fx.ops import schemas
-from lobcq_fx.ops.attention import attention, check_attention
 from lobcq_fx.ops.grouped_linear import StoredGroupedLinears
 from lobcq_fx.ops.linear import StoredLinears
 from lobcq_fx.ops.operand_checks import check, check_whole_arrays
-from lobcq_fx.ops.states import PackedStates
+from lobcq_fx.ops.states import decode_states
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +41,6 @@ TRITON_SWITCH = "LOBCQ_TRITON"
 
 LEAST_CAPABILITY = (8, 0)
 """Ampere: the first GPUs with bf16 MMA instructions and asynchronous copies to shared memory."""
-
-
-WIDEST_HEAD = 512
-"""Scalars of a head up to which the core attends."""
 
 
 def attends(device: torch.device) -> bool:
@@ -77,10 +71,7 @@ def bind_cpu_core() -> bool:
     torch.library.impl(schemas.QUANTIZE_WEIGHT_SEARCHED, "CPU", _quantize_weight_searched)
     torch.library.impl(schemas.DEQUANTIZE_WEIGHT, "CPU", _dequantize_weight)
     torch.library.impl(schemas.COMPENSATE, "CPU", _compensate)
-    states = PackedStates(_encoded, _decoded)
-    torch.library.impl(schemas.QUANTIZE_STATES, "CPU", states.quantize_states)
-    torch.library.impl(schemas.DEQUANTIZE_STATES, "CPU", states.dequantize_states)
-    torch.library.impl(schemas.ATTENTION, "CPU", _attention)
+    torch.library.impl(schemas.DEQUANTIZE_STATES, "CPU", partial(decode_states, _decoded))
     stored = StoredLinears(_scaled_entries)
     torch.library.impl(schemas.LINEAR, "CPU", stored.linear)
     torch.library.impl(schemas.LINEAR_INT8_ACTIVATION, "CPU", stored.linear_int8_activation)
@@ -223,39 +214,6 @@ def _compensate(
     operands = (weight.detach(), other_errors, coupling, power, float(tensor_scale), array_size)
     codes, selectors, scales, costs = _core().compensate(tables_of(codebooks), *operands)
     return codes, selectors, scales.view(torch.float8_e4m3fn), costs
-
-
-def _encoded(
-    x: Tensor, codebooks: Tensor, array_size: int, tensor_scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _parts(_core().encode(tables_of(codebooks), _rows(x), array_size, tensor_scale))
-
-
-def _attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    codebooks: Tensor,
-    mask: Tensor | None,
-    heads: int,
-    value_width: int,
-    key_array_size: int,
-    value_array_size: int,
-    scale: float,
-) -> Tensor:
-    check_attention(locals())
-    if max(query.shape[3], value_width) > WIDEST_HEAD:
-        return attention(
-            query, keys, values, codebooks, mask, heads, value_width, key_array_size, value_array_size, scale
-        )
-    if mask is not None:
-        mask = mask if mask.dtype == torch.bool else mask.float()
-        mask = mask.expand(*query.shape[:3], keys.shape[1])
-    of_keys = StateRows(FormatSpec(codebooks.shape[0], key_array_size), heads, query.shape[3])
-    of_values = StateRows(FormatSpec(codebooks.shape[0], value_array_size), heads, value_width)
-    states = (keys.contiguous(), of_keys), (values.contiguous(), of_values)
-    floats = query.detach().float().contiguous()
-    return _core().attention(tables_of(codebooks), floats, *states, mask, scale).to(query.dtype)
 
 
 def _scaled_entries(

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lobcq_fx.errors import OperandError
+from lobcq_fx.errors import LobcqError, OperandError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.format.state_rows import StateRows
 from lobcq_fx.ops.contracts import FLOATS, OPERANDS, Operand
+from lobcq_fx.ops.schemas import NO_GRADIENT
 
 Arguments = Mapping[str, Any]
 """Of a call, by the schema's names. Operands that are missing are not checked."""
@@ -91,6 +92,16 @@ def check_whole_arrays(op: str, name: str, operand: Tensor, array_size: int) -> 
     columns = operand.shape[-1]
     if columns % array_size:
         raise OperandError(f"{op}: {name} has {columns} columns: pass whole block arrays, multiples of {array_size}")
+
+
+def refuse_gradient(x: Tensor) -> None:
+    """Refuse an operand that requires a gradient, where no formula of autograd's does.
+
+    Raises:
+        LobcqError: it requires one.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        raise LobcqError(NO_GRADIENT)
 
 
 def _tensors(op: str, operand: Operand, given: Arguments) -> Iterator[tuple[str, Tensor, int]]:

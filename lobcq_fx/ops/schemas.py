@@ -78,7 +78,7 @@ torch.library.define(
 torch.library.define(
     ATTENTION,
     "(Tensor query, Tensor keys, Tensor values, Tensor codebooks, Tensor? mask, int heads, int value_width,"
-    " int key_array_size, int value_array_size, float scale) -> Tensor",
+    " int key_array_size, int value_array_size, float scale, bool in_int8=False) -> Tensor",
 )
 torch.library.define(
     LINEAR,
@@ -159,17 +159,17 @@ def _refuse_backward(*_: Any) -> NoReturn:
 
 _ON_STORED = (
     QUANTIZE_ACTIVATION, QUANTIZE_ACTIVATION_INT8, ROTATE, QUANTIZE_WEIGHT, QUANTIZE_WEIGHT_SEARCHED,
-    DEQUANTIZE_WEIGHT, COMPENSATE, QUANTIZE_STATES, DEQUANTIZE_STATES, ATTENTION, LINEAR, LINEAR_INT8_ACTIVATION,
-    LINEAR_FLOAT_ACTIVATION, GROUPED_LINEAR, GROUPED_LINEAR_FLOAT_ACTIVATION, GROUPED_LINEAR_INT8_ACTIVATION,
+    DEQUANTIZE_WEIGHT, COMPENSATE, DEQUANTIZE_STATES, LINEAR, LINEAR_INT8_ACTIVATION, LINEAR_FLOAT_ACTIVATION,
+    GROUPED_LINEAR, GROUPED_LINEAR_FLOAT_ACTIVATION, GROUPED_LINEAR_INT8_ACTIVATION,
 )  # fmt: skip
 for _name in _ON_STORED:
     torch.library.register_autograd(_name, _refuse_backward)
 
 # A registered formula is Python that runs on every call, with gradients off too. The kernels of these refuse by
 # themselves an activation that requires a gradient.
-_ON_PREPACKED = (
-    LINEAR_PREPACKED, LINEAR_PREPACKED_FLOAT_ACTIVATION, *_FUSED, GROUPED_LINEAR_PREPACKED,
+_BY_KERNEL = (
+    QUANTIZE_STATES, ATTENTION, LINEAR_PREPACKED, LINEAR_PREPACKED_FLOAT_ACTIVATION, *_FUSED, GROUPED_LINEAR_PREPACKED,
     GROUPED_LINEAR_PREPACKED_FLOAT_ACTIVATION,
 )  # fmt: skip
-for _name in _ON_PREPACKED:
+for _name in _BY_KERNEL:
     torch.library.impl(_name, "Autograd", torch.library.fallthrough_kernel)

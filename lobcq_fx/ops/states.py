@@ -1,87 +1,71 @@
-"""`lobcq::quantize_states`, `lobcq::dequantize_states`: the keys and values of a cache, to rows of bytes and back.
-
-A device whose kernels encode and decode brings those two; all else is written once.
-"""
+"""`lobcq::quantize_states`, `lobcq::dequantize_states`: the keys and values of a cache, to rows of bytes and back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lobcq_fx.format import Encoded, FormatSpec, absmax_row_scale, decode, encode
 from lobcq_fx.format.state_rows import StateRows
-from lobcq_fx.ops.operand_checks import check, check_fake
+from lobcq_fx.ops.operand_checks import check, check_fake, refuse_gradient
 from lobcq_fx.ops.schemas import DEQUANTIZE_STATES, QUANTIZE_STATES
 
-Parts = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Codes, selectors, scales and tensor scales of an operand [R, K]."""
+Decoder = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+"""Called with codes, selectors, scales, tensor scales, codebooks, K and L_A; returns fp32 [R, K]."""
 
 
-@dataclass(frozen=True)
-class PackedStates:
-    """The two ops.
+def quantize_states(x: Tensor, codebooks: Tensor, array_size: int) -> Tensor:
+    """Encode keys or values, each head by itself, with a tensor scale for each token.
 
-    encode: called with an operand [R, K], codebooks, L_A and tensor scales fp32 [R, 1]; returns its parts.
-    decode: called with the parts, codebooks, K and L_A; returns fp32 [R, K].
+    Args:
+        x: [B, H, T, D], fp32, bf16 or fp16.
+        codebooks: int8 [N_c, 16].
+        array_size: L_A.
+
+    Returns:
+        uint8 [B, T, row_bytes], laid out as `StateRows` says. A token with NaN or infinity in any head decodes to
+        NaN in all of them.
+
+    Raises:
+        OperandError: an operand is not what `contracts` says.
+        LobcqError: x requires a gradient.
     """
-
-    encode: Callable[[Tensor, Tensor, int, Tensor], Parts]
-    decode: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
-
-    def quantize_states(self, x: Tensor, codebooks: Tensor, array_size: int) -> Tensor:
-        """Encode keys or values, each head by itself, with a tensor scale for each token.
-
-        Args:
-            x: [B, H, T, D], fp32, bf16 or fp16.
-            codebooks: int8 [N_c, 16].
-            array_size: L_A.
-
-        Returns:
-            uint8 [B, T, row_bytes], laid out as `StateRows` says. A token with NaN or infinity in any head decodes to
-            NaN in all of them.
-
-        Raises:
-            OperandError: an operand is not what `contracts` says.
-        """
-        check(QUANTIZE_STATES, locals())
-        batch, heads, tokens, width = x.shape
-        layout = StateRows(FormatSpec(codebooks.shape[0], array_size), heads, width)
-        tensor_scale = absmax_row_scale(x.transpose(1, 2).flatten(2))
-        operand = x.reshape(batch * heads * tokens, width)
-        codes, selectors, scales, _ = self.encode(operand, codebooks, array_size, layout.of_heads(tensor_scale))
-        return layout.join(codes, selectors, scales, tensor_scale)
-
-    def dequantize_states(
-        self, rows: Tensor, codebooks: Tensor, heads: int, width: int, array_size: int, dtype: torch.dtype
-    ) -> Tensor:
-        """Decode keys or values.
-
-        Args:
-            rows: uint8 [B, P, row_bytes] from `lobcq::quantize_states`.
-            codebooks: int8 [N_c, 16].
-            heads, width: H and D.
-            array_size: L_A.
-            dtype: of the result, to which the decoded fp32 is rounded.
-
-        Returns:
-            [B, H, P, D] in `dtype`, contiguous.
-
-        Raises:
-            OperandError: an operand is not what `contracts` says.
-        """
-        check(DEQUANTIZE_STATES, locals())
-        layout = StateRows(FormatSpec(codebooks.shape[0], array_size), heads, width)
-        decoded = self.decode(*layout.split(rows), codebooks, width, array_size)
-        return decoded.to(dtype).view(rows.shape[0], heads, rows.shape[1], width)
+    check(QUANTIZE_STATES, locals())
+    refuse_gradient(x)
+    batch, heads, tokens, width = x.shape
+    spec = FormatSpec(codebooks.shape[0], array_size)
+    layout = StateRows(spec, heads, width)
+    tensor_scale = absmax_row_scale(x.transpose(1, 2).flatten(2))
+    one = encode(x.reshape(batch * heads * tokens, width), spec, codebooks, layout.of_heads(tensor_scale))
+    return layout.join(one.codes, one.selectors, one.scales, tensor_scale)
 
 
-def _encode(x: Tensor, codebooks: Tensor, array_size: int, tensor_scale: Tensor) -> Parts:
-    """By the format alone."""
-    one = encode(x, FormatSpec(codebooks.shape[0], array_size), codebooks, tensor_scale)
-    return one.codes, one.selectors, one.scales, one.tensor_scale
+def decode_states(
+    decoder: Decoder, rows: Tensor, codebooks: Tensor, heads: int, width: int, array_size: int, dtype: torch.dtype
+) -> Tensor:
+    """Decode keys or values, by a device's decoder.
+
+    Args:
+        decoder: of operands [R, K].
+        rows: uint8 [B, P, row_bytes] from `lobcq::quantize_states`.
+        codebooks: int8 [N_c, 16].
+        heads, width: H and D.
+        array_size: L_A.
+        dtype: of the result, to which the decoded fp32 is rounded.
+
+    Returns:
+        [B, H, P, D] in `dtype`, contiguous.
+
+    Raises:
+        OperandError: an operand is not what `contracts` says.
+    """
+    check(DEQUANTIZE_STATES, locals())
+    layout = StateRows(FormatSpec(codebooks.shape[0], array_size), heads, width)
+    decoded = decoder(*layout.split(rows), codebooks, width, array_size)
+    return decoded.to(dtype).view(rows.shape[0], heads, rows.shape[1], width)
 
 
 def _decode(
@@ -92,8 +76,8 @@ def _decode(
     return decode(Encoded(codes, selectors, scales, tensor_scale, codebooks, spec, columns))
 
 
-_DEFAULT = PackedStates(_encode, _decode)
-quantize_states, dequantize_states = _DEFAULT.quantize_states, _DEFAULT.dequantize_states
+dequantize_states = partial(decode_states, _decode)
+"""By the format alone."""
 
 torch.library.impl(QUANTIZE_STATES, "CompositeExplicitAutograd", quantize_states)
 torch.library.impl(DEQUANTIZE_STATES, "CompositeExplicitAutograd", dequantize_states)

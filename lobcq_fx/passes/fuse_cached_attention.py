@@ -16,6 +16,7 @@ from torch import fx
 
 from lobcq_fx.graph.attributes import add_call, named_arguments
 from lobcq_fx.graph.dead_code import erase_dead_nodes
+from lobcq_fx.ops.attention import WIDEST_HEAD
 from lobcq_fx.passes.group_query_heads import keeps_everything
 from lobcq_fx.passes.guard_attention import is_guarded
 from lobcq_fx.passes.infra import GraphPass
@@ -31,9 +32,13 @@ class FuseCachedAttention(GraphPass):
     """For devices with a kernel for `lobcq::attention`, after `QuantizeCache` and `GroupQueryHeads`.
 
     Attention that is no `scaled_dot_product_attention`, or reads what is not cached, stays as it is.
+
+    in_int8: multiply integers instead of decoded keys and values.
     """
 
     name: ClassVar[str] = "fuse_cached_attention"
+
+    in_int8: bool = False
 
     def attempt(self, graph_module: fx.GraphModule) -> tuple[bool, list[Refusal]]:
         """Fuse every attention of the graph; what only decoded for one of them goes."""
@@ -51,7 +56,7 @@ class FuseCachedAttention(GraphPass):
             with graph.inserting_before(node):
                 if key.rotation is not None:
                     query = add_call(graph, aten.matmul.default, (query, key.rotation), like=node)
-                arguments = _arguments(query, key.states, value.states, given)
+                arguments = (*_arguments(query, key.states, value.states, given), self.in_int8)
                 fused = add_call(graph, lobcq.attention.default, arguments, like=node)
             node.replace_all_uses_with(fused)
             graph.erase_node(node)
@@ -94,6 +99,8 @@ def _unguarded(key: fx.Node, value: fx.Node) -> Any:
 def _refusal(given: dict[str, Any], key: _Cached, value: _Cached) -> str | None:
     if named_arguments(key.states)["heads"] != named_arguments(value.states)["heads"]:
         return "it has other heads for keys than for values"
+    if max(named_arguments(one.states)["width"] for one in (key, value)) > WIDEST_HEAD:
+        return f"its heads are wider than {WIDEST_HEAD}, up to which kernels attend"
     if given.get("is_causal") or given.get("dropout_p"):
         return "it makes a causal mask of its own, or drops out"
     return None

@@ -65,7 +65,10 @@ def lowering(device: torch.device, prepack: Prepack) -> tuple[GraphPass, ...]:
 
 def quantizing_cache(quantize_cache: QuantizeCache, device: torch.device) -> tuple[GraphPass, ...]:
     """From a lowered graph for growing caches to one for quantized caches."""
-    return (quantize_cache, FuseCachedAttention()) if attends(device) else (quantize_cache,)
+    in_int8 = quantize_cache.cache.attention == "w4a8"
+    if in_int8 or attends(device):
+        return quantize_cache, FuseCachedAttention(in_int8)
+    return (quantize_cache,)
 
 
 def lower(graph_modules: Sequence[fx.GraphModule], prepack: Prepack, device: torch.device) -> tuple[Refusal, ...]:

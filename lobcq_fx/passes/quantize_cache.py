@@ -1,9 +1,12 @@
-"""Pass: a graph for growing caches keeps keys and values encoded from call to call.
+"""Pass: a graph for growing or for static caches keeps keys and values encoded from call to call.
 
 grown = cat(past, new, -2)  ->  rows = cat(past_rows, quantize_states(new), 1); grown = dequantize_states(rows)
+whole = index_copy_(state, 2, positions, new)
+    ->  rows = index_copy_(rows, 1, positions, quantize_states(new)); whole = dequantize_states(rows)
 
-Rows are uint8 [B, P, row_bytes], and what the graph returns in the place of `grown`. Attention reads what the rows
-decode to for the call's own tokens too, so that a prompt gives the same whether it comes in one call or in several.
+Rows are uint8 [B, P, row_bytes], and what a graph for growing caches returns in the place of `grown`. Attention reads
+what the rows decode to for the call's own tokens too, so that a prompt gives the same whether it comes in one call or
+in several.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ lobcq = torch.ops.lobcq
 CONSTANT = "lobcq_cache_"
 """What the names of the inputs that hold codebooks and rotations start with."""
 
+APPENDING = "the graph does not {} the call's own keys or values to the cached ones, once, by a {}"
+
 LENGTH = 2
 """Dimension of the tokens in keys and values [B, H, P, D]."""
 
@@ -40,9 +45,11 @@ ROW_LENGTH = 1
 class QuantizeCache(GraphPass):
     """Encode the cache of a graph whose last inputs are the keys and values of every layer in turn.
 
-    After them come new inputs: what `constants` gives. It changes all layers or none.
+    In a graph for static caches the positions come behind them. Then follow new inputs: what `constants` gives. It
+    changes all layers or none.
 
     cache: how they are stored. heads: of each layer, heads and the widths of a key and a value. dtype: of both.
+    static: whether the graph is one for static caches.
     """
 
     name: ClassVar[str] = "quantize_cache"
@@ -50,15 +57,17 @@ class QuantizeCache(GraphPass):
     cache: CacheFormat
     heads: tuple[tuple[int, int, int], ...]
     dtype: torch.dtype
+    static: bool = False
 
     def attempt(self, graph_module: fx.GraphModule) -> tuple[bool, list[Refusal]]:
-        """Rewrite every state; refuse a graph in which one is not only grown by a `cat`."""
+        """Rewrite every state; refuse a graph in which one is not only grown by a `cat`, or written to in place."""
         graph = graph_module.graph
         placeholders = graph.find_nodes(op="placeholder")
         if any(node.target in self.constants for node in placeholders):
             return False, []
-        states = placeholders[len(placeholders) - 2 * len(self.heads) :]
-        refusals = [Refusal(self.name, node.name, reason) for node in states if (reason := _refusal(node))]
+        first = len(placeholders) - 2 * len(self.heads) - self.static
+        states = placeholders[first : first + 2 * len(self.heads)]
+        refusals = [Refusal(self.name, node.name, reason) for node in states if (reason := self._refusal(node))]
         if refusals:
             return False, refusals
         constants = _add_inputs(graph, placeholders[-1], self.constants)
@@ -83,8 +92,8 @@ class QuantizeCache(GraphPass):
     def _rewrite(
         self, graph: fx.Graph, state: fx.Node, shape: tuple[int, int], constants: dict[str, fx.Node], rotated: bool
     ) -> None:
-        (grown,) = (node for node in state.users if node.target is aten.cat.default)
-        new: Any = grown.args[0][1]  # type: ignore[index]
+        (grown,) = (node for node in state.users if node.target is self._write)
+        new: Any = grown.args[3] if self.static else grown.args[0][1]  # type: ignore[index]
         codebooks = constants[CONSTANT + "codebooks"]
         heads, width = shape
         layout = self.cache.rows(heads, width)
@@ -98,34 +107,45 @@ class QuantizeCache(GraphPass):
         with graph.inserting_before(grown):
             states = (rotate(new, "weight"), codebooks, array_size)
             encoded = add_call(graph, lobcq.quantize_states.default, states, like=grown)
-            rows = add_call(graph, aten.cat.default, ([state, encoded], ROW_LENGTH), like=grown)
+            if self.static:
+                written = (state, ROW_LENGTH, grown.args[2], encoded)
+                rows = add_call(graph, aten.index_copy_.default, written, like=grown)
+            else:
+                rows = add_call(graph, aten.cat.default, ([state, encoded], ROW_LENGTH), like=grown)
             arguments = (rows, codebooks, heads, width, array_size, self.dtype)
             read = rotate(add_call(graph, lobcq.dequantize_states.default, arguments, like=grown), "activation")
-        output = graph.output_node()
-        output.replace_input_with(grown, rows)
+        graph.output_node().replace_input_with(grown, rows)
         grown.replace_all_uses_with(read)
         graph.erase_node(grown)
+
+    @property
+    def _write(self) -> Any:
+        """What puts the call's own keys and values behind the cached ones."""
+        return aten.index_copy_.default if self.static else aten.cat.default
+
+    def _refusal(self, state: fx.Node) -> str | None:
+        """Why keys or values that come in as `state` cannot be kept as rows; None where they can."""
+        written = [node for node in state.users if node.target is self._write]
+        others = [node for node in state.users if node.target is not self._write]
+        if len(written) != 1 or not (_overwrites if self.static else _appends)(written[0], state):
+            return APPENDING.format(*("write", "index_copy_") if self.static else ("append", "cat"))
+        if any(node.target is not aten.sym_size.int or node.args[1] not in (0, LENGTH) for node in others):
+            return f"the graph reads the cached keys or values elsewhere too: {others[0].format_node()}"
+        return None
 
 
 def _matrix(width: int, operand: RotatedOperand) -> str:
     return f"rotation_{width}_{operand}"
 
 
-def _refusal(state: fx.Node) -> str | None:
-    """Why keys or values that come in as `state` cannot be kept as rows; None where they can."""
-    grown = [node for node in state.users if node.target is aten.cat.default]
-    others = [node for node in state.users if node.target is not aten.cat.default]
-    if len(grown) != 1 or not _appends(grown[0], state):
-        return "the graph does not append the call's own keys or values to the cached ones, once, by a cat"
-    if any(node.target is not aten.sym_size.int or node.args[1] not in (0, LENGTH) for node in others):
-        return f"the graph reads the cached keys or values elsewhere too: {others[0].format_node()}"
-    return None
-
-
 def _appends(cat: fx.Node, state: fx.Node) -> bool:
     tensors, *dimension = cat.args
     returned = any(node.op == "output" for node in cat.users)
     return returned and len(tensors) == 2 and tensors[0] is state and dimension in ([-2], [LENGTH])  # type: ignore[arg-type, index]
+
+
+def _overwrites(index_copy: fx.Node, state: fx.Node) -> bool:
+    return index_copy.args[0] is state and index_copy.args[1] in (LENGTH, -2)
 
 
 def _hold_rows(state: fx.Node, row_bytes: int) -> None:

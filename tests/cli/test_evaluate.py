@@ -59,6 +59,7 @@ def test_a_quantized_cache_of_the_first_model(lobcq: Run, llama: Path, bert: Pat
     asked = ("--text", text_file, "--window", 32, "--stride", 8, "--max-tokens", 100)
     found = lobcq.json("eval", llama, "--against", llama, *asked, "--kv-cache", "8x64")
     assert [one.get("kv_cache") for one in found["models"]] == ["8x64", None]
+    assert [one.get("attention") for one in found["models"]] == ["w4a16", None]
     ids = AutoTokenizer.from_pretrained(llama)(TEXT, add_special_tokens=False, verbose=False)["input_ids"][:100]
     model = LlamaForCausalLM.from_pretrained(llama).eval()
     expected = [perplexity(one, ids, window=32, stride=8) for one in (WithLobcqCache(model, format="8x64"), model)]

@@ -55,6 +55,14 @@ def test_a_quantized_cache(lobcq: Run, quantized_llama: tuple[Path, dict[str, An
         assert lobcq.json(*arguments, "--kv-cache", "1x16")["tokens"] == expected.tolist()
         changed.append(lobcq.json(*arguments)["tokens"] != expected.tolist())
     assert any(changed)
+    cached = ("--kv-cache", "8x64", "--attention", "w4a8")
+    found = lobcq.json("generate", quantized_llama[0], "-p", "The cat sees", "--max-new-tokens", 12, *cached)
+    cache = lobcq_fx.LobcqCache("8x64", attention="w4a8")
+    expected = lobcq_fx.load(quantized_llama[0]).generate(ids, **{CACHE_NAME: cache}, **settings)
+    assert found["tokens"] == expected[0, ids.shape[1] :].tolist()
+    refused = lobcq.refused("generate", llama, "-p", "a", *cached, "--json", code=3)
+    assert "own attention multiplies floats" in refused
+    assert "pass --kv-cache too" in lobcq.refused("generate", llama, "-p", "a", "--attention", "w4a8", code=2)
     assert "write '<codebooks>x" in lobcq.refused("generate", llama, "-p", "a", "--kv-cache", "4bit", code=2)
     assert "leave out --onnx" in lobcq.refused("generate", llama, "-p", "a", "--kv-cache", "8x64", "--onnx", code=2)
 

@@ -60,11 +60,11 @@ def test_settings_reach_the_model(lobcq: Run, llama: Path, text_file: Path, tmp_
     found = lobcq.json(
         "quantize", llama, "-o", tmp_path / "q", "--format", "4x32", "--include", "*.mlp.*", "--exclude", "*down_proj",
         "--activation-scale", "static", "--calibrate", text_file, "--calibration-samples", 3,
-        "--calibration-length", 16, "--dtype", "bfloat16", "--kv-cache", "16x32",
+        "--calibration-length", 16, "--dtype", "bfloat16", "--kv-cache", "16x32", "--attention", "w4a8",
     )  # fmt: skip
     config = found["config"]
     assert (config["format"], config["activation_scale"], config["include"]) == ("4x32", "static", ["*.mlp.*"])
-    assert config["kv_cache"] == "16x32"
+    assert (config["kv_cache"], config["attention"]) == ("16x32", "w4a8")
     assert config["exclude"] == [*DEFAULT_EXCLUDE, "*down_proj"]
     assert found["layers_quantized"] == 4
     model = lobcq_fx.load(tmp_path / "q")

@@ -122,6 +122,32 @@ def test_generate_gives_the_float_model_s_tokens(family, way):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
+def test_attention_in_integers_is_attention_but_for_its_rounding(family):
+    q = quantized_causal_lm(family)[1]
+    ids, mask = batch(3)
+    positions = positions_of(q, mask)
+    expected = pieces(q, LobcqCache(), ids, mask, positions)
+    actual = pieces(q, LobcqCache(attention="w4a8"), ids, mask, positions)
+    error = (actual - expected)[mask.bool()]
+    assert 0 < error.std() < 0.25 * expected.std()  # codes of what follows flip with it
+    whole = {} if positions is None else {"position_ids": positions}
+    at_once = q(ids, attention_mask=mask, past_key_values=LobcqCache(attention="w4a8"), **whole).logits
+    assert_logits_close(actual, at_once, mask)
+
+
+def test_attention_in_integers_is_refused_where_it_cannot_be(q):
+    ids, _ = batch(2)
+    with pytest.raises(CallError, match=r"this model's own attention multiplies floats: leave attention out"):
+        causal_lm("llama")(ids, past_key_values=LobcqCache(attention="w4a8"))
+    softcapped = quantized_causal_lm("gemma2")[1]
+    with pytest.raises(CallError, match=r"not only scaled_dot_product_attention reads .*Remedy: attention='w4a16'"):
+        softcapped(ids, past_key_values=LobcqCache(attention="w4a8"))
+    with pytest.raises(ConfigError, match=r"attention='w4a4': use one of"):
+        LobcqCache(attention="w4a4")
+
+
+@torch.no_grad()
 def test_a_model_that_is_configured_for_it_makes_it_by_itself(q, tmp_path):
     configured = lobcq_fx.quantize(causal_lm("llama"), config=LobcqConfig(kv_cache="16x16"), static_cache=False)
     configured.save_pretrained(tmp_path / "q")
@@ -184,7 +210,8 @@ def test_rows_are_cropped_reordered_repeated_and_selected_as_floats_are(q):
 
 
 @torch.no_grad()
-def test_compiled_steps_are_one_graph_without_a_break(q):
+@pytest.mark.parametrize("attention", ["w4a8", "w4a16"])
+def test_compiled_steps_are_one_graph_without_a_break(q, attention):
     ids, _ = batch(2)
     graphs = []
 
@@ -202,6 +229,19 @@ def test_compiled_steps_are_one_graph_without_a_break(q):
         torch.testing.assert_close(actual.logits, expected.logits)
     assert caches[0].get_seq_length() == LENGTH
     assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_a_model_that_is_configured_for_attention_in_integers(q, tmp_path):
+    config = LobcqConfig(kv_cache="8x64", attention="w4a8")
+    lobcq_fx.quantize(causal_lm("llama"), config=config, static_cache=False).save_pretrained(tmp_path / "q")
+    ids, mask = batch(2)
+    settings = {**GREEDY, "attention_mask": mask}
+    loaded = lobcq_fx.load(tmp_path / "q")
+    expected = q(ids, attention_mask=mask, past_key_values=LobcqCache(attention="w4a8")).logits
+    assert torch.equal(loaded(ids, attention_mask=mask).logits, expected)
+    tokens = q.generate(ids, **{CACHE_NAME: LobcqCache(attention="w4a8")}, **settings)
+    assert torch.equal(loaded.generate(ids, **settings), tokens)
 
 
 @torch.no_grad()

@@ -74,6 +74,8 @@ def fuzz(inputs: int, seed: int) -> Counter[str]:
         op = one.choice([*OPERANDS, schemas.LINEAR_PREPACKED, schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION])
         weights = one.choice(pool)
         given = dict(stored[op]) if op in stored else weights.call(op, one)
+        if op == schemas.ATTENTION:
+            given["in_int8"] = one.random() < 0.5
         broken = [] if one.random() < 0.2 else break_some(op, given, one, one.choice(pool))
         counts["broken" if broken else "valid"] += 1
         try:
@@ -148,7 +150,7 @@ class Weights:
             expected = REFERENCES[op](*given.values())
             parts = [one if isinstance(one, tuple) else (one,) for one in (results, expected)]
             for actual, reference in zip(*parts, strict=True):
-                sums = op == schemas.ATTENTION or actual.dtype == torch.float64  # costs
+                sums = not given.get("in_int8", True) or actual.dtype == torch.float64  # costs
                 torch.testing.assert_close(actual, reference, rtol=1e-5 if sums else 0, atol=1e-6 if sums else 0)
             return
         assert [tuple(out.shape[-1:]) for out in results[-len(self.outputs) :]] == [(n,) for n in self.outputs]

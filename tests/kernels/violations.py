@@ -191,6 +191,7 @@ def stored_call(op: str, device: torch.device) -> dict[str, Any]:
         query = torch.randn(3, 4, 3, 50, generator=generator).to(device)
         keys, rows = (torch.ops.lobcq.quantize_states(query[:, :2, :, :width], codebooks, 32) for width in (50, 40))
         values |= {"query": query, "keys": keys, "values": rows, "heads": 2, "value_width": 40, "scale": 0.3}
+        values |= {"in_int8": False}
         values |= {"mask": torch.ones(3, 1, 3, 3, device=device) > 0, "key_array_size": 32, "value_array_size": 32}
     if op in (schemas.LINEAR_INT8_ACTIVATION, schemas.GROUPED_LINEAR_INT8_ACTIVATION):
         in_int8 = encode_int8(x, spec.array_size)

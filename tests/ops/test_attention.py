@@ -37,13 +37,17 @@ def expected(query, keys, values, codebooks, mask, sizes):
     return torch.nn.functional.scaled_dot_product_attention(query.double(), key, value, attn_mask=mask, scale=scale)
 
 
-def assert_right(implementation, query, keys, values, codebooks, mask, sizes):
+def assert_right(implementation, query, keys, values, codebooks, mask, sizes, rounding=0.03):
     out = IMPLEMENTATIONS[implementation](query, keys, values, codebooks, mask, *sizes)
     assert (out.dtype, out.is_contiguous()) == (query.dtype, True)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[query.dtype]
-    torch.testing.assert_close(
-        out.double(), expected(query, keys, values, codebooks, mask, sizes), rtol=tolerance, atol=tolerance
-    )
+    wanted = expected(query, keys, values, codebooks, mask, sizes)
+    torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
+    in_int8 = IMPLEMENTATIONS[implementation](query, keys, values, codebooks, mask, *sizes, in_int8=True)
+    assert (in_int8.dtype, in_int8.is_contiguous()) == (query.dtype, True)
+    assert torch.equal(in_int8, IMPLEMENTATIONS["default"](query, keys, values, codebooks, mask, *sizes, in_int8=True))
+    # Of queries and weights in 8 bits, relative to all values: a wrong scale or entry is off by far more.
+    assert (in_int8.double() - wanted).norm() <= rounding * wanted.norm()
 
 
 def masks(batch, heads, queries, tokens):
@@ -105,8 +109,10 @@ def test_queries_of_any_dtype_and_strides(implementation, dtype):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("added", [False, True])
-def test_a_query_that_looks_nowhere_gets_zeros(implementation, added):
+@pytest.mark.parametrize("in_int8", [False, True])
+def test_a_query_that_looks_nowhere_gets_zeros(implementation, added, in_int8):
     *operands, sizes = call()
+    sizes = (*sizes, in_int8)
     looks = torch.ones(2, 1, 5, 70, dtype=torch.bool)
     looks[1, :, 3] = False
     mask = torch.where(looks, 0.0, -torch.inf) if added else looks
@@ -115,19 +121,35 @@ def test_a_query_that_looks_nowhere_gets_zeros(implementation, added):
     everywhere = IMPLEMENTATIONS[implementation](*operands, None, *sizes)
     torch.testing.assert_close(out[0], everywhere[0])
     torch.testing.assert_close(out[1, :, :3], everywhere[1, :, :3])
-    empty = call(tokens=0)
-    assert not IMPLEMENTATIONS[implementation](*empty[:-1], None, *empty[-1]).any()
+    *empty, sizes = call(tokens=0)
+    assert not IMPLEMENTATIONS[implementation](*empty, None, *sizes, in_int8).any()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_large_scores_neither_overflow_nor_drown(implementation):
     query, *operands, sizes = call()
-    assert_right(implementation, 40 * query, *operands, None, sizes)
+    assert_right(implementation, 40 * query, *operands, None, sizes, rounding=0.06)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("in_int8", [False, True])
+def test_what_is_not_looked_at_may_be_nan(implementation, in_int8):
+    """A key that is NaN, in a tile that the same queries look at otherwise; in integers a value, too."""
+    query, keys, values, *operands, sizes = call()
+    mask = torch.ones(2, 1, 5, 70, dtype=torch.bool)
+    mask[..., 30] = False
+    expected = IMPLEMENTATIONS[implementation](query, keys, values, *operands, mask, *sizes, in_int8)
+    keys[:, 30, :4] = values[:, 30, :4] = torch.tensor([torch.nan]).view(torch.uint8)
+    if not in_int8:
+        values[:, 30] = 0
+    assert torch.equal(IMPLEMENTATIONS[implementation](query, keys, values, *operands, mask, *sizes, in_int8), expected)
+    out = IMPLEMENTATIONS[implementation](query, keys, values, *operands, None, *sizes, in_int8)
+    assert out.isnan().all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_heads_that_do_not_divide_the_query_s_are_refused(implementation):
     *operands, sizes = call(heads=2, groups=1)
     operands[0] = operands[0][:, :1]
-    with pytest.raises(OperandError, match="heads is 2, which does not divide the 1 of query"):
+    with pytest.raises((OperandError, RuntimeError), match="heads is 2, which does not divide the 1 of query"):
         IMPLEMENTATIONS[implementation](*operands, None, *sizes)

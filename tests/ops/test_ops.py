@@ -114,6 +114,7 @@ def test_dtypes_and_strides_agree_with_the_fake_kernels(dtype):
         (torch.ops.lobcq.quantize_states.default, (states, codebooks, 64)),
         (torch.ops.lobcq.dequantize_states.default, (rows, codebooks, 3, 64, 64, dtype)),
         (torch.ops.lobcq.attention.default, (states, rows, rows, codebooks, None, 3, 64, 64, 64, 0.125)),
+        (torch.ops.lobcq.attention.default, (states, rows, rows, codebooks, None, 3, 64, 64, 64, 0.125, True)),
         (torch.ops.lobcq.compensate.default, (*feedback_args(), codebooks, 64)),
     ]
     for op, args in checks:

@@ -72,7 +72,7 @@ def test_attention_reads_rows(rotate_keys, guarded):
     assert not nodes(graph_module, ATTENTION)
     assert not nodes(graph_module, lobcq.dequantize_states.default)
     (attention,) = nodes(graph_module, lobcq.attention.default)
-    assert attention.args[-1] == 0.3
+    assert attention.args[-2:] == (0.3, False)
     for one, before in zip(sizes, expected, strict=True):
         for actual, wanted in zip(run(graph_module, *inputs(constants, *one)), before, strict=True):
             torch.testing.assert_close(actual, wanted)
@@ -87,6 +87,16 @@ def test_without_a_scale_it_is_that_of_the_width():
     expected = run(graph_module, *inputs(constants))[0]
     assert FuseCachedAttention()(graph_module).modified
     torch.testing.assert_close(run(graph_module, *inputs(constants))[0], expected)
+
+
+def test_it_multiplies_integers_where_it_is_told_to():
+    graph_module, constants = with_rows(Attention())
+    expected = run(graph_module, *inputs(constants))[0]
+    assert FuseCachedAttention(in_int8=True)(graph_module).modified
+    (attention,) = nodes(graph_module, lobcq.attention.default)
+    assert attention.args[-1] is True
+    error = run(graph_module, *inputs(constants))[0] - expected
+    assert 0 < error.norm() < 0.03 * expected.norm()
 
 
 @pytest.mark.parametrize(

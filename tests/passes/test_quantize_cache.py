@@ -89,3 +89,54 @@ def test_other_caches_are_refused(model, reason):
     assert reason in refusals[0].reason
     assert refusals[0].layer
     assert_unchanged(quantize_cache(), graph_module)
+
+
+class InPlace(nn.Module):
+    """The same over memory of a fixed size, whose last input says where `write` puts the call's own."""
+
+    def __init__(self, write=lambda state, positions, new: state.index_copy_(2, positions, new)):
+        super().__init__()
+        self.write = write
+
+    def forward(self, x, key, value, positions):
+        return self.write(key, positions, x) @ self.write(value, positions, -x).mT
+
+
+def in_place_operands(batch=2, length=7, first=2):
+    x, key, value = operands(batch, length)
+    return x, key, value, torch.arange(first, first + 3)
+
+
+def test_states_are_written_to_rows_in_place():
+    graph_module = trace_module(InPlace(), in_place_operands()).graph_module
+    one = QuantizeCache(CacheFormat(FormatSpec(), False), HEADS, torch.float32, static=True)
+    assert len(nodes(graph_module, aten.index_copy_.default)) == 2
+    assert one(graph_module).modified
+    codebooks = one.constants["lobcq_cache_codebooks"]
+    for batch, length, first in ((2, 7, 2), (3, 9, 0)):
+        x, *states, positions = in_place_operands(batch, length, first)
+        rows = [lobcq.quantize_states(state, codebooks, 32) for state in states]
+        before = [one.clone() for one in rows]
+        out = run(graph_module, x, *rows, positions, codebooks)
+        for was, now, new in zip(before, rows, (x, -x), strict=True):
+            assert torch.equal(now, was.index_copy_(1, positions, lobcq.quantize_states(new, codebooks, 32)))
+        keys, vals = (lobcq.dequantize_states(one, codebooks, 2, 32, 32, torch.float32) for one in rows)
+        torch.testing.assert_close(out if isinstance(out, torch.Tensor) else out[0], keys @ vals.mT)
+    assert not one(graph_module).modified
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda state, positions, new: state.index_copy_(3, positions, new[..., :1, :3].expand(-1, -1, 7, -1)),
+        lambda state, positions, new: state.index_copy(2, positions, new),
+        lambda state, positions, new: state.sum() + state.index_copy_(2, positions, new),
+    ],
+    ids=["columns", "a copy", "read by itself"],
+)
+def test_other_ways_to_write_are_refused(write):
+    graph_module = trace_module(InPlace(write), in_place_operands()).graph_module
+    one = QuantizeCache(CacheFormat(FormatSpec(), False), HEADS, torch.float32, static=True)
+    reason = one(graph_module).refusals[0].reason
+    assert "does not write" in reason or "reads the cached keys or values elsewhere" in reason
+    assert_unchanged(one, graph_module)

@@ -17,8 +17,10 @@ from lobcq_fx.errors import ConfigError
 from lobcq_fx.format.spec import BLOCK_SIZE, CODEBOOK_SIZE, FormatSpec
 from lobcq_fx.format.state_rows import StateRows
 from lobcq_fx.kernels.cpu.operands import (
+    DTYPES,
     CAttention,
     CFeedback,
+    CNewStates,
     CProduct,
     Int8Operand,
     KernelActivation,
@@ -43,7 +45,7 @@ COUPLING_PANEL = 16
 
 _ENCODED, _FLOAT, _INT8 = 0, 1, 2
 _SHARED_SCALE, _ROW_SCALES, _ABSMAX_SCALES = 0, 1, 2
-_NO_MASK, _MASKS = 0, {torch.bool: 1, torch.float32: 2}
+_NO_MASK, _BOOL_MASK, _ADDED_MASK = 0, 1, 2
 _NOT_FINITE = 5
 
 
@@ -88,7 +90,9 @@ class Core:
         return str(self._lib.lobcq_isa().decode())
 
     def register_torch_ops(self) -> None:
-        """Register the prepacked linears for CPU tensors, in C++. Once a process.
+        """Register for CPU tensors, in C++, the ops that every step of a model calls. Once a process.
+
+        They are the prepacked linears, dense and grouped, `lobcq::quantize_states` and `lobcq::attention`.
 
         Raises:
             CoreError: this libtorch is older than 2.10, or has the ops already.
@@ -300,6 +304,19 @@ class Core:
         )
         return results
 
+    def encode_states(self, tables: Tables, x: Tensor, array_size: int) -> Tensor:
+        """Keys or values [B, H, T, D], contiguous, as rows of a cache, uint8 [B, T, row_bytes]."""
+        require("x", x, x.dtype, tuple(x.shape))
+        batch, heads, tokens, width = x.shape
+        layout = StateRows(FormatSpec(tables.num_codebooks, array_size), heads, width)
+        rows = torch.empty((batch, tokens, layout.row_bytes), dtype=torch.uint8, device="cpu")
+        states = CNewStates(
+            x.data_ptr(), (ctypes.c_int64 * 3)(*x.stride()[:3]), rows.data_ptr(), layout.row_bytes, batch, heads,
+            tokens, width, DTYPES[x.dtype], array_size,
+        )  # fmt: skip
+        self._call("encode_states", _pointer(tables.data), ctypes.byref(states), self._parallel())
+        return rows
+
     def attention(
         self,
         tables: Tables,
@@ -308,28 +325,33 @@ class Core:
         values: tuple[Tensor, StateRows],
         mask: Tensor | None,
         scale: float,
+        in_int8: bool = False,
     ) -> Tensor:
-        """Attention over cached states: fp32 [B, Hq, T, width of a value].
+        """Attention over cached states: [B, Hq, T, width of a value] in the query's dtype.
 
         Args:
             tables: of the states' codebooks.
-            query: fp32 [B, Hq, T, width of a key].
+            query: [B, Hq, T, width of a key], contiguous.
             keys, values: rows uint8 [B, P, row_bytes], and how they are laid out.
-            mask: bool, or fp32 that is added to the scores, [B, Hq, T, P], any strides; or None.
+            mask: bool, or added to the scores, [B, Hq, T, P], any strides; or None.
             scale: of the scores.
+            in_int8: whether its products are of integers.
         """
         (batch, query_heads, queries), tokens = query.shape[:3], keys[0].shape[1]
-        require("query", query, torch.float32, (batch, query_heads, queries, keys[1].width))
-        out = _floats((batch, query_heads, queries, values[1].width))
+        require("query", query, query.dtype, (batch, query_heads, queries, keys[1].width))
+        out = torch.empty((batch, query_heads, queries, values[1].width), dtype=query.dtype, device="cpu")
         strides: tuple[int, ...] = (0, 0, 0, 0)
-        address, kind = None, _NO_MASK
+        address, kind, mask_dtype = None, _NO_MASK, 0
         if mask is not None:
-            if tuple(mask.shape) != (batch, query_heads, queries, tokens) or mask.dtype not in _MASKS:
+            if tuple(mask.shape) != (batch, query_heads, queries, tokens):
                 raise ValueError(f"mask is {mask.dtype} {tuple(mask.shape)}")
-            strides, address, kind = mask.stride(), mask.data_ptr(), _MASKS[mask.dtype]
+            added = mask.dtype != torch.bool
+            strides, address, kind = mask.stride(), mask.data_ptr(), _ADDED_MASK if added else _BOOL_MASK
+            mask_dtype = DTYPES[mask.dtype] if added else 0
         operands = CAttention(
-            query.data_ptr(), c_states(*keys), c_states(*values), address, (ctypes.c_int64 * 4)(*strides),
-            out.data_ptr(), batch, query_heads, queries, keys[1].heads, tokens, scale, kind,
+            query.data_ptr(), (ctypes.c_int64 * 3)(*query.stride()[:3]), c_states(*keys), c_states(*values), address,
+            (ctypes.c_int64 * 4)(*strides), out.data_ptr(), batch, query_heads, queries, keys[1].heads, tokens, scale,
+            DTYPES[query.dtype], kind, mask_dtype, in_int8,
         )  # fmt: skip
         self._call("attend", _pointer(tables.data), ctypes.byref(operands), self._parallel())
         return out

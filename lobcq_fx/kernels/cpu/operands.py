@@ -14,7 +14,8 @@ from torch import Tensor
 from lobcq_fx.format.spec import FormatSpec
 from lobcq_fx.format.state_rows import StateRows
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""`enum lobcq_dtype`."""
 
 
 @dataclass(frozen=True)
@@ -193,11 +194,24 @@ class CStates(ctypes.Structure):
     )
 
 
+class CNewStates(ctypes.Structure):
+    """`lobcq_new_states`."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("strides", ctypes.c_int64 * 3),
+        ("rows", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("row_bytes", "batch", "heads", "tokens", "width")),
+        *((name, ctypes.c_int32) for name in ("dtype", "array_size")),
+    )
+
+
 class CAttention(ctypes.Structure):
     """`lobcq_attention`."""
 
     _fields_ = (
         ("query", ctypes.c_void_p),
+        ("query_strides", ctypes.c_int64 * 3),
         ("keys", CStates),
         ("values", CStates),
         ("mask", ctypes.c_void_p),
@@ -205,7 +219,7 @@ class CAttention(ctypes.Structure):
         ("out", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("batch", "query_heads", "queries", "heads", "tokens")),
         ("scale", ctypes.c_float),
-        ("mask_kind", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("dtype", "mask_kind", "mask_dtype", "products")),
     )
 
 
@@ -225,13 +239,13 @@ def c_matrix(x: Tensor) -> CMatrix:
     Raises:
         ValueError: it is no matrix on the CPU in a float dtype of the format, or its rows overlap.
     """
-    if x.dim() != 2 or x.dtype not in _DTYPES or x.device.type != "cpu":
+    if x.dim() != 2 or x.dtype not in DTYPES or x.device.type != "cpu":
         raise ValueError(f"{x.dtype} {tuple(x.shape)} on {x.device}: pass a CPU matrix in fp32, bf16 or fp16")
     rows, columns = x.shape
     stride = x.stride(0) if rows > 1 and columns > 0 else columns
     if stride < columns or (columns > 1 and rows > 0 and x.stride(1) != 1):
         raise ValueError(f"strides {x.stride()}: the last dimension must be contiguous, rows must not overlap")
-    return CMatrix(x.data_ptr(), rows, columns, stride, _DTYPES[x.dtype])
+    return CMatrix(x.data_ptr(), rows, columns, stride, DTYPES[x.dtype])
 
 
 def require(name: str, tensor: Tensor, dtype: torch.dtype, *shapes: tuple[int, ...]) -> None:

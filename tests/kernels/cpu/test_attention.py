@@ -32,14 +32,15 @@ class Call:
         )
         self.mask = (torch.rand(2, 1, 9, 70, generator=generator) > 0.3).expand(2, 6, 9, 70)
 
-    def default(self) -> torch.Tensor:
-        numbers = (2, self.layout.width, *2 * (self.layout.spec.array_size,), self.scale)
+    def default(self, in_int8: bool = False) -> torch.Tensor:
+        numbers = (2, self.layout.width, *2 * (self.layout.spec.array_size,), self.scale, in_int8)
         return lobcq_fx.ops.attention(self.query, self.keys, self.values, self.codebooks, self.mask, *numbers)
 
-    def on(self, core: Core, **changes: Any) -> torch.Tensor:
+    def on(self, core: Core, in_int8: bool = False, **changes: Any) -> torch.Tensor:
         given = {name: changes.get(name, getattr(self, name)) for name in ("query", "keys", "values", "mask")}
         keys, values = ((given[name], self.layout) for name in ("keys", "values"))
-        return core.attention(core.tables(self.codebooks), given["query"], keys, values, given["mask"], self.scale)
+        tables = core.tables(self.codebooks)
+        return core.attention(tables, given["query"], keys, values, given["mask"], self.scale, in_int8)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
@@ -47,37 +48,60 @@ class Call:
 def test_it_agrees_with_the_default(core: Core, spec: FormatSpec, width: int) -> None:
     call = Call(spec, width)
     torch.testing.assert_close(call.on(core), call.default(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(call.on(core, in_int8=True), call.default(in_int8=True))
 
 
-def test_bits_depend_on_nothing_but_a_query_s_own_operands(core: Core) -> None:
+@pytest.mark.parametrize("in_int8", [False, True])
+def test_bits_depend_on_nothing_but_a_query_s_own_operands(core: Core, in_int8: bool) -> None:
     call = Call(FormatSpec(), 64)
-    expected = call.on(core)
+    expected = call.on(core, in_int8)
     alone = Core(core.path)  # on the calling thread
-    assert torch.equal(call.on(alone), expected)
+    assert torch.equal(call.on(alone, in_int8), expected)
     for query in (0, 4, 8):
         part = slice(query, query + 1)
         changed = {"query": call.query[:, :, part].contiguous(), "mask": call.mask[:, :, part]}
-        assert torch.equal(call.on(core, **changed), expected[:, :, part])
+        assert torch.equal(call.on(core, in_int8, **changed), expected[:, :, part])
     one = {name: getattr(call, name)[1:].contiguous() for name in ("query", "keys", "values", "mask")}
-    assert torch.equal(call.on(core, **one), expected[1:])
+    assert torch.equal(call.on(core, in_int8, **one), expected[1:])
+    shown = slice(0, 66)  # the others are hidden: as if they were not there
+    call.mask = call.mask & (torch.arange(70) < 66)
+    less = {name: getattr(call, name)[:, shown].contiguous() for name in ("keys", "values")}
+    assert torch.equal(call.on(core, in_int8, **less, mask=call.mask[..., shown]), call.on(core, in_int8))
 
 
+@pytest.mark.parametrize("in_int8", [False, True])
 @pytest.mark.parametrize("byte", [0x00, 0x7F, 0xFF])
-def test_any_bytes_give_something(core: Core, byte: int) -> None:
+def test_any_bytes_give_something(core: Core, byte: int, in_int8: bool) -> None:
     call = Call(FormatSpec(), 64)
-    assert call.on(core, keys=torch.full_like(call.keys, byte)).shape == call.query.shape
-    assert call.on(core, values=torch.full_like(call.values, byte)).shape == call.query.shape
+    assert call.on(core, in_int8, keys=torch.full_like(call.keys, byte)).shape == call.query.shape
+    assert call.on(core, in_int8, values=torch.full_like(call.values, byte)).shape == call.query.shape
 
 
-@pytest.mark.parametrize("what", ["keys", "values"])
-def test_a_token_that_is_nan_reaches_those_that_look_at_it(core: Core, what: str) -> None:
+@pytest.mark.parametrize("in_int8", [False, True])
+@pytest.mark.parametrize("what", ["keys", "values", "query"])
+def test_what_is_nan_reaches_those_that_look_at_it(core: Core, what: str, in_int8: bool) -> None:
     call = Call(FormatSpec(), 64)
-    rows = getattr(call, what).clone()
-    rows[1, 40, :4] = torch.tensor([torch.nan]).view(torch.uint8)
+    changed = getattr(call, what).clone()
+    if what == "query":
+        changed[1, ..., 7] = torch.inf
+    else:
+        changed[1, 40, :4] = torch.tensor([torch.nan]).view(torch.uint8)
     call.mask = torch.ones(2, 6, 9, 70, dtype=torch.bool)
-    out = call.on(core, **{what: rows})
+    out = call.on(core, in_int8, **{what: changed})
     assert out[1].isnan().all()
-    assert torch.equal(out[0], call.on(core)[0])
+    assert torch.equal(out[0], call.on(core, in_int8)[0])
+
+
+def test_queries_in_many_blocks(core: Core) -> None:
+    """More rows than share a task, their number no multiple of any, with a causal mask: whole tiles are left out."""
+    call = Call(FormatSpec(16, 16), 64)
+    generator = torch.Generator().manual_seed(1)
+    call.query = torch.randn(2, 6, 131, 64, generator=generator)
+    states = (torch.randn(2, 2, 131, 64, generator=generator) for _ in range(2))
+    call.keys, call.values = (lobcq_fx.ops.quantize_states(one, call.codebooks, 16) for one in states)
+    call.mask = torch.ones(131, 131, dtype=torch.bool).tril().expand(2, 6, 131, 131)
+    torch.testing.assert_close(call.on(core), call.default(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(call.on(core, in_int8=True), call.default(in_int8=True))
 
 
 def test_what_the_core_refuses(core: Core) -> None:
@@ -86,7 +110,7 @@ def test_what_the_core_refuses(core: Core) -> None:
         call.layout = layout
         with pytest.raises((CoreError, ValueError)):
             call.on(core)
-    wide = Call(FormatSpec(), 520)
+    wide = Call(FormatSpec(), 1030)
     with pytest.raises(CoreError, match="inconsistent"):
         wide.on(core)
     five = Call(FormatSpec(), 64)

@@ -2,6 +2,7 @@
 #include "lobcq.h"
 
 #include <atomic>
+#include <initializer_list>
 
 #include "attention.h"
 #include "encode.h"
@@ -14,18 +15,22 @@ namespace {
 
 constexpr int64_t kMaxSize = int64_t{1} << 40;  // rows * columns: keeps every byte count far from overflow
 
-bool aligned(const void* p, uintptr_t to) { return p && reinterpret_cast<uintptr_t>(p) % to == 0; }
+bool aligned(const void* p, int64_t to) {
+    return p && reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(to) == 0;
+}
 
 bool valid_shape(int64_t rows, int64_t columns) {
     return rows >= 0 && columns >= 0 && rows <= kMaxSize && columns <= kMaxSize &&
            (columns == 0 || rows <= kMaxSize / columns);
 }
 
+bool valid_dtype(int32_t dtype) { return dtype == LOBCQ_FP32 || dtype == LOBCQ_BF16 || dtype == LOBCQ_FP16; }
+
 bool valid_matrix(const lobcq_matrix* m) {
     if (!m || !valid_shape(m->rows, m->columns) || m->row_stride < m->columns) return false;
     if (m->rows > 1 && !valid_shape(m->rows, m->row_stride)) return false;
-    if (m->dtype != LOBCQ_FP32 && m->dtype != LOBCQ_BF16 && m->dtype != LOBCQ_FP16) return false;
-    return m->rows == 0 || m->columns == 0 || aligned(m->data, m->dtype == LOBCQ_FP32 ? 4 : 2);
+    if (!valid_dtype(m->dtype)) return false;
+    return m->rows == 0 || m->columns == 0 || aligned(m->data, scalar_bytes(m->dtype));
 }
 
 bool valid_format(int32_t num_codebooks, int32_t array_size) {
@@ -117,7 +122,9 @@ int32_t check_states(const lobcq_states& s, int64_t heads, int32_t num_codebooks
 int32_t check_attention(const void* tables, const lobcq_attention* a) {
     if (!valid_tables(tables) || !a || a->heads < 1 || a->heads > kMaxSize || a->query_heads < 0)
         return LOBCQ_INVALID_ARGUMENT;
-    if (a->query_heads % a->heads || a->mask_kind < LOBCQ_NO_MASK || a->mask_kind > LOBCQ_ADDED_MASK)
+    if (a->query_heads % a->heads || a->mask_kind < LOBCQ_NO_MASK || a->mask_kind > LOBCQ_ADDED_MASK ||
+        a->products < LOBCQ_FLOAT_PRODUCTS || a->products > LOBCQ_INT8_PRODUCTS || !valid_dtype(a->dtype) ||
+        (a->mask_kind == LOBCQ_ADDED_MASK && !valid_dtype(a->mask_dtype)))
         return LOBCQ_INVALID_ARGUMENT;
     for (const lobcq_states* s : {&a->keys, &a->values})
         if (const int32_t status = check_states(*s, a->heads, as_tables(tables).num_codebooks)) return status;
@@ -127,9 +134,23 @@ int32_t check_attention(const void* tables, const lobcq_attention* a) {
         return LOBCQ_INVALID_ARGUMENT;
     if (a->batch * a->query_heads * rows == 0) return LOBCQ_OK;
     const bool states = a->tokens == 0 || (a->keys.rows && a->values.rows);
-    const bool mask = a->mask_kind == LOBCQ_NO_MASK || a->tokens == 0 ||
-                      aligned(a->mask, a->mask_kind == LOBCQ_ADDED_MASK ? 4 : 1);
-    return states && mask && aligned(a->query, 4) && aligned(a->out, 4) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
+    const int64_t added = a->mask_kind == LOBCQ_ADDED_MASK ? scalar_bytes(a->mask_dtype) : 1;
+    const bool mask = a->mask_kind == LOBCQ_NO_MASK || a->tokens == 0 || aligned(a->mask, added);
+    const int64_t scalar = scalar_bytes(a->dtype);
+    return states && mask && aligned(a->query, scalar) && aligned(a->out, scalar) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
+}
+
+int32_t check_new_states(const void* tables, const lobcq_new_states* s) {
+    if (!valid_tables(tables) || !s || !valid_dtype(s->dtype)) return LOBCQ_INVALID_ARGUMENT;
+    if (!valid_array_size(s->array_size)) return LOBCQ_INVALID_FORMAT;
+    if (s->heads < 1 || s->width < 1 || !valid_shape(s->batch, s->tokens) || !valid_shape(s->heads, s->width) ||
+        !valid_shape(s->batch * s->tokens, s->heads * s->width))
+        return LOBCQ_INVALID_ARGUMENT;
+    const lobcq_states as_stored{s->rows, s->row_bytes, s->width, s->array_size};
+    if (s->row_bytes != state_row_bytes(as_stored, s->heads, as_tables(tables).num_codebooks))
+        return LOBCQ_INVALID_ARGUMENT;
+    if (s->batch * s->tokens == 0) return LOBCQ_OK;
+    return s->rows && aligned(s->x, scalar_bytes(s->dtype)) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
 }
 
 template <class A, class B>
@@ -413,6 +434,12 @@ int32_t lobcq_grouped_linear(const lobcq_product* products, const int64_t* first
     }
     const GroupedLinears group{products, first_rows, count, view(*activation)};
     return run(group.cost(), group.grain(), parallel, [&](int64_t begin, int64_t end) { group.run(begin, end); });
+}
+
+int32_t lobcq_encode_states(const void* tables, const lobcq_new_states* states, lobcq_parallel_for parallel) {
+    if (const int32_t status = check_new_states(tables, states)) return status;
+    return run(states->batch * states->tokens, row_grain(states->heads * states->width), parallel,
+               [&](int64_t begin, int64_t end) { encode_states(as_tables(tables), *states, begin, end); });
 }
 
 int32_t lobcq_attend(const void* tables, const lobcq_attention* attention, lobcq_parallel_for parallel) {

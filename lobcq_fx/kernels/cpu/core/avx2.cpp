@@ -3,10 +3,12 @@
 #include <cstring>
 
 #include "avx2.h"
-#include "attention_loops.h"
 #include "feedback.h"
 #include "loops.h"
 #include "rotate.h"
+
+#include "attention_avx2.h"
+#include "attention_loops.h"
 
 namespace lobcq {
 
@@ -32,7 +34,8 @@ const Isa kAvx2 = {
     .fused = avx2::fused,
     .decode = avx2::decode,
     .multiply = avx2::multiply,
-    .attend = attend_tile,
+    .attend = attend_block<FloatProducts>,
+    .attend_int8 = attend_block<Int8Products>,
     .finish = finish_row,
 };
 

@@ -3,10 +3,12 @@
 #include <cstring>
 
 #include "avx512.h"
-#include "attention_loops.h"
 #include "feedback.h"
 #include "loops.h"
 #include "rotate.h"
+
+#include "attention_avx512.h"
+#include "attention_loops.h"
 
 namespace lobcq {
 
@@ -31,7 +33,8 @@ const Isa kAvx512 = {
     .fused = avx512::fused,
     .decode = avx512::decode,
     .multiply = avx512::multiply,
-    .attend = attend_tile,
+    .attend = attend_block<FloatProducts>,
+    .attend_int8 = attend_block<Int8Products>,
     .finish = finish_row,
 };
 

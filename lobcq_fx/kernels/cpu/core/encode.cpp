@@ -138,6 +138,83 @@ void encode_packed(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, b
     }
 }
 
+namespace {
+
+// One token's keys or values as one row, in which each head is filled up to whole block arrays: slabs of it hold whole
+// heads, or a part of a wide one.
+class TokenRow {
+  public:
+    TokenRow(const Tables& t, const lobcq_new_states& states)
+        : tables_(t), s_(states), padded_(round_up(s_.width, s_.array_size)),
+          bytes_(s_.width, t.num_codebooks, s_.array_size), bits_(selector_bits(t.num_codebooks)),
+          heads_(padded_ < kSlab ? kSlab / padded_ : 1) {}
+
+    void encode(int64_t token) {
+        uint8_t* row = s_.rows + token * s_.row_bytes;
+        uint32_t most = 0;
+        for_parts([&](int64_t head, int64_t heads, int64_t column, int64_t columns) {
+            load(token, head, heads, column, columns);
+            const int64_t groups = ceil_div(heads * columns, kGroup);
+            isa().absmax(slab_.x, groups, kGroup, slab_.absmax);
+            for (int64_t i = 0; i < groups; ++i) most = slab_.absmax[i] > most ? slab_.absmax[i] : most;
+        });
+        const float scale = tensor_scale_of(most, kEntryMax);
+        std::memcpy(row, &scale, sizeof scale);
+        const bool single = s_.heads <= heads_ && padded_ <= kSlab;  // which is still there
+        for_parts([&](int64_t head, int64_t heads, int64_t column, int64_t columns) {
+            if (!single) load(token, head, heads, column, columns);
+            lobcq::encode(tables_, slab_, heads * columns, s_.array_size, scale, false);
+            for (int64_t i = 0; i < heads; ++i) store(row, head + i, i * columns, column, columns);
+        });
+    }
+
+  private:
+    template <class Part>
+    void for_parts(Part part) const {
+        for (int64_t head = 0; head < s_.heads; head += heads_) {
+            const int64_t left = s_.heads - head;
+            for (int64_t column = 0; column < padded_; column += kSlab)
+                part(head, left < heads_ ? left : heads_, column, padded_ - column < kSlab ? padded_ - column : kSlab);
+        }
+    }
+
+    void load(int64_t token, int64_t head, int64_t heads, int64_t column, int64_t columns) {
+        const int64_t* strides = s_.strides;
+        const int64_t first = token / s_.tokens * strides[0] + token % s_.tokens * strides[2] + column;
+        const int64_t filled = s_.width - column < columns ? s_.width - column : columns;
+        for (int64_t i = 0; i < heads; ++i) {
+            const int64_t place = (first + (head + i) * strides[1]) * scalar_bytes(s_.dtype);
+            isa().load(static_cast<const uint8_t*>(s_.x) + place, s_.dtype, filled, slab_.x + i * columns);
+            for (int64_t d = filled; d < columns; ++d) slab_.x[i * columns + d] = 0.0f;
+        }
+        for (int64_t i = heads * columns; i < round_up(heads * columns, kGroup); ++i) slab_.x[i] = 0.0f;
+    }
+
+    void store(uint8_t* row, int64_t head, int64_t from, int64_t column, int64_t columns) const {
+        uint8_t* to = row + sizeof(float) + head * (bytes_.codes + bytes_.selectors + bytes_.scales);
+        pack_codes(slab_.codes + from, columns, to + column / 2);
+        pack_selectors(slab_.selectors + from / kBlock, columns / kBlock, bits_,
+                       to + bytes_.codes + column / kBlock * bits_ / 8);
+        std::memcpy(to + bytes_.codes + bytes_.selectors + column / s_.array_size, slab_.scales + from / s_.array_size,
+                    static_cast<size_t>(columns / s_.array_size));
+    }
+
+    const Tables& tables_;
+    const lobcq_new_states& s_;
+    const int64_t padded_;
+    const PackedRow bytes_;
+    const int bits_;
+    const int64_t heads_;  // in one slab
+    Slab slab_;
+};
+
+}  // namespace
+
+void encode_states(const Tables& t, const lobcq_new_states& states, int64_t begin, int64_t end) {
+    TokenRow row(t, states);
+    for (int64_t token = begin; token < end; ++token) row.encode(token);
+}
+
 void encode_activation(const Tables& t, const lobcq_matrix& x, int32_t scale_rule, const float* tensor_scale,
                        bool rotated, const ActivationView& a, int64_t begin, int64_t end) {
     const int rotation = rotated ? a.array_size : 0;

@@ -26,6 +26,9 @@ void gather_activation(const ActivationView& from, const int64_t* rows, const Ac
                        int64_t end);
 void split_activation(const lobcq_matrix& x, const ActivationView& a, int64_t begin, int64_t end);
 
+// Tokens [begin, end) of all sequences, counted through, into rows of a cache.
+void encode_states(const Tables& t, const lobcq_new_states& states, int64_t begin, int64_t end);
+
 // The same in int8.
 void encode_int8(const lobcq_matrix& x, int32_t scale_rule, const lobcq_int8& out, int64_t begin, int64_t end);
 void encode_int8_activation(const lobcq_matrix& x, int32_t scale_rule, const float* tensor_scale,

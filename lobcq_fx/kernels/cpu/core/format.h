@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lobcq.h"
+
 namespace lobcq {
 
 constexpr int kBlock = 8;          // scalars that share a selector
@@ -76,6 +78,9 @@ inline uint8_t neighbour(uint8_t scale, int step) {
     if (scale == 0 || scale >= kScaleNaN) return scale;
     return static_cast<uint8_t>(byte < 1 ? 1 : byte > kLargestScale ? kLargestScale : byte);
 }
+
+// Of one scalar of enum lobcq_dtype.
+inline int64_t scalar_bytes(int32_t dtype) { return dtype == LOBCQ_FP32 ? 4 : 2; }
 
 // Bytes of one row of a packed operand.
 struct PackedRow {

@@ -18,10 +18,7 @@ struct alignas(64) WeightTile {
     float scales[kTileArrays][kTileRows];
 };
 
-constexpr int kTileTokens = 32;  // tokens decoded together in attention
-constexpr int kQueryRows = 16;   // queries that share them
-
-struct AttentionTile;
+struct QueryBlock;
 
 struct Isa {
     const char* name;
@@ -70,8 +67,9 @@ struct Isa {
                    WeightTile* tile);
     void (*multiply)(const WeightTile& tile, const ActivationView& a, int64_t first_row, int64_t rows, int64_t chunk,
                      int64_t chunks, float* sums);
-    // Attention of `rows` queries over a tile's first n tokens, added to what the tile holds of those before.
-    void (*attend)(AttentionTile& tile, int64_t rows, int64_t n, int64_t key_width, int64_t value_width, float scale);
+    // Attention of a block of queries, its products in fp32 or in integers.
+    void (*attend)(const QueryBlock& block);
+    void (*attend_int8)(const QueryBlock& block);
     // out[i] = (sum over planes of sums[p * sums_stride + i]) * row_scale * weight_scale + bias[i], in a dtype.
     void (*finish)(const float* sums, int64_t sums_stride, int planes, int64_t n, float row_scale, float weight_scale,
                    const float* bias, int32_t dtype, void* out);

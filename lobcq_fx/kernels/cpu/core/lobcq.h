@@ -245,7 +245,10 @@ LOBCQ_API int32_t lobcq_activation_gather(const lobcq_activation* from, const in
 LOBCQ_API int32_t lobcq_grouped_linear(const lobcq_product* products, const int64_t* first_rows, int64_t count,
                                        const lobcq_activation* activation, lobcq_parallel_for parallel);
 
-enum lobcq_mask { LOBCQ_NO_MASK = 0, LOBCQ_BOOL_MASK = 1 /* uint8, 0: not looked at */, LOBCQ_ADDED_MASK = 2 /* fp32 */ };
+enum lobcq_mask { LOBCQ_NO_MASK = 0, LOBCQ_BOOL_MASK = 1 /* uint8, 0: not looked at */, LOBCQ_ADDED_MASK = 2 /* of mask_dtype */ };
+
+/* fp32: of decoded keys and values. int8: integers, as docs/format.md says. */
+enum lobcq_products { LOBCQ_FLOAT_PRODUCTS = 0, LOBCQ_INT8_PRODUCTS = 1 };
 
 /* Keys or values of a cache, of a batch of sequences of as many tokens. `rows` is uint8 [batch, tokens, row bytes]: a
  * row is the token's tensor scale, fp32, anywhere in memory, and for each head its codes, selectors and scales, each as
@@ -253,26 +256,42 @@ enum lobcq_mask { LOBCQ_NO_MASK = 0, LOBCQ_BOOL_MASK = 1 /* uint8, 0: not looked
 typedef struct {
     const uint8_t* rows;
     int64_t row_bytes; /* of a token, as the caller sees it: checked */
-    int64_t width;     /* 1 to 512, rounded up to a multiple of array_size */
+    int64_t width;     /* 1 to 1024, rounded up to a multiple of array_size */
     int32_t array_size;
 } lobcq_states;
 
-/* Scaled dot-product attention over encoded keys and values, in fp32.
- *   query fp32 [batch, query_heads, queries, keys.width], out fp32 [batch, query_heads, queries, values.width],
- *         contiguous
+/* Encodes tokens' keys or values, x [batch, heads, tokens, width], as rows of such a cache: each head as lobcq_encode
+ * does, with one tensor scale for all heads of a token, by the absmax rule.
+ *   x     of any strides, in elements, but that of the last dimension, which is 1
+ *   rows  uint8 [batch, tokens, row_bytes], contiguous */
+typedef struct {
+    const void* x;
+    int64_t strides[3];
+    uint8_t* rows;
+    int64_t row_bytes; /* as the caller sees it: checked */
+    int64_t batch, heads, tokens, width;
+    int32_t dtype, array_size;
+} lobcq_new_states;
+
+LOBCQ_API int32_t lobcq_encode_states(const void* tables, const lobcq_new_states* states, lobcq_parallel_for parallel);
+
+/* Scaled dot-product attention over encoded keys and values, its products as `products` (enum lobcq_products) says.
+ *   query [batch, query_heads, queries, keys.width], of any strides but that of the last dimension, which is 1
+ *   out   [batch, query_heads, queries, values.width], contiguous, of the query's dtype
  *   mask  as mask_kind (enum lobcq_mask) says, [batch, query_heads, queries, tokens] with strides in elements, which may
  *         be 0; NULL for LOBCQ_NO_MASK
  *   heads of keys and values, which divides query_heads: query heads that follow one another share one
  * A query that looks nowhere gives zeros. The bits of a result depend on its query, keys, values and mask alone. */
 typedef struct {
-    const float* query;
+    const void* query;
+    int64_t query_strides[3]; /* in elements */
     lobcq_states keys, values;
     const void* mask;
     int64_t mask_strides[4];
-    float* out;
+    void* out;
     int64_t batch, query_heads, queries, heads, tokens;
     float scale;
-    int32_t mask_kind;
+    int32_t dtype, mask_kind, mask_dtype, products;
 } lobcq_attention;
 
 LOBCQ_API int32_t lobcq_attend(const void* tables, const lobcq_attention* attention, lobcq_parallel_for parallel);

@@ -3,10 +3,12 @@
 #include <cstring>
 
 #include "neon.h"
-#include "attention_loops.h"
 #include "feedback.h"
 #include "loops.h"
 #include "rotate.h"
+
+#include "attention_neon.h"
+#include "attention_loops.h"
 
 namespace lobcq {
 
@@ -31,7 +33,8 @@ const Isa kNeon = {
     .fused = neon::fused,
     .decode = neon::decode,
     .multiply = neon::multiply,
-    .attend = attend_tile,
+    .attend = attend_block<FloatProducts>,
+    .attend_int8 = attend_block<Int8Products>,
     .finish = finish_row,
 };
 

@@ -1,9 +1,11 @@
 // Plain C++ for any CPU: the fallback, and the plainest statement of what the other instruction sets do.
-#include "attention_loops.h"
 #include "feedback.h"
 #include "isa.h"
 #include "loops.h"
 #include "rotate.h"
+
+#include "attention_portable.h"
+#include "attention_loops.h"
 
 namespace lobcq {
 namespace {
@@ -122,7 +124,8 @@ const Isa kPortable = {
     .fused = nullptr,
     .decode = decode,
     .multiply = multiply,
-    .attend = attend_tile,
+    .attend = attend_block<FloatProducts>,
+    .attend_int8 = attend_block<Int8Products>,
     .finish = finish_row,
 };
 

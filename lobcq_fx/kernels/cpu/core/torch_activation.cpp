@@ -5,15 +5,6 @@
 namespace lobcq::torch {
 namespace {
 
-// The stable interface has no requires_grad. A view of a tensor that requires a gradient is no leaf.
-bool requires_grad(const Tensor& x) {
-    if (!api.aoti_torch_grad_mode_is_enabled()) return false;
-    Value stack[1] = {x.another().release()};
-    check(api.torch_call_dispatcher("aten::alias", "", stack, kVersion), "aten::alias");
-    check(api.torch_call_dispatcher("aten::is_leaf", "", stack, kVersion), "aten::is_leaf");
-    return (stack[0] & 1) == 0;
-}
-
 // All leading dimensions step as one, so that the tensor is a matrix as it lies.
 bool is_matrix(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
     if (sizes.back() > 1 && strides.back() != 1) return false;
@@ -26,29 +17,12 @@ bool is_matrix(const std::vector<int64_t>& sizes, const std::vector<int64_t>& st
     return true;
 }
 
-Tensor contiguous(Tensor x) {
-    Value stack[2] = {x.release(), 0};  // 0: the contiguous memory format
-    check(api.torch_call_dispatcher("aten::contiguous", "", stack, kVersion), "aten::contiguous");
-    return Tensor(stack[0]);
-}
-
 std::string target_of(const WeightStamp& stamp) {
     return to_string({stamp.rows, stamp.columns}) + " in " + std::to_string(stamp.num_codebooks) + "x" +
            std::to_string(stamp.array_size);
 }
 
 }  // namespace
-
-void check_core(int32_t status) {
-    if (status) refuse(lobcq_status_text(status));
-}
-
-Tensor realigned(Tensor x, uintptr_t align) {
-    if (aligned(x.data<void>(), align)) return x;
-    Value stack[2] = {x.release(), 0};  // 0: no memory format, that of x
-    check(api.torch_call_dispatcher("aten::clone", "", stack, kVersion), "aten::clone");
-    return Tensor(stack[0]);
-}
 
 void require_packed_for(const lobcq_weight& weight, int index) {
     const WeightStamp stamp = WeightView(weight).stamp(), expected = stamp_of(weight);
@@ -66,7 +40,7 @@ void FloatActivation::take(const Value* stack) {
 }
 
 void FloatActivation::check_operands() const {
-    if (requires_grad(x)) refuse("the lobcq:: ops are inference only and have no gradient");
+    if (requires_grad(x)) refuse(kNoGradient);
     if (array_size != 16 && array_size != 32 && array_size != 64 && array_size != 128)
         refuse("array_size is " + std::to_string(array_size) + ": pass 16, 32, 64 or 128");
     require_activation(x);

@@ -27,13 +27,6 @@ struct FloatActivation {
     }
 };
 
-inline bool aligned(const void* data, uintptr_t to) { return reinterpret_cast<uintptr_t>(data) % to == 0; }
-
-void check_core(int32_t status);
-
-// The same elements where `align` bytes divide their address: a compiled program's constants, say, start anywhere.
-Tensor realigned(Tensor x, uintptr_t align);
-
 // Refuses a weight that says of itself that it was packed for something else.
 void require_packed_for(const lobcq_weight& weight, int index);
 

@@ -38,6 +38,28 @@ std::vector<int64_t> Tensor::numbers(int32_t (*get)(void*, int64_t**)) const {
     return {first, first + dim()};
 }
 
+Tensor contiguous(Tensor x) {
+    Value stack[2] = {x.release(), 0};  // 0: the contiguous memory format
+    check(api.torch_call_dispatcher("aten::contiguous", "", stack, kVersion), "aten::contiguous");
+    return Tensor(stack[0]);
+}
+
+Tensor realigned(Tensor x, uintptr_t align) {
+    if (aligned(x.data<void>(), align)) return x;
+    Value stack[2] = {x.release(), 0};  // 0: no memory format, that of x
+    check(api.torch_call_dispatcher("aten::clone", "", stack, kVersion), "aten::clone");
+    return Tensor(stack[0]);
+}
+
+// The stable interface has no requires_grad. A view of a tensor that requires a gradient is no leaf.
+bool requires_grad(const Tensor& x) {
+    if (!api.aoti_torch_grad_mode_is_enabled()) return false;
+    Value stack[1] = {x.another().release()};
+    check(api.torch_call_dispatcher("aten::alias", "", stack, kVersion), "aten::alias");
+    check(api.torch_call_dispatcher("aten::is_leaf", "", stack, kVersion), "aten::is_leaf");
+    return (stack[0] & 1) == 0;
+}
+
 Tensor take_optional_tensor(Value value) {
     auto* boxed = reinterpret_cast<Value*>(value);
     if (!boxed) return Tensor();

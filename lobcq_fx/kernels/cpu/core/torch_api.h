@@ -49,6 +49,8 @@ struct Api {
     int32_t (*aoti_torch_dtype_uint8)();
     int32_t (*aoti_torch_dtype_int32)();
     int32_t (*aoti_torch_dtype_int64)();
+    int32_t (*aoti_torch_dtype_int8)();
+    int32_t (*aoti_torch_dtype_bool)();
     int32_t (*aoti_torch_device_type_cpu)();
     int32_t (*torch_delete_stable_ivalue)(Value* value);  // since 2.13; null before: C++ `delete`
     lobcq_parallel_for torch_parallel_for;
@@ -116,6 +118,15 @@ class Tensor {
 
     void* handle_;
 };
+
+inline bool aligned(const void* data, uintptr_t to) { return reinterpret_cast<uintptr_t>(data) % to == 0; }
+
+Tensor contiguous(Tensor x);
+
+// The same elements where `align` bytes divide their address: a compiled program's constants, say, start anywhere.
+Tensor realigned(Tensor x, uintptr_t align);
+
+bool requires_grad(const Tensor& x);
 
 // Taking arguments off the stack: each is owned afterwards, and must be taken even where an error is found first.
 Tensor take_optional_tensor(Value value);

@@ -6,7 +6,7 @@ namespace {
 int64_t element_size(int32_t torch_dtype) {
     if (torch_dtype == api.aoti_torch_dtype_float32() || torch_dtype == api.aoti_torch_dtype_int32()) return 4;
     if (torch_dtype == api.aoti_torch_dtype_int64()) return 8;
-    return torch_dtype == api.aoti_torch_dtype_uint8() ? 1 : 2;
+    return torch_dtype == api.aoti_torch_dtype_bfloat16() || torch_dtype == api.aoti_torch_dtype_float16() ? 2 : 1;
 }
 
 bool has_dtype(Dtypes dtypes, int32_t torch_dtype) {
@@ -58,6 +58,10 @@ std::string expected_of(const Contract& contract, int64_t elements) {
 
 void refuse(const std::string& what) { throw Refusal(what); }
 
+void check_core(int32_t status) {
+    if (status) refuse(lobcq_status_text(status));
+}
+
 void require(const Contract& contract, const Tensor& operand, int64_t elements, int index) {
     const bool counted = operand.dim() == contract.rank && operand.numel() == elements;
     if (counted && has_dtype(contract.dtypes, operand.dtype()) && operand.is_contiguous() && holds(operand, elements))
@@ -65,17 +69,41 @@ void require(const Contract& contract, const Tensor& operand, int64_t elements, 
     refuse_operand(contract, operand, index, expected_of(contract, elements) + (counted ? "" : contract.remedy));
 }
 
-void require_activation(const Tensor& x) {
+namespace {
+
+// Whether what the sizes and strides reach is there.
+bool lies_in_its_storage(const Tensor& x) {
     const std::vector<int64_t> sizes = x.sizes(), strides = x.strides();
-    bool valid = has_dtype(kX.dtypes, x.dtype()) && !sizes.empty();
     int64_t elements = 1, last = 0;  // `last` lies as far behind the first
-    for (size_t i = 0; i < sizes.size() && valid; ++i) {
+    for (size_t i = 0; i < sizes.size(); ++i) {
         int64_t reach = 0;
-        valid = !__builtin_mul_overflow(elements, sizes[i], &elements) &&
-                !__builtin_mul_overflow(sizes[i] - 1, strides[i], &reach) &&
-                !__builtin_add_overflow(last, reach, &last);
+        if (__builtin_mul_overflow(elements, sizes[i], &elements) ||
+            __builtin_mul_overflow(sizes[i] - 1, strides[i], &reach) || __builtin_add_overflow(last, reach, &last))
+            return false;
     }
-    if (!valid || (elements && !holds(x, last + 1)))
+    return elements == 0 || holds(x, last + 1);
+}
+
+}  // namespace
+
+void require(const StridedContract& contract, const Tensor& operand) {
+    const std::vector<int64_t> sizes = operand.sizes();
+    bool fits = sizes.size() == contract.sizes.size();
+    for (size_t i = 0; fits && i < sizes.size(); ++i) fits = contract.sizes[i] < 0 || contract.sizes[i] == sizes[i];
+    bool known = false;
+    std::string names, shape;
+    for (const int32_t dtype : contract.dtypes) known |= dtype == operand.dtype();
+    if (fits && known && lies_in_its_storage(operand)) return;
+    for (const int32_t dtype : contract.dtypes) names += (names.empty() ? "" : " or ") + dtype_name(dtype);
+    for (const int64_t size : contract.sizes)
+        shape += (shape.empty() ? "" : ", ") + (size < 0 ? std::string("any") : std::to_string(size));
+    std::string actual = dtype_name(operand.dtype()) + " " + to_string(sizes);
+    if (fits && known) actual += " in a storage of " + std::to_string(operand.storage_bytes()) + " bytes";
+    refuse(std::string(contract.name) + " is " + actual + ": pass " + names + " [" + shape + "]");
+}
+
+void require_activation(const Tensor& x) {
+    if (!has_dtype(kX.dtypes, x.dtype()) || x.dim() == 0 || !lies_in_its_storage(x))
         refuse_operand(kX, x, kAlone, std::string(names_of(kX.dtypes)) + " [..., K]");
 }
 

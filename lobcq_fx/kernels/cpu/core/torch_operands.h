@@ -38,6 +38,11 @@ struct Refusal : std::runtime_error {
 
 [[noreturn]] void refuse(const std::string& what);
 
+constexpr const char* kNoGradient = "the lobcq:: ops are inference only and have no gradient";
+
+// Refuses what the core has refused.
+void check_core(int32_t status);
+
 // Runs an op's body; what that refuses, it refuses in the op's name.
 template <class Body>
 void in_op(const char* name, const Body& body) {
@@ -51,6 +56,16 @@ void in_op(const char* name, const Body& body) {
 // Refuses an operand that breaks its contract, has not `elements`, or whose storage ends before its last element. Its
 // device is the dispatcher's business: a tensor of another one takes the call to that one's kernel.
 void require(const Contract& contract, const Tensor& operand, int64_t elements, int index = kAlone);
+
+// One operand of an op that reads any strides: its dtypes and sizes, where -1 is any.
+struct StridedContract {
+    const char* name;
+    std::vector<int32_t> dtypes;  // torch's numbers
+    std::vector<int64_t> sizes;
+};
+
+// Refuses an operand that breaks its contract, or whose storage ends before its last element.
+void require(const StridedContract& contract, const Tensor& operand);
 
 // The activation, whose shape is the caller's to choose.
 void require_activation(const Tensor& x);

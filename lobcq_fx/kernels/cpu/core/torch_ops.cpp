@@ -1,10 +1,11 @@
-// lobcq::linear_prepacked and lobcq::linear_prepacked.float_activation for CPU tensors.
+// lobcq::linear_prepacked and lobcq::linear_prepacked.float_activation for CPU tensors, and the registration of all ops.
 #include <dlfcn.h>
 
 #include "half.h"
 #include "lobcq_torch.h"
 #include "torch_activation.h"
 #include "torch_grouped.h"
+#include "torch_states.h"
 
 namespace lobcq::torch {
 namespace {
@@ -148,6 +149,7 @@ bool find_all(void* torch) {
            LOBCQ_FIND(aoti_torch_dtype_float32) && LOBCQ_FIND(aoti_torch_dtype_bfloat16) &&
            LOBCQ_FIND(aoti_torch_dtype_float16) && LOBCQ_FIND(aoti_torch_dtype_uint8) &&
            LOBCQ_FIND(aoti_torch_dtype_int32) && LOBCQ_FIND(aoti_torch_dtype_int64) &&
+           LOBCQ_FIND(aoti_torch_dtype_int8) && LOBCQ_FIND(aoti_torch_dtype_bool) &&
            LOBCQ_FIND(aoti_torch_device_type_cpu) && LOBCQ_FIND(torch_parallel_for);
 #undef LOBCQ_FIND
 }
@@ -166,6 +168,8 @@ int32_t lobcq_register_torch_ops(void* libtorch) {
                                kVersion) ||
         api.torch_library_impl(library, "grouped_linear_prepacked", grouped_linear_prepacked, kVersion) ||
         api.torch_library_impl(library, "grouped_linear_prepacked.float_activation",
-                               grouped_linear_prepacked_float_activation, kVersion);
+                               grouped_linear_prepacked_float_activation, kVersion) ||
+        api.torch_library_impl(library, "quantize_states", quantize_states, kVersion) ||
+        api.torch_library_impl(library, "attention", attention, kVersion);
     return failed ? LOBCQ_INVALID_ARGUMENT : LOBCQ_OK;
 }

@@ -1,0 +1,167 @@
+// The ops of a quantized cache. They run many times a token, on few numbers each: what they check is what
+// lobcq_fx/ops/contracts.py says.
+#include "torch_states.h"
+
+#include "attention.h"
+#include "layout.h"
+#include "torch_operands.h"
+
+namespace lobcq::torch {
+namespace {
+
+std::vector<int32_t> floats() {
+    return {api.aoti_torch_dtype_float32(), api.aoti_torch_dtype_bfloat16(), api.aoti_torch_dtype_float16()};
+}
+
+// Look-up tables of the codebooks that a thread has used last: a model has one set.
+const Tables& tables_of(const Tensor& codebooks) {
+    struct Known {
+        Tables tables;
+        int8_t entries[kMaxCodebooks * kCodebookSize];
+        int32_t number = 0;
+    };
+    static thread_local Known known;
+    require({"codebooks", {api.aoti_torch_dtype_int8()}, {-1, kCodebookSize}}, codebooks);
+    const int64_t number = codebooks.sizes()[0];
+    if (number < 1 || number > kMaxCodebooks || !valid_num_codebooks(static_cast<int32_t>(number)))
+        refuse("codebooks is int8 [" + std::to_string(number) + ", 16]: pass 1, 2, 4, 8 or 16 of them");
+    const Tensor whole = contiguous(codebooks.another());
+    const auto* entries = whole.data<int8_t>();
+    const auto bytes = static_cast<size_t>(number * kCodebookSize);
+    if (known.number == number && std::memcmp(known.entries, entries, bytes) == 0) return known.tables;
+    known.number = 0;
+    check_core(lobcq_tables_init(entries, static_cast<int32_t>(number), &known.tables));
+    std::memcpy(known.entries, entries, bytes);
+    known.number = static_cast<int32_t>(number);
+    return known.tables;
+}
+
+int32_t array_size_of(int64_t size, const char* name) {
+    if (size != 16 && size != 32 && size != 64 && size != 128)
+        refuse(std::string(name) + " is " + std::to_string(size) + ": array_size must be 16, 32, 64 or 128");
+    return static_cast<int32_t>(size);
+}
+
+int64_t row_bytes(int64_t heads, int64_t width, int32_t array_size, const Tables& tables) {
+    return state_row_bytes({nullptr, 0, width, array_size}, heads, tables.num_codebooks);
+}
+
+// x [.., D] of strides that the core reads: those of the last dimension are 1, and addresses are a scalar's.
+Tensor readable(Tensor x) {
+    const std::vector<int64_t> sizes = x.sizes(), strides = x.strides();
+    if (sizes.back() > 1 && strides.back() != 1) x = contiguous(std::move(x));
+    return realigned(std::move(x), static_cast<uintptr_t>(scalar_bytes(float_dtype(x.dtype()))));
+}
+
+Tensor quantized(const Tensor& given, const Tensor& codebooks, int64_t array_size) {
+    require({"x", floats(), {-1, -1, -1, -1}}, given);
+    const Tables& tables = tables_of(codebooks);
+    const int32_t size = array_size_of(array_size, "array_size");
+    if (requires_grad(given)) refuse(kNoGradient);
+    const std::vector<int64_t> sizes = given.sizes();
+    const int64_t batch = sizes[0], heads = sizes[1], tokens = sizes[2], width = sizes[3];
+    if (heads < 1 || width < 1) refuse("x is " + to_string(sizes) + ": pass heads of at least one scalar");
+    const int64_t bytes = row_bytes(heads, width, size, tables);
+    const Tensor x = readable(given.another());
+    Tensor rows = Tensor::empty({batch, tokens, bytes}, api.aoti_torch_dtype_uint8());
+    const std::vector<int64_t> strides = x.strides();
+    const lobcq_new_states states{x.data<void>(), {strides[0], strides[1], strides[2]}, rows.data<uint8_t>(), bytes,
+                                  batch, heads, tokens, width, float_dtype(x.dtype()), size};
+    check_core(lobcq_encode_states(&tables, &states, api.torch_parallel_for));
+    return rows;
+}
+
+// The arguments of lobcq::attention; see lobcq_fx/ops/attention.py.
+struct Attend {
+    Tensor query, keys, values, codebooks, mask;
+    int64_t heads, value_width, key_array_size, value_array_size;
+    float scale;
+    bool in_int8;
+
+    Tensor run();
+
+  private:
+    void take_mask(const std::vector<int64_t>& wanted, lobcq_attention* call);
+};
+
+// Checks a mask, whose dimensions of size 1 are repeated.
+void Attend::take_mask(const std::vector<int64_t>& wanted, lobcq_attention* call) {
+    if (!mask) return;
+    std::vector<int32_t> dtypes = floats();
+    dtypes.insert(dtypes.begin(), api.aoti_torch_dtype_bool());
+    std::vector<int64_t> sizes = mask.sizes(), expected = wanted;
+    for (size_t i = 0; i < expected.size() && i < sizes.size(); ++i)
+        if (sizes[i] == 1) expected[i] = 1;
+    require({"mask", dtypes, expected}, mask);
+    const bool added = mask.dtype() != api.aoti_torch_dtype_bool();
+    call->mask_kind = added ? LOBCQ_ADDED_MASK : LOBCQ_BOOL_MASK;
+    call->mask_dtype = added ? float_dtype(mask.dtype()) : 0;
+    mask = realigned(std::move(mask), added ? static_cast<uintptr_t>(scalar_bytes(call->mask_dtype)) : 1);
+    call->mask = mask.data<void>();
+    const std::vector<int64_t> strides = mask.strides();
+    for (size_t i = 0; i < strides.size(); ++i) call->mask_strides[i] = sizes[i] == 1 ? 0 : strides[i];
+}
+
+Tensor Attend::run() {
+    require({"query", floats(), {-1, -1, -1, -1}}, query);
+    const Tables& tables = tables_of(codebooks);
+    const std::vector<int64_t> sizes = query.sizes();
+    const int64_t batch = sizes[0], query_heads = sizes[1], queries = sizes[2], width = sizes[3];
+    const int32_t key_size = array_size_of(key_array_size, "key_array_size");
+    const int32_t value_size = array_size_of(value_array_size, "value_array_size");
+    if (heads < 1 || query_heads % heads)
+        refuse("heads is " + std::to_string(heads) + ", which does not divide the " + std::to_string(query_heads) +
+               " of query");
+    for (const int64_t one : {width, value_width})
+        if (one < 1 || one > kMaxWidth)
+            refuse("value_width is " + std::to_string(value_width) + " and a query's " + std::to_string(width) +
+                   ": the core attends to heads of 1 to 1024 scalars");
+    const int64_t key_bytes = row_bytes(heads, width, key_size, tables);
+    const int64_t value_bytes = row_bytes(heads, value_width, value_size, tables);
+    const std::vector<int32_t> bytes{api.aoti_torch_dtype_uint8()};
+    require({"keys", bytes, {batch, -1, key_bytes}}, keys);
+    const int64_t tokens = keys.sizes()[1];
+    require({"values", bytes, {batch, tokens, value_bytes}}, values);
+    if (requires_grad(query)) refuse(kNoGradient);
+    query = readable(std::move(query));
+    keys = contiguous(std::move(keys));
+    values = contiguous(std::move(values));
+    Tensor out = Tensor::empty({batch, query_heads, queries, value_width}, query.dtype());
+    const std::vector<int64_t> strides = query.strides();
+    lobcq_attention call{};
+    call.query = query.data<void>();
+    std::memcpy(call.query_strides, strides.data(), sizeof call.query_strides);
+    call.keys = {keys.data<uint8_t>(), key_bytes, width, key_size};
+    call.values = {values.data<uint8_t>(), value_bytes, value_width, value_size};
+    call.out = out.data<void>();
+    call.batch = batch, call.query_heads = query_heads, call.queries = queries;
+    call.heads = heads, call.tokens = tokens, call.scale = scale;
+    call.dtype = float_dtype(query.dtype());
+    call.products = in_int8 ? LOBCQ_INT8_PRODUCTS : LOBCQ_FLOAT_PRODUCTS;
+    take_mask({batch, query_heads, queries, tokens}, &call);
+    check_core(lobcq_attend(&tables, &call, api.torch_parallel_for));
+    return out;
+}
+
+}  // namespace
+
+void quantize_states(Value* stack, uint64_t, uint64_t) {
+    in_op("lobcq::quantize_states", [stack] {
+        const Tensor x(stack[0]), codebooks(stack[1]);
+        stack[0] = quantized(x, codebooks, static_cast<int64_t>(stack[2])).release();
+    });
+}
+
+void attention(Value* stack, uint64_t, uint64_t) {
+    in_op("lobcq::attention", [stack] {
+        Attend call{Tensor(stack[0]), Tensor(stack[1]), Tensor(stack[2]), Tensor(stack[3]),
+                    take_optional_tensor(stack[4]), static_cast<int64_t>(stack[5]), static_cast<int64_t>(stack[6]),
+                    static_cast<int64_t>(stack[7]), static_cast<int64_t>(stack[8]), 0.0f, (stack[10] & 1) != 0};
+        double scale;
+        std::memcpy(&scale, stack + 9, sizeof scale);
+        call.scale = static_cast<float>(scale);
+        stack[0] = call.run().release();
+    });
+}
+
+}  // namespace lobcq::torch
