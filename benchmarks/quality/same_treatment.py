@@ -116,9 +116,10 @@ def observe(model: nn.Module, layers: dict[str, nn.Linear], calibration: Tensor)
                 return
             last[:] = [(x, name)]
             rows = x.flatten(0, -2)
-            one = seen.setdefault(name, Seen(torch.zeros(rows.shape[1], rows.shape[1])))
-            one.moments += rows.T @ rows
-            one.rows.append(rows[:: -(-len(rows) // SAMPLED)].clone())
+            if name not in seen:
+                seen[name] = Seen(torch.zeros(rows.shape[1], rows.shape[1]))
+            seen[name].moments += rows.T @ rows
+            seen[name].rows.append(rows[:: -(-len(rows) // SAMPLED)].clone())
 
         return add
 
