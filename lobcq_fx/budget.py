@@ -92,8 +92,9 @@ class Group:
 
     @property
     def multiply_adds(self) -> int:
-        """With its weights, in the traced example."""
-        return sum(one.multiply_adds for one in self.matmuls)
+        """With its weights, in the traced example; of one token where that cannot be said."""
+        counted = ((one.multiply_adds, one.shape) for one in self.matmuls)
+        return sum(prod(shape or ()) if number is None else number for number, shape in counted)
 
 
 def spend(

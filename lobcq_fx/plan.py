@@ -72,7 +72,7 @@ class PlannedMatmul:
     refusal: str | None
     asked: bool
     float_bytes: int
-    multiply_adds: int
+    multiply_adds: int | None
     grouped: bool
     static_scale: str | None
     input_scale: str | None
@@ -252,7 +252,7 @@ class _Counted:
         self._seen.update(matmul.constants)
         return sum(value.numel() * value.element_size() for value in new)
 
-    def multiply_adds(self, matmul: Matmul) -> int:
+    def multiply_adds(self, matmul: Matmul) -> int | None:
         return 0 if matmul.weight is None else multiply_adds(matmul.node, matmul.weight, self._sizes)
 
 

@@ -29,14 +29,25 @@ def example_sizes(graph: fx.Graph) -> dict[Any, int]:
     return sizes
 
 
-def multiply_adds(node: fx.Node, weight: fx.Node, sizes: Sizes) -> int:
-    """Those of a node that reads a constant operand.
+class _DependsOnValuesError(Exception):
+    """A size is none of the shapes that the example has, but follows from its values."""
+
+
+def multiply_adds(node: fx.Node, weight: fx.Node, sizes: Sizes) -> int | None:
+    """Those of a node that reads a constant operand; None where a size depends on values, as an expert's tokens may.
 
     Args:
         node: a matmul, a convolution, a recurrent layer, or an einsum.
         weight: what its constant operand is made of.
         sizes: from `example_sizes`.
     """
+    try:
+        return _counted(node, weight, sizes)
+    except _DependsOnValuesError:
+        return None
+
+
+def _counted(node: fx.Node, weight: fx.Node, sizes: Sizes) -> int:
     out, x, w = (_shape(value, sizes) for value in (node, _first_tensor(node, weight), weight))
     name = str(node.target)
     if "conv_transpose" in name or _is_transposed_convolution(node):
@@ -85,4 +96,9 @@ def _shape(node: Any, sizes: Sizes) -> tuple[int, ...]:
 
 
 def _int(size: Any, sizes: Sizes) -> int:
-    return size if isinstance(size, int) else int(size.node.expr.subs(sizes))
+    if isinstance(size, int):
+        return size
+    found = size.node.expr.subs(sizes)
+    if not found.is_number:
+        raise _DependsOnValuesError
+    return int(found)

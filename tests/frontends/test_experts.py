@@ -10,6 +10,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import lobcq_fx
+from lobcq_fx.calibration.compensate import decoded_weight
+from lobcq_fx.calibration.encode_weight import encode_weight
+from lobcq_fx.format import universal_codebooks
 from tests.families import ONE_LAYER, fake_quantized, quantized_layers
 from tests.frontends.test_causal_lm_families import assert_logits_close, batch
 
@@ -226,3 +229,25 @@ def test_experts_that_are_excluded_stay_in_float_and_are_counted():
     tokens = left[0].multiply_adds // (344 * 64)
     assert left[1].multiply_adds == tokens * 172 * 64  # two experts of the four for each token
     assert q.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2, pad_token_id=0).shape == (1, 5)
+
+
+def test_experts_one_by_one_whose_tokens_follow_from_values():
+    """JetMoe runs a linear for each expert, on as many tokens as the router sends: a size that no example fixes."""
+    torch.manual_seed(0)
+    config = transformers.JetMoeConfig(
+        vocab_size=96, hidden_size=64, num_hidden_layers=1, num_key_value_heads=2, kv_channels=16, intermediate_size=64,
+        num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = transformers.JetMoeForCausalLM(config).eval()
+    q = lobcq_fx.quantize(model, config=lobcq_fx.LobcqConfig(mode="w4a16"), static_cache=False)
+    experts = [record for record in q.inventory.quantized if record.layer.count("weight_part")]
+    assert len(experts) == 4 * 4
+    assert {record.multiply_adds for record in experts} == {None}
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "router" not in name and "embed" not in name and "lm_head" not in name and weight.dim() > 1:
+                for one in weight if weight.dim() == 3 else [weight]:
+                    spec, books = lobcq_fx.FormatSpec(8, 64), universal_codebooks(8)
+                    one.copy_(decoded_weight(encode_weight(one, spec, books, name)))
+        ids = torch.randint(3, 96, (2, 11))
+        torch.testing.assert_close(q(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
