@@ -17,7 +17,7 @@ from lobcq_fx.frontends.base import FrontEnd
 from lobcq_fx.frontends.causal_lm import QuantizedCausalLM, graph_config
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.roles import roles_of
-from lobcq_fx.frontends.saved_config import config_of
+from lobcq_fx.frontends.saved_config import config_of, config_of_class
 from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, StaticCacheCall
 from lobcq_fx.frontends.transformers_trace import trace_causal_lm, trace_static_cache
 from lobcq_fx.model import ModelParts, QuantizedModel
@@ -65,7 +65,7 @@ class CausalLMFrontEnd(FrontEnd):
 
     def configs(self, model: nn.Module) -> dict[str, Any]:
         """The model's configuration, and how it generates."""
-        return {"config": graph_config(model.config), "generation_config": model.generation_config}
+        return {"config": graph_config(config_of_class(model)), "generation_config": model.generation_config}
 
     def build(self, parts: ModelParts) -> QuantizedModel:
         """A model with `generate()`."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lobcq_fx.frontends.base import FrontEnd
 from lobcq_fx.frontends.output_types import import_output_types
 from lobcq_fx.frontends.roles import roles_of
-from lobcq_fx.frontends.saved_config import config_of
+from lobcq_fx.frontends.saved_config import config_of, config_of_class
 from lobcq_fx.frontends.transformers_trace import made_up_inputs, trace_pretrained, traced_flags
 from lobcq_fx.storage.checkpoint import Callings, Checkpoint
 from lobcq_fx.tracing.calling import ModuleCall
@@ -48,7 +48,7 @@ class EncoderFrontEnd(FrontEnd):
 
     def configs(self, model: nn.Module) -> dict[str, Any]:
         """The model's configuration."""
-        return {"config": model.config}
+        return {"config": config_of_class(model)}
 
     def callings(self, saved: Checkpoint) -> Callings:
         """That of its one graph, once its output class is known."""

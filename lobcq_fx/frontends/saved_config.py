@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,18 @@ from transformers import AutoConfig
 
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.storage.checkpoint import Checkpoint
+
+
+def config_of_class(model: Any) -> Any:
+    """A copy of a model's configuration that names its class, as `save_pretrained` of transformers sees to.
+
+    Models that were read from another format's file (GGUF) have its settings there, which hold for that file alone.
+    """
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def config_of(saved: Checkpoint, directory: Path) -> Any:

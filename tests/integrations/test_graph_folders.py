@@ -67,6 +67,20 @@ def test_an_encoder_gives_the_graphs_states(tmp_path, mode):
     assert torch.equal(results(model), results(lobcq_fx.load(folder)))
 
 
+@pytest.mark.parametrize("make", [causal_lm, bert])
+def test_the_folder_names_the_class_and_no_other_quantization(tmp_path, make):
+    """Models that were made from a configuration, or read from GGUF, do not know the first and keep the second."""
+    model = make()
+    model.config.architectures = None
+    model.config.quantization_config = transformers.GPTQConfig(bits=4)
+    folder = saved(model, tmp_path / "q")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == [type(model).__name__]
+    assert config["quantization_config"]["quant_method"] == "lobcq"
+    assert not hasattr(lobcq_fx.load(folder).config, "quantization_config")
+    assert model.config.architectures is None
+
+
 def test_the_weights_are_the_bytes_of_the_folder(tmp_path):
     folder = saved(causal_lm(), tmp_path / "q")
     stored, state = load_file(folder / "lobcq.safetensors"), opened(folder).state_dict()
