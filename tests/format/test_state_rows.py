@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-import lobcq_fx.ops  # noqa: F401
+import lobcq_fx.ops
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
 from lobcq_fx.format.state_rows import StateRows, states_spec
 
-quantize, dequantize = torch.ops.lobcq.quantize_states, torch.ops.lobcq.dequantize_states
+quantize, dequantize = lobcq_fx.ops.quantize_states, lobcq_fx.ops.dequantize_states
 
 
 def states(*shape, seed=0):

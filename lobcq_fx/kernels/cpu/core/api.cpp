@@ -143,14 +143,15 @@ int32_t check_attention(const void* tables, const lobcq_attention* a) {
 int32_t check_new_states(const void* tables, const lobcq_new_states* s) {
     if (!valid_tables(tables) || !s || !valid_dtype(s->dtype)) return LOBCQ_INVALID_ARGUMENT;
     if (!valid_array_size(s->array_size)) return LOBCQ_INVALID_FORMAT;
-    if (s->heads < 1 || s->width < 1 || !valid_shape(s->batch, s->tokens) || !valid_shape(s->heads, s->width) ||
+    if (!valid_shape(s->batch, s->tokens) || !valid_shape(s->heads, s->width) ||
         !valid_shape(s->batch * s->tokens, s->heads * s->width))
         return LOBCQ_INVALID_ARGUMENT;
     const lobcq_states as_stored{s->rows, s->row_bytes, s->width, s->array_size};
     if (s->row_bytes != state_row_bytes(as_stored, s->heads, as_tables(tables).num_codebooks))
         return LOBCQ_INVALID_ARGUMENT;
     if (s->batch * s->tokens == 0) return LOBCQ_OK;
-    return s->rows && aligned(s->x, scalar_bytes(s->dtype)) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
+    const bool readable = s->heads * s->width == 0 || aligned(s->x, scalar_bytes(s->dtype));
+    return s->rows && readable ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
 }
 
 template <class A, class B>

@@ -147,7 +147,7 @@ class TokenRow {
     TokenRow(const Tables& t, const lobcq_new_states& states)
         : tables_(t), s_(states), padded_(round_up(s_.width, s_.array_size)),
           bytes_(s_.width, t.num_codebooks, s_.array_size), bits_(selector_bits(t.num_codebooks)),
-          heads_(padded_ < kSlab ? kSlab / padded_ : 1) {}
+          heads_(padded_ > 0 && padded_ < kSlab ? kSlab / padded_ : 1) {}
 
     void encode(int64_t token) {
         uint8_t* row = s_.rows + token * s_.row_bytes;
