@@ -31,7 +31,7 @@ from lobcq_fx.ops.contracts import OPERANDS
 from tests.fuzz.results import options, report
 from tests.kernels.cpu.operands import at_offset
 from tests.kernels.products import assert_product
-from tests.kernels.violations import broken_numbers, prepacked_call, stored_call, torch_op, violations
+from tests.kernels.violations import PREPACKED, broken_numbers, prepacked_call, stored_call, torch_op, violations
 
 POOL = 24
 """Sets of weights, made once: calls are drawn from them."""
@@ -51,7 +51,12 @@ REFERENCES = {
     schemas.LINEAR: lobcq_fx.ops.linear,
     schemas.LINEAR_INT8_ACTIVATION: lobcq_fx.ops.linear_int8_activation,
     schemas.LINEAR_FLOAT_ACTIVATION: lobcq_fx.ops.linear_float_activation,
+    schemas.GROUPED_LINEAR: lobcq_fx.ops.grouped_linear,
+    schemas.GROUPED_LINEAR_INT8_ACTIVATION: lobcq_fx.ops.grouped_linear_int8_activation,
+    schemas.GROUPED_LINEAR_FLOAT_ACTIVATION: lobcq_fx.ops.grouped_linear_float_activation,
 }
+DRAWN = [*REFERENCES, *PREPACKED, schemas.LINEAR_PREPACKED, schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION]
+"""The plain prepacked linears twice as often as others."""
 
 
 def main() -> None:
@@ -71,7 +76,7 @@ def fuzz(inputs: int, seed: int) -> Counter[str]:
     stored = {op: stored_call(op, torch.device("cpu")) for op in REFERENCES}
     for number in range(inputs):
         one = Random(f"{seed}/{number}")
-        op = one.choice([*OPERANDS, schemas.LINEAR_PREPACKED, schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION])
+        op = one.choice(DRAWN)
         weights = one.choice(pool)
         given = dict(stored[op]) if op in stored else weights.call(op, one)
         if op == schemas.ATTENTION:
