@@ -38,7 +38,8 @@ void GroupProducts::add(const lobcq_weight& weight, float scale, int64_t end) {
 }
 
 int32_t GroupProducts::run(const lobcq_activation& activation, lobcq_parallel_for parallel) const {
-    std::memset(row_at(next_row_), 0, static_cast<size_t>(row_at(out_.rows) - row_at(next_row_)));
+    const auto left = static_cast<size_t>(row_at(out_.rows) - row_at(next_row_));
+    if (left > 0) std::memset(row_at(next_row_), 0, left);  // a result of nothing has no memory
     return lobcq_grouped_linear(products_.data(), first_rows_.data(), static_cast<int64_t>(products_.size()),
                                 &activation, parallel);
 }
