@@ -73,6 +73,11 @@ def _round_to_e2m1(x: Tensor) -> Tensor:
     return E2M1[below + tie_up] * x.sign()
 
 
+def _round_to_nf4(x: Tensor) -> Tensor:
+    """To the nearest normal-float level; x in units of its block's largest magnitude."""
+    return NF4[torch.bucketize(x, (NF4[1:] + NF4[:-1]) / 2)]
+
+
 def int4(block: int) -> BlockFormat:
     """Symmetric integers in [-8, 7] in groups that share a bf16 scale, absmax / 7.5."""
     return BlockFormat(block, 16, lambda x: x.round().clamp(-8, 7), _int4_scales)
@@ -94,7 +99,7 @@ Source: OCP Microscaling Formats specification 1.0, section 6.3.
 NF4_BLOCKS = BlockFormat(
     64,
     16,
-    lambda x: NF4[torch.bucketize(x, (NF4[1:] + NF4[:-1]) / 2)],
+    _round_to_nf4,
     lambda blocks, _largest: blocks.abs().amax(dim=-1, keepdim=True).bfloat16().float(),
 )
 """Normal-float codes in blocks of 64 with a bf16 absmax scale each: `nf4` without double quantization, which takes its
@@ -126,8 +131,7 @@ def nf4(x: Tensor) -> Tensor:
     groups = torch.nn.functional.pad(scales - mean, (0, -len(scales) % 256)).view(-1, 256)
     step = groups.abs().amax(dim=-1, keepdim=True) / 128
     stored = ((groups / step).round().clamp(-128, 127) * step).flatten()[: len(scales)] + mean
-    codes = torch.bucketize(blocks / scales.unsqueeze(-1), (NF4[1:] + NF4[:-1]) / 2)
-    return (NF4[codes] * stored.unsqueeze(-1)).view(x.shape)
+    return (_round_to_nf4(blocks / scales.unsqueeze(-1)) * stored.unsqueeze(-1)).view(x.shape)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from lobcq_fx.cli.options import (
-    ATTENTION_ALONE,
-    Attention,
     AttentionOption,
     KvCacheOption,
     ModelArgument,
@@ -18,6 +16,8 @@ from lobcq_fx.cli.options import (
     SystemOption,
     TemperatureOption,
     TopPOption,
+    cache_arguments,
+    sampling,
 )
 
 LEAVE, FORGET = ("/exit", "/quit"), "/new"
@@ -46,17 +46,13 @@ def chat(
     from lobcq_fx.cli.failures import InputError
     from lobcq_fx.cli.inputs import causal_lm_folder, load_model, load_tokenizer
 
-    if attention is not None and kv_cache is None:
-        raise typer.BadParameter(ATTENTION_ALONE)
+    cache = cache_arguments(kv_cache, attention)
     folder = causal_lm_folder(model)
     tokenizer = load_tokenizer(folder)
     check_template(tokenizer, folder)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample}
-    if sample:
-        settings |= {"temperature": temperature, "top_p": top_p}
+    settings = {"max_new_tokens": max_new_tokens, **sampling(sample, temperature, top_p)}
     with messages.status("Loading the model"):
         loaded = load_model(folder)
-    cache = None if kv_cache is None else {"format": kv_cache, "attention": attention or Attention.w4a16}
     talk = Conversation(loaded, tokenizer, system=system, max_length=folder.max_length, cache=cache, settings=settings)
     torch.manual_seed(seed)
     messages.print(f"[dim]{FORGET} begins anew, {LEAVE[0]} leaves[/]", highlight=False)

@@ -16,8 +16,11 @@ Message = dict[str, str]
 
 def messages_of(prompt: str, system: str | None = None) -> list[Message]:
     """A conversation that begins with a prompt, and with instructions before it if there are any."""
-    instructions = [{"role": "system", "content": system}] if system else []
-    return [*instructions, {"role": "user", "content": prompt}]
+    return [*_instructions(system), {"role": "user", "content": prompt}]
+
+
+def _instructions(system: str | None) -> list[Message]:
+    return [{"role": "system", "content": system}] if system else []
 
 
 def check_template(tokenizer: Any, folder: ModelFolder) -> None:
@@ -76,7 +79,7 @@ class Conversation:
 
     def forget(self) -> None:
         """Begin anew, with the same instructions."""
-        self.messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        self.messages = _instructions(self.system)
         self._cache, self._cached = self._new_cache(), torch.empty(0, dtype=torch.long, device="cpu")
 
     def answer(self, prompt: str, streamer: Any = None) -> list[int]:
@@ -111,7 +114,7 @@ class Conversation:
 
     def _fitting(self) -> Tensor:
         """The conversation's ids [1, T], the oldest turns dropped where the model cannot take all."""
-        first = 1 if self.system else 0
+        first = len(_instructions(self.system))
         while True:
             ids = templated(self.tokenizer, self.messages)
             needed = ids.shape[1] + self.settings["max_new_tokens"]

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lobcq_fx.cli.options import (
-    ATTENTION_ALONE,
-    Attention,
     AttentionOption,
     JsonOption,
     KvCacheOption,
     ModelArgument,
     OverwriteOption,
+    cache_arguments,
 )
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ LONGEST_DEFAULT_WINDOW = 1024
 
 @dataclass(frozen=True)
 class Asked:
-    """Files to measure on, and how. Sizes in tokens; None where nothing was asked for."""
+    """Files to measure on, and how. Sizes in tokens, arguments of a `LobcqCache`; None where nothing was asked for."""
 
     texts: Sequence[Path]
     multiple_choice: Path | None
@@ -40,8 +39,7 @@ class Asked:
     stride: int | None
     max_tokens: int | None
     batch_size: int | None
-    kv_cache: str | None
-    attention: str
+    cache: dict[str, Any] | None
 
     @property
     def all_texts(self) -> Sequence[Path | None]:
@@ -114,11 +112,9 @@ def evaluate(
     from lobcq_fx.cli.scores_table import print_scores
 
     folders = [model_folder(given) for given in (model, against) if given is not None]
-    if attention is not None and kv_cache is None:
-        raise typer.BadParameter(ATTENTION_ALONE)
-    products = (attention or Attention.w4a16).value
+    cache = cache_arguments(kv_cache, attention)
     files = (text or [], multiple_choice, last_word, sts)
-    asked = Asked(*files, window, stride, max_tokens, batch_size, kv_cache, products)
+    asked = Asked(*files, window, stride, max_tokens, batch_size, cache)
     _check_kinds(folders, asked)
     if output is not None:
         check_file(output, overwrite=overwrite)
@@ -126,8 +122,8 @@ def evaluate(
     with ProgressBars() as progress:
         sections = measured(folders, asked, progress)
     identities = [_identity(folder) for folder in folders]
-    if kv_cache is not None:
-        identities[0] |= {"kv_cache": kv_cache, "attention": products}
+    if cache is not None:
+        identities[0] |= {"kv_cache": cache["format"], "attention": cache["attention"]}
     result = {"models": identities, "results": [one.to_dict() for one in sections]}
     if output is not None:
         write_json(output, result)
@@ -147,7 +143,7 @@ def _check_kinds(folders: Sequence[ModelFolder], asked: Asked) -> None:
         )
     if first.is_causal_lm and asked.sts is not None:
         raise typer.BadParameter(f"--sts is for encoders, and {first.architecture} is a language model: pass --text")
-    if asked.kv_cache is not None and not first.is_causal_lm:
+    if asked.cache is not None and not first.is_causal_lm:
         raise typer.BadParameter(f"--kv-cache: {first.architecture} keeps no keys and values: leave it out")
     for option, given in (("--multiple-choice", asked.multiple_choice), ("--last-word", asked.last_word)):
         if given is not None and not first.is_causal_lm:
@@ -173,8 +169,8 @@ def _of_language_models(folders: Sequence[ModelFolder], asked: Asked, progress: 
     windows = _windows(folders, asked, bos=leading_bos(tokenizers[0]) is not None)
     ids = [common_token_ids(tokenizers, one, asked.max_tokens) for one in texts]
     first, *others = loaded(folders, tokenizers, progress)
-    if asked.kv_cache is not None:
-        first = replace(first, model=WithLobcqCache(first.model, format=asked.kv_cache, attention=asked.attention))
+    if asked.cache is not None:
+        first = replace(first, model=WithLobcqCache(first.model, **asked.cache))
     measured = LanguageModels([first, *others], asked.batch_size, progress)
     found = [measured.text(one.source, tokens, windows) for one, tokens in zip(texts, ids, strict=True)]
     found += [measured.questions(one) for one in choices]

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lobcq_fx.cli.options import (
-    ATTENTION_ALONE,
-    Attention,
     AttentionOption,
     JsonOption,
     KvCacheOption,
@@ -20,6 +18,8 @@ from lobcq_fx.cli.options import (
     SystemOption,
     TemperatureOption,
     TopPOption,
+    cache_arguments,
+    sampling,
 )
 
 if TYPE_CHECKING:
@@ -74,15 +74,12 @@ def generate(
         raise typer.BadParameter("--system: there are instructions in a chat alone")
     if kv_cache is not None and onnx:
         raise typer.BadParameter("--kv-cache: an exported model keeps keys and values in float: leave out --onnx")
-    if attention is not None and kv_cache is None:
-        raise typer.BadParameter(ATTENTION_ALONE)
+    given = cache_arguments(kv_cache, attention)
     prompt = _given(prompt)
-    cache = {} if kv_cache is None else _cache(kv_cache, attention or Attention.w4a16)
+    cache = {} if given is None else _cache(given)
     with messages.status("Loading the model"):
         language_model = _onnx_model(folder) if onnx else load_model(folder)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, **cache}
-    if sample:
-        settings |= {"temperature": temperature, "top_p": top_p}
+    settings = {"max_new_tokens": max_new_tokens, **sampling(sample, temperature, top_p), **cache}
     if stop:
         settings |= {"stop_strings": stop, "tokenizer": tokenizer}
     ids = _ids(tokenizer, prompt, system, chat=chat)
@@ -126,12 +123,12 @@ def _ids(tokenizer: Any, prompt: str, system: str | None, *, chat: bool) -> Tens
     return ids
 
 
-def _cache(format: str, attention: Attention) -> dict[str, Any]:
+def _cache(arguments: dict[str, Any]) -> dict[str, Any]:
     """The argument of `model.generate` that gives it a quantized cache."""
     from lobcq_fx import LobcqCache
     from lobcq_fx.frontends.output_types import CACHE_NAME
 
-    return {CACHE_NAME: LobcqCache(format, attention=attention.value)}
+    return {CACHE_NAME: LobcqCache(**arguments)}
 
 
 def _onnx_model(folder: ModelFolder) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -121,7 +121,6 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-ATTENTION_ALONE = "--attention: it multiplies keys and values in LO-BCQ: pass --kv-cache too"
 AttentionOption = Annotated[
     Attention | None,
     typer.Option(
@@ -129,3 +128,22 @@ AttentionOption = Annotated[
         help="With --kv-cache: multiply cached keys and values in integers (w4a8), or in fp32 (w4a16, the default).",
     ),
 ]
+
+
+def sampling(sample: bool, temperature: float, top_p: float) -> dict[str, Any]:
+    """The arguments of `generate()` that say how tokens are taken."""
+    drawn = {"temperature": temperature, "top_p": top_p} if sample else {}
+    return {"do_sample": sample, **drawn}
+
+
+def cache_arguments(kv_cache: str | None, attention: Attention | None) -> dict[str, Any] | None:
+    """The arguments of a `LobcqCache`; None where the options ask for none.
+
+    Raises:
+        BadParameter: a way to multiply what is not there.
+    """
+    if kv_cache is not None:
+        return {"format": kv_cache, "attention": (attention or Attention.w4a16).value}
+    if attention is not None:
+        raise typer.BadParameter("--attention: it multiplies keys and values in LO-BCQ: pass --kv-cache too")
+    return None
