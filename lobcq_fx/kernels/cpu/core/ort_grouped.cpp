@@ -1,37 +1,20 @@
 #include "ort_grouped.h"
 
-#include <optional>
-
 #include "groups.h"
-#include "ort_product.h"
+#include "ort_linears.h"
 
 namespace lobcq::ort {
 namespace {
 
-class GroupedProduct : public Kernel {
+// Products with the matrices of a stack.
+class GroupedProduct : public StoredProduct<std::vector<Weight>> {
   protected:
-    GroupedProduct(const Signature& op, const Api& api, const KernelInfo* info, size_t first_weight_input)
-        : node_(op.node(api, info)), array_size_(kernel_array_size_of(node_, info)),
-          weight_array_size_(array_size_of(node_, info)), at_{first_weight_input} {
-        if (!at_.all_constant(node_)) return;
-        weights_ = repacked([&](size_t index) { return node_.constant(index); });
-        release_constants(node_, at_);
-    }
+    using StoredProduct::StoredProduct;
 
     void multiply(const Call& call, const Activation& a, ElementType type) const;
 
-    Node node_;
-    int32_t array_size_;  // that the product is computed in
-
   private:
-    std::vector<Weight> repacked(const std::function<Tensor(size_t)>& input) const {
-        return repack_stack(node_, at_, weight_array_size_, array_size_, input);
-    }
     Activation gathered(const Activation& from, const Tensor& rows) const;
-
-    int32_t weight_array_size_;
-    WeightInputs at_;
-    std::optional<std::vector<Weight>> weights_;  // none where they are not constant
 };
 
 Activation GroupedProduct::gathered(const Activation& from, const Tensor& rows) const {
@@ -50,90 +33,39 @@ Activation GroupedProduct::gathered(const Activation& from, const Tensor& rows) 
 
 void GroupedProduct::multiply(const Call& call, const Activation& all, ElementType type) const {
     std::optional<std::vector<Weight>> of_call;
-    if (!weights_) of_call = repacked([&](size_t index) { return call.input(index); });
-    const std::vector<Weight>& weights = weights_ ? *weights_ : *of_call;
-    if (weights.empty()) node_.refuse("w_codes has no matrix");
-    const auto count = static_cast<int64_t>(weights.size());
+    const std::vector<Weight>& stack = weights(call, &of_call);
+    if (stack.empty()) node_.refuse("w_codes has no matrix");
+    const auto count = static_cast<int64_t>(stack.size());
     const Tensor ends = call.input(at_.ends()), scales = call.input(at_.tensor_scale());
     node_.check_shape(at_.ends(), ends, {count});
     node_.check_shape(at_.tensor_scale(), scales, {count});
-    const int64_t columns = all.view.columns, outputs = weights[0].outputs;
-    check_columns(node_, weights[0], columns, array_size_, weight_array_size_);
+    const int64_t columns = all.view.columns, outputs = stack[0].outputs;
+    check_columns(node_, stack[0], columns, array_size_, weight_array_size_);
     const Activation a = gathered(all, call.input(at_.rows()));
     const int64_t rows = a.view.rows;
-    GroupProducts products(weights[0].tables.get(),
+    GroupProducts products(stack[0].tables.get(),
                            {call.output(0, {rows, outputs}), rows, outputs, outputs, dtype_of(type)});
     const std::vector<int64_t> last = group_ends(ends.as<const int32_t>(), count, rows);
-    for (size_t i = 0; i < weights.size(); ++i)
-        products.add({weights[i].data.data(), outputs, columns, weights[i].tables->num_codebooks, array_size_},
+    for (size_t i = 0; i < stack.size(); ++i)
+        products.add({stack[i].data.data(), outputs, columns, stack[i].tables->num_codebooks, array_size_},
                      scales.as<const float>()[i], last[i]);
     node_.check_core(products.run(a.view, parallel_for), "the product");
 }
 
-class GroupedLinear : public GroupedProduct {
-  public:
-    GroupedLinear(const Signature& op, const Api& api, const KernelInfo* info)
-        : GroupedProduct(op, api, info, kWeight), in_features_(in_features_of(node_, info)) {
-        if (node_.is_constant(kCodebooks)) tables_ = tables_of(node_, kCodebooks, node_.constant(kCodebooks));
-    }
-
-    void compute(KernelContext* context) const override {
-        const Call call(node_, context);
-        const SharedTables tables = tables_ ? tables_ : tables_of(node_, kCodebooks, call.input(kCodebooks));
-        multiply(call, encoded_activation(node_, call, *tables, in_features_, array_size_), kFloat);
-    }
-
-  private:
-    enum { kCodebooks = 4, kWeight };  // behind codes, selectors, scales and tensor_scale
-
-    int64_t in_features_;
-    SharedTables tables_;  // of the activation; null where its codebooks are not constant
-};
-
-class GroupedLinearInt8Activation : public GroupedProduct {
-  public:
-    GroupedLinearInt8Activation(const Signature& op, const Api& api, const KernelInfo* info)
-        : GroupedProduct(op, api, info, kWeight), in_features_(in_features_of(node_, info)) {}
-
-    void compute(KernelContext* context) const override {
-        const Call call(node_, context);
-        multiply(call, int8_activation(node_, call, in_features_, array_size_), kFloat);
-    }
-
-  private:
-    enum { kWeight = 3 };  // behind entries, scales and tensor_scale
-
-    int64_t in_features_;
-};
-
-class GroupedLinearFloatActivation : public GroupedProduct {
-  public:
-    GroupedLinearFloatActivation(const Signature& op, const Api& api, const KernelInfo* info)
-        : GroupedProduct(op, api, info, kWeight) {}
-
-    void compute(KernelContext* context) const override {
-        const Call call(node_, context);
-        multiply(call, float_activation(node_, call, array_size_), call.input(kX).type);
-    }
-
-  private:
-    enum { kX, kWeight };
-};
-
 }  // namespace
 
 std::unique_ptr<Kernel> create_grouped_linear(const Signature& op, const Api& api, const KernelInfo* info) {
-    return std::make_unique<GroupedLinear>(op, api, info);
+    return std::make_unique<Linear<GroupedProduct>>(op, api, info);
 }
 
 std::unique_ptr<Kernel> create_grouped_linear_int8_activation(const Signature& op, const Api& api,
                                                               const KernelInfo* info) {
-    return std::make_unique<GroupedLinearInt8Activation>(op, api, info);
+    return std::make_unique<LinearInt8Activation<GroupedProduct>>(op, api, info);
 }
 
 std::unique_ptr<Kernel> create_grouped_linear_float_activation(const Signature& op, const Api& api,
                                                                const KernelInfo* info) {
-    return std::make_unique<GroupedLinearFloatActivation>(op, api, info);
+    return std::make_unique<LinearFloatActivation<GroupedProduct>>(op, api, info);
 }
 
 }  // namespace lobcq::ort

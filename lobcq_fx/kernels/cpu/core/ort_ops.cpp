@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "ort_grouped.h"
-#include "ort_product.h"
+#include "ort_linears.h"
 
 namespace lobcq::ort {
 namespace {
@@ -123,36 +123,17 @@ class Rotate : public Kernel {
     int32_t array_size_;
 };
 
-// What all linears have in common.
-class Product : public Kernel {
+// A product with one weight.
+class Product : public StoredProduct<Weight> {
   protected:
-    Product(const Signature& op, const Api& api, const KernelInfo* info, size_t first_weight_input)
-        : node_(op.node(api, info)), array_size_(kernel_array_size_of(node_, info)),
-          weight_array_size_(array_size_of(node_, info)), at_{first_weight_input} {
-        if (!at_.all_constant(node_)) return;
-        weight_ = repacked([&](size_t index) { return node_.constant(index); });
-        release_constants(node_, at_);
-    }
+    using StoredProduct::StoredProduct;
 
     void multiply(const Call& call, const Activation& a, ElementType type) const;
-
-    Node node_;
-    int32_t array_size_;  // that the product is computed in
-
-  private:
-    Weight repacked(const std::function<Tensor(size_t)>& input) const {
-        return repack(node_, at_, weight_array_size_, array_size_, input);
-    }
-
-    int32_t weight_array_size_;
-    WeightInputs at_;
-    std::optional<Weight> weight_;  // none where it is not constant
 };
 
 void Product::multiply(const Call& call, const Activation& a, ElementType type) const {
     std::optional<Weight> of_call;
-    if (!weight_) of_call = repacked([&](size_t index) { return call.input(index); });
-    const Weight& w = weight_ ? *weight_ : *of_call;
+    const Weight& w = weights(call, &of_call);
     const int64_t columns = a.view.columns;
     check_columns(node_, w, columns, array_size_, weight_array_size_);
     const Tensor bias = call.input(at_.bias());
@@ -163,58 +144,6 @@ void Product::multiply(const Call& call, const Activation& a, ElementType type) 
     const lobcq_product product{w.tables.get(), &weight, scale, bias.as<const float>(), &out};
     node_.check_core(lobcq_linear(&product, 1, &a.view, parallel_for), "the product");
 }
-
-class Linear : public Product {
-  public:
-    Linear(const Signature& op, const Api& api, const KernelInfo* info)
-        : Product(op, api, info, kWeight), in_features_(in_features_of(node_, info)) {
-        if (node_.is_constant(kCodebooks)) tables_ = tables_of(node_, kCodebooks, node_.constant(kCodebooks));
-    }
-
-    void compute(KernelContext* context) const override;
-
-  private:
-    enum { kCodebooks = 4, kWeight };  // behind codes, selectors, scales and tensor_scale
-
-    int64_t in_features_;
-    SharedTables tables_;  // of the activation; null where its codebooks are not constant
-};
-
-void Linear::compute(KernelContext* context) const {
-    const Call call(node_, context);
-    const SharedTables tables = tables_ ? tables_ : tables_of(node_, kCodebooks, call.input(kCodebooks));
-    multiply(call, encoded_activation(node_, call, *tables, in_features_, array_size_), kFloat);
-}
-
-class LinearInt8Activation : public Product {
-  public:
-    LinearInt8Activation(const Signature& op, const Api& api, const KernelInfo* info)
-        : Product(op, api, info, kWeight), in_features_(in_features_of(node_, info)) {}
-
-    void compute(KernelContext* context) const override {
-        const Call call(node_, context);
-        multiply(call, int8_activation(node_, call, in_features_, array_size_), kFloat);
-    }
-
-  private:
-    enum { kWeight = 3 };  // behind entries, scales and tensor_scale
-
-    int64_t in_features_;
-};
-
-class LinearFloatActivation : public Product {
-  public:
-    LinearFloatActivation(const Signature& op, const Api& api, const KernelInfo* info)
-        : Product(op, api, info, kWeight) {}
-
-    void compute(KernelContext* context) const override {
-        const Call call(node_, context);
-        multiply(call, float_activation(node_, call, array_size_), call.input(kX).type);
-    }
-
-  private:
-    enum { kX, kWeight };
-};
 
 // The inputs of a linear of groups: where they end, and which rows they are of, in place of the bias.
 std::vector<Port> grouped(std::vector<Port> linear) {
@@ -252,9 +181,9 @@ std::vector<Signature> signatures() {
         {"QuantizeActivation", {x, codebooks, static_scale}, encoded, create<QuantizeActivation>},
         {"QuantizeActivationInt8", {x, static_scale}, in_int8, create<QuantizeActivationInt8>},
         {"Rotate", {x}, {y}, create<Rotate>},
-        {"Linear", linear, {y}, create<Linear>},
-        {"LinearInt8Activation", int8_activation, {y}, create<LinearInt8Activation>},
-        {"LinearFloatActivation", float_activation, {y_like_x}, create<LinearFloatActivation>},
+        {"Linear", linear, {y}, create<Linear<Product>>},
+        {"LinearInt8Activation", int8_activation, {y}, create<LinearInt8Activation<Product>>},
+        {"LinearFloatActivation", float_activation, {y_like_x}, create<LinearFloatActivation<Product>>},
         {"GroupedLinear", grouped(linear), {y}, create_grouped_linear},
         {"GroupedLinearInt8Activation", grouped(int8_activation), {y}, create_grouped_linear_int8_activation},
         {"GroupedLinearFloatActivation", grouped(float_activation), {y_like_x}, create_grouped_linear_float_activation},
