@@ -158,8 +158,8 @@ def row_tiles(ends: Tensor, rows: int, tile_rows: int) -> tuple[Tensor, Tensor, 
 
 
 def default_grouped(rows: int, experts: int, dtype: torch.dtype) -> PrefillConfig:
-    """Not measured. Few rows of an expert waste what a taller tile multiplies."""
-    few = rows <= 16 * experts
-    if num_terms(dtype) > 1:
-        return PrefillConfig(tile_m=16 if few else 64, tile_n=32 if few else 16, warps=4)
-    return PrefillConfig(tile_m=16 if few else 64, warps=4)
+    """Not measured. Few rows of an expert waste what a taller tile multiplies; larger tiles, or fewer warps, spill."""
+    few, one_term = rows <= 16 * experts, num_terms(dtype) == 1
+    if few:
+        return PrefillConfig(tile_m=16, tile_n=64 if one_term else 32, warps=8)
+    return PrefillConfig(tile_m=64, tile_n=64 if one_term else 16, warps=4)
