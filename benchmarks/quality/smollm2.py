@@ -63,8 +63,10 @@ def main() -> None:
     model, tokenizer = load()
     calibration, measured = texts(tokenizer, arguments.calibration_windows, arguments.windows)
     reference = Remembered(model)
-    found = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {"rows": {}}
-    found |= origin(calibration) | {"tokens": {name: text.numel() for name, text in measured.items()}}
+    how = origin(calibration) | {"tokens": {name: text.numel() for name, text in measured.items()}}
+    found = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {}
+    if {key: found.get(key) for key in how} != how:  # one table has rows of one calibration, text and version
+        found = how | {"rows": {}}
     for name in arguments.rows or ROWS:
         found["rows"][name] = row = measure(reference, *ROWS[name], calibration, measured)
         arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
