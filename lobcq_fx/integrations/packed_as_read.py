@@ -1,7 +1,7 @@
-"""`from_pretrained` of a quantized model: its class with packed linears, whose tensors transformers reads.
+"""`from_pretrained` of a quantized model: its class with packed linears and experts, whose tensors transformers reads.
 
-A folder of `QuantizedModel.save_pretrained` says in its graph how each linear computes; one that transformers wrote, in
-its configuration.
+A folder of `QuantizedModel.save_pretrained` says in its graph how each of them computes; one that transformers wrote,
+in its configuration.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from lobcq_fx.calibration.codebook_sets import MODULE
 from lobcq_fx.errors import CheckpointError
-from lobcq_fx.format import Encoded, check_codebooks
+from lobcq_fx.format import Encoded, EncodedStack, check_codebooks
 from lobcq_fx.graph.attributes import get_attribute, has_attribute
 from lobcq_fx.graph.stored_linear import ENCODERS, LINEARS, stored_linears
-from lobcq_fx.integrations.linear_places import is_linear, replace_linear, shape_of, tied
+from lobcq_fx.integrations.places import Place, places, settle
 from lobcq_fx.integrations.stored_layer import StoredLayer, read_by
-from lobcq_fx.modules.lobcq_linear import CONSTANTS, LinearSettings, LobcqLinear
+from lobcq_fx.modules.packed_product import CONSTANTS, LinearSettings, PackedProduct
 from lobcq_fx.modules.packed_weight import PARTS
 from lobcq_fx.storage.checkpoint import load_checkpoint
 from lobcq_fx.storage.validate import check_encoded
@@ -49,7 +49,7 @@ class GraphFolder:
         self.layers: dict[str, StoredLayer] = {}
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Put packed linears in their places in a model that has no tensors yet.
+        """Put packed products in their places in a model that has no tensors yet.
 
         Raises:
             CheckpointError: the graph does what the class cannot; names the layer or tensor, and the remedy.
@@ -60,19 +60,21 @@ class GraphFolder:
         left_over = [one for one in names.stored if one.startswith(f"{MODULE}.") and one not in used]
         if left_over:
             raise CheckpointError(f"{self.folder}: {type(model).__name__} has no place for {left_over[0]}. {REMEDY}")
+        found: list[Place] = []
         for layer, one in stored.items():
-            name = names.module(layer)
-            if name is not None:
-                reason = _why_not(model, name, one)
+            place = names.place(layer)
+            if place is not None:
+                reason = _why_not(place, one)
                 if reason is not None:
                     self._refuse(layer, reason)
-                self.layers[name] = one
+                self.layers[place.layer] = one
+                found.append(place)
             elif not names.outside(layer):
                 self._refuse(layer, f"{type(model).__name__} has no such module")
         given = {names.tensor(one) for one in names.stored}
-        self._check_complete(model, given | {f"{layer}.weight" for layer in self.layers})
-        for name, one in self.layers.items():
-            replace_linear(model, name, one.settings)
+        self._check_complete(model, given | {place.weight_name for place in found})
+        for place in found:
+            place.replace(self.layers[place.layer].settings)
         constants = [f"{name}.{constant}" for name in self.layers for constant in CONSTANTS]
         model._keys_to_ignore_on_load_missing = _ignored(model._keys_to_ignore_on_load_missing, constants)
         unread = {names.tensor(one) for one in names.stored} - model.state_dict().keys()
@@ -82,13 +84,13 @@ class GraphFolder:
         """Fill in the constants, which layers share in the folder, and lay weights out for the kernels."""
         root = self.saved.root
         for name, one in self.layers.items():
-            linear = model.get_submodule(name)
+            packed = get_attribute(model, name)
             for constant, stored in one.constants.items():
                 if stored is not None:
                     tensor = get_attribute(root, stored)
-                    kind = getattr(linear, constant)
-                    setattr(linear, constant, tensor.to(linear.weight.codes.device, kind.dtype, copy=True))
-            linear.prepack()
+                    kind = getattr(packed, constant)
+                    setattr(packed, constant, tensor.to(packed.packed.codes.device, kind.dtype, copy=True))
+        settle(model)
         for name, buffer in model.named_non_persistent_buffers():
             if has_attribute(root, name):  # as the graph has it, whatever transformers computes today
                 buffer.copy_(get_attribute(root, name))
@@ -127,7 +129,7 @@ class GraphFolder:
 
 
 class ModuleFolder:
-    """A folder that transformers wrote, of a model with packed linears.
+    """A folder that transformers wrote, of a model with packed products.
 
     layers: how each of them computes, by name.
     """
@@ -137,23 +139,23 @@ class ModuleFolder:
         self.layers: dict[str, LinearSettings] = {}
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Put packed linears in their places in a model that has no tensors yet.
+        """Put packed products in their places in a model that has no tensors yet.
 
         Raises:
-            CheckpointError: a layer is no linear of the model.
+            CheckpointError: a layer is no linear of the model, and no stack of its experts.
         """
         names = _Names(model, self.stored)
         for layer, settings in self.stored.items():
-            name = names.module(layer)
-            if name is None and names.outside(layer):
+            place = names.place(layer)
+            if place is None and names.outside(layer):
                 continue
-            if name is None or not is_linear(model.get_submodule(name)):
+            if place is None or place.obstacle is not None:
                 raise CheckpointError(
                     f"config.json: {layer} is no linear of {type(model).__name__}. Remedy: open the folder with the"
                     " class that wrote it"
                 )
-            self.layers[name] = settings
-            replace_linear(model, name, settings)
+            self.layers[place.layer] = settings
+            place.replace(settings)
 
     def finish(self, model: PreTrainedModel) -> dict[str, LinearSettings]:
         """Check what was read, and lay it out for the kernels.
@@ -162,10 +164,10 @@ class ModuleFolder:
             CheckpointError: names the tensor that is missing, or not of the format.
         """
         for name, settings in self.layers.items():
-            linear = model.get_submodule(name)
-            assert isinstance(linear, LobcqLinear)
-            _check_linear(name, linear, settings)
-            linear.prepack()
+            packed = get_attribute(model, name)
+            assert isinstance(packed, PackedProduct)
+            _check_content(name, packed, settings)
+        settle(model)
         return self.layers
 
 
@@ -178,11 +180,11 @@ class _Names:
     def __init__(self, model: PreTrainedModel, stored: Iterable[str]) -> None:
         self.stored = tuple(stored)
         self._model, self._prefix = model, f"{model.base_model_prefix}."
-        self._modules = {name for name, _ in model.named_modules()}
+        self._places = {one.layer: one for one in places(model)}
 
-    def module(self, layer: str) -> str | None:
-        """The module of a layer; None where the model has none."""
-        return next((one for one in self._candidates(layer) if one in self._modules), None)
+    def place(self, layer: str) -> Place | None:
+        """The place of a layer; None where the model has none."""
+        return next((self._places[one] for one in self._candidates(layer) if one in self._places), None)
 
     def tensor(self, name: str) -> str:
         """The name of a tensor; the stored one where the model has none."""
@@ -197,16 +199,17 @@ class _Names:
         return name, name.removeprefix(self._prefix), f"{self._prefix}{name}"
 
 
-def _why_not(model: PreTrainedModel, name: str, layer: StoredLayer) -> str | None:
-    """Why a module cannot compute what a layer of a graph does."""
-    module = model.get_submodule(name)
-    if not is_linear(module):
-        return f"{type(module).__name__} is no plain linear"
-    rows, columns = shape_of(module)
-    arrays, biased = layer.settings.spec.num_arrays(columns), module.bias is not None
-    if (rows, arrays, biased) != (layer.rows, layer.arrays, layer.biased):
-        return f"{type(model).__name__} has {rows} rows of {columns} there, bias={biased}, which the graph has not"
-    return "its weight is the embedding's too" if tied(model, f"{name}.weight") else None
+def _why_not(place: Place, layer: StoredLayer) -> str | None:
+    """Why a place cannot compute what a layer of a graph does."""
+    if place.obstacle is not None:
+        return place.obstacle
+    *rows, columns = place.shape
+    arrays, biased = layer.settings.spec.num_arrays(columns), place.biased
+    if (tuple(rows), arrays, biased) != (layer.rows, layer.arrays, layer.biased):
+        size = " x ".join(map(str, rows))
+        name = type(place.model).__name__
+        return f"{name} has {size} rows of {columns} there, bias={biased}, which the graph has not"
+    return "its weight is the embedding's too" if place.tied else None
 
 
 def _check_operators(folder: Path, graph: fx.Graph) -> None:
@@ -223,18 +226,17 @@ def _ignored(patterns: Iterable[str] | None, names: Iterable[str]) -> set[str]:
     return {*(patterns or ()), *(f"^{re.escape(name)}$" for name in names)}
 
 
-def _check_linear(name: str, linear: LobcqLinear, settings: LinearSettings) -> None:
-    for tensor, value in linear.named_buffers():
+def _check_content(name: str, packed: PackedProduct, settings: LinearSettings) -> None:
+    for tensor, value in packed.named_buffers():
         if not getattr(value, "_is_hf_initialized", False):  # transformers marks what it reads, and makes up the rest
             raise CheckpointError(f"the folder lacks {name}.{tensor}. Remedy: get it again")
-    parts: dict[str, Tensor] = {part: getattr(linear.weight, part) for part in PARTS}
-    check_encoded(
-        f"{name}.weight",
-        Encoded(**parts, codebooks=linear.codebooks, spec=settings.spec, columns=linear.in_features),
-    )
+    parts: dict[str, Tensor] = {part: getattr(packed.packed, part) for part in PARTS}
+    kind, weight = (EncodedStack, name) if packed.packed.stack else (Encoded, f"{name}.weight")
+    encoded = kind(**parts, codebooks=packed.codebooks, spec=settings.spec, columns=packed.in_features)
+    check_encoded(weight, encoded)
     try:
-        check_codebooks(linear.codebooks, settings.spec)
-        if linear.activation_codebooks is not None:
-            check_codebooks(linear.activation_codebooks, settings.activations)
+        check_codebooks(packed.codebooks, settings.spec)
+        if packed.activation_codebooks is not None:
+            check_codebooks(packed.activation_codebooks, settings.activations)
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from None

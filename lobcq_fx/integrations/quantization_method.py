@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CalibrationError, CheckpointError, ConfigError
-from lobcq_fx.modules.lobcq_linear import LinearSettings
+from lobcq_fx.modules.packed_product import LinearSettings
 from lobcq_fx.storage.checkpoint import FORMAT_VERSION, LAYERS, NOTICE_START, QUANT_METHOD, WEIGHTS, check_version
 
 
@@ -63,7 +63,7 @@ class LobcqQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(QUANT_METHOD)
 class LobcqHfQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts `LobcqLinear` in the place of linears: of a saved model, or of a float one whose weights it encodes."""
+    """Puts packed linears and experts in the place of float ones: of a saved model, or as a float one is read."""
 
     quantization_config: LobcqQuantizationConfig
     requires_calibration = False

@@ -12,7 +12,7 @@ from torch import fx, nn
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.graph.attributes import get_attribute, named_arguments
 from lobcq_fx.graph.stored_linear import StoredLinear
-from lobcq_fx.modules.lobcq_linear import LinearSettings
+from lobcq_fx.modules.packed_product import LinearSettings
 
 aten = torch.ops.aten
 
@@ -20,6 +20,9 @@ MODES: dict[Any, str] = {
     torch.ops.lobcq.linear.default: "w4a4",
     torch.ops.lobcq.linear.int8_activation: "w4a8",
     torch.ops.lobcq.linear.float_activation: "w4a16",
+    torch.ops.lobcq.grouped_linear.default: "w4a4",
+    torch.ops.lobcq.grouped_linear.int8_activation: "w4a8",
+    torch.ops.lobcq.grouped_linear.float_activation: "w4a16",
 }
 
 
@@ -27,11 +30,11 @@ MODES: dict[Any, str] = {
 class StoredLayer:
     """How a linear of a graph computes, and the names of its constants, as in `CONSTANTS`; None for those it lacks.
 
-    rows, arrays: of its weight. biased: whether it adds a bias.
+    rows: (N,) of its weight, (E, N) of a stack. arrays: of each row. biased: whether it adds a bias.
     """
 
     settings: LinearSettings
-    rows: int
+    rows: tuple[int, ...]
     arrays: int
     biased: bool
     constants: Mapping[str, str | None]
@@ -48,8 +51,6 @@ class StoredLayer:
         Raises:
             ValueError: what a module has no place for.
         """
-        if linear.grouped:
-            raise ValueError("it is the experts of a mixture, whose weights are one stack")
         weight = get_attribute(root, linear.weight)
         encoder = {} if linear.encoder is None else named_arguments(linear.encoder)
         layer = linear.weight.removesuffix(".weight")
@@ -78,7 +79,7 @@ class StoredLayer:
             rotation is not None,
         )
         arrays = weight.spec.num_arrays(weight.columns)
-        return cls(settings, weight.rows, arrays, linear.bias is not None, constants)
+        return cls(settings, (*weight.stack, weight.rows), arrays, linear.bias is not None, constants)
 
 
 def read_by(linear: StoredLinear) -> tuple[fx.Node | None, fx.Node | None]:

@@ -30,6 +30,14 @@ def parts_of(
     }
 
 
+def empty_weight(shape: tuple[int, ...], spec: FormatSpec, device: torch.device) -> Encoded | EncodedStack:
+    """A weight (N, K), or a stack (E, N, K), whose parts have no content."""
+    *stack, rows, columns = shape
+    kinds = parts_of(rows, columns, spec, tuple(stack)) | {"codebooks": (torch.int8, (spec.num_codebooks, 16))}
+    parts = {name: torch.empty(size, dtype=dtype, device=device) for name, (dtype, size) in kinds.items()}
+    return (EncodedStack if stack else Encoded)(**parts, spec=spec, columns=columns)
+
+
 class WeightLayout(Protocol):
     """How the kernels of one device want a weight to lie in memory.
 
@@ -73,11 +81,9 @@ class PackedWeight(nn.Module):
             self.register_buffer(part, getattr(encoded, part))
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], spec: FormatSpec, device: torch.device) -> PackedWeight:
-        """A weight (N, K) of no content, for its parts to be put in."""
-        kinds = parts_of(*shape, spec) | {"codebooks": (torch.int8, (spec.num_codebooks, 16))}
-        parts = {name: torch.empty(size, dtype=dtype, device=device) for name, (dtype, size) in kinds.items()}
-        return cls(Encoded(**parts, spec=spec, columns=shape[1]))
+    def empty(cls, shape: tuple[int, ...], spec: FormatSpec, device: torch.device) -> PackedWeight:
+        """A weight (N, K), or a stack (E, N, K), of no content, for its parts to be put in."""
+        return cls(empty_weight(shape, spec, device))
 
     def repack(self, layout: WeightLayout, array_size: int | None = None) -> None:
         """Hold the bytes in a kernel layout from now on.

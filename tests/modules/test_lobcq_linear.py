@@ -22,7 +22,8 @@ from lobcq_fx.format import (
     universal_codebooks,
 )
 from lobcq_fx.kernels.bind import weight_layout
-from lobcq_fx.modules.lobcq_linear import LinearSettings, LobcqLinear
+from lobcq_fx.modules.lobcq_linear import LobcqLinear
+from lobcq_fx.modules.packed_product import LinearSettings
 from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
 
 N, K = 24, 128

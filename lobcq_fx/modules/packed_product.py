@@ -1,0 +1,154 @@
+"""What modules that multiply by a packed weight have in common: their settings, constants and kernel layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lobcq_fx.config import LobcqConfig
+from lobcq_fx.errors import LobcqError, OperandError
+from lobcq_fx.format import FormatSpec
+from lobcq_fx.modules.packed_weight import PackedWeight, WeightLayout
+from lobcq_fx.ops.schemas import NO_GRADIENT
+
+LayoutOf = Callable[[torch.device], WeightLayout | None]
+"""The weight layout of a device's kernels; None where the ops read weights as they are stored."""
+
+CONSTANTS = ("codebooks", "activation_codebooks", "activation_scale", "input_scale")
+"""Buffers of a `PackedProduct` besides its weight; None where the settings have no use for one."""
+
+
+@dataclass(frozen=True)
+class LinearSettings:
+    """How one layer computes.
+
+    spec: format of the weight. mode: as in `LobcqConfig`. activations: format of the activation, in "w4a4".
+    static_scale: the activation has a calibrated tensor scale. input_scale: it is multiplied by columns first.
+    rotated: its block arrays are rotated then, as the weight's are.
+    """
+
+    spec: FormatSpec
+    mode: str
+    activations: FormatSpec
+    static_scale: bool = False
+    input_scale: bool = False
+    rotated: bool = False
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LinearSettings:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError, KeyError: no settings of a layer.
+        """
+        config = LobcqConfig(
+            values["format"], values["mode"], values["activation_format"]
+        )  # checks each, and that they fit
+        static, scaled = bool(values["static_scale"]), bool(values["input_scale"])
+        rotated = bool(values.get("rotated"))  # folders of earlier releases do not say
+        return cls(config.format, config.mode, config.activations, static, scaled, rotated)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "format": self.spec.name,
+            "mode": self.mode,
+            "activation_format": None if self.activations == self.spec else self.activations.name,
+            "static_scale": self.static_scale,
+            "input_scale": self.input_scale,
+            "rotated": self.rotated,
+        }
+
+
+class PackedProduct(nn.Module):
+    """A module that multiplies activations by a packed weight. Inference only.
+
+    codebooks: the weight's, int8 [N_c, 16]. activation_codebooks: int8 [N_c, 16]. activation_scale: calibrated, fp32
+    []. input_scale: [K].
+
+    Once `prepack` was called, the weight lies as the kernels of its device want it, wherever the module is moved.
+    """
+
+    settings: LinearSettings
+    layout_of: LayoutOf
+    in_features: int
+    out_features: int
+    codebooks: Tensor
+    activation_codebooks: Tensor | None
+    activation_scale: Tensor | None
+    input_scale: Tensor | None
+    codebook_tables: Tensor
+    activation_tables: Tensor | None
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight."""
+        raise NotImplementedError
+
+    def _add_constants(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Constants of no content, for tensors to be put in; dtype: of the input scale."""
+
+        def buffer(name: str, size: tuple[int, ...], kind: torch.dtype, wanted: bool = True) -> None:
+            self.register_buffer(name, torch.empty(size, dtype=kind, device=device) if wanted else None)
+
+        settings = self.settings
+        buffer("codebooks", (settings.spec.num_codebooks, 16), torch.int8)
+        buffer("activation_codebooks", (settings.activations.num_codebooks, 16), torch.int8, settings.mode == "w4a4")
+        buffer("activation_scale", (), torch.float32, settings.static_scale)
+        buffer("input_scale", (self.in_features,), dtype, settings.input_scale)
+
+    def prepack(self) -> None:
+        """Hold the weight in the layout of its device's kernels, if that has one."""
+        layout = self.layout_of(self.codebooks.device)
+        if layout is not None:
+            self.packed.repack(layout, self.settings.activations.array_size)
+            self._look_up(layout)
+
+    def _check(self, x: Tensor) -> None:
+        """That x is an activation of K columns that needs no gradient.
+
+        Raises:
+            LobcqError, OperandError: it is none.
+        """
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise LobcqError(NO_GRADIENT)
+        if x.shape[-1] != self.in_features:  # kernels know K but for padding
+            raise OperandError(f"x is {list(x.shape)}: the layer takes [..., {self.in_features}]")
+
+    def _look_up(self, layout: WeightLayout) -> None:
+        """Make the kernels' look-up tables of the codebooks."""
+        self.register_buffer("codebook_tables", layout.tables(self.codebooks), persistent=False)
+        codebooks = self.activation_codebooks
+        tables = None if codebooks is None else layout.tables(codebooks)
+        self.register_buffer("activation_tables", tables, persistent=False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.packed.layout is not None:
+            self._look_up(self.packed.layout)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.codebooks.device
+        leaves = fn(torch.empty(0, dtype=torch.uint8, device=before)).device != before
+        if leaves and self.packed.layout is not None:  # which belongs to the device that is left
+            self.packed.restore()
+            del self.codebook_tables, self.activation_tables
+        scale, self.activation_scale = self.activation_scale, None
+        super()._apply(fn, recurse)
+        if scale is not None:  # fp32 whatever the model is cast to: fn sees bytes
+            self.activation_scale = fn(scale.reshape(1).view(torch.uint8)).view(torch.float32).reshape(())
+        if leaves and before.type != "meta":
+            self.prepack()
+        return self
+
+    def extra_repr(self) -> str:
+        """Sizes, format and mode."""
+        stack = "".join(f"num_experts={count}, " for count in self.packed.stack)
+        bias = "" if stack else f", bias={getattr(self, 'bias', None) is not None}"
+        sizes = f"{stack}in_features={self.in_features}, out_features={self.out_features}{bias}"
+        rotated = ", rotated" if self.settings.rotated else ""
+        return f"{sizes}, {self.settings.spec.name}, {self.settings.mode}{rotated}"
