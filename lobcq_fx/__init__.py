@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lobcq_fx.integrations.quantization_method import LobcqQuantizationConfig
     from lobcq_fx.loading import load
     from lobcq_fx.model import QuantizedModel
+    from lobcq_fx.optimizing import optimize
     from lobcq_fx.pipeline import quantize
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "default_model_path",
     "export_onnx",
     "load",
+    "optimize",
     "quantize",
 ]
 
@@ -49,6 +51,7 @@ _HOMES = {
     "default_model_path": "lobcq_fx.default_model",
     "export_onnx": "lobcq_fx.export",
     "load": "lobcq_fx.loading",
+    "optimize": "lobcq_fx.optimizing",
     "quantize": "lobcq_fx.pipeline",
 }
 

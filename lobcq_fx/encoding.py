@@ -127,7 +127,7 @@ def records_of(
     for matmul in plan.matmuls:
         weight = matmul.weight
         if weight is None:
-            records.append(_left_alone(matmul))
+            records.append(left_alone(matmul))
             continue
         first, result, activations = weight not in seen, encoded[weight], matmul.config.activation_format
         seen.add(weight)
@@ -158,7 +158,8 @@ def _unreached(statistics: ActivationStatistics | None) -> int | None:
     return int((statistics.group_rows == 0).sum())
 
 
-def _left_alone(matmul: PlannedMatmul) -> MatmulRecord:
+def left_alone(matmul: PlannedMatmul) -> MatmulRecord:
+    """The record of a matmul that stays in float."""
     return MatmulRecord(
         matmul.layer,
         matmul.operation,

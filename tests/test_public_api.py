@@ -18,6 +18,7 @@ PUBLIC = {
     "default_model_path",
     "export_onnx",
     "load",
+    "optimize",
     "quantize",
 }
 

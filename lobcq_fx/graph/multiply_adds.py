@@ -47,6 +47,14 @@ def multiply_adds(node: fx.Node, weight: fx.Node, sizes: Sizes) -> int | None:
         return None
 
 
+def elements(node: fx.Node, sizes: Sizes) -> int | None:
+    """Scalars that a node gives; None where that depends on values."""
+    try:
+        return prod(_shape(node, sizes))
+    except _DependsOnValuesError:
+        return None
+
+
 def _counted(node: fx.Node, weight: fx.Node, sizes: Sizes) -> int:
     out, x, w = (_shape(value, sizes) for value in (node, _first_tensor(node, weight), weight))
     name = str(node.target)

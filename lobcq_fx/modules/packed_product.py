@@ -108,6 +108,12 @@ class PackedProduct(nn.Module):
             self.packed.repack(layout, self.settings.activations.array_size)
             self._look_up(layout)
 
+    def unpack(self) -> None:
+        """Hold the weight as it is stored again; the inverse of `prepack`."""
+        if self.packed.layout is not None:
+            self.packed.restore()
+            del self.codebook_tables, self.activation_tables
+
     def _check(self, x: Tensor) -> None:
         """That x is an activation of K columns that needs no gradient.
 
@@ -134,9 +140,8 @@ class PackedProduct(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.codebooks.device
         leaves = fn(torch.empty(0, dtype=torch.uint8, device=before)).device != before
-        if leaves and self.packed.layout is not None:  # which belongs to the device that is left
-            self.packed.restore()
-            del self.codebook_tables, self.activation_tables
+        if leaves:
+            self.unpack()  # the layout belongs to the device that is left
         scale, self.activation_scale = self.activation_scale, None
         super()._apply(fn, recurse)
         if scale is not None:  # fp32 whatever the model is cast to: fn sees bytes

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, fx
 
 from lobcq_fx.graph.aliasing import Writes
-from lobcq_fx.graph.attributes import get_attribute
+from lobcq_fx.graph.attributes import get_attribute, named_arguments
 from lobcq_fx.graph.stored_linear import ENCODERS
 from lobcq_fx.passes.infra import GraphPass
 
@@ -34,8 +34,9 @@ class ShareActivations(GraphPass):
             writes.visit(node)
             if node.op != "call_function" or node.target not in ENCODERS.values():
                 continue
-            x, *settings, static_scale = node.args
-            key = (node.target, x, writes.before(x), *settings, _value(graph_module, static_scale))
+            arguments = named_arguments(node)
+            x, scale = arguments.pop("x"), arguments.pop("static_scale", None)
+            key = (node.target, x, writes.before(x), *arguments.values(), _value(graph_module, scale))
             if key not in first:
                 first[key] = node
                 continue
