@@ -10,7 +10,7 @@ q = lobcq_fx.load("quantized")
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lobcq_fx.integrations.on_import import register_with_transformers
+from lobcq_fx.integrations.on_import import register
 
 if TYPE_CHECKING:
     from lobcq_fx.config import LobcqConfig
@@ -69,4 +69,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-register_with_transformers()
+register()

@@ -129,7 +129,7 @@ class LobcqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         self.quantization_config.layers = self._reading.finish(model)
         del self._reading  # and the tensors that it holds
-        return model.requires_grad_(False)  # the ops have no gradients, and are called without torch.no_grad() too
+        return model.requires_grad_(False)  # what is beside packed weights was made to fit them
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes a folder that `from_pretrained` opens."""
@@ -137,8 +137,8 @@ class LobcqHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """The ops have no gradients."""
-        return False
+        """Adapters are: activations have gradients, packed weights have none."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

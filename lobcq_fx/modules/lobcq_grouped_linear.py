@@ -9,14 +9,16 @@ from torch import Tensor
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops)
 from lobcq_fx.errors import LobcqError
+from lobcq_fx.format.stacked import group_bounds
 from lobcq_fx.modules.packed_product import LayoutOf, LinearSettings, PackedProduct
 from lobcq_fx.modules.packed_weight import PARTS, PackedWeight, empty_weight
+from lobcq_fx.modules.straight_through import through
 
 ops = torch.ops.lobcq
 
 
 class LobcqGroupedLinear(PackedProduct, PackedWeight):
-    """`x[group e] @ w[e].T` for each of E groups of rows, fp32, bf16 or fp16; the result is as x. Inference only.
+    """`x[group e] @ w[e].T` for each of E groups of rows, fp32, bf16 or fp16; the result is as x.
 
     It is the packed weight [E, N, K] itself, so that its tensors lie under the name of the parameter that it replaces.
     """
@@ -43,7 +45,7 @@ class LobcqGroupedLinear(PackedProduct, PackedWeight):
         return self
 
     def forward(self, x: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The products, with the activation encoded as the settings say, each row once.
+        """The products, with the activation encoded as the settings say, each row once. Gradients as of `LobcqLinear`.
 
         Args:
             x: [T, K].
@@ -54,10 +56,21 @@ class LobcqGroupedLinear(PackedProduct, PackedWeight):
             [T or S, N]; zeros in the rows of no group.
 
         Raises:
-            LobcqError: x requires a gradient. OperandError: an operand is none, or a row does not exist.
+            OperandError: an operand is none, or a row does not exist.
         """
         self._check(x)
-        return self._stored(x, offsets, rows) if self.layout is None else self._prepacked(x, offsets, rows)
+        product = self._stored if self.layout is None else self._prepacked
+        return through(x, lambda x: product(x, offsets, rows), lambda out: self._to_input(out, offsets, rows, len(x)))
+
+    def _to_input(self, gradient: Tensor, offsets: Tensor, rows: Tensor | None, count: int) -> Tensor:
+        """count: T."""
+        bounds = group_bounds(offsets.tolist(), len(gradient))
+        out = torch.zeros((len(gradient), self.in_features), dtype=torch.float32, device=gradient.device)
+        for (start, stop), weight in zip(bounds, self.matrices(self.codebooks), strict=True):
+            out[start:stop] = gradient[start:stop].float() @ weight[:, : self.in_features]
+        if rows is None:
+            return out
+        return out.new_zeros((count, self.in_features)).index_add_(0, rows, out)
 
     def prepack(self) -> None:
         """Hold the stack in the layout of its device's kernels, if those take stacks."""

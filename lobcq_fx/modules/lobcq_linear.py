@@ -6,14 +6,16 @@ import torch
 from torch import Tensor, nn
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops)
+from lobcq_fx.errors import LobcqError
 from lobcq_fx.modules.packed_product import LayoutOf, LinearSettings, PackedProduct
 from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
+from lobcq_fx.modules.straight_through import through
 
 ops = torch.ops.lobcq
 
 
 class LobcqLinear(PackedProduct):
-    """`x @ w.T + bias` of an activation [..., K] in fp32, bf16 or fp16; the result [..., N] is as x. Inference only.
+    """`x @ w.T + bias` of an activation [..., K] in fp32, bf16 or fp16; the result [..., N] is as x.
 
     weight: the packed weight [N, K], a module. bias: [N], or None.
     """
@@ -51,15 +53,27 @@ class LobcqLinear(PackedProduct):
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """The product, with the activation encoded as the settings say.
+        """The product, with the activation encoded as the settings say. x gets the gradient of a straight-through one.
 
         Raises:
-            LobcqError: x requires a gradient. OperandError: it is no float activation of K columns.
+            OperandError: x is no float activation of K columns. LobcqError: the bias is to be trained.
         """
         self._check(x)
+        if torch.is_grad_enabled() and self.bias is not None and self.bias.requires_grad:
+            raise LobcqError("the bias of a packed linear is not trained: bias.requires_grad_(False)")
+        return through(x, self._product, self._to_input)
+
+    def _product(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:
             x = x * self.input_scale
         return self._stored(x) if self.weight.layout is None else self._prepacked(x)
+
+    def _to_input(self, gradient: Tensor) -> Tensor:
+        (weight,) = self.weight.matrices(self.codebooks)
+        out = gradient.float() @ weight[:, : self.in_features]
+        if self.settings.rotated:  # the rotation is its own inverse
+            out = ops.rotate(out, self.settings.activations.array_size)
+        return out if self.input_scale is None else out * self.input_scale
 
     def _stored(self, x: Tensor) -> Tensor:
         weight = (*(getattr(self.weight, part) for part in PARTS), self.codebooks)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lobcq_fx.config import LobcqConfig
-from lobcq_fx.errors import LobcqError, OperandError
+from lobcq_fx.errors import OperandError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.modules.packed_weight import PackedWeight, WeightLayout
-from lobcq_fx.ops.schemas import NO_GRADIENT
 
 LayoutOf = Callable[[torch.device], WeightLayout | None]
 """The weight layout of a device's kernels; None where the ops read weights as they are stored."""
@@ -65,7 +64,7 @@ class LinearSettings:
 
 
 class PackedProduct(nn.Module):
-    """A module that multiplies activations by a packed weight. Inference only.
+    """A module that multiplies activations by a packed weight, which gets no gradient; activations do.
 
     codebooks: the weight's, int8 [N_c, 16]. activation_codebooks: int8 [N_c, 16]. activation_scale: calibrated, fp32
     []. input_scale: [K].
@@ -115,13 +114,11 @@ class PackedProduct(nn.Module):
             del self.codebook_tables, self.activation_tables
 
     def _check(self, x: Tensor) -> None:
-        """That x is an activation of K columns that needs no gradient.
+        """That x is an activation of K columns.
 
         Raises:
-            LobcqError, OperandError: it is none.
+            OperandError: it is none.
         """
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise LobcqError(NO_GRADIENT)
         if x.shape[-1] != self.in_features:  # kernels know K but for padding
             raise OperandError(f"x is {list(x.shape)}: the layer takes [..., {self.in_features}]")
 

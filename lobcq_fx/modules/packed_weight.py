@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+import lobcq_fx.ops  # noqa: F401  (registers the op that decodes)
 from lobcq_fx.format import Encoded, EncodedStack, FormatSpec
 
 PARTS = ("codes", "selectors", "scales", "tensor_scale")
@@ -85,6 +86,16 @@ class PackedWeight(nn.Module):
         """A weight (N, K), or a stack (E, N, K), of no content, for its parts to be put in."""
         return cls(empty_weight(shape, spec, device))
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is, for those who take it for a tensor."""
+        return self.tensor_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its bytes, for the same."""
+        return torch.uint8
+
     def repack(self, layout: WeightLayout, array_size: int | None = None) -> None:
         """Hold the bytes in a kernel layout from now on.
 
@@ -113,6 +124,16 @@ class PackedWeight(nn.Module):
         self.layout = None
         for name, tensor in parts.items():
             self.register_buffer(name, tensor)
+
+    def matrices(self, codebooks: Tensor) -> Iterator[Tensor]:
+        """The decoded weight, fp32 [N, K], or those of a stack one by one.
+
+        codebooks: int8 [N_c, 16], that it was encoded with.
+        """
+        parts = {part: getattr(self, part) for part in PARTS} if self.layout is None else self._parts()
+        parts["tensor_scale"] = self.tensor_scale
+        for matrix in zip(*parts.values(), strict=True) if self.stack else [parts.values()]:
+            yield torch.ops.lobcq.dequantize_weight(*matrix, codebooks, self.columns, self.spec.array_size)
 
     def _parts(self) -> dict[str, Tensor]:
         """Codes, selectors and scales from the kernel layout."""

@@ -149,7 +149,7 @@ def argument_names(op: str) -> list[str]:
 
 NO_GRADIENT = (
     "the lobcq:: ops are inference only and have no gradient: call the model under torch.inference_mode(), and"
-    " fine-tune the float model before quantizing it"
+    " fine-tune the float model before quantizing it, or adapters on what from_pretrained opens"
 )
 
 

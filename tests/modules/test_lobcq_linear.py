@@ -19,6 +19,7 @@ from lobcq_fx.format import (
     encode,
     encode_int8,
     matmul,
+    rotation,
     universal_codebooks,
 )
 from lobcq_fx.kernels.bind import weight_layout
@@ -154,9 +155,33 @@ def test_state_is_that_of_the_format_and_brings_its_codebooks():
     torch.testing.assert_close(one(activation()), wanted, rtol=1e-5, atol=1e-4)
 
 
-def test_a_gradient_is_refused():
-    with pytest.raises(LobcqError, match="gradient"):
-        prepacked(SETTINGS["w4a4"])(activation().requires_grad_())
+ROTATED = LinearSettings(WEIGHT, "w4a8", WEIGHT, input_scale=True, rotated=True)
+
+
+@pytest.mark.parametrize("settings", [*SETTINGS.values(), ROTATED], ids=[*SETTINGS, "w4a8, scaled, rotated"])
+def test_the_activation_gets_the_gradient_of_the_decoded_weight(settings):
+    one, x = linear(settings, layout_of=no_layout), activation().requires_grad_()
+    stored = Encoded(
+        **{part: getattr(one.weight, part) for part in PARTS}, codebooks=one.codebooks, spec=settings.spec, columns=K
+    )
+    weight = rotation.rotate(decode(stored), settings.spec.array_size) if settings.rotated else decode(stored)
+    weight = weight if one.input_scale is None else weight * one.input_scale
+    outwards = torch.randn(2, 5, N)
+    (wanted,) = torch.autograd.grad(x @ weight.T, x, outwards)
+    one.prepack()
+    for layer in (one, prepacked(settings)):
+        (gradient,) = torch.autograd.grad(layer(x), x, outwards)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
+        assert torch.equal(layer(x).detach(), layer(x.detach()))
+
+
+def test_a_bias_is_not_trained():
+    one = prepacked(SETTINGS["w4a4"])
+    one.bias.requires_grad_()
+    with pytest.raises(LobcqError, match=r"bias.*requires_grad_\(False\)"):
+        one(activation())
+    with torch.no_grad():
+        one(activation())
 
 
 @EACH
