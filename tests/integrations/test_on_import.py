@@ -26,3 +26,10 @@ def test_without_this_package_transformers_knows_no_such_method():
     code = f"try:\n    {KNOWN}\nexcept AssertionError:\n    print('unknown')"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "unknown\n"
+
+
+def test_peft_that_was_imported_first_knows_packed_linears():
+    """Ours first: tests/integrations/test_lora.py."""
+    pytest.importorskip("peft")
+    code = "import peft, lobcq_fx; assert len(peft.LoraConfig()._custom_modules) == 1"
+    subprocess.run([sys.executable, "-c", code], check=True)
