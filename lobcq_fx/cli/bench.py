@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -100,22 +101,30 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def _table(results: list[dict[str, Any]]) -> Any:
+    """A part for each weight and format, a column for each number of tokens: eight of those fit into 80 columns."""
     from rich.table import Table
 
-    peers = list(dict.fromkeys(peer for row in results for peer in row["speedups"]))
-    caption = "Under a peer: its time over ours. Memory speed: a plain read of as many bytes, timed in the same race."
+    counts = list(dict.fromkeys(row["rows"] for row in results))
+    caption = "Peers: their time over ours. Memory speed: a plain read of as many bytes, timed in the same race."
     table = Table(caption=caption, caption_justify="left")
-    for title in ("Weight", "Format"):
-        table.add_column(title, no_wrap=True)
-    for title in ("M", "ms", "GMAC/s", "of memory\nspeed", *peers):
-        table.add_column(title, justify="right")
-    for row in results:
-        share = f"{100 * row['read_share']:.0f} %" if "read_share" in row else "-"
-        speedups = (f"{row['speedups'][peer]:.2f}x" if peer in row["speedups"] else "-" for peer in peers)
-        milliseconds = f"{1e3 * row['seconds']:.3f}"
-        rate = f"{row['gmac_per_second']:.1f}"
-        table.add_row(row["shape"], row["format"], str(row["rows"]), milliseconds, rate, share, *speedups)
+    table.add_column("Weight, format", no_wrap=True)
+    for count in counts:
+        table.add_column(f"M = {count}", justify="right", no_wrap=True)
+    for shape, name in dict.fromkeys((row["shape"], row["format"]) for row in results):
+        rows = {row["rows"]: row for row in results if (row["shape"], row["format"]) == (shape, name)}
+        table.add_section()
+        for title, cell in _lines(f"{shape}, {name}", rows.values()):
+            table.add_row(title, *(cell(rows[count]) if count in rows else "-" for count in counts))
     return table
+
+
+def _lines(weight: str, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """Titles of a part's lines, and what makes their cells of a row."""
+    yield f"[bold]{weight}[/], ms", lambda row: f"{1e3 * row['seconds']:.3g}"
+    yield "  GMAC/s", lambda row: f"{row['gmac_per_second']:.3g}"
+    yield "  of memory speed", lambda row: f"{100 * row['read_share']:.0f} %" if "read_share" in row else "-"
+    for peer in dict.fromkeys(peer for row in rows for peer in row["speedups"]):
+        yield f"  {peer}", lambda row, peer=peer: f"{row['speedups'][peer]:.2f}x" if peer in row["speedups"] else "-"
 
 
 def _not_run_line(one: dict[str, str]) -> str:

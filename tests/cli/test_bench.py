@@ -59,9 +59,23 @@ def test_json() -> None:
 
 @needs_core
 def test_the_table_people_see() -> None:
-    result = bench("--shape", "16x72", "--rows", "1", "--mode", "w4a16")
-    for words in ("W4A16 on ", f"instruction set {cpu_core().isa}, 1 thread;", "16x72", "8x64", "GMAC/s", "torch fp32"):
+    """No number is cut off at 80 columns, which it is printed in where there is no terminal."""
+    result = bench("--shape", "16x72", "--rows", "1", "--rows", "512", "--format", "16x128", "--mode", "w4a16")
+    for words in (
+        "W4A16 on ",
+        f"instruction set {cpu_core().isa}, 1 thread;",
+        "16x72, 16x128, ms",
+        "M = 512",
+        "GMAC/s",
+    ):
         assert words in result.stdout, words
+    for peer in PEERS:
+        if not peer.missing and "int4" not in peer.name:
+            (line,) = (one for one in result.stdout.splitlines() if one.startswith(f"│   {peer.name} "))
+            assert line.count("x │") == 2, line
+    table = [line for line in result.stdout.splitlines() if line.startswith("│")]
+    assert max(map(len, table)) <= 80
+    assert "…" not in "".join(table)
     # 72 columns are no whole group of the 4-bit peers.
     assert "Not run on 16x72: torch int4 (K = 72 is no multiple of its group of 128)" in result.stdout
     assert "may be found in a cache" in result.stdout
