@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -124,7 +125,11 @@ def _lines(weight: str, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, C
     yield "  GMAC/s", lambda row: f"{row['gmac_per_second']:.3g}"
     yield "  of memory speed", lambda row: f"{100 * row['read_share']:.0f} %" if "read_share" in row else "-"
     for peer in dict.fromkeys(peer for row in rows for peer in row["speedups"]):
-        yield f"  {peer}", lambda row, peer=peer: f"{row['speedups'][peer]:.2f}x" if peer in row["speedups"] else "-"
+        yield f"  {peer}", partial(_speedup, peer)
+
+
+def _speedup(peer: str, row: dict[str, Any]) -> str:
+    return f"{row['speedups'][peer]:.2f}x" if peer in row["speedups"] else "-"
 
 
 def _not_run_line(one: dict[str, str]) -> str:

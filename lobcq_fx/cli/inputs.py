@@ -183,3 +183,19 @@ def _be_quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        InputError: it cannot be read, or is something else.
+    """
+    text, source = read_text(path)
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{source} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{source} holds a {type(found).__name__}, no JSON object")
+    return found

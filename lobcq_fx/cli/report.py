@@ -17,13 +17,17 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="HTML file to write.")] = Path(
         "report.html"
     ),
+    scores: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", show_default=False, help="What [bold]lobcq eval -o FILE[/] wrote, to be shown."),
+    ] = None,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Write one self-contained HTML file: error by layer, sizes, codebooks, and what was left in float and why."""
+    """Write one self-contained HTML file: results, error by layer, sizes, codebooks, what was left in float and why."""
     from lobcq_fx.cli.console import messages, print_json
     from lobcq_fx.cli.failures import InputError
-    from lobcq_fx.cli.inputs import model_folder
+    from lobcq_fx.cli.inputs import model_folder, read_json
     from lobcq_fx.cli.outputs import check_file
     from lobcq_fx.report import write_report
 
@@ -33,8 +37,9 @@ def report(
     if output.is_dir():
         raise typer.BadParameter(f"-o {output} is a folder: name a file, for example {output / 'report.html'}")
     check_file(output, overwrite=overwrite)
+    found = None if scores is None else read_json(scores)
     with messages.status("Drawing"):
-        write_report(folder.path, output)
+        write_report(folder.path, output, found)
     if json:
         print_json({"report": str(output), "bytes": output.stat().st_size})
     else:

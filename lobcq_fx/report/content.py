@@ -23,22 +23,25 @@ CODEBOOKS = f"{MODULE}.codebooks"
 
 @dataclass(frozen=True)
 class ReportContent:
-    """name: of the model. architecture: its class. codebooks: int8 [N_c, 16] by stored name."""
+    """name: of the float model. architecture: its class. codebooks: int8 [N_c, 16] by stored name.
+
+    scores: what `lobcq eval -o FILE` wrote of the model, or None.
+    """
 
     name: str
     architecture: str
     inventory: Inventory
     config: LobcqConfig
     codebooks: Mapping[str, Tensor]
+    scores: Mapping[str, Any] | None = None
 
     @classmethod
     def of_model(cls, model: QuantizedModel) -> ReportContent:
         """From a model that `quantize` or `load` returned."""
         state = model.state_dict()
-        architecture = _architecture(model.config.to_dict() if model.config is not None else {})
-        name = Path(getattr(model.config, "_name_or_path", "") or architecture).name
+        config = model.config.to_dict() if model.config is not None else {}
         codebooks = {key: state[key].cpu() for key in sorted(state) if key.startswith(CODEBOOKS)}
-        return cls(name, architecture, model.inventory, model.lobcq_config, codebooks)
+        return cls(_name(config), _architecture(config), model.inventory, model.lobcq_config, codebooks)
 
     @classmethod
     def of_folder(cls, folder: Path) -> ReportContent:
@@ -57,7 +60,12 @@ class ReportContent:
                 codebooks = {key: file.get_tensor(key) for key in sorted(file.keys()) if key.startswith(CODEBOOKS)}
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
-        return cls(folder.resolve().name, _architecture(config), inventory, settings, codebooks)
+        return cls(_name(config), _architecture(config), inventory, settings, codebooks)
+
+
+def _name(config: Mapping[str, Any]) -> str:
+    """What the float model was called, by the last of its path; its class where it was no folder."""
+    return Path(str(config.get("_name_or_path") or "")).name or _architecture(config)
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

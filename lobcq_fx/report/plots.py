@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
-from itertools import groupby
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from lobcq_fx.format.spec import ENTRY_MAX
@@ -52,32 +55,159 @@ STYLE = {
 }
 
 MAX_TICKS = 16
-"""Names along the axis of layers; more would run into each other."""
+"""Numbers along the axis of blocks; more would run into each other."""
+
+LEAST_SPAN = 6.0
+"""Of a scale, in dB: half the error's amplitude. Smaller differences are to look small."""
+
+FAINT = 0.08
+"""Opacity of the best layer's field; the worst's is 1 where they are `LEAST_SPAN` apart, or more."""
+
+MAX_NAMED = 40
+"""Layers outside of repeated blocks that are drawn, a line each; the worst, if there are more."""
+
+LONGEST_NAME = 34
+
+OPERANDS = {"weight": WEIGHTS, "activation": ACTIVATIONS}
+_MARKS = {"weight": "o", "activation": "D"}
 
 
-def sqnr_by_layer(records: Sequence[MatmulRecord]) -> str:
-    """SVG: SQNR in dB of every quantized layer, in the model's order; weights and, where measured, activations.
+def error_by_layer(records: Sequence[MatmulRecord]) -> str:
+    """SVG: SQNR in dB of every quantized layer; weights and, where measured, activations.
 
-    Points carry their layer's name and value as a tooltip. Records without a finite value draw no point.
+    Layers of repeated blocks are fields of a map, blocks across and what they consist of down, the darker the more
+    error. The others are dots on a line each. Each has its layer's name and value as a tooltip; records without a
+    finite value draw nothing.
     """
+    blocks = Blocks.of(records)
+    single = [(index, record) for index, record in enumerate(records) if index not in blocks.places]
+    single = sorted(sorted(single, key=lambda one: _least(one[1]))[:MAX_NAMED])
+    maps = [operand for operand in OPERANDS if blocks.places and _values(records, operand, blocks.places)]
+    heights = [0.75 + 0.235 * len(blocks.parts)] * len(maps) + ([0.75 + 0.25 * len(single)] if single else [])
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 3.7), layout="constrained")
-        axes = figure.subplots()
-        blocks = [(name, [index for index, _ in group]) for name, group in _by_block(records)]
-        for number, (_, positions) in enumerate(blocks):
-            if number % 2 and len(blocks) > 1:
-                axes.axvspan(positions[0] - 0.5, positions[-1] + 0.5, color=BAND, linewidth=0)
+        figure = Figure(figsize=(9.6, sum(heights) or 1), layout="constrained")
+        if not heights:
+            return _svg(figure, "sqnr", {})
+        panels = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
         tooltips: dict[str, str] = {}
-        _draw_series(axes, records, "weight", WEIGHTS, tooltips)
-        _draw_series(axes, records, "activation", ACTIVATIONS, tooltips)
-        shown = blocks[:: math.ceil(len(blocks) / MAX_TICKS)] if blocks else []
-        axes.set_xticks([sum(p) / len(p) for _, p in shown], [name for name, _ in shown])
-        axes.set_xlim(-0.5, max(len(records), 1) - 0.5)
-        axes.set_ylabel("SQNR in dB (higher is better)")
-        axes.grid(axis="x", visible=False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, handletextpad=0.2)
+        for axes, operand in zip(panels, maps, strict=False):
+            _draw_map(axes, records, blocks, operand, tooltips)
+        if single:
+            _draw_single(panels[-1], single, tooltips)
         return _svg(figure, "sqnr", tooltips)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks that a model repeats most, `model.layers.0`, `.1`, ..., and what each consists of.
+
+    name: `layers`. numbers: of the blocks. parts: `self_attn.q_proj`, ..., in the model's order.
+    places: by a record's index its part's and its block's place in those.
+    """
+
+    name: str
+    numbers: list[int]
+    parts: list[str]
+    places: dict[int, tuple[int, int]]
+
+    @classmethod
+    def of(cls, records: Sequence[MatmulRecord]) -> Blocks:
+        """No places where nothing is repeated."""
+        found = {index: match for index, one in enumerate(records) if (match := _BLOCK.fullmatch(one.layer))}
+        counts = Counter(match["stack"] for match in found.values())
+        stack = max(counts, key=counts.__getitem__, default="")
+        mine = {index: match for index, match in found.items() if match["stack"] == stack}
+        numbers = sorted({int(match["number"]) for match in mine.values()})
+        if len(numbers) < 2:
+            return cls("", [], [], {})
+        parts = list(dict.fromkeys(match["part"] for match in mine.values()))
+        places = {i: (parts.index(one["part"]), numbers.index(int(one["number"]))) for i, one in mine.items()}
+        return cls(stack.rpartition(".")[2], numbers, parts, places)
+
+
+_BLOCK = re.compile(r"(?P<stack>[^.\d][^\d]*?)\.(?P<number>\d+)\.(?P<part>.+)")
+
+
+def _values(records: Sequence[MatmulRecord], operand: str, indices: Iterable[int]) -> dict[int, float]:
+    """What was measured and is finite, by the record's index."""
+    found = {index: getattr(records[index], f"{operand}_sqnr_db") for index in indices}
+    return {index: value for index, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def _least(record: MatmulRecord) -> float:
+    values = [record.weight_sqnr_db, record.activation_sqnr_db]
+    return min((value for value in values if value is not None), default=math.inf)
+
+
+def _draw_map(
+    axes: Any, records: Sequence[MatmulRecord], blocks: Blocks, operand: str, tooltips: dict[str, str]
+) -> None:
+    values = _values(records, operand, blocks.places)
+    best, worst = max(values.values()), min(values.values())
+    span = max(best - worst, LEAST_SPAN)
+    for index, value in values.items():
+        row, column = blocks.places[index]
+        name, opacity = f"{operand}-{index}", FAINT + (1 - FAINT) * (best - value) / span
+        field = Rectangle((column - 0.46, row - 0.43), 0.92, 0.86, color=OPERANDS[operand], alpha=opacity, linewidth=0)
+        field.set_gid(name)
+        axes.add_patch(field)
+        tooltips[name] = f"{records[index].layer}: {operand} {value:.2f} dB"
+    for row in range(len(blocks.parts)):
+        mine = [value for index, value in values.items() if blocks.places[index][0] == row]
+        text = f"{min(mine):.1f} to {max(mine):.1f}" if mine else "-"
+        axes.text(len(blocks.numbers) - 0.35, row, text, va="center", color=MUTED, fontsize=10)
+    axes.text(len(blocks.numbers) - 0.35, -0.9, "dB", va="center", color=MUTED, fontsize=10)
+    step = math.ceil(len(blocks.numbers) / MAX_TICKS)
+    axes.set_xticks(range(0, len(blocks.numbers), step), [str(number) for number in blocks.numbers[::step]])
+    axes.set_yticks(range(len(blocks.parts)), [_short(part, blocks.parts) for part in blocks.parts])
+    axes.set_xlim(-0.6, len(blocks.numbers) * 1.13)  # room for the ranges
+    axes.set_ylim(len(blocks.parts) - 0.5, -0.6)
+    axes.set_xlabel(blocks.name, loc="left")
+    scale = f"{operand}s: {worst:.1f} to {best:.1f} dB; full colour is {best - span:.1f} dB"
+    axes.set_title(scale, loc="left", fontsize=11)
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _short(part: str, parts: Sequence[str]) -> str:
+    """The last of a part's names, or as many as tell it from the others."""
+    names = part.split(".")
+    for count in range(1, len(names)):
+        short = ".".join(names[-count:])
+        if sum(other == short or other.endswith(f".{short}") for other in parts) == 1:
+            return short
+    return part
+
+
+def _ellipsis(layer: str) -> str:
+    """The end of a long name: what is before it is the same of many."""
+    return layer if len(layer) <= LONGEST_NAME else f"…{layer[1 - LONGEST_NAME :]}"
+
+
+def _draw_single(axes: Any, records: Sequence[tuple[int, MatmulRecord]], tooltips: dict[str, str]) -> None:
+    shown: list[float] = []
+    for row, (index, record) in enumerate(records):
+        axes.axhline(row, color=GRID, linewidth=0.8, zorder=1)
+        for operand, color in OPERANDS.items():
+            value = getattr(record, f"{operand}_sqnr_db")
+            if value is None or not math.isfinite(value):
+                continue
+            name = f"{operand}-{index}"
+            axes.plot([value], [row], _MARKS[operand], color=color, markersize=6.5, gid=name, zorder=2)
+            tooltips[name] = f"{record.layer}: {operand} {value:.2f} dB"
+            shown.append(value)
+    axes.set_yticks(range(len(records)), [_ellipsis(record.layer) for _, record in records])
+    axes.set_ylim(len(records) - 0.5, -0.5)
+    if shown:
+        centre, half = (min(shown) + max(shown)) / 2, max(max(shown) - min(shown), LEAST_SPAN) / 2
+        axes.set_xlim(centre - 1.1 * half, centre + 1.1 * half)
+        marks = [Line2D([], [], color=color, marker=_MARKS[name], linestyle="") for name, color in OPERANDS.items()]
+        titles = [f"{name}s" for name in OPERANDS]
+        axes.legend(marks, titles, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, handletextpad=0.2)
+    axes.set_xlabel("SQNR in dB (higher is better)")
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
 
 
 def codebook_strips(codebooks: Tensor) -> str:
@@ -125,35 +255,6 @@ def size_bars(inventory: Inventory) -> str:
         axes.axis("off")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, handlelength=1, handleheight=1)
         return _svg(figure, "size", {})
-
-
-def block_of(layer: str) -> str:
-    """The repeated block a layer sits in, `"layers.3"` for `model.layers.3.mlp.up_proj`; else its first name."""
-    parts = layer.split(".")
-    for index, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[max(0, index - 1) : index + 1])
-    return parts[0]
-
-
-def _by_block(records: Sequence[MatmulRecord]) -> Iterator[tuple[str, Iterator[tuple[int, MatmulRecord]]]]:
-    return groupby(enumerate(records), key=lambda item: block_of(item[1].layer))
-
-
-def _draw_series(
-    axes: Any, records: Sequence[MatmulRecord], operand: str, color: str, tooltips: dict[str, str]
-) -> None:
-    points = [(index, getattr(record, f"{operand}_sqnr_db"), record) for index, record in enumerate(records)]
-    points = [(index, value, record) for index, value, record in points if value is not None and math.isfinite(value)]
-    if not points:
-        return
-    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=color, linewidth=1, alpha=0.35)
-    size = 6.5 if len(records) <= 100 else 4
-    for number, (x, y, record) in enumerate(points):
-        name = f"{operand}-{x}"
-        label = f"{operand}s" if number == 0 else None
-        axes.plot([x], [y], "o" if operand == "weight" else "D", color=color, markersize=size, gid=name, label=label)
-        tooltips[name] = f"{record.layer}: {operand} {y:.2f} dB"
 
 
 def _svg(figure: Any, prefix: str, tooltips: Mapping[str, str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,20 @@ from lobcq_fx.model import QuantizedModel
 from lobcq_fx.report import plots
 from lobcq_fx.report.content import ReportContent
 from lobcq_fx.report.layers import left_alone_by_reason, parameters_outside_matmuls, readable_size, worst_layers
+from lobcq_fx.report.scores import tables
 from lobcq_fx.storage.atomic_file import write_whole
 
 TEMPLATE = "report.html.j2"
 
 
-def write_page(model: QuantizedModel | str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+def write_page(
+    model: QuantizedModel | str | os.PathLike[str], path: str | os.PathLike[str], scores: Mapping[str, Any] | None
+) -> None:
     """`write_report`, once what it needs is there."""
     content = (
         ReportContent.of_model(model) if isinstance(model, QuantizedModel) else ReportContent.of_folder(Path(model))
     )
-    write_whole(Path(path), render(content))
+    write_whole(Path(path), render(replace(content, scores=scores)))
 
 
 def render(content: ReportContent) -> str:
@@ -48,9 +52,10 @@ def render(content: ReportContent) -> str:
         activations_measured=any(record.activation_sqnr_db is not None for record in inventory.quantized),
         outside=parameters_outside_matmuls(inventory),
         reasons=left_alone_by_reason(inventory),
+        scores=None if content.scores is None else tables(content.scores),
         settings=_settings(content.config.to_dict()),
         # Our own SVG: everything that came from outside was escaped while it was drawn.
-        sqnr_plot=Markup(plots.sqnr_by_layer(inventory.quantized)),
+        sqnr_plot=Markup(plots.error_by_layer(inventory.quantized)),
         size_plot=Markup(plots.size_bars(inventory)),
         codebook_plots={name: Markup(plots.codebook_strips(c)) for name, c in content.codebooks.items()},
     )

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,13 @@ from torch import nn
 
 import lobcq_fx
 from lobcq_fx.config import LobcqConfig
-from lobcq_fx.errors import CheckpointError
+from lobcq_fx.errors import CheckpointError, ReportError
 from lobcq_fx.format import universal_codebooks
 from lobcq_fx.inventory import Inventory, MatmulRecord
 from lobcq_fx.report import write_report
 from lobcq_fx.report.content import ReportContent
 from lobcq_fx.report.layers import left_alone_by_reason, readable_size, worst_layers
-from lobcq_fx.report.plots import block_of, codebook_strips, size_bars, sqnr_by_layer
+from lobcq_fx.report.plots import FAINT, Blocks, codebook_strips, error_by_layer, size_bars
 from lobcq_fx.report.render import render
 
 VOID = {"meta", "link", "br", "input", "img"}
@@ -129,11 +130,16 @@ def test_names_from_outside_are_escaped(content: ReportContent) -> None:
     Page(page)
 
 
-def test_each_finite_value_is_a_mark_with_a_tooltip() -> None:
+def opacities(svg: str) -> dict[str, float]:
+    """Of the fields of the maps."""
+    found = re.findall(r'<g id="sqnr-(\w+-\d+)">.*?<path [^>]*opacity: ([\d.]+)', svg, re.DOTALL)
+    return {name: float(opacity) for name, opacity in found}
+
+
+def test_each_finite_value_is_a_field_with_a_tooltip() -> None:
     quantized = [one for one in RECORDS if one.quantized]
-    svg = sqnr_by_layer(quantized)
-    tooltips = re.findall(r"<title>(.*?)</title>", svg)
-    assert tooltips == [
+    svg = error_by_layer(quantized)
+    assert re.findall(r"<title>(.*?)</title>", svg) == [
         "model.layers.0.q_proj: weight 24.00 dB",
         "model.layers.0.down_proj: weight 22.50 dB",
         "model.layers.1.q_proj: weight 21.00 dB",
@@ -141,20 +147,36 @@ def test_each_finite_value_is_a_mark_with_a_tooltip() -> None:
         "model.layers.0.q_proj: activation 23.00 dB",
         "model.layers.0.down_proj: activation 18.25 dB",
     ]
-    heights = {
-        name: float(re.search(rf'id="sqnr-{name}">.*?<use [^>]*y="([\d.]+)"', svg, re.DOTALL)[1])  # type: ignore[index]
-        for name in ("weight-0", "weight-1", "weight-2", "weight-3", "activation-1")
+    found = opacities(svg)
+    # The darker, the more error: 6 dB below the best would be full colour.
+    for name, decibels in {"weight-0": 24, "weight-1": 22.5, "weight-2": 21, "weight-3": 25}.items():
+        assert found[name] == pytest.approx(FAINT + (1 - FAINT) * (25 - decibels) / 6, abs=1e-6)
+    assert found["activation-1"] == pytest.approx(FAINT + (1 - FAINT) * 4.75 / 6, abs=1e-6)
+    assert [text for text in ("q_proj", "down_proj", "layers", "21.0 to 24.0") if f">{text}</text>" not in svg] == []
+
+
+def test_layers_outside_of_blocks_are_dots_in_proportion() -> None:
+    records = [record("first", 24.0, None), record("second", 21.0, 18.0), record("third", 23.0, math.inf)]
+    svg = error_by_layer(records)
+    across = {
+        name: float(re.search(rf'id="sqnr-{name}">.*?<use [^>]*x="([\d.]+)"', svg, re.DOTALL)[1])  # type: ignore[index]
+        for name in ("weight-0", "weight-1", "weight-2", "activation-1")
     }
-    # SVG's y grows downwards; marks are in proportion to the decibels.
-    assert sorted(heights, key=heights.__getitem__) == ["weight-3", "weight-0", "weight-1", "weight-2", "activation-1"]
-    slope = (heights["activation-1"] - heights["weight-0"]) / (24 - 18.25)
-    assert heights["weight-2"] - heights["weight-3"] == pytest.approx(4 * slope, rel=1e-3)
-    assert "layers.0" in svg
-    assert "layers.1" in svg
+    decibel = (across["weight-0"] - across["activation-1"]) / 6
+    assert across["weight-1"] - across["activation-1"] == pytest.approx(3 * decibel, rel=1e-3)
+    assert across["weight-2"] - across["activation-1"] == pytest.approx(5 * decibel, rel=1e-3)
+    assert "activation-2" not in svg
+
+
+def test_a_small_spread_looks_small() -> None:
+    nearly = tuple(record(f"model.layers.{index}.q_proj", 20 + 0.4 * index / 29, None) for index in range(30))
+    found = opacities(error_by_layer(nearly))
+    assert len(found) == 30
+    assert max(found.values()) - min(found.values()) == pytest.approx((1 - FAINT) * 0.4 / 6, abs=1e-6)
 
 
 def test_colours_follow_the_page() -> None:
-    for svg in (sqnr_by_layer(RECORDS[:2]), codebook_strips(universal_codebooks(2))):
+    for svg in (error_by_layer(RECORDS[:5]), error_by_layer(RECORDS[:1]), codebook_strips(universal_codebooks(2))):
         assert "var(--weights)" in svg
         assert "#0102" not in svg
 
@@ -173,10 +195,13 @@ def test_codebooks_are_drawn_entry_by_entry() -> None:
 
 def test_many_layers_and_none(content: ReportContent) -> None:
     many = tuple(record(f"model.layers.{index}.{name}_proj") for index in range(60) for name in ("q", "down"))
-    svg = sqnr_by_layer(many)
-    names = re.findall(r">(layers\.\d+)</text>", svg)
-    assert len(names) <= 16
-    assert names[0] == "layers.0"
+    numbers = re.findall(r">(\d+)</text>", error_by_layer(many))
+    assert len(numbers) == 2 * 15
+    assert numbers[:2] == ["0", "4"]
+    crowd = [record(f"layer_{index}", 20 + index / 100, None) for index in range(100)]
+    assert len(re.findall("<title>", error_by_layer(crowd))) == 40
+    assert "layer_99" not in error_by_layer(crowd)
+    assert "<svg" in error_by_layer([])
     nothing = replace(content, inventory=Inventory(RECORDS[-1:], 10, 40, 40))
     assert "0.0 %" in Page(render(nothing)).text
     everything = replace(content, inventory=Inventory(RECORDS[:1], 64 * 128, 4 * 64 * 128, 64 * 72 + 4))
@@ -216,9 +241,11 @@ def test_parameters_that_no_matmul_reads(content: ReportContent) -> None:
 
 
 def test_names_and_sizes() -> None:
-    assert block_of("model.layers.3.mlp.up_proj") == "layers.3"
-    assert block_of("h.11.attn") == "h.11"
-    assert block_of("lm_head") == "lm_head"
+    layers = ("model.layers.3.mlp.up_proj", "model.layers.11.mlp.up_proj", "model.layers.11.mlp.experts.0.w", "lm_head")
+    blocks = Blocks.of([record(layer) for layer in layers])
+    assert (blocks.name, blocks.numbers, blocks.parts) == ("layers", [3, 11], ["mlp.up_proj", "mlp.experts.0.w"])
+    assert blocks.places == {0: (0, 0), 1: (0, 1), 2: (1, 1)}
+    assert not Blocks.of([record("h.11.attn"), record("lm_head")]).places
     assert readable_size(3 * 2**20) == "3.00 MiB"
     assert readable_size(2048) == "2.0 KiB"
     assert readable_size(5 * 2**29) == "2.50 GiB"
@@ -234,7 +261,7 @@ def quantized() -> lobcq_fx.QuantizedModel:
 def test_a_model_and_its_folder_make_the_same_report(quantized: lobcq_fx.QuantizedModel, tmp_path: Path) -> None:
     quantized.save_pretrained(tmp_path / "saved")
     of_model, of_folder = ReportContent.of_model(quantized), ReportContent.of_folder(tmp_path / "saved")
-    assert of_folder.name == "saved"
+    assert of_folder.name == of_model.name == "model"
     assert of_model.inventory == of_folder.inventory
     assert of_model.config == of_folder.config
     assert list(of_model.codebooks) == list(of_folder.codebooks) == ["lobcq.codebooks"]
@@ -243,8 +270,40 @@ def test_a_model_and_its_folder_make_the_same_report(quantized: lobcq_fx.Quantiz
     write_report(quantized, tmp_path / "model.html")
     write_report(tmp_path / "saved", tmp_path / "folder.html")
     page = (tmp_path / "folder.html").read_text(encoding="utf-8")
-    assert (tmp_path / "model.html").read_text(encoding="utf-8") == page.replace("saved", of_model.name)
+    assert (tmp_path / "model.html").read_text(encoding="utf-8") == page
     assert sorted(file.name for file in tmp_path.iterdir()) == ["folder.html", "model.html", "saved"]
+
+
+SECTION = {
+    "kind": "text",
+    "source": "texts/<novel>.txt",
+    "settings": {"tokens": 6144, "window": 512, "stride": 256},
+    "models": [{"perplexity": 46.4}, {"perplexity": 43.6}],
+    "together": {"kl_divergence": 0.0911, "top1_agreement": 0.823},
+    "seconds": 1.0,
+}
+SCORES = {"models": [{"quantized": True}, {"quantized": False}], "results": [SECTION]}
+
+
+def test_scores_stand_on_the_page(quantized: lobcq_fx.QuantizedModel, tmp_path: Path) -> None:
+    write_report(quantized, tmp_path / "page.html", SCORES)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    text = Page(page).text
+    for words in (
+        "<novel>.txt: 6,144 tokens",
+        "Perplexity 46.4000 43.6000 +6.42 %",
+        "KL divergence, nats 0.0911",
+        "82.3 %",
+    ):
+        assert words in text, words
+    assert "<novel>" not in page
+
+
+@pytest.mark.parametrize("scores", [{}, {**SCORES, "results": [{"kind": "text"}]}, {"models": [], "results": [3]}])
+def test_other_files_are_no_scores(quantized: lobcq_fx.QuantizedModel, tmp_path: Path, scores: dict[str, Any]) -> None:
+    with pytest.raises(ReportError, match="lobcq eval -o FILE"):
+        write_report(quantized, tmp_path / "page.html", scores)
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_what_is_no_quantized_model(quantized: lobcq_fx.QuantizedModel, tmp_path: Path) -> None:
