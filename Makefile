@@ -9,7 +9,7 @@ OUT := demo-output
 TORCH := 2.13.0
 TEXT := lobcq_fx/assets/default_model/heldout.txt
 
-.PHONY: demo test lint unit unit-export unit-rest default-dtype differential reliability crash fuzz sanitize oldest \
+.PHONY: demo test lint unit unit-export unit-models unit-rest default-dtype differential reliability crash fuzz sanitize oldest \
   transformers families constraints release clean
 
 demo: $(VENV)/.installed
@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 
 # Two at a time: most tests use one core.
 test: $(VENV)/.installed
-	$(MAKE) --jobs=2 unit-export unit-rest lint default-dtype sanitize oldest
+	$(MAKE) --jobs=2 unit-export unit-rest unit-models lint default-dtype sanitize oldest
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -31,15 +31,19 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: unit-rest unit-export
+unit: unit-rest unit-models unit-export
 
-# About half of the time each.
+# About a third of the time each.
 EXPORT_TESTS := tests/export tests/cli tests/benchmarking tests/kernels/triton
 unit-export: $(VENV)/.installed
 	$(BIN)/python -m pytest $(EXPORT_TESTS)
 
+MODEL_TESTS := tests/frontends tests/integrations
+unit-models: $(VENV)/.installed
+	$(BIN)/python -m pytest $(MODEL_TESTS)
+
 unit-rest: $(VENV)/.installed
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(EXPORT_TESTS))
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(EXPORT_TESTS) $(MODEL_TESTS))
 
 # What makes and reads tensors once more, under default dtypes other than fp32, which nothing may follow: the core would
 # write beyond what is too small, and without it values would be rounded.

@@ -1,10 +1,12 @@
-"""Every Python block of README and docs runs as it stands, in a fresh interpreter, in the folder of those before it.
+"""Every Python block of README and docs, and the notebook, run as they stand, in a fresh interpreter; a block in the
+folder of those before it.
 
 The README comes first: other pages begin with what its example saved.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOK = ROOT / "examples" / "tutorial.ipynb"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -36,11 +39,21 @@ def test_python_block_runs(code, folder):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_notebook_runs_from_top_to_bottom(folder):
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1)), "it was not run whole"
+    source = "\n\n".join("".join(cell["source"]) for cell in code)
+    done = subprocess.run([sys.executable, "-c", source], cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "equal to the last bit: True" in done.stdout
+
+
 def test_the_pages_have_blocks_to_run():
     assert list(blocks())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, NOTEBOOK], ids=lambda page: page.name)
 def test_links_to_files_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
