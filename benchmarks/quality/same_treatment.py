@@ -8,7 +8,8 @@ its inputs left in float, in int8, or in the weights' format. Treatments: to the
 `recipe="balanced"` does it; and rotated as well, in arrays of 64 columns, where a sample of the inputs shows a smaller
 error of the layers that read them. Calibrated on the first windows of WikiText-2's validation text, measured on its
 last ones; the model comes from a 4-bit file (benchmarks/quality/smollm2.py says what follows from that).
-Writes benchmarks/results/same_treatment.json after each row, and prints it.
+Writes benchmarks/results/same_treatment.json after each row, and prints it. Rows that it has are not measured again,
+unless their format is named.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,9 @@ def main() -> None:
     parser.add_argument("--calibration-windows", type=int, default=128)
     parser.add_argument("--windows", type=int, default=12, help="to measure on")
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument(
+        "--observed", type=Path, help="keeps what calibration saw, which takes longest, for the next run"
+    )
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     bind_cpu_core()
@@ -90,12 +95,19 @@ def main() -> None:
     same = divergence_of_sequences(reference, model, list(text), max_length=text.shape[1])  # before weights change
     assert same.kl_divergence == 0.0
     layers = {name: one for name, one in model.named_modules() if isinstance(one, nn.Linear) and name != "lm_head"}
-    seen = observe(model, layers, calibration)
-    for name in arguments.formats or FORMATS:
-        found["rows"] = [row for row in found["rows"] if row["format"] != name]
-        for treatment in TREATMENTS:
+    if arguments.observed is not None and arguments.observed.exists():
+        seen = torch.load(arguments.observed, weights_only=False)
+    else:
+        seen = observe(model, layers, calibration)
+        if arguments.observed is not None:
+            torch.save(seen, arguments.observed)
+    found["rows"] = [row for row in found["rows"] if row["format"] not in arguments.formats]
+    done = {(row["format"], row["treatment"], row["activations"]) for row in found["rows"]}
+    for name, treatment in product(arguments.formats or FORMATS, TREATMENTS):
+        missing = {key: one for key, one in activations_of(FORMATS[name]).items() if (name, treatment, key) not in done}
+        if missing:
             tried = treat(layers, seen, FORMATS[name], treatment)
-            for activations, encode in activations_of(FORMATS[name]).items():
+            for activations, encode in missing.items():
                 treated = chosen(layers, seen, tried, encode)
                 row = {"format": name, "bits": FORMATS[name].bits, "treatment": treatment, "activations": activations}
                 row |= {"layers": len(treated), "rotated": sum(one.rotated for one in treated.values())}
