@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
@@ -54,6 +56,20 @@ class MatmulRecord:
         return self.reason is None
 
     @property
+    def number_format(self) -> str | None:
+        """Its mode and formats for people, `"W4A4, format 8x64, activations 16x64"`; None if left in float."""
+        if self.mode is None:
+            return None
+        activations = "" if self.activation_format is None else f", activations {self.activation_format}"
+        return f"{self.mode.upper()}, format {self.format}{activations}"
+
+    @property
+    def least_sqnr_db(self) -> float:
+        """Of its weight's and its activation's; infinite where neither was measured, or both are exact."""
+        values = (self.weight_sqnr_db, self.activation_sqnr_db)
+        return min((value for value in values if value is not None), default=math.inf)
+
+    @property
     def scalars(self) -> int:
         """Of its weight: N * K, or E * N * K; 0 without one."""
         return prod(self.shape) if self.shape else 0
@@ -91,6 +107,26 @@ class Inventory:
     def left_alone(self) -> tuple[MatmulRecord, ...]:
         """The matmuls left in float, each with its reason."""
         return tuple(record for record in self.records if not record.quantized)
+
+    @property
+    def left_alone_by_reason(self) -> dict[str, list[MatmulRecord]]:
+        """The same under each reason, the reason with the most multiply-adds first."""
+        groups: dict[str, list[MatmulRecord]] = defaultdict(list)
+        for record in self.left_alone:
+            groups[record.reason or ""].append(record)
+        return dict(sorted(groups.items(), key=lambda item: -sum(record.macs for record in item[1])))
+
+    def worst(self, count: int) -> list[MatmulRecord]:
+        """The quantized matmuls with the least SQNR, weights' and activations' taken together, worst first."""
+        measured = [record for record in self.quantized if record.least_sqnr_db < math.inf]
+        return sorted(measured, key=lambda record: record.least_sqnr_db)[:count]
+
+    @property
+    def parameters_outside_matmuls(self) -> int:
+        """Scalars in parameters that no matmul reads as its weight: embedding tables, norms, biases."""
+        # A weight that serves several matmuls carries its bytes in the first record only.
+        in_matmuls = sum(record.scalars for record in self.records if record.packed_bytes)
+        return max(0, self.model_parameters - in_matmuls)
 
     @property
     def parameter_coverage(self) -> float:
@@ -138,3 +174,10 @@ class Inventory:
     def _distinct_weights(self) -> list[MatmulRecord]:
         # A tied weight serves several matmuls and is stored once: only its first record carries bytes.
         return [record for record in self.quantized if record.packed_bytes]
+
+
+def readable_size(count: int) -> str:
+    """A number of bytes for people: `"12.4 KiB"`, `"3.06 MiB"`, `"13.48 GiB"`."""
+    if count < 2**20:
+        return f"{count / 2**10:.1f} KiB"
+    return f"{count / 2**20:.2f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from lobcq_fx.config import LobcqConfig
-from lobcq_fx.inventory import Inventory, MatmulRecord
+from lobcq_fx.inventory import Inventory, readable_size
 
 FILE = "README.md"
 OURS = "<!-- written by lobcq_fx: saving the model again replaces this page; without this line it stays -->"
@@ -68,10 +68,13 @@ class ModelCard:
 
     def _facts(self) -> str:
         inventory, settings = self.inventory, self.lobcq_config
-        formats = Counter(map(_format, inventory.quantized))
+        formats = Counter(str(record.number_format) for record in inventory.quantized)
         calibrated = ", ".join(f"`{one}`" for one in settings.calibrated) or "without data"
         rows = [
-            ("quantized", "; ".join(f"{count} matmuls in {name}" for name, count in formats.most_common())),
+            (
+                "quantized",
+                "; ".join(f"{count} matmul{'s'[: count > 1]} in {name}" for name, count in formats.most_common()),
+            ),
             (
                 "settings",
                 f"{calibrated}; codebooks {settings.codebooks}; activation scales {settings.activation_scale}",
@@ -81,7 +84,7 @@ class ModelCard:
             ("bits of a quantized weight", f"{inventory.bits_per_scalar:.3f}"),
             (
                 "all parameters",
-                f"{_mebibytes(inventory.model_float_bytes)}, {_mebibytes(inventory.model_packed_bytes)} now",
+                f"{readable_size(inventory.model_float_bytes)}, {readable_size(inventory.model_packed_bytes)} now",
             ),
             *self._noise(),
         ]
@@ -100,11 +103,11 @@ class ModelCard:
         return found
 
     def _left_in_float(self) -> str:
-        by_reason: dict[str, list[str]] = {}
-        for record in self.inventory.left_alone:
-            if record.shape is not None:
-                by_reason.setdefault(str(record.reason), []).append(record.layer or record.operation)
-        lines = [f"- {layers[0]}{_others(len(layers) - 1)}: {reason}" for reason, layers in by_reason.items()]
+        lines = []
+        for reason, records in self.inventory.left_alone_by_reason.items():
+            names = [record.layer or record.operation for record in records if record.shape is not None]
+            if names:
+                lines.append(f"- {names[0]}{_others(len(names) - 1)}: {reason}")
         return "\n".join(["Left in float:", "", *lines]) if lines else ""
 
 
@@ -118,14 +121,5 @@ def is_ours(page: Path) -> bool:
         return False
 
 
-def _format(record: MatmulRecord) -> str:
-    activations = "" if record.activation_format is None else f" with activations in {record.activation_format}"
-    return f"{record.mode} {record.format}{activations}"
-
-
 def _others(count: int) -> str:
     return f" and {count} more" if count else ""
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"

@@ -28,10 +28,10 @@ def test_what_it_says_is_so(q, tmp_path):
     q.save_pretrained(tmp_path / "q")
     page = (tmp_path / "q" / "README.md").read_text()
     facts = dict(re.findall(r"^\| (.+?) \| (.*) \|$", page, re.MULTILINE))
-    assert facts["quantized"] == "1 matmuls in w4a4 8x64; 1 matmuls in w4a8 8x64"
+    assert facts["quantized"] == "1 matmul in W4A4, format 8x64; 1 matmul in W4A8, format 8x64"
     assert facts["bits of a quantized weight"] == f"{q.inventory.bits_per_scalar:.3f}"
-    sizes = [sum(p.nbytes for p in nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)).parameters()) / 2**20]
-    assert facts["all parameters"].startswith(f"{sizes[0]:,.1f} MiB")
+    size = sum(p.nbytes for p in nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8)).parameters())
+    assert facts["all parameters"].startswith(f"{size / 2**10:.1f} KiB, ")
     worst = min(q.inventory, key=lambda record: record.weight_sqnr_db)
     assert f"least in {worst.layer}, {worst.weight_sqnr_db:.1f} dB" in facts["signal to noise, weights"]
     assert "Left in float" not in page

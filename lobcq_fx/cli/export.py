@@ -119,7 +119,7 @@ def _print(summary: ExportSummary, result: dict[str, Any], *, causal: bool) -> N
     from rich.markup import escape
     from rich.table import Table
 
-    from lobcq_fx.report.layers import readable_size
+    from lobcq_fx.inventory import readable_size
 
     console = Console(highlight=False)
     table = Table(title="ONNX model", show_header=False)

@@ -11,8 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lobcq_fx.config import LobcqConfig
-from lobcq_fx.inventory import Inventory, MatmulRecord
-from lobcq_fx.report.layers import left_alone_by_reason, readable_size, worst_layers
+from lobcq_fx.inventory import Inventory, readable_size
 
 WORST = 5
 
@@ -32,11 +31,11 @@ def summary(inventory: Inventory, config: LobcqConfig, output: Path, seconds: fl
         "bytes_on_disk": sum(file.stat().st_size for file in output.rglob("*") if file.is_file()),
         "worst_layers": [
             {"layer": r.layer, "weight_sqnr_db": r.weight_sqnr_db, "activation_sqnr_db": r.activation_sqnr_db}
-            for r in worst_layers(inventory, WORST)
+            for r in inventory.worst(WORST)
         ],
         "left_in_float": [
             {"reason": reason, "layers": [r.layer for r in records], "mac_share": inventory.mac_share(records)}
-            for reason, records in left_alone_by_reason(inventory).items()
+            for reason, records in inventory.left_alone_by_reason.items()
         ],
         "seconds": round(seconds, 2),
     }
@@ -58,7 +57,7 @@ def print_summary(inventory: Inventory, result: dict[str, Any], model: str, *, c
 
 
 def _totals(inventory: Inventory, result: dict[str, Any]) -> Table:
-    formats = Counter(map(_format, inventory.quantized))
+    formats = Counter(str(record.number_format) for record in inventory.quantized)
     title = f"Quantized to {next(iter(formats))}" if len(formats) == 1 else "Quantized"
     table = Table(title=title, show_header=False)
     for name, count in formats.most_common() if len(formats) > 1 else ():
@@ -82,13 +81,6 @@ def _totals(inventory: Inventory, result: dict[str, Any]) -> Table:
     table.add_row("On disk", readable_size(result["bytes_on_disk"]))
     table.add_row("Time", f"{result['seconds']:.1f} s")
     return table
-
-
-def _format(record: MatmulRecord) -> str:
-    """A matmul's mode and formats."""
-    assert record.mode is not None
-    activations = "" if record.activation_format is None else f", activations {record.activation_format}"
-    return f"{record.mode.upper()}, format {record.format}{activations}"
 
 
 def _worst(result: dict[str, Any]) -> Table:

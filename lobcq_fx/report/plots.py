@@ -18,8 +18,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from lobcq_fx.format.spec import ENTRY_MAX
-from lobcq_fx.inventory import Inventory, MatmulRecord
-from lobcq_fx.report.layers import readable_size
+from lobcq_fx.inventory import Inventory, MatmulRecord, readable_size
 
 # matplotlib wants numbers for colours and the page wants CSS variables: each stand-in below is drawn, then replaced.
 INK, MUTED, GRID, BAND = "#010201", "#010202", "#010203", "#010204"
@@ -81,7 +80,7 @@ def error_by_layer(records: Sequence[MatmulRecord]) -> str:
     """
     blocks = Blocks.of(records)
     single = [(index, record) for index, record in enumerate(records) if index not in blocks.places]
-    single = sorted(sorted(single, key=lambda one: _least(one[1]))[:MAX_NAMED])
+    single = sorted(sorted(single, key=lambda one: one[1].least_sqnr_db)[:MAX_NAMED])
     maps = [operand for operand in OPERANDS if blocks.places and _values(records, operand, blocks.places)]
     heights = [0.75 + 0.235 * len(blocks.parts)] * len(maps) + ([0.75 + 0.25 * len(single)] if single else [])
     with matplotlib.rc_context(STYLE):
@@ -132,11 +131,6 @@ def _values(records: Sequence[MatmulRecord], operand: str, indices: Iterable[int
     """What was measured and is finite, by the record's index."""
     found = {index: getattr(records[index], f"{operand}_sqnr_db") for index in indices}
     return {index: value for index, value in found.items() if value is not None and math.isfinite(value)}
-
-
-def _least(record: MatmulRecord) -> float:
-    values = [record.weight_sqnr_db, record.activation_sqnr_db]
-    return min((value for value in values if value is not None), default=math.inf)
 
 
 def _draw_map(

@@ -13,10 +13,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lobcq_fx.format.spec import BLOCK_SIZE, CODE_BITS, SCALE_BITS
+from lobcq_fx.inventory import readable_size
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.report import plots
 from lobcq_fx.report.content import ReportContent
-from lobcq_fx.report.layers import left_alone_by_reason, parameters_outside_matmuls, readable_size, worst_layers
 from lobcq_fx.report.scores import tables
 from lobcq_fx.storage.atomic_file import write_whole
 
@@ -48,10 +48,10 @@ def render(content: ReportContent) -> str:
         content=content,
         inventory=inventory,
         bits=_bits(content),
-        worst=worst_layers(inventory, 1),
+        worst=inventory.worst(1),
         activations_measured=any(record.activation_sqnr_db is not None for record in inventory.quantized),
-        outside=parameters_outside_matmuls(inventory),
-        reasons=left_alone_by_reason(inventory),
+        outside=inventory.parameters_outside_matmuls,
+        reasons=inventory.left_alone_by_reason,
         scores=None if content.scores is None else tables(content.scores),
         settings=_settings(content.config.to_dict()),
         # Our own SVG: everything that came from outside was escaped while it was drawn.

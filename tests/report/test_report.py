@@ -15,10 +15,9 @@ import lobcq_fx
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CheckpointError, ReportError
 from lobcq_fx.format import universal_codebooks
-from lobcq_fx.inventory import Inventory, MatmulRecord
+from lobcq_fx.inventory import Inventory, MatmulRecord, readable_size
 from lobcq_fx.report import write_report
 from lobcq_fx.report.content import ReportContent
-from lobcq_fx.report.layers import left_alone_by_reason, readable_size, worst_layers
 from lobcq_fx.report.plots import FAINT, Blocks, codebook_strips, error_by_layer, size_bars
 from lobcq_fx.report.render import render
 
@@ -226,10 +225,10 @@ def test_size_bars_are_in_proportion(content: ReportContent) -> None:
 
 
 def test_order_of_worst_layers_and_reasons(content: ReportContent) -> None:
-    assert [one.layer for one in worst_layers(content.inventory, 3)] == [
+    assert [one.layer for one in content.inventory.worst(3)] == [
         "model.layers.0.down_proj", "model.layers.1.q_proj", "model.layers.0.q_proj",
     ]  # fmt: skip
-    reasons = left_alone_by_reason(content.inventory)
+    reasons = content.inventory.left_alone_by_reason
     assert list(reasons) == ["excluded by pattern '*lm_head'", "activation x activation"]
     assert [len(records) for records in reasons.values()] == [1, 2]
 
