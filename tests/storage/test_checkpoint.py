@@ -20,7 +20,7 @@ from torch import nn
 
 import lobcq_fx
 from lobcq_fx.config import LobcqConfig
-from lobcq_fx.errors import CallError, CheckpointError
+from lobcq_fx.errors import CallError, CheckpointError, ConfigError
 from lobcq_fx.format import FormatSpec, encode, universal_codebooks
 from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
 from lobcq_fx.storage.checkpoint import is_checkpoint
@@ -335,6 +335,20 @@ def change_graph(folder, change):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("device_map", ["cpu", "auto", torch.device("cpu"), {"": "cpu"}])
+def test_a_device_map(folder, device_map):
+    """`auto` is the CPU here, or what a GPU gives."""
+    q = lobcq_fx.load(folder, device_map=device_map)
+    assert q.device.type == ("cuda" if device_map == "auto" and torch.cuda.is_available() else "cpu")
+    assert lobcq_fx.load(folder, device_map="meta").device.type == "meta"
+
+
+@pytest.mark.parametrize("device_map", ["nowhere", {}, {"model.layers.0": "cpu", "model.layers.1": "meta"}])
+def test_a_device_map_of_something_else(folder, device_map):
+    with pytest.raises(ConfigError, match=r"device_map=.*a graph is on one device.*Remedy"):
+        lobcq_fx.load(folder, device_map=device_map)
+
+
 def test_both_graphs_of_a_language_model_are_loaded(saved_lm, tmp_path):
     q, loaded = quantized_causal_lm("llama")[1], lobcq_fx.load(saved_lm)
     ids = torch.arange(3, 9).view(1, 6)
