@@ -126,7 +126,7 @@ class LanguageModel(Family):
             part = {name: value[:, start:stop] for name, value in given.items()}
             part["attention_mask"] = call["attention_mask"][:, :stop]
             out = q(**part, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            cache = out[q.calling.cache_name]
             logits.append(out.logits)
         return unmasked(torch.cat(logits, dim=1), call)
 
@@ -234,7 +234,7 @@ def linears_that_run(family: Family, model: PreTrainedModel) -> set[str]:
 
 
 def _stacks(name: str, module: nn.Module) -> list[str]:
-    stacks = ("gate_up_proj", "down_proj")
+    stacks = ("gate_up_proj", "up_proj", "down_proj")
     return [f"{name}.{one}" for one in stacks if isinstance(getattr(module, one, None), nn.Parameter)]
 
 
