@@ -22,6 +22,7 @@ from lobcq_fx.frontends.output_types import CACHE_NAME, CACHE_PARAMS
 from lobcq_fx.frontends.plain_outputs import without_extra_outputs
 from lobcq_fx.frontends.quantized_cache_call import QuantizedCacheCall, QuantizedStaticCacheCall
 from lobcq_fx.frontends.recurrent_call import NO_STATIC_CACHE, RecurrentCall
+from lobcq_fx.frontends.recurrent_states import holds_tokens
 from lobcq_fx.frontends.static_cache_call import (
     STATIC_CACHE,
     StaticCacheCall,
@@ -169,9 +170,13 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
             raise CallError(f"cache_implementation is {implementation!r}, but {NO_STATIC_CACHE}. Remedy: leave it out")
         if isinstance(self.calling, RecurrentCall) and not self.calling.attends:
             # Of what it knows as past_key_values, `generate()` asks how many tokens it holds, which states do not know.
-            given = [model_kwargs.pop(name, None) for name in (CACHE_NAME, CACHE_PARAMS)]
-            cache = next((one for one in given if one is not None), None)
-            if generation_config.use_cache is not False:
+            cache = model_kwargs.pop(CACHE_NAME, None)
+            if cache is not None and any(holds_tokens(layer) for layer in cache.layers):
+                raise CallError(
+                    f"{CACHE_NAME} holds tokens, and a model without attention does not know how many of input_ids they"
+                    f" are: pass it as {CACHE_PARAMS}, and the new tokens alone as input_ids"
+                )
+            if generation_config.use_cache is not False and model_kwargs.get(CACHE_PARAMS) is None:
                 model_kwargs[CACHE_PARAMS] = DynamicCache(config=self.config) if cache is None else cache
             return
         asked = implementation is not None or model_kwargs.get(CACHE_NAME) is not None

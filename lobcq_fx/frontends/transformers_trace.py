@@ -19,11 +19,12 @@ from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.utils import logging
 
-from lobcq_fx.errors import TraceError
+from lobcq_fx.errors import CallError, TraceError
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.float_causal_lm import (
     BATCH,
     CACHE,
+    CACHE_REMEDY,
     PAST,
     QUERY,
     as_named_by,
@@ -59,6 +60,9 @@ from lobcq_fx.tracing.trace import (
 
 TRUSTED = "transformers"
 """Its attention asks whether there is one token, to take another kernel for the same result."""
+
+ROWS, ANY_LENGTHS = 3, ((0, 1), (0, 2), (0, 4097), (700, 1), (700, 300))
+"""Calls that every graph with states serves: their batch, tokens before them and tokens."""
 
 TOKEN_DEFAULTS = {"attention_mask": 1, "token_type_ids": 0}
 """What encoders take for arguments of the shape of input_ids that a call leaves out."""
@@ -105,7 +109,10 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
                 "shifted_loss": shifted_loss,
                 "guards": _guards(decisions, graph_module, (*names, *(["a key"] if attending else []))),
             }
-            calling = RecurrentCall(**settings, layers=tuple(kept)) if has_states(model) else CausalLMCall(**settings)
+            calling = CausalLMCall(**settings)
+            if has_states(model):
+                calling = RecurrentCall(**settings, layers=tuple(kept))
+                _check_any_length(model, calling)
             traced = TracedModel(graph_module, calling)
             return replace(traced, calling=replace(calling, default_positions=default_positions_hold(model, traced)))
 
@@ -135,6 +142,24 @@ def _causal_lm_graph(model: PreTrainedModel, inputs: dict[str, Any], kept: Seque
     _keys_first(graph_module, kept)
     _check_recurrent(graph_module, [state for of in kept for state in of.fixed])
     return graph_module
+
+
+def _check_any_length(model: PreTrainedModel, calling: RecurrentCall) -> None:
+    """That no loop over tokens, or over chunks of them, is in the graph with as many rounds as the example had.
+
+    Raises:
+        TraceError: one is, so that the graph would serve calls of some lengths alone.
+    """
+    heads, width, _ = calling.cache_heads[0] if calling.attends else (1, 1, 1)
+    for past, query in ANY_LENGTHS:
+        shapes = dict.fromkeys(calling.inputs, (ROWS, query))
+        shapes |= {"attention_mask": (ROWS, past * calling.attends + query), "logits_to_keep": (1,)}
+        sizes = [*(shapes[name] for name in calling.inputs), (ROWS, heads, past, width)]
+        try:
+            calling.guards.check([torch.empty(s, dtype=torch.uint8, device="meta") for s in sizes], calling.name_of)
+        except CallError as error:
+            reason = str(error).partition(", and for others")[0]
+            raise TraceError(f"{type(model).__name__} scans in a loop of its own: {reason}. {CACHE_REMEDY}") from None
 
 
 def _growing(kept: LayerStates) -> list[bool]:
