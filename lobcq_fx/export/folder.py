@@ -124,9 +124,10 @@ def _check_request(q: QuantizedModel, target: str, *, include_library: bool) -> 
         raise ExportError(f"the model is on {q.device}: export it from the CPU, q.to('cpu')")
     if isinstance(q.calling, RecurrentCall):
         raise ExportError(
-            "the model keeps states of a fixed size beside or instead of keys and values, and its graph runs their scans"
-            " as operators that ONNX does not have. Remedy: wrap the float model in a torch.nn.Module that calls it with"
-            " use_cache=False and returns the logits, quantize that with example_inputs, and export it for that length"
+            "the model keeps states of a fixed size beside or instead of keys and values, and its graph runs their"
+            " scans as operators that ONNX does not have. Remedy: wrap the float model in a torch.nn.Module that calls"
+            " it with use_cache=False and returns the logits, quantize that with example_inputs, and export it for"
+            " prompts of that length"
         )
     if target not in ("custom", "matmulnbits"):
         raise ExportError(f"target is {target!r}: it may be 'custom' or 'matmulnbits'")

@@ -26,7 +26,7 @@ STATES = re.compile(r"^(?!use_|output_).*(cache|mems|state)")
 
 CACHE_REMEDY = (
     "Supported are models that cache plain keys and values [B, H, T, D], or states of convolutions and linear attention"
-    " in transformers' DynamicCache. Remedy: wrap it in a"
+    " in the DynamicCache of transformers 5.23 or later. Remedy: wrap it in a"
     " torch.nn.Module that calls it with use_cache=False and returns the logits, and quantize that with example_inputs;"
     " or quantize its feed-forward blocks one by one"
 )

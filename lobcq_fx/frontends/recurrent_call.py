@@ -84,7 +84,9 @@ class RecurrentCall(CausalLMCall):
         if cache is None:
             return None
         if not isinstance(cache, Cache):
-            raise CallError(f"the cache is a {type(cache).__name__}: pass transformers.DynamicCache(config=model.config)")
+            raise CallError(
+                f"the cache is a {type(cache).__name__}: pass transformers.DynamicCache(config=model.config)"
+            )
         if not any(holds_tokens(layer) for layer in cache.layers):
             return None
         if len(cache.layers) != len(self.layers):
@@ -113,8 +115,8 @@ class RecurrentCall(CausalLMCall):
                 if state is None or (tuple(state.shape), state.dtype) != (shape, dtype):
                     has = "no state" if state is None else f"a {state.dtype} of {list(state.shape)}"
                     raise CallError(
-                        f"the cache holds {has} where the call needs a {dtype} of {list(shape)}: pass a new DynamicCache,"
-                        " or the one of this model and batch"
+                        f"the cache holds {has} where the call needs a {dtype} of {list(shape)}: pass a new"
+                        " DynamicCache, or the one of this model and batch"
                     )
                 found.append(state)
         return found

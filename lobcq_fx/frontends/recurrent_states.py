@@ -1,4 +1,4 @@
-"""What a layer of a recurrent or hybrid model keeps from call to call: keys and values, states of a fixed size, or both."""
+"""What a layer keeps from call to call: keys and values, states of a fixed size, or both."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
+    Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -22,13 +23,14 @@ from lobcq_fx.tracing.example import LARGEST_SIZE
 
 STATE_DTYPES = ("float32", "bfloat16", "float16")
 
-KNOWN = (
-    DummyLayer,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
-    LinearAttentionAndFullAttentionLayer,
-)
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
+"""Of layers that keep nothing; None in transformers 5.17."""
+
+STATES_ARE_SERVED = DummyLayer is not None and hasattr(Cache, "get_recurrent_state")
+"""Whether models ask their cache for states, as they do not in transformers 5.17."""
+
+_WITH_STATES = (DummyLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
+KNOWN: tuple[type, ...] = (DynamicLayer, DynamicSlidingWindowLayer, *(_WITH_STATES if STATES_ARE_SERVED else ()))
 """Layers of transformers' caches that are understood. A window is kept whole: the graph's mask applies it."""
 
 
@@ -157,8 +159,10 @@ class LayerStates:
         """Inverse of `dataclasses.asdict`.
 
         Raises:
-            KeyError, TypeError, ValueError: it is damaged.
+            KeyError, TypeError, ValueError: it is damaged, or transformers too old.
         """
+        if not STATES_ARE_SERVED:
+            raise ValueError("this release of transformers has no layers for its states: update it, to 5.23 or later")
         conv, recurrent = (
             tuple(None if state is None else _fixed(state) for state in values[name]) for name in ("conv", "recurrent")
         )

@@ -111,13 +111,9 @@ class _Scans:
         groups = value.shape[2] // key.shape[2]
         if groups != 1:
             query, key = (one.repeat_interleave(groups, dim=2) for one in (query, key))
-        queries, keys, values, betas, decays = (
-            one.transpose(1, 2).float() for one in (query, key, value, beta, g)
-        )
+        queries, keys, values, betas, decays = (one.transpose(1, 2).float() for one in (query, key, value, beta, g))
         if use_qk_l2norm_in_kernel:
-            queries, keys = (
-                one * torch.rsqrt((one * one).sum(dim=-1, keepdim=True) + 1e-6) for one in (queries, keys)
-            )
+            queries, keys = (one * torch.rsqrt((one * one).sum(dim=-1, keepdim=True) + 1e-6) for one in (queries, keys))
         state = self._start(initial_state, 4)
         queries = queries * queries.shape[-1] ** -0.5
         out, state = lobcq.gated_delta_rule(queries, keys, values, decays, betas, state, chunk_size)

@@ -78,8 +78,8 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
 
     Inputs: input_ids [B, T], attention_mask [B, P + T], position_ids [B, T] and logits_to_keep [L] where the model
     takes them, then key and value [B, H, P, D] of each layer that attends. Outputs: logits [B, L or T, V], then the
-    grown keys and values [B, H, P + T, D]. Of a recurrent or hybrid model both end with the states of a fixed size; where
-    nothing attends, the mask is [B, T].
+    grown keys and values [B, H, P + T, D]. Of a recurrent or hybrid model both end with the states of a fixed size;
+    where nothing attends, the mask is [B, T].
 
     Raises:
         TraceError: the model cannot be captured, keeps a cache of another kind, or generates in a way of its own.
@@ -152,7 +152,7 @@ def _check_any_length(model: PreTrainedModel, calling: RecurrentCall) -> None:
     """
     heads, width, _ = calling.cache_heads[0] if calling.attends else (1, 1, 1)
     for past, query in ANY_LENGTHS:
-        shapes = dict.fromkeys(calling.inputs, (ROWS, query))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(calling.inputs, (ROWS, query))
         shapes |= {"attention_mask": (ROWS, past * calling.attends + query), "logits_to_keep": (1,)}
         sizes = [*(shapes[name] for name in calling.inputs), (ROWS, heads, past, width)]
         try:
@@ -210,7 +210,9 @@ def trace_static_cache(model: PreTrainedModel, causal: CausalLMCall) -> TracedMo
         output.args = ((output.args[0][0],),)  # type: ignore[index]  # the cache it returns is the one that came in
         EliminateDeadCode()(graph_module)
         _check_sizes(graph_module.graph.find_nodes(op="placeholder"))
-    return TracedModel(graph_module, StaticCacheCall(causal, _guards(decisions, graph_module, (*causal.inputs, "a key"))))
+    return TracedModel(
+        graph_module, StaticCacheCall(causal, _guards(decisions, graph_module, (*causal.inputs, "a key")))
+    )
 
 
 def trace_pretrained(
@@ -303,7 +305,7 @@ def _check_sizes(placeholders: Iterable[fx.Node]) -> None:
 
 
 def _check_recurrent(graph_module: fx.GraphModule, fixed: Sequence[FixedState]) -> None:
-    """The same of a graph that ends with states of a fixed size, which have their batch free; and what dtypes they have.
+    """The same of a graph that ends with states of a fixed size, whose batch is free; and note what dtypes they have.
 
     The exporter casts examples to the model's dtype, which is not that of every state.
     """

@@ -45,7 +45,7 @@ def chunk_scan(
     y, state = x.new_empty(x.shape), state.clone(memory_format=torch.contiguous_format)
     for start in range(0, tokens, chunk_size):
         part = slice(start, start + chunk_size)
-        y[:, part], state = _chunk(*(one[:, part].transpose(1, 2) for one in (x, decay, B, C)), state)
+        y[:, part], state = _chunk(state, *(one[:, part].transpose(1, 2) for one in (x, decay, B, C)))
     return y, state
 
 
@@ -55,7 +55,7 @@ def _step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor)
     return (state @ C[..., None]).squeeze(-1)[:, None].contiguous(), state.contiguous()
 
 
-def _chunk(x: Tensor, decay: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk(state: Tensor, x: Tensor, decay: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
     """y [B, L, H, P] and the state after a chunk, of [B, H, L, ...] operands; x is multiplied with dt already."""
     size = decay.shape[2]
     since_start = decay.cumsum(2)

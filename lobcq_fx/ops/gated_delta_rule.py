@@ -40,14 +40,14 @@ def gated_delta_rule(
         return query @ state, state
     for start in range(0, value.shape[2], chunk_size):
         part = slice(start, start + chunk_size)
-        out[:, :, part], state = _chunk(*(one[:, :, part] for one in (query, key, value, decay, beta)), state)
+        out[:, :, part], state = _chunk(state, *(one[:, :, part] for one in (query, key, value, decay, beta)))
     return out, state
 
 
 def _chunk(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor
+    state: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What a chunk's tokens write is the solution of a triangular system: each subtracts what is there of it already."""
+    """What a chunk's tokens write solves a triangular system: each subtracts what is there of it already."""
     since_start = decay.cumsum(2)
     later = torch.ones((decay.shape[2],) * 2, dtype=torch.bool, device=decay.device).triu(1)
     between = (since_start[..., None] - since_start[..., None, :]).masked_fill(later, float("-inf")).exp()

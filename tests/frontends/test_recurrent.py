@@ -137,9 +137,7 @@ def test_generation_goes_on_from_a_cache(family):
     ids = batch(12)[0][2:]
     whole = q.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
     cache = DynamicCache(config=q.config)
-    first = q.generate(
-        ids, attention_mask=torch.ones_like(ids), **{**GREEDY, "max_new_tokens": 4, name_of(q): cache}
-    )
+    first = q.generate(ids, attention_mask=torch.ones_like(ids), **{**GREEDY, "max_new_tokens": 4, name_of(q): cache})
     # A model without attention is given the tokens that its states have not seen, others all of them.
     more = first if q.calling.attends else first[:, -1:]
     settings = {**GREEDY, "max_new_tokens": 4, name_of(q): cache}
@@ -176,7 +174,7 @@ def test_a_damaged_calling_convention_is_refused(field):
     assert RecurrentCall.from_dict(values) == quantized("mamba")[1].calling
     damaged = {"conv": [], "recurrent": [{"shape": [4, -1], "dtype": "float32"}], "attends": True}
     layer = {**values["layers"][0], field: damaged[field]}
-    with pytest.raises(ValueError, match="layer|state|attend"):
+    with pytest.raises(ValueError, match=r"layer|state|attend"):
         RecurrentCall.from_dict({**values, "layers": [layer]})
 
 
@@ -221,7 +219,7 @@ def test_caches_of_another_batch_or_model_are_refused(pair):
     ids, mask = batch(6)
     cache = DynamicCache(config=q.config)
     logits_of(q, q, ids, mask, (3,), cache)
-    with pytest.raises((CallError, RuntimeError), match="the call needs a|attention_mask"):
+    with pytest.raises(CallError, match="the call needs a"):
         q(ids[:2, 3:4], attention_mask=mask[:2, :4], past_key_values=cache)
     cache.layers = cache.layers * 2
     with pytest.raises(CallError, match="layers, the model"):
