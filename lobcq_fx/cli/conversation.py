@@ -48,7 +48,7 @@ def templated(tokenizer: Any, messages: list[Message]) -> Tensor:
 
 
 class Conversation:
-    """Turns between a person and a model; only what is new is computed.
+    """Turns between a person and a model; only what is new is computed, where its cache can be cropped.
 
     Args:
         model: a language model with `generate()`.
