@@ -167,7 +167,10 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         """Where nobody asks for another cache, the model's own."""
         implementation = generation_config.cache_implementation
         if isinstance(self.calling, RecurrentCall) and implementation not in (None, "dynamic"):
-            raise CallError(f"cache_implementation is {implementation!r}, but {NO_STATIC_CACHE}. Remedy: leave it out")
+            raise CallError(
+                f"cache_implementation is {implementation!r}, but the model keeps states of a fixed size beside or"
+                " instead of keys and values, for which a DynamicCache alone is served. Remedy: leave it out"
+            )
         if isinstance(self.calling, RecurrentCall) and not self.calling.attends:
             # Of what it knows as past_key_values, `generate()` asks how many tokens it holds, which states do not know.
             cache = model_kwargs.pop(CACHE_NAME, None)
