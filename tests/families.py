@@ -134,7 +134,8 @@ def is_stack(model: nn.Module, layer: str) -> bool:
 
 def experts_forward(module: nn.Module, spec: FormatSpec, mode: str, exact: bool) -> Callable[..., Tensor]:
     """What the module of a mixture's experts computes, expert by expert, each projection a fake-quantized linear."""
-    transposed = getattr(module, "is_transposed", True)  # Llama 4's has no such flag
+    gated = hasattr(module, "gate_up_proj")
+    transposed = gated and getattr(module, "is_transposed", True)  # Llama 4's has no such flag
     up, down = (
         [
             _forward(weight.t() if transposed else weight, bias, spec, mode, exact)
@@ -142,15 +143,16 @@ def experts_forward(module: nn.Module, spec: FormatSpec, mode: str, exact: bool)
                 getattr(module, name).detach(), getattr(module, f"{name}_bias", [None] * 1000), strict=False
             )
         ]
-        for name in ("gate_up_proj", "down_proj")
+        for name in ("gate_up_proj" if gated else "up_proj", "down_proj")
     )
+    activate = module._apply_gate if gated and hasattr(module, "_apply_gate") else module.act_fn
 
     def routed(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         dtype = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
         results = hidden_states.new_zeros((*top_k_index.shape, hidden_states.shape[-1]), dtype=dtype)
         for expert in range(len(up)):
             tokens, places = (top_k_index == expert).nonzero(as_tuple=True)
-            hidden = down[expert](module._apply_gate(up[expert](hidden_states[tokens])))
+            hidden = down[expert](activate(up[expert](hidden_states[tokens])))
             results[tokens, places] = hidden * top_k_weights[tokens, places, None]
         return results.sum(dim=1).to(hidden_states.dtype)
 
@@ -162,7 +164,7 @@ def experts_forward(module: nn.Module, spec: FormatSpec, mode: str, exact: bool)
             results.append(down[expert](value * module.act_fn(gate)))
         return torch.cat(results)
 
-    return routed if hasattr(module, "_apply_gate") else by_expert
+    return routed if hasattr(module, "_apply_gate") or not gated else by_expert
 
 
 def _forward(

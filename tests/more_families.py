@@ -57,6 +57,14 @@ LATENT = {
     "head_dim": 16,
     "num_key_value_heads": 4,
 }
+HYBRID = {**GROUPED, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_chunk_size": 4}
 IMAGES = {"image_size": 16, "patch_size": 4, "num_channels": 3}
 SOUND = {
     "conv_dim": (32,) * 3,
@@ -81,12 +89,17 @@ class Family:
         return AutoConfig.for_model(self.model_type, **{**TINY, **self.changes})
 
     def model(self) -> PreTrainedModel:
-        """With larger weights than at first, which make all results alike, and with biases and norms that differ."""
+        """With larger weights than at first, which make all results alike, and with biases and norms that differ.
+
+        States of scans remember: at first, and with larger weights all the more, they forget within a token.
+        """
         torch.manual_seed(0)
         model = self.untrained().eval()
         with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
+            for name, parameter in model.named_parameters():
+                if name.endswith("A_log"):
+                    parameter.uniform_(-5, -1)
+                elif parameter.dim() > 1:
                     parameter.mul_(4)
                 else:
                     parameter.add_(0.05 * torch.randn_like(parameter))
@@ -126,7 +139,7 @@ class LanguageModel(Family):
             part = {name: value[:, start:stop] for name, value in given.items()}
             part["attention_mask"] = call["attention_mask"][:, :stop]
             out = q(**part, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            cache = out[q.calling.cache_name]
             logits.append(out.logits)
         return unmasked(torch.cat(logits, dim=1), call)
 
@@ -234,7 +247,7 @@ def linears_that_run(family: Family, model: PreTrainedModel) -> set[str]:
 
 
 def _stacks(name: str, module: nn.Module) -> list[str]:
-    stacks = ("gate_up_proj", "down_proj")
+    stacks = ("gate_up_proj", "up_proj", "down_proj")
     return [f"{name}.{one}" for one in stacks if isinstance(getattr(module, one, None), nn.Parameter)]
 
 
@@ -276,6 +289,13 @@ def families(kind: type[Family], names: str, **changes: Any) -> dict[str, Family
     return {name: kind(name, changes) for name in names.split()}
 
 
+RECURRENT: dict[str, Family] = {
+    **families(LanguageModel, "lfm2", **{**HYBRID, "layer_types": ["conv", "full_attention"]}),
+    **families(LanguageModel, "mamba"),
+    **families(LanguageModel, "qwen3_5_text", **HYBRID, **DELTA),
+    **families(LanguageModel, "falcon_h1", **{**GROUPED, **MAMBA2}, mamba_d_ssm=128),
+}
+"""One for each kind of state: tests/frontends/test_recurrent.py has them."""
 DISTINCT: dict[str, Family] = {
     **families(
         LanguageModel,
@@ -288,6 +308,23 @@ DISTINCT: dict[str, Family] = {
     **families(LanguageModel, "gptj", rotary_dim=8),
     **families(LanguageModel, "gpt_neo", attention_types=[[["local"], 1]], window_size=4),
     **families(LanguageModel, "mixtral qwen2_moe qwen3_moe", **EXPERTS),
+    **RECURRENT,
+    **families(
+        LanguageModel,
+        "nemotron_h",
+        **{**GROUPED, "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "moe"]},
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        n_groups=2,
+        chunk_size=4,
+        ssm_state_size=16,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=100,
+        moe_shared_expert_intermediate_size=100,
+    ),
     **families(
         TextEncoder,
         "bert roberta distilbert electra albert deberta-v2 mpnet modernbert nomic_bert convbert esm roformer"
@@ -327,6 +364,50 @@ TWINS: dict[str, Family] = {
     ),
     **families(LanguageModel, "glm4_moe", **ROUTED, **EXPERTS),
     **families(LanguageModel, "deepseek_v2 deepseek_v3", **{**EXPERTS, **ROUTED, **LATENT}),
+    **families(LanguageModel, "falcon_mamba"),
+    **families(LanguageModel, "mamba2", num_heads=8, head_dim=16, chunk_size=4),
+    **families(LanguageModel, "bamba", **{**GROUPED, **MAMBA2}, num_hidden_layers=2, attn_layer_indices=[1]),
+    **families(
+        LanguageModel,
+        "granitemoehybrid",
+        **{**EXPERTS, **MAMBA2},
+        num_hidden_layers=2,
+        layer_types=["mamba", "attention"],
+        shared_intermediate_size=100,
+    ),
+    **families(
+        LanguageModel,
+        "jamba",
+        **EXPERTS,
+        num_hidden_layers=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+    ),
+    **families(
+        LanguageModel,
+        "zamba2",
+        num_hidden_layers=2,
+        num_key_value_heads=4,
+        layer_types=["linear_attention", "hybrid"],
+        hybrid_layer_ids=[1],
+        mamba_ngroups=1,
+        n_mamba_heads=8,
+        mamba_headdim=16,
+        chunk_size=4,
+        num_mem_blocks=1,
+    ),
+    **families(LanguageModel, "qwen3_next qwen3_5_moe_text", **{**EXPERTS, **HYBRID, **DELTA}),
+    **families(LanguageModel, "olmo_hybrid", **{**HYBRID, **DELTA}),
+    **families(
+        LanguageModel,
+        "lfm2_moe",
+        **EXPERTS,
+        num_hidden_layers=2,
+        layer_types=["conv", "full_attention"],
+        num_dense_layers=1,
+    ),
     **families(TextEncoder, "xlm-roberta xlm-roberta-xl camembert data2vec-text ernie rembert"),
     **families(EncoderOfTwoParts, "mt5 umt5", d_kv=16),
     **families(ImageEncoder, "deit ijepa data2vec-vision", **IMAGES),
@@ -336,13 +417,20 @@ TWINS: dict[str, Family] = {
 FAMILIES = DISTINCT | TWINS
 
 REFUSED: dict[str, Family] = {
+    **families(LanguageModel, "minimax", **GROUPED),
     **families(
         LanguageModel,
-        "minimax mamba falcon_mamba recurrent_gemma jamba bamba falcon_h1 nemotron_h qwen3_next",
+        "recurrent_gemma",
         **GROUPED,
+        num_hidden_layers=3,
+        block_types=["recurrent", "recurrent", "attention"],
+        lru_width=64,
+        attention_window_size=8,
     ),
-    **families(LanguageModel, "mamba2", num_heads=8, head_dim=16),
-    **families(LanguageModel, "lfm2", layer_types=["conv"], **GROUPED),
-    **families(LanguageModel, "zamba2", layers_block_type=["hybrid"], **GROUPED),
+    **families(
+        LanguageModel,
+        "kimi_linear",
+        **{**EXPERTS, **ROUTED, **LATENT, **HYBRID, "num_key_value_heads": 4, "head_dim": None},
+    ),
 }
 """Families that are not supported yet."""

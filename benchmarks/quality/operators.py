@@ -29,7 +29,8 @@ adaptive_max_pool1d adaptive_max_pool2d add addbmm addcdiv addcmul addmm addmv a
 aminmax any arange arccos arccosh arcsin arcsinh arctan arctan2 arctanh argmax argmin argsort asin asinh atan atan2
 atanh atleast_1d atleast_2d atleast_3d avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bilinear bitwise_and
 bitwise_not bitwise_or bitwise_xor bmm broadcast_tensors broadcast_to bucketize cartesian_prod cat cdist ceil celu
-chain_matmul channel_shuffle chunk clamp clamp_max clamp_min clip clone column_stack constant_pad_nd contiguous
+chain_matmul channel_shuffle chunk clamp clamp_max clamp_min clip clone column_stack concatenate constant_pad_nd
+contiguous
 conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d copysign cos cosh cosine_similarity
 count_nonzero cross cummax cummin cumprod cumsum deg2rad det detach diag diag_embed diagonal diff digamma dist div
 divide dot dropout dstack einsum elu embedding eq erf erfc exp exp2 expand expand_as expm1 eye feature_dropout
@@ -169,7 +170,8 @@ def by_rule() -> set[str]:
     aten += [name for packet in dir(torch.ops.aten) + _core() for name in functional(packet, core=True)]
     ours = (
         "linear.default", "linear.float_activation", "grouped_linear.default", "grouped_linear.float_activation",
-        "grouped_linear.int8_activation", "quantize_activation.default", "rotate.default",
+        "grouped_linear.int8_activation", "quantize_activation.default", "rotate.default", "selective_scan.default",
+        "chunk_scan.default", "gated_delta_rule.default",
     )  # fmt: skip
     return {name for name in aten if not denial(name)} | {f"ops.lobcq.{name}" for name in ours} | set(CHECKED)
 

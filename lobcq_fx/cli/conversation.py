@@ -48,7 +48,7 @@ def templated(tokenizer: Any, messages: list[Message]) -> Tensor:
 
 
 class Conversation:
-    """Turns between a person and a model; only what is new is computed.
+    """Turns between a person and a model; only what is new is computed, where its cache can be cropped.
 
     Args:
         model: a language model with `generate()`.
@@ -128,11 +128,14 @@ class Conversation:
             del self.messages[first : first + 2]
 
     def _keep_common(self, ids: Tensor) -> None:
-        """Crop the cache to what it has in common with ids [T], all but one of them at most."""
+        """Crop the cache to what it has in common with ids [T], all but one of them at most.
+
+        States of recurrent and hybrid models cannot be cropped: those read the conversation anew.
+        """
         shorter = min(len(ids) - 1, len(self._cached))
         same = ids[:shorter] == self._cached[:shorter]
         common = shorter if bool(same.all()) else int(same.int().argmin())
-        if common == 0:
+        if common == 0 or getattr(self.model, "_is_stateful", False):
             self._cache = self._new_cache()
         elif common < len(self._cached):
             self._cache.crop(common - len(self._cached))  # a negative number of tokens goes, in every release

@@ -42,7 +42,7 @@ def front_end_for(saved: Checkpoint) -> FrontEnd:
         from lobcq_fx.frontends.encoder import EncoderFrontEnd
 
         return EncoderFrontEnd()
-    if kind == "causal_lm":
+    if kind in ("causal_lm", "recurrent_causal_lm"):
         from lobcq_fx.frontends.causal_lm_front_end import CausalLMFrontEnd
 
         return CausalLMFrontEnd()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from lobcq_fx.cache_format import CacheFormat
@@ -18,9 +18,11 @@ from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.generation_overrides import PREPARE, delegated
 from lobcq_fx.frontends.lobcq_cache import LobcqCache
 from lobcq_fx.frontends.lobcq_static_cache import LobcqStaticCache
-from lobcq_fx.frontends.output_types import CACHE_NAME
+from lobcq_fx.frontends.output_types import CACHE_NAME, CACHE_PARAMS
 from lobcq_fx.frontends.plain_outputs import without_extra_outputs
 from lobcq_fx.frontends.quantized_cache_call import QuantizedCacheCall, QuantizedStaticCacheCall
+from lobcq_fx.frontends.recurrent_call import NO_STATIC_CACHE, RecurrentCall
+from lobcq_fx.frontends.recurrent_states import holds_tokens
 from lobcq_fx.frontends.static_cache_call import (
     STATIC_CACHE,
     StaticCacheCall,
@@ -38,6 +40,11 @@ from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.trace import MAIN
 
 logger = logging.getLogger(__name__)
+
+NO_QUANTIZED_CACHE = (
+    "the model keeps states of a fixed size beside or instead of keys and values, of which quantized caches are not"
+    " served. Remedy: leave it out, and pass a DynamicCache"
+)
 
 DEQUANTIZE = torch.ops.lobcq.dequantize_states.default
 
@@ -61,6 +68,7 @@ class CausalLMForward:
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         cache: Any = None,
+        cache_params: Any = None,
         **kwargs: Any,
     ) -> Any:
         """The next-token logits of a causal language model, and its cache.
@@ -77,6 +85,7 @@ class CausalLMForward:
             logits_to_keep: how many last positions get logits, 0 for all; or an index tensor.
             return_dict: False returns a tuple; None does what the configuration says.
             cache: what transformers calls past_key_values from 5.24 on.
+            cache_params: what models without attention call it.
             **kwargs: settings of the loss, such as num_items_in_batch; what would change the result is refused.
 
         Returns:
@@ -85,11 +94,13 @@ class CausalLMForward:
         Raises:
             CallError: the traced graph cannot serve the call.
         """
-        if cache is not None and past_key_values is not None:
-            raise CallError("past_key_values and cache are two names of the same argument: pass one of them")
+        caches = {"past_key_values": past_key_values, "cache": cache, "cache_params": cache_params}
+        given = [name for name, one in caches.items() if one is not None]
+        if len(given) > 1:
+            raise CallError(f"{' and '.join(given)} are two names of the same argument: pass one of them")
         if use_cache is None:
             use_cache = getattr(self.config.get_text_config(), "use_cache", None)
-        cache = past_key_values if cache is None else cache
+        cache = caches[given[0]] if given else None
         call = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -138,6 +149,10 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         super().__init__(front_end, parts)
         if parts.generation_config is not None:
             self.generation_config = parts.generation_config
+        # What generation asks before it takes tokens back (assisted decoding), which states do not allow.
+        self._is_stateful = isinstance(self.calling, RecurrentCall)
+        if self._is_stateful and parts.lobcq_config.kv_cache is not None:
+            raise ConfigError(f"kv_cache is {parts.lobcq_config.kv_cache.name!r}, but {NO_QUANTIZED_CACHE}")
 
     def _base_arguments(self, parts: ModelParts) -> tuple[Any, ...]:
         return (parts.config,)
@@ -150,7 +165,24 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """Where nobody asks for another cache, the model's own."""
-        asked = generation_config.cache_implementation is not None or model_kwargs.get(CACHE_NAME) is not None
+        implementation = generation_config.cache_implementation
+        if isinstance(self.calling, RecurrentCall) and implementation not in (None, "dynamic"):
+            raise CallError(
+                f"cache_implementation is {implementation!r}, but the model keeps states of a fixed size beside or"
+                " instead of keys and values, for which a DynamicCache alone is served. Remedy: leave it out"
+            )
+        if isinstance(self.calling, RecurrentCall) and not self.calling.attends:
+            # Of what it knows as past_key_values, `generate()` asks how many tokens it holds, which states do not know.
+            cache = model_kwargs.pop(CACHE_NAME, None)
+            if cache is not None and any(holds_tokens(layer) for layer in cache.layers):
+                raise CallError(
+                    f"{CACHE_NAME} holds tokens, and a model without attention does not know how many of input_ids they"
+                    f" are: pass it as {CACHE_PARAMS}, and the new tokens alone as input_ids"
+                )
+            if generation_config.use_cache is not False and model_kwargs.get(CACHE_PARAMS) is None:
+                model_kwargs[CACHE_PARAMS] = DynamicCache(config=self.config) if cache is None else cache
+            return
+        asked = implementation is not None or model_kwargs.get(CACHE_NAME) is not None
         cache = None if asked or generation_config.use_cache is False else self._new_cache()
         if cache is None:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
@@ -178,8 +210,11 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
 
         Raises:
             ConfigError: no such format or attention, or attention in integers over floats.
+            CallError: the model keeps states of a fixed size.
         """
         calling = self.calling
+        if isinstance(calling, RecurrentCall):
+            raise CallError(f"{NO_STATIC_CACHE}. Remedy: pass a DynamicCache")
         assert isinstance(calling, CausalLMCall)
         spec = self.lobcq_config.kv_cache if kv_cache is None else kv_cache
         if spec is None and attention not in (None, "w4a16"):
@@ -229,6 +264,8 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         if key not in self._quantized_caches:
             calling, static = self.calling, isinstance(graph.calling, StaticCacheCall)
             assert isinstance(calling, CausalLMCall)
+            if isinstance(calling, RecurrentCall):
+                raise CallError(f"past_key_values is a LobcqCache, but {NO_QUANTIZED_CACHE}")
             graph_module = SharingGraphModule(self.graph_module, copied(graph.graph_module.graph))
             dtype = getattr(torch, calling.cache_dtype)
             quantize_cache = QuantizeCache(cache_format, calling.cache_heads, dtype, static)

@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from lobcq_fx.errors import CallError
-from lobcq_fx.frontends.output_types import CACHE_NAME, RETURNED, output_type
+from lobcq_fx.frontends.output_types import cache_field, output_type
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.example import LARGEST_SIZE
 from lobcq_fx.tracing.guards import SizeGuards
@@ -56,6 +56,7 @@ class CausalLMCall(CallingConvention):
     cache_dtype: dtype of an empty cache, for example "float32".
     positions_from_mask: default position_ids count along the mask instead of from 0 on.
     output_type: name of a class, as `lobcq_fx.frontends.output_types` finds it; output_class: the class.
+    cache_name: what that class calls the cache.
     default_positions: False where the model counts by a rule of its own, so that calls have to pass position_ids.
     shifted_loss: labels give the cross-entropy with the next token, as they do by default.
     guards: what the trace assumed of the sizes of `inputs` and of the first key.
@@ -73,12 +74,15 @@ class CausalLMCall(CallingConvention):
     shifted_loss: bool = True
     guards: SizeGuards = field(default_factory=SizeGuards)
     output_class: type[ModelOutput] = field(init=False, repr=False, compare=False)
+    cache_name: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Looked up once: the call itself is to be cheap, and plain enough for Dynamo.
         found = output_type(self.output_type)
-        if RETURNED - found.__dataclass_fields__.keys():
-            raise ValueError(f"output_type is {self.output_type!r}, which has no field for a loss, logits or a cache")
+        try:
+            object.__setattr__(self, "cache_name", cache_field(found))
+        except ValueError as error:
+            raise ValueError(f"output_type is {self.output_type!r}: {error}") from None
         object.__setattr__(self, "output_class", found)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -121,7 +125,7 @@ class CausalLMCall(CallingConvention):
         """The model's output class with logits, the loss if labels were given, and the cache unless use_cache=False."""
         call = call_arguments(args, kwargs)
         logits, *states = outputs
-        cache = None if call.get("use_cache") is False else _grown(call.get("past_key_values"), states)
+        cache = None if call.get("use_cache") is False else self._grown(call.get("past_key_values"), states)
         return self.output(logits, cache, call)
 
     def output(self, logits: Tensor, cache: Any, call: Mapping[str, Any]) -> Any:
@@ -136,7 +140,7 @@ class CausalLMCall(CallingConvention):
         cache = None if call.get("use_cache") is False else cache
         if call.get("return_dict") is False:
             return tuple(value for value in (loss, logits, cache) if value is not None)
-        return self.output_class(loss=loss, logits=logits, **{CACHE_NAME: cache})
+        return self.output_class(loss=loss, logits=logits, **{self.cache_name: cache})
 
     @property
     def arity(self) -> tuple[int, int]:
@@ -147,7 +151,7 @@ class CausalLMCall(CallingConvention):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         settings = asdict(self)
-        del settings["output_class"]  # what output_type names
+        del settings["output_class"], settings["cache_name"]  # what output_type names
         return {"kind": self.kind, **settings, "guards": self.guards.to_list()}
 
     @classmethod
@@ -157,18 +161,30 @@ class CausalLMCall(CallingConvention):
         Raises:
             ValueError: a dtype or an output class that no traced model has, or guards that are about no input.
         """
+        settings = cls.settings_from({key: value for key, value in values.items() if key != "kind"})
+        if not settings["cache_heads"]:
+            raise ValueError("cache_heads are of no layer")
+        return cls(**settings)
+
+    @staticmethod
+    def settings_from(values: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of this class, from those of `to_dict` without its kind.
+
+        Raises:
+            ValueError: as `from_dict`.
+        """
         if values["cache_dtype"] not in CACHE_DTYPES:
             raise ValueError(f"cache_dtype is {values['cache_dtype']!r}; it may be {', '.join(CACHE_DTYPES)}")
-        settings = {key: value for key, value in values.items() if key != "kind"}
+        settings = dict(values)
         settings["inputs"] = tuple(settings["inputs"])
         if not GRAPH_INPUTS.issuperset(settings["inputs"]) or len(set(settings["inputs"])) < len(settings["inputs"]):
             raise ValueError(f"inputs are {settings['inputs']}; they may be {', '.join(sorted(GRAPH_INPUTS))}")
         settings["cache_heads"] = tuple((heads, key, value) for heads, key, value in settings["cache_heads"])
         settings["guards"] = guards_of(values, settings["inputs"])
         sizes = [settings["vocab_size"], *(size for layer in settings["cache_heads"] for size in layer)]
-        if not sizes[1:] or any(type(size) is not int or not 0 < size < LARGEST_SIZE for size in sizes):
+        if any(type(size) is not int or not 0 < size < LARGEST_SIZE for size in sizes):
             raise ValueError(f"vocab_size and cache_heads hold {sizes[:9]}, which are no sizes")
-        return cls(**settings)
+        return settings
 
     def _past(self, cache: Any, ids: Tensor) -> list[Tensor]:
         """Keys and values of every layer in turn; empty ones where there is no cache yet."""
@@ -188,6 +204,22 @@ class CausalLMCall(CallingConvention):
                 kind = type(layer).__name__
                 raise CallError(f"past_key_values holds a {kind}; the graph grows DynamicLayers: pass DynamicCache()")
         return [state for layer in cache.layers for state in (layer.keys, layer.values)]
+
+    def _grown(self, cache: Any, states: Sequence[Tensor]) -> Any:
+        """Put the grown keys and values into the caller's cache, as a Hugging Face model does; or into a new one."""
+        if cache is None:
+            cache = DynamicCache()
+        layers = []
+        # A compiled prompt would lay its keys and values out as its projections did, and the next call be compiled for
+        # those strides alone.
+        states = [state.contiguous() for state in states]
+        for keys, values in zip(states[0::2], states[1::2], strict=True):
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            layers.append(layer)
+        cache.layers = layers
+        return cache
 
     def check_default_positions(self) -> None:
         """That position_ids may be left out.
@@ -279,20 +311,3 @@ def kept_positions(kept: int | Tensor | None, query: int, device: torch.device) 
     if isinstance(kept, Tensor):
         return kept
     return torch.arange(max(0, query - kept) if kept else 0, query, dtype=torch.long, device=device)
-
-
-def _grown(cache: Any, states: Sequence[Tensor]) -> Any:
-    """Put the grown keys and values into the caller's cache, as a Hugging Face model does; or into a new one."""
-    if cache is None:
-        cache = DynamicCache()
-    layers = []
-    # A compiled prompt would lay its keys and values out as its projections did, and the next call be compiled for
-    # those strides alone.
-    states = [state.contiguous() for state in states]
-    for keys, values in zip(states[0::2], states[1::2], strict=True):
-        layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        layers.append(layer)
-    cache.layers = layers
-    return cache

@@ -16,6 +16,7 @@ from lobcq_fx.frontends import causal_lm_trial
 from lobcq_fx.frontends.base import FrontEnd
 from lobcq_fx.frontends.causal_lm import QuantizedCausalLM, graph_config
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.recurrent_call import NO_STATIC_CACHE, RecurrentCall
 from lobcq_fx.frontends.roles import roles_of
 from lobcq_fx.frontends.saved_config import config_of, config_of_class
 from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, StaticCacheCall
@@ -38,6 +39,8 @@ class CausalLMFrontEnd(FrontEnd):
         if not static_cache:
             return TracedGraphs({MAIN: main}, {STATIC_CACHE: "quantize() was called with static_cache=False"})
         assert isinstance(main.calling, CausalLMCall)
+        if isinstance(main.calling, RecurrentCall):
+            return TracedGraphs({MAIN: main}, {STATIC_CACHE: NO_STATIC_CACHE})
         try:
             static = trace_static_cache(model, main.calling)
         except TraceError as error:
@@ -73,6 +76,8 @@ class CausalLMFrontEnd(FrontEnd):
 
     def callings(self, saved: Checkpoint) -> Callings:
         """Those for growing and for static caches."""
+        if saved.calling["kind"] == RecurrentCall.kind:
+            return {MAIN: RecurrentCall.from_dict}
         causal = CausalLMCall.from_dict(saved.calling)
         return {MAIN: lambda _: causal, STATIC_CACHE: lambda values: StaticCacheCall.from_dict(values, causal)}
 

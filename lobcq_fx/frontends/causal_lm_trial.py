@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
-from lobcq_fx.frontends.float_causal_lm import as_named_by, counted, takes
-from lobcq_fx.frontends.output_types import CACHE_NAME
+from lobcq_fx.frontends.float_causal_lm import as_named_by, cache_argument, counted, mask_of_step, new_cache, takes
 from lobcq_fx.frontends.plain_outputs import FORM, plain_outputs
 from lobcq_fx.frontends.static_cache_call import static_cache
 from lobcq_fx.trial import Callee, Outcome, Trial
@@ -21,7 +20,7 @@ BATCH, PROMPT, PADDING = 2, 6, 2
 
 def growing(model: PreTrainedModel) -> Trial:
     """With a cache that grows."""
-    return _trial(model, DynamicCache)
+    return _trial(model, lambda: new_cache(model))
 
 
 def static(model: PreTrainedModel, calling: CausalLMCall) -> Trial:
@@ -37,7 +36,8 @@ def _trial(model: PreTrainedModel, make_cache: Callable[[], Cache]) -> Trial:
     positions = counted(mask)
 
     def call(callee: Callee, cache: Cache, start: int, stop: int) -> Any:
-        tokens: dict[str, Any] = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
+        seen = mask_of_step(model, mask[:, :stop], start)
+        tokens: dict[str, Any] = {"input_ids": ids[:, start:stop], "attention_mask": seen}
         if takes_positions:
             tokens["position_ids"] = positions[:, start:stop]
         kept = {**tokens, "past_key_values": cache, "use_cache": True, "return_dict": True}
@@ -49,7 +49,7 @@ def _trial(model: PreTrainedModel, make_cache: Callable[[], Cache]) -> Trial:
     def run(callee: Callee) -> Outcome:
         prompt = call(callee, make_cache(), 0, PROMPT)
         real = prompt.logits[mask[:, :PROMPT].bool()]  # a padded position's logits mean nothing
-        step = call(callee, getattr(prompt, CACHE_NAME), PROMPT, PROMPT + 1)
+        step = call(callee, getattr(prompt, cache_argument(model)), PROMPT, PROMPT + 1)
         return Outcome(type(prompt), (real, step.logits))
 
     return run

@@ -14,8 +14,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lobcq_fx.errors import TraceError
-from lobcq_fx.frontends.output_types import CACHE_NAME
+from lobcq_fx.frontends.output_types import CACHE_NAME, CACHE_PARAMS
 from lobcq_fx.frontends.plain_outputs import FORM, plain_outputs
+from lobcq_fx.frontends.recurrent_states import KNOWN, LayerStates
 
 # Every size is different and at least 2: export bakes dimensions of 0 or 1 in and may identify equal ones.
 BATCH, PAST, QUERY, KEPT, CACHE = 2, 5, 3, 2, 11
@@ -24,7 +25,8 @@ STATES = re.compile(r"^(?!use_|output_).*(cache|mems|state)")
 """Arguments that carry something from call to call."""
 
 CACHE_REMEDY = (
-    "Supported are models that cache plain keys and values [B, H, T, D] in every layer. Remedy: wrap it in a"
+    "Supported are models that cache plain keys and values [B, H, T, D], or states of convolutions and linear attention"
+    " in the DynamicCache of transformers 5.23 or later. Remedy: wrap it in a"
     " torch.nn.Module that calls it with use_cache=False and returns the logits, and quantize that with example_inputs;"
     " or quantize its feed-forward blocks one by one"
 )
@@ -37,21 +39,49 @@ def continuation(model: PreTrainedModel) -> tuple[dict[str, Any], Any]:
     then serves prompts of any length.
 
     Raises:
-        TraceError: the model keeps a cache other than keys and values.
+        TraceError: the model keeps a cache of another kind.
     """
     check_cache_layers(model)
-    cache = DynamicCache()
+    cache = new_cache(model)
     ids, mask = padded_prompt(model)
     prompt = {"input_ids": ids, "attention_mask": mask[:, :PAST], "past_key_values": cache}
     output = model(**as_named_by(model, prompt), use_cache=True, return_dict=True)
     _check_cache(model, output)
-    inputs: dict[str, Any] = {"input_ids": ids[:, :QUERY], "attention_mask": mask}
+    inputs: dict[str, Any] = {"input_ids": ids[:, :QUERY], "attention_mask": mask_of_step(model, mask, PAST)}
     if takes(model, "position_ids"):
         inputs["position_ids"] = counted(mask)[:, -QUERY:]
     if takes(model, "logits_to_keep"):
         inputs["logits_to_keep"] = torch.arange(QUERY - KEPT, QUERY, dtype=torch.long, device=model.device)
     inputs["past_key_values"] = cache
     return inputs, output
+
+
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty cache with the layers that the model fills, those with a window whole."""
+    if not has_states(model):
+        return DynamicCache()
+    cache = DynamicCache(config=model.config)
+    cache.layers = [DynamicLayer() if type(one) is DynamicSlidingWindowLayer else one for one in cache.layers]
+    return cache
+
+
+def has_states(model: PreTrainedModel) -> bool:
+    """Whether any layer of the model's cache is more than keys and values."""
+    return any(type(one) not in (DynamicLayer, DynamicSlidingWindowLayer) for one in _own_layers(model))
+
+
+def attends(model: PreTrainedModel) -> bool:
+    """Whether any layer of the model keeps keys and values."""
+    return any(isinstance(one, DynamicLayer) for one in _own_layers(model))
+
+
+def mask_of_step(model: PreTrainedModel, mask: Tensor, past: int) -> Tensor:
+    """Of a mask [B, P + T] what a call of the T tokens after P takes: models without attention know of theirs alone."""
+    return mask if attends(model) else mask[:, past:].contiguous()
+
+
+def _own_layers(model: PreTrainedModel) -> list[Any]:
+    return list(DynamicCache(config=model.config).layers)
 
 
 def padded_prompt(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
@@ -96,25 +126,30 @@ def has_shifted_loss(model: PreTrainedModel, vocab_size: int) -> bool:
 
 
 def check_cache_layers(model: PreTrainedModel) -> None:
-    """That the model's own cache is one of keys and values.
+    """That the model's own cache is one of keys and values, or of states that are understood.
 
     Raises:
         TraceError: names what it keeps instead.
     """
     name, accepted = type(model).__name__, inspect.signature(model.forward).parameters
-    states = [argument for argument in accepted if STATES.search(argument) and argument != CACHE_NAME]
+    known = {CACHE_NAME, "past_key_values", CACHE_PARAMS}
+    states = [argument for argument in accepted if STATES.search(argument) and argument not in known]
     passed_on = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in accepted.values()) and not states
-    if not {"past_key_values", CACHE_NAME} & accepted.keys() and not passed_on:
+    if not known & accepted.keys() and not passed_on:
         raise TraceError(f"{name} takes no past_key_values, but {', '.join(states) or 'no cache'}. {CACHE_REMEDY}")
-    for layer in DynamicCache(config=model.config).layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            kind = type(layer).__name__
-            raise TraceError(f"{name} keeps a {kind} in its cache (a recurrent or hybrid model?). {CACHE_REMEDY}")
+    for layer in _own_layers(model):
+        if type(layer) not in KNOWN:
+            raise TraceError(f"{name} keeps a {type(layer).__name__} in its cache. {CACHE_REMEDY}")
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the model calls its cache."""
+    return next((name for name in (CACHE_NAME, CACHE_PARAMS) if takes(model, name)), "past_key_values")
 
 
 def as_named_by(model: PreTrainedModel, call: Mapping[str, Any]) -> dict[str, Any]:
     """A call with the cache under the name that the model has for it."""
-    name = CACHE_NAME if takes(model, CACHE_NAME) else "past_key_values"
+    name = cache_argument(model)
     return {name if argument == "past_key_values" else argument: value for argument, value in call.items()}
 
 
@@ -124,7 +159,10 @@ def takes(model: PreTrainedModel, argument: str) -> bool:
 
 
 def _check_cache(model: PreTrainedModel, output: Any) -> None:
-    layers = getattr(getattr(output, CACHE_NAME, None), "layers", None)
-    if not layers or any(getattr(layer, "keys", None) is None or layer.keys.dim() != 4 for layer in layers):
-        name = type(model).__name__
-        raise TraceError(f"{name} does not cache plain keys and values (a recurrent or hybrid model?). {CACHE_REMEDY}")
+    layers = getattr(getattr(output, cache_argument(model), None), "layers", None)
+    try:
+        kept = [LayerStates.of(layer) for layer in layers or ()]
+    except TraceError as error:
+        raise TraceError(f"{type(model).__name__}: {error}. {CACHE_REMEDY}") from None
+    if not any(one.attends or one.fixed for one in kept):
+        raise TraceError(f"{type(model).__name__} leaves nothing in its cache. {CACHE_REMEDY}")

@@ -38,6 +38,15 @@ HARMLESS: Mapping[str, frozenset[str]] = {
     "Gemma3ForConditionalGeneration": frozenset({PREPARE}),
     "Gemma4ForConditionalGeneration": frozenset({PREPARE}),
     "Gemma4UnifiedForConditionalGeneration": frozenset({PREPARE}),
+    # Drop the mask of steps, of which the graph takes the last tokens alone.
+    "MambaForCausalLM": frozenset({PREPARE}),
+    "Mamba2ForCausalLM": frozenset({PREPARE}),
+    "FalconMambaForCausalLM": frozenset({PREPARE}),
+    # Ask for as many last logits as the configuration says, of which generation reads the last.
+    "BambaForCausalLM": frozenset({PREPARE}),
+    "FalconH1ForCausalLM": frozenset({PREPARE}),
+    "NemotronHForCausalLM": frozenset({PREPARE}),
+    "Zamba2ForCausalLM": frozenset({PREPARE}),
 }
 """Methods that change nothing of the calls that a quantized model serves, each found out by reading it."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from types import ModuleType
 
 from transformers import modeling_outputs
@@ -21,8 +21,24 @@ HOMES = re.compile(r"transformers\.modeling_outputs|transformers\.models\.[a-z0-
 CACHE_NAME = "cache" if "cache" in modeling_outputs.CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """What transformers calls the cache in the models' arguments and outputs: `cache` from 5.24 on."""
 
-RETURNED = frozenset({"loss", "logits", CACHE_NAME})
-"""What a quantized causal language model returns."""
+CACHE_PARAMS = "cache_params"
+"""What models without attention call it."""
+
+RETURNED = frozenset({"loss", "logits", CACHE_NAME, CACHE_PARAMS})
+"""What a quantized causal language model returns; of the two names of a cache one."""
+
+
+def cache_field(kind: type[ModelOutput]) -> str:
+    """The field that an output class of a causal language model has for its cache.
+
+    Raises:
+        ValueError: it has none, or none for a loss or logits.
+    """
+    names = kind.__dataclass_fields__.keys()
+    found = next((name for name in (CACHE_NAME, CACHE_PARAMS) if name in names), None)
+    if found is None or not {"loss", "logits"} <= names:
+        raise ValueError(f"{kind.__name__} has no field for a loss, logits or a cache")
+    return found
 
 
 def output_type(name: str) -> type[ModelOutput]:
@@ -52,8 +68,12 @@ def causal_lm_output_name(model: str, output: object) -> str:
     remedy = "Remedy: wrap it in a torch.nn.Module that returns what you need, and quantize that with example_inputs"
     home = "" if kind.__module__ == COMMON else f"{kind.__module__}."
     name = f"{home}{kind.__name__}"
-    if not isinstance(output, ModelOutput) or RETURNED - {field.name for field in fields(output)}:
-        raise TraceError(f"{model} returns a {name}, not logits and a cache by name. {remedy}")
+    try:
+        if not isinstance(output, ModelOutput):
+            raise ValueError
+        cache_field(kind)
+    except ValueError:
+        raise TraceError(f"{model} returns a {name}, not logits and a cache by name. {remedy}") from None
     extra = [key for key in output if key not in RETURNED]
     if extra:
         raise TraceError(f"{model} returns {', '.join(extra)} besides logits and cache, which would be lost. {remedy}")

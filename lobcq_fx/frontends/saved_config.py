@@ -32,10 +32,19 @@ def config_of(saved: Checkpoint, directory: Path) -> Any:
     """
     settings = saved.config or {}
     try:
-        return AutoConfig.for_model(**settings)
+        return AutoConfig.for_model(**_floats(settings))
     except (KeyError, TypeError, ValueError) as error:
         name = settings.get("model_type")
         raise CheckpointError(
             f"{directory}/config.json names the model type {name!r}, which transformers does not know here: {error}."
             " Remedy: register its configuration class first, AutoConfig.register(...), or quantize a plain module"
         ) from None
+
+
+def _floats(value: Any) -> Any:
+    """Settings with infinity and NaN, for which JSON has no numbers, as transformers writes them put back."""
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    if isinstance(value, dict):
+        return {name: _floats(one) for name, one in value.items()}
+    return [_floats(one) for one in value] if isinstance(value, list) else value

@@ -150,7 +150,7 @@ class StaticCacheCall(CallingConvention):
 
 def is_static(cache: Any) -> bool:
     """Whether a cache has memory of a fixed size, so that the graph for such caches serves it, or refuses it."""
-    return isinstance(cache, Cache) and len(cache.layers) > 0 and isinstance(cache.layers[0], StaticLayer)
+    return isinstance(cache, Cache) and any(isinstance(layer, StaticLayer) for layer in cache.layers)
 
 
 def static_cache(config: Any, causal: CausalLMCall, max_cache_len: int) -> StaticCache:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,17 +19,19 @@ from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.utils import logging
 
-from lobcq_fx.errors import TraceError
+from lobcq_fx.errors import CallError, TraceError
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.float_causal_lm import (
     BATCH,
     CACHE,
+    CACHE_REMEDY,
     PAST,
     QUERY,
     as_named_by,
     check_cache_layers,
     continuation,
     has_shifted_loss,
+    has_states,
     positions_from_mask,
 )
 from lobcq_fx.frontends.generation_overrides import check_overrides
@@ -37,7 +39,10 @@ from lobcq_fx.frontends.graph_check import default_positions_hold
 from lobcq_fx.frontends.in_place_cache import InPlaceCache
 from lobcq_fx.frontends.output_types import causal_lm_output_name
 from lobcq_fx.frontends.plain_outputs import plain_outputs
+from lobcq_fx.frontends.recurrent_call import RecurrentCall
+from lobcq_fx.frontends.recurrent_states import FixedState, LayerStates
 from lobcq_fx.frontends.static_cache_call import StaticCacheCall
+from lobcq_fx.frontends.traced_states import ReplacedStates, ReplacedStatesAndKeys, scans_as_operators
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.tracing.assumptions import SizeDecisions
 from lobcq_fx.tracing.calling import bind_arguments
@@ -56,6 +61,9 @@ from lobcq_fx.tracing.trace import (
 TRUSTED = "transformers"
 """Its attention asks whether there is one token, to take another kernel for the same result."""
 
+ROWS, ANY_LENGTHS = 3, ((0, 1), (0, 2), (0, 4097), (700, 1), (700, 300))
+"""Calls that every graph with states serves: their batch, tokens before them and tokens."""
+
 TOKEN_DEFAULTS = {"attention_mask": 1, "token_type_ids": 0}
 """What encoders take for arguments of the shape of input_ids that a call leaves out."""
 
@@ -69,12 +77,12 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
     """One graph that serves prefill (empty cache), continuation and single-token decode.
 
     Inputs: input_ids [B, T], attention_mask [B, P + T], position_ids [B, T] and logits_to_keep [L] where the model
-    takes them, then key and value [B, H, P, D] of each layer. Outputs: logits [B, L or T, V], then the grown keys and
-    values [B, H, P + T, D].
+    takes them, then key and value [B, H, P, D] of each layer that attends. Outputs: logits [B, L or T, V], then the
+    grown keys and values [B, H, P + T, D]. Of a recurrent or hybrid model both end with the states of a fixed size;
+    where nothing attends, the mask is [B, T].
 
     Raises:
-        TraceError: the model cannot be captured, keeps a cache other than keys and values, or generates in a way of its
-            own.
+        TraceError: the model cannot be captured, keeps a cache of another kind, or generates in a way of its own.
     """
     vocab_size = model.config.get_text_config().vocab_size
     with tracing(model), torch.no_grad(), SizeDecisions(TRUSTED) as decisions:
@@ -84,24 +92,97 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
         with plain_outputs(model):
             inputs, output = continuation(model)
             output_type = causal_lm_output_name(type(model).__name__, output)
-            graph_module = plain_graph_module(_export(model, inputs, _causal_lm_dynamic_shapes(inputs)))
-            drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
             layers = inputs["past_key_values"].layers
+            kept = [LayerStates.of(layer) for layer in layers]
+            attending = [layer for layer, of in zip(layers, kept, strict=True) if of.attends]
+            graph_module = _causal_lm_graph(model, inputs, kept)
             names = tuple(name for name in inputs if name != "past_key_values")
-            calling = CausalLMCall(
-                inputs=names,
-                cache_heads=tuple(
-                    (layer.keys.shape[1], *(s.shape[3] for s in (layer.keys, layer.values))) for layer in layers
+            settings: dict[str, Any] = {
+                "inputs": names,
+                "cache_heads": tuple(
+                    (layer.keys.shape[1], *(s.shape[3] for s in (layer.keys, layer.values))) for layer in attending
                 ),
-                cache_dtype=str(layers[0].keys.dtype).removeprefix("torch."),
-                positions_from_mask=positions_from_mask(model),
-                vocab_size=vocab_size,
-                output_type=output_type,
-                shifted_loss=shifted_loss,
-                guards=_guards(decisions, graph_module, names),
-            )
+                "cache_dtype": str(attending[0].keys.dtype if attending else model.dtype).removeprefix("torch."),
+                "positions_from_mask": positions_from_mask(model),
+                "vocab_size": vocab_size,
+                "output_type": output_type,
+                "shifted_loss": shifted_loss,
+                "guards": _guards(decisions, graph_module, (*names, *(["a key"] if attending else []))),
+            }
+            calling = CausalLMCall(**settings)
+            if has_states(model):
+                calling = RecurrentCall(**settings, layers=tuple(kept))
+                _check_any_length(model, calling)
             traced = TracedModel(graph_module, calling)
             return replace(traced, calling=replace(calling, default_positions=default_positions_hold(model, traced)))
+
+
+def _causal_lm_graph(model: PreTrainedModel, inputs: dict[str, Any], kept: Sequence[LayerStates]) -> fx.GraphModule:
+    """The graph of a continuation, whose cache has layers that keep what `kept` says."""
+    if not has_states(model):
+        graph_module = plain_graph_module(_export(model, inputs, _causal_lm_dynamic_shapes(inputs)))
+        drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
+        return graph_module
+    cache = inputs["past_key_values"]
+    pairs = list(zip(kept, cache.layers, strict=True))
+    cache.layers = [
+        of.layer(
+            getattr(layer, "keys", None), getattr(layer, "values", None), iter(of.tensors_of(layer)),
+            ReplacedStates, ReplacedStatesAndKeys,
+        )
+        for of, layer in pairs
+    ]  # fmt: skip
+    shapes = _causal_lm_dynamic_shapes(inputs)
+    shapes["past_key_values"] = [
+        {0: Dim.AUTO, 2: Dim.AUTO} if grows else {0: Dim.AUTO} for of in kept for grows in _growing(of)
+    ]
+    with scans_as_operators(model):
+        graph_module = plain_graph_module(_export(model, inputs, shapes))
+    drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
+    _keys_first(graph_module, kept)
+    _check_recurrent(graph_module, [state for of in kept for state in of.fixed])
+    return graph_module
+
+
+def _check_any_length(model: PreTrainedModel, calling: RecurrentCall) -> None:
+    """That no loop over tokens, or over chunks of them, is in the graph with as many rounds as the example had.
+
+    Raises:
+        TraceError: one is, so that the graph would serve calls of some lengths alone.
+    """
+    heads, width, _ = calling.cache_heads[0] if calling.attends else (1, 1, 1)
+    for past, query in ANY_LENGTHS:
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(calling.inputs, (ROWS, query))
+        shapes |= {"attention_mask": (ROWS, past * calling.attends + query), "logits_to_keep": (1,)}
+        sizes = [*(shapes[name] for name in calling.inputs), (ROWS, heads, past, width)]
+        try:
+            calling.guards.check([torch.empty(s, dtype=torch.uint8, device="meta") for s in sizes], calling.name_of)
+        except CallError as error:
+            reason = str(error).partition(", and for others")[0]
+            raise TraceError(f"{type(model).__name__} scans in a loop of its own: {reason}. {CACHE_REMEDY}") from None
+
+
+def _growing(kept: LayerStates) -> list[bool]:
+    """For each tensor of a layer, in the order of its attributes, whether it grows with the tokens."""
+    return [True] * (2 * kept.attends) + [False] * len(kept.fixed)
+
+
+def _keys_first(graph_module: fx.GraphModule, kept: Sequence[LayerStates]) -> None:
+    """Put the keys and values of all layers before their states of a fixed size, among inputs and outputs."""
+    grows = [one for of in kept for one in _growing(of)]
+    order = sorted(range(len(grows)), key=lambda place: not grows[place])
+    graph = graph_module.graph
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    states = placeholders[len(placeholders) - len(grows) :]
+    last = placeholders[len(placeholders) - len(grows) - 1]
+    for place in order:
+        last.append(states[place])
+        last = states[place]
+    output = graph.output_node()
+    results: Sequence[Any] = output.args[0]  # type: ignore[assignment]
+    assert len(results) == 1 + len(grows), "an output for each state"
+    output.args = ((results[0], *(results[1 + place] for place in order)),)
+    graph_module.recompile()
 
 
 def trace_static_cache(model: PreTrainedModel, causal: CausalLMCall) -> TracedModel:
@@ -128,8 +209,10 @@ def trace_static_cache(model: PreTrainedModel, causal: CausalLMCall) -> TracedMo
         output = graph_module.graph.output_node()
         output.args = ((output.args[0][0],),)  # type: ignore[index]  # the cache it returns is the one that came in
         EliminateDeadCode()(graph_module)
-        _check_sizes(graph_module)
-    return TracedModel(graph_module, StaticCacheCall(causal, _guards(decisions, graph_module, causal.inputs)))
+        _check_sizes(graph_module.graph.find_nodes(op="placeholder"))
+    return TracedModel(
+        graph_module, StaticCacheCall(causal, _guards(decisions, graph_module, (*causal.inputs, "a key")))
+    )
 
 
 def trace_pretrained(
@@ -186,8 +269,8 @@ def _export(model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict
 
 
 def _guards(decisions: SizeDecisions, graph_module: fx.GraphModule, names: tuple[str, ...]) -> SizeGuards:
-    """Of the inputs before the cache and the first tensor of it, which stands for all: they share their sizes."""
-    return decisions.guards(graph_module).among(len(names) + 1)
+    """Of the first inputs: those before the cache, and of it the first key, which stands for all: they share sizes."""
+    return decisions.guards(graph_module).among(len(names))
 
 
 def _causal_lm_dynamic_shapes(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,13 +295,28 @@ def _in_place(cache: DynamicCache, device: torch.device) -> InPlaceCache:
     return InPlaceCache(layers, _positions(PAST, PAST + QUERY, device))
 
 
-def _check_sizes(graph_module: fx.GraphModule) -> None:
+def _check_sizes(placeholders: Iterable[fx.Node]) -> None:
     """A graph gives wrong results, not errors, for sizes that tracing fixed: only heads and widths may be."""
-    for node in graph_module.graph.find_nodes(op="placeholder"):
+    for node in placeholders:
         shape = [fixed_size(size) for size in node.meta["val"].shape]
         free = shape[::2] if len(shape) == 4 else shape
         if any(size is not None for size in free):
             raise TraceError(f"tracing fixed a size of {node.name}, which has the shape {shape}")
+
+
+def _check_recurrent(graph_module: fx.GraphModule, fixed: Sequence[FixedState]) -> None:
+    """The same of a graph that ends with states of a fixed size, whose batch is free; and note what dtypes they have.
+
+    The exporter casts examples to the model's dtype, which is not that of every state.
+    """
+    placeholders = list(graph_module.graph.find_nodes(op="placeholder"))
+    before, states = placeholders[: len(placeholders) - len(fixed)], placeholders[len(placeholders) - len(fixed) :]
+    _check_sizes(before)
+    for node, state in zip(states, fixed, strict=True):
+        value = node.meta["val"]
+        if fixed_size(value.shape[0]) is not None or tuple(value.shape[1:]) != state.shape:
+            raise TraceError(f"tracing fixed a size of {node.name}, which has the shape {list(value.shape)}")
+        node.meta["val"] = value.to(getattr(torch, state.dtype))
 
 
 def made_up_inputs(model: PreTrainedModel) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 import lobcq_fx.ops.fused
 import lobcq_fx.ops.linear_prepacked  # noqa: F401  (its schemas and fake kernels: only devices implement it)
 from lobcq_fx.ops.attention import attention
+from lobcq_fx.ops.chunk_scan import chunk_scan
 from lobcq_fx.ops.compensate import compensate
 from lobcq_fx.ops.dequantize_weight import dequantize_weight
+from lobcq_fx.ops.gated_delta_rule import gated_delta_rule
 from lobcq_fx.ops.grouped_linear import (
     grouped_linear,
     grouped_linear_float_activation,
@@ -15,13 +17,16 @@ from lobcq_fx.ops.quantize_activation import quantize_activation
 from lobcq_fx.ops.quantize_activation_int8 import quantize_activation_int8
 from lobcq_fx.ops.quantize_weight import quantize_weight, quantize_weight_searched
 from lobcq_fx.ops.rotate import rotate
+from lobcq_fx.ops.selective_scan import selective_scan
 from lobcq_fx.ops.states import dequantize_states, quantize_states
 
 __all__ = [
     "attention",
+    "chunk_scan",
     "compensate",
     "dequantize_states",
     "dequantize_weight",
+    "gated_delta_rule",
     "grouped_linear",
     "grouped_linear_float_activation",
     "grouped_linear_int8_activation",
@@ -34,4 +39,5 @@ __all__ = [
     "quantize_weight",
     "quantize_weight_searched",
     "rotate",
+    "selective_scan",
 ]

@@ -23,7 +23,8 @@ INT32, INT64 = (torch.int32,), (torch.int64,)
 class Operand:
     """One row of the table.
 
-    shape: sizes, or names of sizes; `...` stands for the activation's leading dimensions.
+    shape: sizes, or names of sizes, `x.0` that of x's first dimension; `...` stands for the activation's leading
+        dimensions.
     like: the argument whose dtype the operand has; in place of `dtypes`.
     contiguous: whether kernels are given its address alone, not its strides.
     or_empty: in a list, [0] in any of the float dtypes stands for none.
@@ -105,6 +106,30 @@ OPERANDS: dict[str, tuple[Operand, ...]] = {
         Operand("values", UINT8, ("batch", "tokens", "value_row_bytes")),
         _CODEBOOKS,
         Operand("mask", (torch.bool, *FLOATS), ("batch or 1", "query_heads or 1", "queries or 1", "tokens or 1")),
+    ),
+    schemas.SELECTIVE_SCAN: (
+        Operand("x", FLOAT32, ("B", "H", "T")),
+        Operand("dt", FLOAT32, ("x.0", "x.1", "x.2")),
+        Operand("A", FLOAT32, ("x.1", "S")),
+        Operand("B", FLOAT32, ("x.0", "x.2", "A.1")),
+        Operand("C", FLOAT32, ("x.0", "x.2", "A.1")),
+        Operand("state", FLOAT32, ("x.0", "x.1", "A.1")),
+    ),
+    schemas.CHUNK_SCAN: (
+        Operand("x", FLOAT32, ("B", "T", "H", "D")),
+        Operand("dt", FLOAT32, ("x.0", "x.1", "x.2")),
+        Operand("A", FLOAT32, ("x.2",)),
+        Operand("B", FLOAT32, ("x.0", "x.1", "P", "S")),
+        Operand("C", FLOAT32, ("x.0", "x.1", "B.2", "B.3")),
+        Operand("state", FLOAT32, ("x.0", "x.2", "x.3", "B.3")),
+    ),
+    schemas.GATED_DELTA_RULE: (
+        Operand("query", FLOAT32, ("B", "H", "T", "D")),
+        Operand("key", FLOAT32, ("query.0", "query.1", "query.2", "query.3")),
+        Operand("value", FLOAT32, ("query.0", "query.1", "query.2", "S")),
+        Operand("decay", FLOAT32, ("query.0", "query.1", "query.2")),
+        Operand("beta", FLOAT32, ("query.0", "query.1", "query.2")),
+        Operand("state", FLOAT32, ("query.0", "query.1", "query.3", "value.3")),
     ),
     schemas.LINEAR: (
         Operand("codes", UINT8, (..., "code_bytes")),

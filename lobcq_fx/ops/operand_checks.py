@@ -141,6 +141,10 @@ class _Sizes:
 
     def size(self, name: str, tensor: Tensor, index: int) -> int | None:
         """One size of an operand."""
+        if "." in name:
+            other, _, dimension = name.partition(".")
+            known: int = self.given[other].shape[int(dimension)]
+            return known
         match name:
             case "K":
                 return self.columns

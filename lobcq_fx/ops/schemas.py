@@ -9,6 +9,9 @@ decode it; an activation in int8 as three (entries, scales, tensor_scale). Activ
 
 The prepacked ops read weights in the layout of one device's kernels. Where a device has such kernels, `Prepack` puts
 these ops in the place of the others in the graph that runs; a saved graph never holds them.
+
+The scans are recurrences of models with states, which no graph of one length could hold as loops. They start from a
+state and return the one after; a state of zeros is that of no tokens.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ COMPENSATE = "lobcq::compensate"
 QUANTIZE_STATES = "lobcq::quantize_states"
 DEQUANTIZE_STATES = "lobcq::dequantize_states"
 ATTENTION = "lobcq::attention"
+SELECTIVE_SCAN = "lobcq::selective_scan"
+CHUNK_SCAN = "lobcq::chunk_scan"
+GATED_DELTA_RULE = "lobcq::gated_delta_rule"
 LINEAR = "lobcq::linear"
 LINEAR_FLOAT_ACTIVATION = "lobcq::linear.float_activation"
 LINEAR_INT8_ACTIVATION = "lobcq::linear.int8_activation"
@@ -79,6 +85,19 @@ torch.library.define(
     ATTENTION,
     "(Tensor query, Tensor keys, Tensor values, Tensor codebooks, Tensor? mask, int heads, int value_width,"
     " int key_array_size, int value_array_size, float scale, bool in_int8=False) -> Tensor",
+)
+torch.library.define(
+    SELECTIVE_SCAN, "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor state) -> (Tensor y, Tensor new_state)"
+)
+torch.library.define(
+    CHUNK_SCAN,
+    "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor state, float dt_min, float dt_max, int chunk_size)"
+    " -> (Tensor y, Tensor new_state)",
+)
+torch.library.define(
+    GATED_DELTA_RULE,
+    "(Tensor query, Tensor key, Tensor value, Tensor decay, Tensor beta, Tensor state, int chunk_size)"
+    " -> (Tensor out, Tensor new_state)",
 )
 torch.library.define(
     LINEAR,
@@ -161,6 +180,7 @@ _ON_STORED = (
     QUANTIZE_ACTIVATION, QUANTIZE_ACTIVATION_INT8, ROTATE, QUANTIZE_WEIGHT, QUANTIZE_WEIGHT_SEARCHED,
     DEQUANTIZE_WEIGHT, COMPENSATE, DEQUANTIZE_STATES, LINEAR, LINEAR_INT8_ACTIVATION, LINEAR_FLOAT_ACTIVATION,
     GROUPED_LINEAR, GROUPED_LINEAR_FLOAT_ACTIVATION, GROUPED_LINEAR_INT8_ACTIVATION,
+    SELECTIVE_SCAN, CHUNK_SCAN, GATED_DELTA_RULE,
 )  # fmt: skip
 for _name in _ON_STORED:
     torch.library.register_autograd(_name, _refuse_backward)

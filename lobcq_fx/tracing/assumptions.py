@@ -57,7 +57,7 @@ Tree = Any
 
 
 class SizeDecisions:
-    """A context in which a model is traced, to record which way it goes wherever it looks at a size.
+    """A context in which a model is traced, to record which way it goes, or how often, wherever it looks at a size.
 
     trusted: a package whose code is known to mean the same for a size of 1 as for others, although it asks; of the rest
         of such a trace only its decisions count, since operators take sizes to be at least 2 in it.
@@ -69,6 +69,7 @@ class SizeDecisions:
 
     def __enter__(self) -> SizeDecisions:
         self._bool, self._expect = torch.SymBool.__bool__, sym_node.SymNode.expect_true
+        self._int = sym_node.SymNode.int_
         decisions = self
 
         def __bool__(value: torch.SymBool) -> bool:  # noqa: N807
@@ -81,13 +82,21 @@ class SizeDecisions:
             decisions._record(node, answer, sys._getframe(1))
             return answer
 
+        def int_(node: sym_node.SymNode) -> int:
+            expression, answer = node.expr, decisions._int(node)
+            if expression.free_symbols and not _in_operator(sys._getframe(1)):
+                decisions._made[sympy.Eq(expression, answer), True] = None
+            return answer
+
         torch.SymBool.__bool__ = __bool__  # type: ignore[method-assign]
         sym_node.SymNode.expect_true = expect_true  # type: ignore[assignment, method-assign]
+        sym_node.SymNode.int_ = int_  # type: ignore[assignment, method-assign]
         return self
 
     def __exit__(self, *_: object) -> None:
         torch.SymBool.__bool__ = self._bool  # type: ignore[method-assign]
         sym_node.SymNode.expect_true = self._expect  # type: ignore[method-assign]
+        sym_node.SymNode.int_ = self._int  # type: ignore[method-assign]
 
     def _record(self, node: Any, answer: bool, frame: FrameType) -> None:
         expression = node.expr

@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
+from transformers.cache_utils import DynamicLayer
 
 import lobcq_fx
 from lobcq_fx.errors import CallError, TraceError
+from lobcq_fx.frontends import float_causal_lm, transformers_trace
 from lobcq_fx.frontends.transformers_trace import trace_causal_lm
 from tests.families import LLAMA, TOKENS, trace_main
 from tests.frontends.test_output_settings import IDS, call
+from tests.more_families import FAMILIES
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, **TOKENS}
-HYBRIDS = {
-    "LinearAttention": lambda: transformers.Qwen3NextForCausalLM(
-        transformers.Qwen3NextConfig(
-            **{**LLAMA, "hidden_size": 64, "head_dim": 16}, num_experts=4, num_experts_per_tok=2,
-            moe_intermediate_size=32, shared_expert_intermediate_size=32, linear_num_key_heads=2,
-            linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
-            layer_types=["linear_attention", "full_attention"],
-        )
-    ),
-    "keeps a LinearAttentionLayer": lambda: transformers.Lfm2ForCausalLM(
+
+
+def lfm2():
+    return transformers.Lfm2ForCausalLM(
         transformers.Lfm2Config(**SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"])
-    ),
-    "takes no past_key_values, but cache_params": lambda: transformers.MambaForCausalLM(
-        transformers.MambaConfig(hidden_size=64, num_hidden_layers=1, state_size=4, **TOKENS)
-    ),
-    "takes no past_key_values, but mems": lambda: transformers.XLNetLMHeadModel(
+    )
+
+
+def test_a_cache_of_another_kind_is_named_before_anything_is_traced():
+    model = transformers.XLNetLMHeadModel(
         transformers.XLNetConfig(d_model=64, n_layer=1, n_head=4, d_inner=96, **TOKENS)
-    ),
-}  # fmt: skip
+    )
+    message = "takes no past_key_values, but mems.*Supported are models that cache plain keys and values.*Remedy"
+    with pytest.raises(TraceError, match=message):
+        lobcq_fx.quantize(model)
 
 
-@pytest.mark.parametrize("message", HYBRIDS)
-def test_a_cache_of_another_kind_is_named_before_anything_is_traced(message):
-    with pytest.raises(TraceError, match=rf"{message}.*Supported are models that cache plain keys and values.*Remedy"):
-        lobcq_fx.quantize(HYBRIDS[message]())
+def test_a_layer_that_is_not_understood_is_named(monkeypatch):
+    monkeypatch.setattr(float_causal_lm, "KNOWN", (DynamicLayer,))
+    with pytest.raises(TraceError, match=r"Lfm2ForCausalLM keeps a LinearAttentionLayer in its cache\. Supported"):
+        lobcq_fx.quantize(lfm2())
+
+
+def test_a_scan_that_the_graph_holds_as_a_loop_is_refused(monkeypatch):
+    """As of a family whose scan is none that is known: the graph has as many chunks as the example."""
+    monkeypatch.setattr(transformers_trace, "scans_as_operators", lambda model: nullcontext())
+    model = FAMILIES["mamba2"].model()
+    with pytest.raises(TraceError, match="Mamba2ForCausalLM scans in a loop of its own: argument input_ids has size"):
+        lobcq_fx.quantize(model)
 
 
 class Logits(torch.nn.Module):
@@ -52,7 +61,7 @@ class Logits(torch.nn.Module):
 @torch.no_grad()
 def test_the_remedy_for_other_caches_works():
     torch.manual_seed(0)
-    model = HYBRIDS["keeps a LinearAttentionLayer"]().eval()
+    model = lfm2().eval()
     traced = trace_main(Logits(model), {"input_ids": IDS})
     longer = torch.arange(3, 36).view(3, 11)
     torch.testing.assert_close(call(traced, longer), model(longer).logits)

@@ -28,6 +28,13 @@ ACCEPTED = {
     ("gemma3", "Gemma3ForConditionalGeneration", PREPARE),
     ("gemma4", "Gemma4ForConditionalGeneration", PREPARE),
     ("gemma4_unified", "Gemma4UnifiedForConditionalGeneration", PREPARE),
+    ("mamba", "MambaForCausalLM", PREPARE),
+    ("mamba2", "Mamba2ForCausalLM", PREPARE),
+    ("falcon_mamba", "FalconMambaForCausalLM", PREPARE),
+    ("bamba", "BambaForCausalLM", PREPARE),
+    ("falcon_h1", "FalconH1ForCausalLM", PREPARE),
+    ("nemotron_h", "NemotronHForCausalLM", PREPARE),
+    ("zamba2", "Zamba2ForCausalLM", PREPARE),
 }
 
 

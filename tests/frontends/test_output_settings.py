@@ -159,5 +159,7 @@ def test_no_module_is_imported_that_defines_no_model():
 
 def test_an_output_class_without_a_cache_is_no_language_model_s():
     calling = quantized_causal_lm("llama")[1].calling.to_dict()
-    with pytest.raises(ValueError, match="'BaseModelOutput', which has no field for a loss, logits or a cache"):
+    with pytest.raises(
+        ValueError, match="'BaseModelOutput': BaseModelOutput has no field for a loss, logits or a cache"
+    ):
         CausalLMCall.from_dict({**calling, "output_type": "BaseModelOutput"})

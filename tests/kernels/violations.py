@@ -129,6 +129,14 @@ UNNAMED = {"codebooks", "w_codebooks", "w_codes", "in_features", "out_features",
 """Where these are wrong, whatever else depends on them may be what is named."""
 
 
+SCANS = (schemas.SELECTIVE_SCAN, schemas.CHUNK_SCAN, schemas.GATED_DELTA_RULE)
+
+
+def _size_of(size: str, sizes: dict[str, int], values: dict[str, Any]) -> int:
+    other, _, dimension = size.partition(".")
+    return int(values[other].shape[int(dimension)]) if dimension else sizes[size]
+
+
 def assert_refused(op: str, given: Arguments, run: Callable[..., object], errors: Sequence[type[Exception]]) -> None:
     """Each broken call of an op is refused by one of the errors, which names the argument."""
     first, accepted = OPERANDS[op][0].name, []
@@ -193,6 +201,12 @@ def stored_call(op: str, device: torch.device) -> dict[str, Any]:
         values |= {"query": query, "keys": keys, "values": rows, "heads": 2, "value_width": 40, "scale": 0.3}
         values |= {"in_int8": False}
         values |= {"mask": torch.ones(3, 1, 3, 3, device=device) > 0, "key_array_size": 32, "value_array_size": 32}
+    if op in SCANS:
+        sizes = {"B": 2, "H": 4, "T": 7, "D": 3, "P": 2, "S": 5}
+        for operand in OPERANDS[op]:
+            shape = [_size_of(str(size), sizes, values) for size in operand.shape]
+            values[operand.name] = torch.rand(shape, generator=generator).to(device)
+        values |= {"dt_min": 0.1, "dt_max": float("inf"), "chunk_size": 4}
     if op in (schemas.LINEAR_INT8_ACTIVATION, schemas.GROUPED_LINEAR_INT8_ACTIVATION):
         in_int8 = encode_int8(x, spec.array_size)
         values |= {"entries": in_int8.entries, "scales": in_int8.scales}

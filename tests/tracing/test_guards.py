@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.export import Dim
 from torch.nn import functional
 
 import lobcq_fx
 from lobcq_fx.errors import CallError, CheckpointError
+from lobcq_fx.tracing.assumptions import SizeDecisions
 from lobcq_fx.tracing.calling import ModuleCall
 from lobcq_fx.tracing.guards import SizeGuards, describe
-from lobcq_fx.tracing.trace import trace_module
+from lobcq_fx.tracing.sizes import size_oblivious
+from lobcq_fx.tracing.trace import plain_graph_module, trace_module
 from tests.families import quantized_causal_lm
 from tests.passes.graphs import linear, values
 from tests.storage.reindex import reindex
@@ -349,3 +352,24 @@ def test_a_graph_without_one_of_its_inputs_keeps_what_is_about_the_others():
     about = ["==", ["size", 0, 1], 4], [">=", ["size", 1, 0], 2], ["==", ["size", 2, 0], ["+", ["size", 0, 0], 1]]
     kept = SizeGuards(about).without(1)
     assert kept.conditions == (["==", ["size", 0, 1], 4], ["==", ["size", 1, 0], ["+", ["size", 0, 0], 1]])
+
+
+class Rounds(nn.Module):
+    """Adds up chunks of two rows in a loop."""
+
+    def forward(self, x):
+        total = x[:2] * 0
+        for chunk in range(x.shape[0] // 2):
+            total = total + x[2 * chunk : 2 * chunk + 2]
+        return total
+
+
+@pytest.mark.parametrize("trusted", [None, "transformers"])
+def test_a_loop_has_as_many_rounds_as_in_the_example(trusted):
+    with size_oblivious(), SizeDecisions(trusted) as decisions:
+        program = torch.export.export(Rounds(), (torch.ones(6, 3),), dynamic_shapes=({0: Dim.AUTO},))
+    guards = decisions.guards(plain_graph_module(program))
+    guards.check([torch.ones(7, 3)], str)
+    for rows in (4, 8):
+        with pytest.raises(CallError, match=f"has size {rows} in dimension 0"):
+            guards.check([torch.ones(rows, 3)], str)
