@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass
 from types import ModuleType
 
@@ -24,6 +25,9 @@ CACHE_NAME = "cache" if "cache" in modeling_outputs.CausalLMOutputWithPast.__dat
 RETURNED = frozenset({"loss", "logits", CACHE_NAME})
 """What a quantized causal language model returns."""
 
+LAST_HIDDEN_STATE = "encoder_last_hidden_state"
+"""What a quantized encoder-decoder returns besides."""
+
 
 def output_type(name: str) -> type[ModelOutput]:
     """The class of a name: one of `transformers.modeling_outputs`, or one of a model's module in full.
@@ -38,23 +42,24 @@ def output_type(name: str) -> type[ModelOutput]:
     return found
 
 
-def causal_lm_output_name(model: str, output: object) -> str:
+def language_model_output_name(model: str, output: object, returned: AbstractSet[str] = RETURNED) -> str:
     """What `output_type` finds a float model's output class by.
 
     Args:
         model: the class's name, for errors.
         output: what the model returned.
+        returned: the fields that its quantized model returns.
 
     Raises:
-        TraceError: a quantized causal language model cannot return such outputs, or would lose some of them.
+        TraceError: a quantized language model cannot return such outputs, or would lose some of them.
     """
     kind = type(output)
     remedy = "Remedy: wrap it in a torch.nn.Module that returns what you need, and quantize that with example_inputs"
     home = "" if kind.__module__ == COMMON else f"{kind.__module__}."
     name = f"{home}{kind.__name__}"
-    if not isinstance(output, ModelOutput) or RETURNED - {field.name for field in fields(output)}:
+    if not isinstance(output, ModelOutput) or returned - {field.name for field in fields(output)}:
         raise TraceError(f"{model} returns a {name}, not logits and a cache by name. {remedy}")
-    extra = [key for key in output if key not in RETURNED]
+    extra = [key for key in output if key not in returned]
     if extra:
         raise TraceError(f"{model} returns {', '.join(extra)} besides logits and cache, which would be lost. {remedy}")
     try:
