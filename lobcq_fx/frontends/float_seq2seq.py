@@ -80,7 +80,10 @@ def main_inputs(model: PreTrainedModel, example: Tensor | None, batch: int, sour
         generator = torch.Generator().manual_seed(0)
         example = torch.randn(batch, bins, frames, generator=generator, dtype=torch.float32, device="cpu")
     rows = torch.arange(batch, dtype=torch.long, device=example.device) % len(example)
-    return {name: example.index_select(0, rows).to(model.device, model.dtype)}
+    features = example.index_select(0, rows).to(model.device, model.dtype)
+    mask = torch.ones((batch, features.shape[-1]), dtype=torch.long, device=model.device)
+    mask[0, -2:] = 0
+    return {name: features} | ({MASK: mask} if takes(model, MASK) else {})
 
 
 def tokens(batch: int, length: int, device: torch.device) -> Tensor:

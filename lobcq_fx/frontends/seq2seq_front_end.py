@@ -21,6 +21,7 @@ from lobcq_fx.frontends.seq2seq_call import Seq2SeqCall
 from lobcq_fx.frontends.seq2seq_lm import QuantizedSeq2SeqLM
 from lobcq_fx.frontends.seq2seq_parts import PART_CALLS, parts_of
 from lobcq_fx.frontends.seq2seq_trace import trace_seq2seq
+from lobcq_fx.frontends.whisper import MODEL_TYPE, QuantizedWhisper
 from lobcq_fx.model import ModelParts, QuantizedModel
 from lobcq_fx.storage.checkpoint import Callings, Checkpoint
 from lobcq_fx.tracing.examples import call_of
@@ -65,7 +66,9 @@ class Seq2SeqFrontEnd(FrontEnd):
         return {"config": graph_config(config_of_class(model)), "generation_config": model.generation_config}
 
     def build(self, parts: ModelParts) -> QuantizedModel:
-        """A model with `generate()`."""
+        """A model with `generate()`, its class's own for Whisper."""
+        if parts.config.model_type == MODEL_TYPE:
+            return QuantizedWhisper(self, parts)
         return QuantizedSeq2SeqLM(self, parts)
 
     def callings(self, saved: Checkpoint) -> Callings:

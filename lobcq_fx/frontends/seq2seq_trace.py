@@ -54,7 +54,7 @@ def trace_seq2seq(model: PreTrainedModel, example: Tensor | None) -> TracedModel
             graph_module = plain_graph_module(export(model, inputs, _dynamic_shapes(inputs)))
             drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
             names = [name for name in inputs if name != "past_key_values"]
-            names = _without_unread_mask(graph_module, names)
+            names = _without_unread_mask(model, graph_module, names)
             own, cross = (_heads(one) for one in _layers(getattr(output, CACHE_NAME)))
             _check_outputs(model, graph_module, 2 * len(own) + 2 * len(cross))
             rule, cached = label_shift(model, main_inputs(model, example, BATCH, SOURCE))
@@ -94,11 +94,17 @@ def _dynamic_shapes(inputs: dict[str, Any]) -> dict[str, Any]:
     return shapes
 
 
-def _without_unread_mask(graph_module: fx.GraphModule, names: list[str]) -> list[str]:
-    """The names of the inputs, without a mask of the encoder that changes nothing."""
+def _without_unread_mask(model: PreTrainedModel, graph_module: fx.GraphModule, names: list[str]) -> list[str]:
+    """The names of the inputs, without a mask of the encoder that changes nothing.
+
+    Raises:
+        TraceError: what the encoder reads is no tokens, and masked all the same.
+    """
     if MASK not in names:
         return names
     mask = graph_module.graph.find_nodes(op="placeholder")[names.index(MASK)]
+    if mask.users and model.main_input_name != "input_ids":
+        raise TraceError(f"{type(model).__name__} reads a mask of {model.main_input_name}. {REMEDY}")
     if mask.users:
         return names
     graph_module.graph.erase_node(mask)
