@@ -24,6 +24,9 @@ from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.example import LARGEST_SIZE
 from lobcq_fx.tracing.guards import SizeGuards
 
+MAIN_INPUTS = ("input_ids", "input_features")
+"""What an encoder may read."""
+
 MASK = "attention_mask"
 TOKENS, TOKEN_MASK, POSITIONS = "decoder_input_ids", "decoder_attention_mask", "decoder_position_ids"
 
@@ -344,7 +347,7 @@ def _described(value: Any) -> str:
 def _validate(settings: Mapping[str, Any]) -> None:
     """Raise a ValueError where a call would stumble over what a file says."""
     encoder, decoder, shape = (settings[name] for name in ("encoder_inputs", "decoder_inputs", "input_shape"))
-    if encoder[:1] in ((), (MASK,)) or encoder[1:] not in ((), (MASK,)) or not str(encoder[0]).isidentifier():
+    if encoder not in [(name, *mask) for name in MAIN_INPUTS for mask in ((), (MASK,))]:
         raise ValueError(f"encoder_inputs are {encoder}")
     if decoder not in ((TOKENS, TOKEN_MASK), (TOKENS, TOKEN_MASK, POSITIONS)):
         raise ValueError(f"decoder_inputs are {decoder}")

@@ -72,8 +72,11 @@ class Seq2SeqFrontEnd(FrontEnd):
         return QuantizedSeq2SeqLM(self, parts)
 
     def callings(self, saved: Checkpoint) -> Callings:
-        """Those of the whole graph and of its parts."""
+        """Those of the whole graph and of its parts, all of which are needed."""
         whole = Seq2SeqCall.from_dict(saved.calling)
+        for name in PART_CALLS:
+            if name not in saved.graphs or saved.graphs[name].calling.get("kind") != name:
+                raise ValueError(f"the graph {name!r} of an encoder-decoder is missing")
         return {MAIN: lambda _: whole, **{name: partial(_part_call, name, whole) for name in PART_CALLS}}
 
     def saved_configs(self, saved: Checkpoint, directory: Path) -> dict[str, Any]:

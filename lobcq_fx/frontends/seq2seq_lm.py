@@ -26,6 +26,7 @@ class Seq2SeqEncoder:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         input_features: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -39,6 +40,7 @@ class Seq2SeqEncoder:
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "input_features": input_features,
+            "inputs_embeds": inputs_embeds,
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
         }

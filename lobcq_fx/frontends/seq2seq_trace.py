@@ -24,7 +24,7 @@ from lobcq_fx.frontends.float_seq2seq import (
 )
 from lobcq_fx.frontends.generation_overrides import check_overrides
 from lobcq_fx.frontends.output_types import CACHE_NAME, LAST_HIDDEN_STATE, RETURNED, language_model_output_name
-from lobcq_fx.frontends.seq2seq_call import MASK, Seq2SeqCall
+from lobcq_fx.frontends.seq2seq_call import MAIN_INPUTS, MASK, Seq2SeqCall
 from lobcq_fx.frontends.seq2seq_parts import check_parts
 from lobcq_fx.frontends.transformers_trace import TRUSTED, export
 from lobcq_fx.tracing.assumptions import SizeDecisions
@@ -46,6 +46,11 @@ def trace_seq2seq(model: PreTrainedModel, example: Tensor | None) -> TracedModel
         TraceError: the model cannot be captured, keeps another cache than keys and values, generates in a way of its
             own, or cannot be taken apart into an encoder and a decoder.
     """
+    if model.main_input_name not in MAIN_INPUTS:
+        raise TraceError(
+            f"{type(model).__name__} reads {model.main_input_name}; encoder-decoders of {' or '.join(MAIN_INPUTS)} are"
+            f" supported. {REMEDY}"
+        )
     with tracing(model), torch.no_grad(), SizeDecisions(TRUSTED) as decisions:
         check_overrides(model)
         with seq2seq_outputs(model):

@@ -19,7 +19,8 @@ sym_size = torch.ops.aten.sym_size.int
 def part_of(graph: fx.Graph, inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.Graph:
     """What computes some values of a graph from others, with their metadata.
 
-    Sizes that the graph reads off a tensor the part does not have are read off an input that has them too.
+    An input that the graph computes is what it is at the graph's end, whatever was written to it meanwhile. Sizes that
+    the graph reads off a tensor the part does not have are read off an input that has them too.
 
     Args:
         graph: traced here: its values say which symbols their sizes are.
@@ -27,7 +28,7 @@ def part_of(graph: fx.Graph, inputs: Sequence[fx.Node], outputs: Sequence[fx.Nod
         outputs: what is returned, in this order.
 
     Raises:
-        TraceError: an output depends on more than the inputs; names what.
+        TraceError: an output depends on more than the inputs, or on one before it was written to; names what.
     """
     part = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -38,7 +39,9 @@ def part_of(graph: fx.Graph, inputs: Sequence[fx.Node], outputs: Sequence[fx.Nod
         for dim, size in enumerate(node.meta["val"].shape):
             if fixed_size(size) is None:
                 sizes.setdefault(size.node.expr, (copies[node], dim))
-    needed = _needed(graph, outputs, copies, sizes)
+    writers = _writers(graph)
+    needed = _needed(writers, outputs, copies, sizes)
+    _check_reads(graph, writers, needed, inputs)
     for node in graph.nodes:
         if node not in needed or node in copies:
             continue
@@ -55,12 +58,18 @@ def part_of(graph: fx.Graph, inputs: Sequence[fx.Node], outputs: Sequence[fx.Nod
     return part
 
 
-def _needed(graph: fx.Graph, outputs: Sequence[fx.Node], copies: Any, sizes: Any) -> set[fx.Node]:
-    """The nodes that outputs depend on, up to inputs and their sizes; those that write to such memory included."""
+def _writers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """The nodes that write to memory, by the node that owns it."""
     writers: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         for argument in written_arguments(node):
             writers[owner_of(argument)].append(node)
+    return writers
+
+
+def _needed(writers: Any, outputs: Sequence[fx.Node], copies: Any, sizes: Any) -> set[fx.Node]:
+    """The nodes that outputs depend on, up to inputs and their sizes; those that write to such memory included."""
+    computed = {owner_of(node) for node in copies if node.op != "placeholder"}
     needed: set[fx.Node] = set()
     waiting = list(outputs)
     while waiting:
@@ -70,10 +79,25 @@ def _needed(graph: fx.Graph, outputs: Sequence[fx.Node], copies: Any, sizes: Any
         needed.add(node)
         if _symbol(node) in sizes:
             continue
-        waiting.extend(writers[owner_of(node)])
+        if owner_of(node) not in computed:
+            waiting.extend(writers[owner_of(node)])
         if node not in copies:
             waiting.extend(node.all_input_nodes)
     return needed
+
+
+def _check_reads(graph: fx.Graph, writers: Any, needed: set[fx.Node], inputs: Sequence[fx.Node]) -> None:
+    """That a part reads no input before the last write to it."""
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    last = {
+        owner_of(node): max(map(places.__getitem__, writers[owner_of(node)]), default=-1)
+        for node in inputs
+        if node.op != "placeholder"
+    }
+    for node in needed.difference(inputs):
+        for argument in node.all_input_nodes:
+            if places[node] <= last.get(owner_of(argument), -1):
+                raise TraceError(f"{node.name} reads {argument.name} before the last write to it")
 
 
 def _symbol(node: fx.Node) -> Any:

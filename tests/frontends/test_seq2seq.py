@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, EncoderDecoderCache
 
 import lobcq_fx
-from lobcq_fx.errors import CallError, CheckpointError, ConfigError, ExportError
+from lobcq_fx.errors import CallError, CheckpointError, ConfigError, ExportError, TraceError
 from lobcq_fx.frontends.float_seq2seq import label_shift
 from lobcq_fx.frontends.seq2seq_call import shifted
 from lobcq_fx.tracing.examples import calibration_inputs
@@ -221,6 +221,23 @@ def test_a_folder_whose_decoder_has_another_arity_is_refused(bart, tmp_path, mon
         q.save_pretrained(tmp_path / "q")
 
 
+def test_a_folder_without_its_decoder_is_refused(bart, tmp_path, monkeypatch):
+    saved = bart[1].checkpoint()
+    graphs = {name: one for name, one in saved.graphs.items() if name != "decoder"}
+    monkeypatch.setattr(bart[1], "checkpoint", lambda: type(saved)(**{**vars(saved), "graphs": graphs}))
+    with pytest.raises(CheckpointError, match="'decoder' of an encoder-decoder is missing"):
+        bart[1].save_pretrained(tmp_path / "q")
+
+
+def test_a_model_that_reads_pictures_is_refused_by_name():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    encoder = transformers.ViTConfig(**sizes, image_size=8, patch_size=4)
+    decoder = transformers.BertConfig(**sizes, vocab_size=VOCABULARY)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    with pytest.raises(TraceError, match="VisionEncoderDecoderModel reads pixel_values"):
+        lobcq_fx.quantize(transformers.VisionEncoderDecoderModel(config))
+
+
 def filled_cache(q, rows):
     return q(IDS[:rows], decoder_input_ids=ANSWER[:rows]).past_key_values
 
@@ -242,6 +259,7 @@ def filled_cache(q, rows):
             lambda q: q(IDS, decoder_input_ids=ANSWER, past_key_values=filled_cache(q, 2)),
             r"states of \[2, 2, 6, 32\]; this call's are \[3, 2, any, 32\]",
         ),
+        (lambda q: q.generate(inputs_embeds=torch.zeros(3, 9, 64)), "'inputs_embeds' is not supported"),
         (lambda q: generated(q, cache_implementation="static"), "leave cache_implementation out"),
     ],
 )

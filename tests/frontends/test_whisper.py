@@ -42,7 +42,7 @@ WAYS = {
 @pytest.fixture(scope="module")
 def pair():
     torch.manual_seed(0)
-    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**SIZES, **{**TOKENS, **START})).eval()
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**SIZES, **TOKENS)).eval()
     model.proj_out.weight = torch.nn.Parameter(torch.randn(VOCABULARY, 64))  # tied, it would repeat the last token
     with torch.no_grad():
         for parameter in model.model.parameters():
