@@ -121,7 +121,10 @@ class CausalLMCall(CallingConvention):
         """The model's output class with logits, the loss if labels were given, and the cache unless use_cache=False."""
         call = call_arguments(args, kwargs)
         logits, *states = outputs
-        cache = None if call.get("use_cache") is False else _grown(call.get("past_key_values"), states)
+        cache = None
+        if call.get("use_cache") is not False:
+            cache = DynamicCache() if call.get("past_key_values") is None else call["past_key_values"]
+            grow(cache, states)
         return self.output(logits, cache, call)
 
     def output(self, logits: Tensor, cache: Any, call: Mapping[str, Any]) -> Any:
@@ -281,10 +284,8 @@ def kept_positions(kept: int | Tensor | None, query: int, device: torch.device) 
     return torch.arange(max(0, query - kept) if kept else 0, query, dtype=torch.long, device=device)
 
 
-def _grown(cache: Any, states: Sequence[Tensor]) -> Any:
-    """Put the grown keys and values into the caller's cache, as a Hugging Face model does; or into a new one."""
-    if cache is None:
-        cache = DynamicCache()
+def grow(cache: Cache, states: Sequence[Tensor]) -> None:
+    """Put the grown keys and values of every layer in turn into a cache, as a Hugging Face model does."""
     layers = []
     # A compiled prompt would lay its keys and values out as its projections did, and the next call be compiled for
     # those strides alone.
@@ -295,4 +296,3 @@ def _grown(cache: Any, states: Sequence[Tensor]) -> Any:
         layer.keys, layer.values = keys, values
         layers.append(layer)
     cache.layers = layers
-    return cache

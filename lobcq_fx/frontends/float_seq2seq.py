@@ -134,7 +134,8 @@ def label_shift(model: PreTrainedModel, source: dict[str, Tensor]) -> tuple[str 
     """
     pad, start = model.config.pad_token_id, getattr(model.config, "decoder_start_token_id", None)
     labels = tokens(len(source[model.main_input_name]), PAST, model.device) + 4
-    if not takes(model, "labels") or pad is None:
+    outside = start is not None and not 0 <= start < model.config.get_text_config().vocab_size
+    if not takes(model, "labels") or pad is None or outside:
         return None, False
     try:
         output = model(**source, labels=labels)

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 from transformers.utils import ModelOutput
 
 from lobcq_fx.errors import CallError
-from lobcq_fx.frontends.causal_lm_call import CACHE_DTYPES
+from lobcq_fx.frontends.causal_lm_call import CACHE_DTYPES, grow
 from lobcq_fx.frontends.output_types import CACHE_NAME, LAST_HIDDEN_STATE, RETURNED, output_type
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.example import LARGEST_SIZE
@@ -110,13 +110,13 @@ class Seq2SeqCall(CallingConvention):
         call = self.arguments(args, kwargs)
         own, cross = 2 * len(self.cache_heads), 2 * len(self.cross_heads)
         logits, hidden = outputs[0], outputs[-1]
-        cache = None
+        cache, loss = None, self.loss_of(logits, call)
         if self.wants_cache(call):
             cache = call.get("past_key_values")
             cache = new_cache() if cache is None else cache
             grow(cache.self_attention_cache, outputs[1 : 1 + own])
             fill_cross(cache, outputs[1 + own : 1 + own + cross])
-        return self.output(logits, cache, hidden, call)
+        return self.output(loss, logits, cache, hidden, call)
 
     def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """A call as {name: value}, what asks for nothing left out; labels stand in for the decoder's tokens.
@@ -196,15 +196,21 @@ class Seq2SeqCall(CallingConvention):
         names = (*self.encoder_inputs, *self.decoder_inputs)
         return names[place] if place < len(names) else "past_key_values.self_attention_cache.layers[0].keys"
 
-    def output(self, logits: Tensor, cache: Any, hidden: Any, call: Mapping[str, Any]) -> Any:
+    def loss_of(self, logits: Tensor, call: Mapping[str, Any]) -> Tensor | None:
+        """The cross-entropy of a call's labels, None without any.
+
+        Raises:
+            CallError: the float model's loss is another; the cache is as it was.
+        """
+        labels = call.get("labels")
+        if labels is None:
+            return None
+        if self.label_shift is None:
+            raise CallError("labels: the float model's loss is not the cross-entropy of them: compute it from logits")
+        return cross_entropy(logits.reshape(-1, self.vocab_size), labels.reshape(-1), ignore_index=IGNORED_LABEL)
+
+    def output(self, loss: Tensor | None, logits: Tensor, cache: Any, hidden: Any, call: Mapping[str, Any]) -> Any:
         """What the model returns for a call."""
-        labels, loss = call.get("labels"), None
-        if labels is not None:
-            if self.label_shift is None:
-                raise CallError(
-                    "labels: the float model's loss is not the cross-entropy of them: compute it from logits"
-                )
-            loss = cross_entropy(logits.reshape(-1, self.vocab_size), labels.reshape(-1), ignore_index=IGNORED_LABEL)
         if call.get("return_dict") is False:
             return tuple(value for value in (loss, logits, cache, hidden) if value is not None)
         return self.output_class(loss=loss, logits=logits, **{CACHE_NAME: cache, LAST_HIDDEN_STATE: hidden})
@@ -307,18 +313,6 @@ def states_of(cache: Cache, heads: Sequence[tuple[int, int, int]], batch: int) -
                 )
             states.append(state)
     return states
-
-
-def grow(cache: Cache, states: Sequence[Tensor]) -> None:
-    """Put keys and values into a cache, as a Hugging Face model does."""
-    layers = []
-    states = [state.contiguous() for state in states]  # see `causal_lm_call._grown`
-    for keys, values in zip(states[0::2], states[1::2], strict=True):
-        layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        layers.append(layer)
-    cache.layers = layers
 
 
 def fill_cross(cache: EncoderDecoderCache, states: Sequence[Tensor]) -> None:

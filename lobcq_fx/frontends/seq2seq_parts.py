@@ -14,9 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
 
 from lobcq_fx.errors import CallError, TraceError
-from lobcq_fx.frontends.seq2seq_call import MASK, Seq2SeqCall, grow, mask_of, states_of
+from lobcq_fx.frontends.causal_lm_call import grow
+from lobcq_fx.frontends.seq2seq_call import MASK, Seq2SeqCall, mask_of, states_of
 from lobcq_fx.graph.shared_tensors import SharingGraphModule
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.part import part_of
@@ -70,7 +72,7 @@ class CrossAttentionCall(PartCall):
             CallError: it is no hidden state of this model's encoder.
         """
         given = self.whole.arguments(args, kwargs)["encoder_outputs"]
-        hidden = given[0] if isinstance(given, (BaseModelOutput, tuple, list)) else given
+        hidden = given[0] if isinstance(given, (ModelOutput, tuple, list)) else given
         width, dtype = self.whole.hidden_size, getattr(torch, self.whole.cache_dtype)
         if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[2] != width or hidden.dtype != dtype:
             found = f"{hidden.dtype} {list(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
@@ -119,12 +121,12 @@ class DecoderCall(PartCall):
         """As `Seq2SeqCall.unflatten`; the encoder's hidden state is what the call brought."""
         whole = self.whole
         call = whole.arguments(args, kwargs)
-        cache, given = None, call.get("encoder_outputs")
-        hidden = given[0] if isinstance(given, (BaseModelOutput, tuple, list)) else given
+        cache, given, loss = None, call.get("encoder_outputs"), whole.loss_of(outputs[0], call)
+        hidden = given[0] if isinstance(given, (ModelOutput, tuple, list)) else given
         if whole.wants_cache(call):
             cache = call["past_key_values"]
             grow(cache.self_attention_cache, outputs[1:])
-        return whole.output(outputs[0], cache, hidden, call)
+        return whole.output(loss, outputs[0], cache, hidden, call)
 
     @property
     def arity(self) -> tuple[int, int]:

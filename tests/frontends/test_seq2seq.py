@@ -13,6 +13,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import lobcq_fx
 from lobcq_fx.errors import CallError, CheckpointError, ConfigError, ExportError, TraceError
+from lobcq_fx.export import export_onnx
 from lobcq_fx.frontends.float_seq2seq import label_shift
 from lobcq_fx.frontends.seq2seq_call import shifted
 from lobcq_fx.tracing.examples import calibration_inputs
@@ -314,7 +315,5 @@ def test_what_is_not_there_for_encoder_decoders_is_refused_with_what_is(bart, tm
     model, q = bart
     with pytest.raises(ConfigError, match="kv_cache"):
         lobcq_fx.quantize(model, config=lobcq_fx.LobcqConfig(kv_cache="8x64"))
-    from lobcq_fx.export import export_onnx
-
     with pytest.raises(ExportError, match=r"BartForConditionalGeneration.*model\.get_encoder\(\)"):
         export_onnx(q, tmp_path / "onnx")

@@ -22,6 +22,7 @@ SIZES = {
     "num_mel_bins": BINS,
     "max_source_positions": FRAMES // 2,
     "max_target_positions": 64,
+    "decoder_start_token_id": 3,
     "suppress_tokens": [],
     "begin_suppress_tokens": [],
 }
