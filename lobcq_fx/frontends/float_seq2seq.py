@@ -16,7 +16,9 @@ from lobcq_fx.errors import TraceError
 from lobcq_fx.frontends.float_causal_lm import as_named_by, counted, takes
 from lobcq_fx.frontends.output_types import CACHE_NAME
 from lobcq_fx.frontends.plain_outputs import EXTRA_OUTPUTS, plain_outputs
-from lobcq_fx.frontends.seq2seq_call import MASK, POSITIONS, SHIFTS, TOKEN_MASK, TOKENS, new_cache, shifted
+from lobcq_fx.frontends.seq2seq_cache import new_cache
+from lobcq_fx.frontends.seq2seq_call import MASK, POSITIONS, TOKEN_MASK, TOKENS
+from lobcq_fx.frontends.seq2seq_labels import SHIFTS, shifted
 
 # Every size is different and at least 2: export bakes dimensions of 0 or 1 in and may identify equal ones.
 BATCH, SOURCE, PAST, QUERY = 2, 11, 5, 3

@@ -14,12 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.utils import ModelOutput
 
 from lobcq_fx.errors import CallError
 from lobcq_fx.frontends.causal_lm_call import CACHE_DTYPES, grow
 from lobcq_fx.frontends.output_types import CACHE_NAME, LAST_HIDDEN_STATE, RETURNED, output_type
+from lobcq_fx.frontends.seq2seq_cache import fill_cross, new_cache, states_of
+from lobcq_fx.frontends.seq2seq_labels import IGNORED_LABEL, SHIFTS, shifted
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.example import LARGEST_SIZE
 from lobcq_fx.tracing.guards import SizeGuards
@@ -34,11 +36,6 @@ PARAMETERS = (MASK, TOKENS, TOKEN_MASK, "encoder_outputs", "past_key_values")
 """What forward takes by position behind the encoder's input, as Hugging Face models do."""
 
 UNDERSTOOD = {*PARAMETERS, POSITIONS, "labels", "use_cache", "return_dict", "tokenizer", "cache_position"}
-
-IGNORED_LABEL = -100
-
-SHIFTS = ("start", "wrap")
-"""What a label's decoder input begins with: the start token, or the label's own last token, as mBART has it."""
 
 
 @dataclass(frozen=True)
@@ -267,58 +264,6 @@ class Seq2SeqCall(CallingConvention):
         if given is not None:
             return given.expand(batch, query)
         return torch.arange(past, past + query, dtype=torch.long, device=ids.device).expand(batch, query)
-
-
-def shifted(labels: Tensor, rule: str, pad: int, start: int | None) -> Tensor:
-    """Labels [B, T] moved one to the right, by one of `SHIFTS`; what is ignored in them becomes padding."""
-    tokens = labels.masked_fill(labels == IGNORED_LABEL, pad)
-    if rule == "wrap":
-        first = tokens.gather(1, (tokens.ne(pad).sum(1, keepdim=True) - 1).clamp(min=0))
-    else:
-        assert start is not None
-        first = torch.full((len(labels), 1), start, dtype=tokens.dtype, device=tokens.device)
-    return torch.cat((first, tokens[:, :-1]), dim=1)
-
-
-def new_cache() -> EncoderDecoderCache:
-    """An empty cache, which grows."""
-    return EncoderDecoderCache(DynamicCache(), DynamicCache())
-
-
-def is_filled(cache: EncoderDecoderCache) -> bool:
-    """Whether a cache has the cross-attention's keys and values."""
-    return bool(cache.is_updated) and all(cache.is_updated.values())
-
-
-def states_of(cache: Cache, heads: Sequence[tuple[int, int, int]], batch: int) -> list[Tensor]:
-    """Keys and values of each layer in turn.
-
-    Raises:
-        CallError: the cache is of another kind, model or batch.
-    """
-    if len(cache.layers) != len(heads):
-        raise CallError(f"past_key_values has {len(cache.layers)} layers; the decoder has {len(heads)}")
-    states = []
-    for layer, (count, *widths) in zip(cache.layers, heads, strict=True):
-        if type(layer) is not DynamicLayer:
-            raise CallError(
-                f"past_key_values holds a {type(layer).__name__}; the graph grows DynamicLayers: pass"
-                " EncoderDecoderCache(DynamicCache(), DynamicCache())"
-            )
-        for state, width in zip((layer.keys, layer.values), widths, strict=True):
-            if (state.shape[0], state.shape[1], state.shape[3]) != (batch, count, width):
-                raise CallError(
-                    f"past_key_values holds states of {list(state.shape)}; this call's are [{batch}, {count}, any,"
-                    f" {width}]: pass the cache of these sequences, or a new one"
-                )
-            states.append(state)
-    return states
-
-
-def fill_cross(cache: EncoderDecoderCache, states: Sequence[Tensor]) -> None:
-    """Put the cross-attention's keys and values into a cache, for all calls that follow."""
-    grow(cache.cross_attention_cache, states)
-    cache.is_updated = dict.fromkeys(range(len(states) // 2), True)
 
 
 def mask_of(name: str, given: Any, batch: int, length: int, device: torch.device) -> Tensor:

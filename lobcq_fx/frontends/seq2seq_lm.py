@@ -9,7 +9,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from lobcq_fx.errors import CallError
-from lobcq_fx.frontends.seq2seq_call import Seq2SeqCall, fill_cross, is_filled, new_cache
+from lobcq_fx.frontends.seq2seq_cache import fill_cross, is_filled, new_cache
+from lobcq_fx.frontends.seq2seq_call import Seq2SeqCall
 from lobcq_fx.frontends.seq2seq_parts import CROSS_ATTENTION, DECODER, ENCODER
 from lobcq_fx.model import ModelGraph, ModelParts, QuantizedModel, Reader
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from lobcq_fx.frontends.float_causal_lm import as_named_by
 from lobcq_fx.frontends.float_seq2seq import cut, decoder_inputs, main_inputs, seq2seq_outputs
 from lobcq_fx.frontends.output_types import CACHE_NAME
-from lobcq_fx.frontends.seq2seq_call import TOKEN_MASK, new_cache
+from lobcq_fx.frontends.seq2seq_cache import new_cache
+from lobcq_fx.frontends.seq2seq_call import TOKEN_MASK
 from lobcq_fx.trial import Callee, Outcome, Trial
 
 BATCH, SOURCE, ANSWER = 3, 7, 6

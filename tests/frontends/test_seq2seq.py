@@ -15,7 +15,7 @@ import lobcq_fx
 from lobcq_fx.errors import CallError, CheckpointError, ConfigError, ExportError, TraceError
 from lobcq_fx.export import export_onnx
 from lobcq_fx.frontends.float_seq2seq import label_shift
-from lobcq_fx.frontends.seq2seq_call import shifted
+from lobcq_fx.frontends.seq2seq_labels import shifted
 from lobcq_fx.tracing.examples import calibration_inputs
 from tests.families import TOKENS, VOCABULARY, fake_quantized, quantized_layers
 
