@@ -128,7 +128,10 @@ class QuantizedModel(NotPickled):
             CallError: the traced graph cannot serve the call.
             LobcqError: an input requires a gradient.
         """
-        graph = self._serving(args, kwargs)
+        return self._call(self._serving(args, kwargs), args, kwargs)
+
+    def _call(self, graph: ModelGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What one of the graphs makes of a call; raises as `forward`."""
         inputs = graph.calling.flatten(args, kwargs)
         if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
             raise LobcqError(NO_GRADIENT)

@@ -23,6 +23,16 @@ model, tokenizer = lobcq_fx.load(folder), AutoTokenizer.from_pretrained(folder)
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"""
 
+_OPEN_TEXT_TO_TEXT = """import lobcq_fx
+from transformers import AutoTokenizer
+
+folder = "."  # where this page is
+model, tokenizer = lobcq_fx.load(folder), AutoTokenizer.from_pretrained(folder)
+inputs = tokenizer("What the model is to read.", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0], skip_special_tokens=True))"""
+
+_EVAL = ": `lobcq eval . --against FLOAT_FOLDER` does"
+
 _OPEN_OTHER = """import lobcq_fx
 
 model = lobcq_fx.load(".")  # where this page is; called as the float model was"""
@@ -51,7 +61,12 @@ class ModelCard:
         config = self.config or {}
         architecture = str((config.get("architectures") or ["A module"])[0])
         causal = architecture.endswith(("ForCausalLM", "LMHeadModel"))
+        answers = bool(config.get("is_encoder_decoder")) and architecture.endswith(
+            ("ForConditionalGeneration", "MTModel")
+        )
+        reads_text = answers and "num_mel_bins" not in config
         kind = ["pipeline_tag: text-generation"] if causal else []
+        opening = _OPEN_CAUSAL_LM if causal else _OPEN_TEXT_TO_TEXT if reads_text else _OPEN_OTHER
         metadata = ["library_name: lobcq-fx", *kind, "tags:", "- lobcq", "- quantized", "- 4-bit"]
         sections = [
             "\n".join(["---", *metadata, "---"]),
@@ -61,8 +76,8 @@ class ModelCard:
             self._facts(),
             self._left_in_float(),
             "Signal to quantization noise says how well numbers are kept, layer by layer; what that does to the model's"
-            " results was not measured here: `lobcq eval . --against FLOAT_FOLDER` does.",
-            f"## To open it\n\n```py\n{_OPEN_CAUSAL_LM if causal else _OPEN_OTHER}\n```",
+            f" results was not measured here{'' if answers else _EVAL}.",
+            f"## To open it\n\n```py\n{opening}\n```",
         ]
         return "\n\n".join(section for section in sections if section) + "\n"
 

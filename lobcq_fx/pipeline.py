@@ -68,8 +68,8 @@ def quantize(
     """Quantize a model's matmuls to LO-BCQ.
 
     Args:
-        model: any nn.Module, a Hugging Face encoder, or a Hugging Face decoder-only language model. Not changed, unless
-            `inplace`; what stays in float shares its memory.
+        model: any nn.Module, a Hugging Face encoder, decoder-only language model, or encoder-decoder that generates.
+            Not changed, unless `inplace`; what stays in float shares its memory.
         calibration_data: model inputs, one call each: a tensor, a tuple of arguments, or a mapping of keyword arguments
             (a tokenizer's output, a DataLoader's batch). Not needed for the default settings.
         config: what to quantize and how; None means the defaults: W4A4, 4.5 bits a scalar, universal codebooks, a scale
@@ -89,7 +89,7 @@ def quantize(
         TraceError: the model cannot be captured as one graph (names the module and the source line).
         CalibrationError: the settings need data and there are none, or a layer never saw any.
         CallError: an item of calibration_data, or example_inputs, is no call that the model or its graph takes.
-        ConfigError: the settings leave nothing to quantize.
+        ConfigError: the settings leave nothing to quantize, or are not for this kind of model.
         LobcqError: a weight holds NaN or infinity.
     """
     config = _config_of(config, recipe)
@@ -99,6 +99,9 @@ def quantize(
     model = unwrapped(model)
     bind_cpu_core()
     front_end = front_end_of(model)
+    refusal = front_end.refusal(config)
+    if refusal is not None:
+        raise ConfigError(refusal)
     example_inputs, data = _example(front_end, example_inputs, calibration_data)
     count, float_bytes = _size(model.parameters())
     with counted_calls(model, partial(report, "trace")):
@@ -123,10 +126,11 @@ def quantize(
     _warn_of_leftovers(inventory)
     _warn_of_unreached(inventory)
     graphs = {name: TracedModel(one, traced.graphs[name].calling) for name, one in emitted.items()}
+    graphs |= front_end.parts(graphs[MAIN])
     refused = {**traced.refusals, **unlike}
     q = front_end.build(ModelParts(graphs, refused, config, inventory, **front_end.configs(model)))
-    for name, graph in q.graphs.items():
-        check_quantized(q, graph.graph_module, trials[name], expected)
+    for name in emitted:
+        check_quantized(q, q.graphs[name].graph_module, trials[name], expected)
     return q
 
 

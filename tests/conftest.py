@@ -68,16 +68,18 @@ TRACED: dict[tuple[object, ...], Any] = {}
 def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Language models of one configuration with the same weights are traced once a session: it takes its time."""
     from lobcq_fx.frontends.causal_lm_front_end import CausalLMFrontEnd
+    from lobcq_fx.frontends.seq2seq_front_end import Seq2SeqFrontEnd
 
-    trace = CausalLMFrontEnd.trace
+    traces = {one: one.trace for one in (CausalLMFrontEnd, Seq2SeqFrontEnd)}
 
-    def traced(self: CausalLMFrontEnd, model: Any, example_inputs: Any, *, static_cache: bool) -> Any:
+    def traced(self: Any, model: Any, example_inputs: Any, *, static_cache: bool) -> Any:
         weights = hashlib.sha256()
         for value in model.state_dict().values():
             weights.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
         key = (type(model), model.config.to_json_string(), model.dtype, static_cache, weights.digest())
         if key not in TRACED:
-            TRACED[key] = trace(self, model, example_inputs, static_cache=static_cache)
+            TRACED[key] = traces[type(self)](self, model, example_inputs, static_cache=static_cache)
         return deepcopy(TRACED[key])
 
-    monkeypatch.setattr(CausalLMFrontEnd, "trace", traced)
+    for one in traces:
+        monkeypatch.setattr(one, "trace", traced)

@@ -16,6 +16,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     MT5EncoderModel,
     PreTrainedModel,
     T5EncoderModel,
@@ -75,6 +77,14 @@ SOUND = {
     "num_conv_pos_embedding_groups": 4,
 }
 SAMPLES = 400
+TWO_PARTS = {
+    "decoder_layers": 1,
+    "encoder_ffn_dim": 100,
+    "decoder_ffn_dim": 100,
+    "decoder_attention_heads": 4,
+    "decoder_start_token_id": 2,
+}
+MELS = {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 64}
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,39 @@ class EncoderOfTwoParts(TextEncoder):
         return classes[self.model_type](self.config)
 
 
+class EncoderDecoder(Family):
+    """Both parts, called with the first tokens of an answer."""
+
+    def untrained(self) -> PreTrainedModel:
+        return AutoModelForSeq2SeqLM.from_config(self.config)
+
+    def call(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        return {**tokens(padded=slice(PROMPT, None)), "decoder_input_ids": answer()}
+
+    def results(self, called: nn.Module, call: Mapping[str, Tensor]) -> Tensor:
+        return called(**call).logits
+
+    def results_by_steps(self, q: nn.Module, call: Mapping[str, Tensor]) -> Tensor:
+        """The same from the encoder's hidden state, token by token."""
+        given, ids = dict(call), call["decoder_input_ids"]
+        given["encoder_outputs"] = q.get_encoder()(**{name: call[name] for name in call if "decoder" not in name})
+        cache, logits = None, []
+        for step in range(ids.shape[1]):
+            out = q(**given | {"decoder_input_ids": ids[:, step : step + 1]}, past_key_values=cache)
+            cache = out.past_key_values
+            logits.append(out.logits)
+        return torch.cat(logits, dim=1)
+
+
+class Transcriber(EncoderDecoder):
+    def untrained(self) -> PreTrainedModel:
+        return AutoModelForSpeechSeq2Seq.from_config(self.config)
+
+    def call(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        frames = 2 * model.config.max_source_positions
+        return {"input_features": noise(3, model.config.num_mel_bins, frames), "decoder_input_ids": answer()}
+
+
 class ImageEncoder(Family):
     def call(self, model: PreTrainedModel) -> dict[str, Tensor]:
         size = (model.config.image_size,) * 2 if isinstance(model.config.image_size, int) else model.config.image_size
@@ -177,6 +220,10 @@ def tokens(padded: slice) -> dict[str, Tensor]:
     mask = torch.ones_like(ids)
     ids[0, padded] = mask[0, padded] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def answer() -> Tensor:
+    return torch.randint(3, VOCABULARY, (3, PROMPT), generator=torch.Generator().manual_seed(1))
 
 
 def noise(*shape: int) -> Tensor:
@@ -273,7 +320,7 @@ def agreement(family: Family, model: PreTrainedModel, q: lobcq_fx.QuantizedModel
     original, actual = family.results(model, call), family.results(q, call)
     with fake_quantized(model, quantized_layers(q)):
         expected = family.results(model, call)
-    stepwise = family.results_by_steps(q, call) if isinstance(family, LanguageModel) else actual
+    stepwise = family.results_by_steps(q, call) if isinstance(family, (LanguageModel, EncoderDecoder)) else actual
     spread = expected.std()
     difference, by_steps = ((result - expected).abs() / spread for result in (actual, stepwise))
     return Agreement(
@@ -410,10 +457,18 @@ TWINS: dict[str, Family] = {
     ),
     **families(TextEncoder, "xlm-roberta xlm-roberta-xl camembert data2vec-text ernie rembert"),
     **families(EncoderOfTwoParts, "mt5 umt5", d_kv=16),
+    **families(EncoderDecoder, "longt5", d_kv=16, d_ff=100, decoder_start_token_id=0),
+    **families(
+        EncoderDecoder,
+        "bart marian mbart pegasus m2m_100 blenderbot blenderbot-small plbart bigbird_pegasus nllb-moe pegasus_x",
+        **TWO_PARTS,
+        num_experts=2,
+    ),
+    **families(Transcriber, "whisper", **TWO_PARTS, **MELS),
     **families(ImageEncoder, "deit ijepa data2vec-vision", **IMAGES),
     **families(SpeechEncoder, "unispeech-sat", **SOUND),
 }
-"""Their graphs are those of families above, to a detail."""
+"""Their graphs are those of families above, or of tests of their own, to a detail."""
 FAMILIES = DISTINCT | TWINS
 
 REFUSED: dict[str, Family] = {

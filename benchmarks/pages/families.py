@@ -22,6 +22,8 @@ KINDS = {
     "EncoderOfTwoParts": "text encoder",
     "ImageEncoder": "image encoder",
     "SpeechEncoder": "speech encoder",
+    "EncoderDecoder": "encoder-decoder",
+    "Transcriber": "encoder-decoder of speech",
 }
 CHECKS = ("saved", "compiled", "exported")
 

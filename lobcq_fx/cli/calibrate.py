@@ -44,11 +44,12 @@ def calibrate(
     from lobcq_fx.cli.console import print_json
     from lobcq_fx.cli.inputs import model_folder, read_text
     from lobcq_fx.cli.outputs import check_file, write_json
-    from lobcq_fx.cli.texts import CalibrationText
+    from lobcq_fx.cli.texts import CalibrationText, check_calibration
     from lobcq_fx.config import LobcqConfig
 
     config = LobcqConfig(format=format)  # type: ignore[arg-type]
     folder = model_folder(model)
+    check_calibration(folder)
     check_file(output, overwrite=overwrite)
     if output.suffix != ".json":
         raise typer.BadParameter(f"-o {output}: give the file a name that ends in .json")

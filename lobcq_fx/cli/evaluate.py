@@ -137,6 +137,12 @@ def _check_kinds(folders: Sequence[ModelFolder], asked: Asked) -> None:
     from lobcq_fx.cli.failures import InputError
 
     first = folders[0]
+    for folder in folders:
+        if folder.is_encoder_decoder:
+            raise InputError(
+                f"{folder.architecture} is an encoder-decoder, whose answers are not measured here: compare what"
+                " `lobcq generate` makes of both models, or measure the loss of answers, model(..., labels=...).loss"
+            )
     if len({folder.is_causal_lm for folder in folders}) > 1:
         raise InputError(
             f"cannot compare {first.architecture} with {folders[1].architecture}: not the same kind of model"

@@ -1,4 +1,4 @@
-"""`lobcq generate`: continue a prompt."""
+"""`lobcq generate`: continue a prompt, or answer it."""
 
 from __future__ import annotations
 
@@ -60,12 +60,21 @@ def generate(
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """Continue or answer a prompt with a float, quantized or exported model; the text appears as it is made."""
+    """Continue or answer a prompt with a float, quantized or exported model; the text appears as it is made.
+
+    An encoder-decoder translates or summarizes it, whatever it was trained for.
+    """
     from lobcq_fx.cli.console import messages, print_json
     from lobcq_fx.cli.conversation import check_template
-    from lobcq_fx.cli.inputs import causal_lm_folder, load_model, load_tokenizer
+    from lobcq_fx.cli.inputs import generating_folder, load_model, load_tokenizer
 
-    folder = causal_lm_folder(model)
+    folder = generating_folder(model)
+    if folder.is_text_to_text and (onnx or kv_cache is not None):
+        option = "--onnx" if onnx else "--kv-cache"
+        raise typer.BadParameter(
+            f"{option}: {folder.architecture} is an encoder-decoder, which runs in PyTorch, with keys and values in"
+            " float: leave it out"
+        )
     tokenizer = load_tokenizer(folder)
     if chat:
         check_template(tokenizer, folder)
@@ -83,9 +92,10 @@ def generate(
     if stop:
         settings |= {"stop_strings": stop, "tokenizer": tokenizer}
     ids = _ids(tokenizer, prompt, system, chat=chat)
-    if not json and not chat:
+    if not json and not chat and not folder.is_text_to_text:
         typer.echo(prompt, nl=False)
-    tokens, seconds = _run(language_model, tokenizer, ids, settings, seed, stream=not json)
+    begun = 1 if folder.is_text_to_text else ids.shape[1]
+    tokens, seconds = _run(language_model, tokenizer, ids, begun, settings, seed, stream=not json)
     if json:
         print_json(
             {
@@ -138,9 +148,9 @@ def _onnx_model(folder: ModelFolder) -> nn.Module:
 
 
 def _run(
-    model: nn.Module, tokenizer: Any, ids: Tensor, settings: dict[str, Any], seed: int, *, stream: bool
+    model: nn.Module, tokenizer: Any, ids: Tensor, begun: int, settings: dict[str, Any], seed: int, *, stream: bool
 ) -> tuple[list[int], float]:
-    """The new tokens, and seconds."""
+    """The new tokens, behind `begun` others, and seconds."""
     import torch
     from transformers import TextStreamer
 
@@ -151,4 +161,4 @@ def _run(
     started = time.perf_counter()
     output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)  # type: ignore[operator]
     seconds = time.perf_counter() - started
-    return output[0, ids.shape[1] :].tolist(), seconds
+    return output[0, begun:].tolist(), seconds

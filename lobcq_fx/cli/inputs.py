@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
 
 import lobcq_fx
 from lobcq_fx.cli.failures import InputError
@@ -41,6 +46,16 @@ class ModelFolder:
     def is_causal_lm(self) -> bool:
         """Whether the model predicts next tokens."""
         return self.architecture.endswith(("ForCausalLM", "LMHeadModel"))
+
+    @property
+    def is_text_to_text(self) -> bool:
+        """Whether the model answers a text that its encoder reads."""
+        return self.architecture in _names(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """The same, or a recording."""
+        return self.is_text_to_text or self.architecture in _names(MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
 
     @property
     def max_length(self) -> int | None:
@@ -85,6 +100,21 @@ def causal_lm_folder(given: str) -> ModelFolder:
     folder = model_folder(given)
     if not folder.is_causal_lm:
         raise InputError(f"{folder.architecture} cannot generate text: pass a causal language model")
+    return folder
+
+
+def generating_folder(given: str) -> ModelFolder:
+    """The same of a model that continues or answers a text.
+
+    Raises:
+        InputError: as `model_folder`, or the model is none of either kind.
+    """
+    folder = model_folder(given)
+    if not folder.is_causal_lm and not folder.is_text_to_text:
+        raise InputError(
+            f"{folder.architecture} cannot generate text from text: pass a causal language model, or an encoder-decoder"
+            " for conditional generation"
+        )
     return folder
 
 
@@ -175,6 +205,11 @@ def _class_of(folder: ModelFolder) -> Any:
         f"unsupported architecture {folder.architecture}: transformers {transformers.__version__} has no such class"
         " (models that bring their own code are not supported)"
     )
+
+
+def _names(mapping: Mapping[str, Any]) -> set[str]:
+    """The classes of an automatic one of transformers."""
+    return {name for names in mapping.values() for name in ([names] if isinstance(names, str) else names)}
 
 
 def _be_quiet() -> None:

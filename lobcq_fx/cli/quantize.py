@@ -135,7 +135,7 @@ def quantize(
     from lobcq_fx.cli.console import ProgressBars, print_json
     from lobcq_fx.cli.inputs import model_folder, read_text
     from lobcq_fx.cli.summary import print_summary, summary
-    from lobcq_fx.cli.texts import CalibrationText
+    from lobcq_fx.cli.texts import CalibrationText, check_calibration
 
     config = _config(
         recipe,
@@ -157,6 +157,8 @@ def quantize(
     )
     folder = model_folder(model)
     _check(config, folder, output, calibrate, overwrite=overwrite)
+    if calibrate is not None:
+        check_calibration(folder)
     text = CalibrationText(read_text(calibrate)[0], calibration_samples, calibration_length) if calibrate else None
     started = time.perf_counter()
     with ProgressBars() as progress:
@@ -165,7 +167,9 @@ def quantize(
     if json:
         print_json({"model": model, **result})
     else:
-        print_summary(quantized.inventory, result, model, causal=folder.is_causal_lm)
+        generates = folder.is_causal_lm or folder.is_text_to_text
+        measured = not folder.is_encoder_decoder
+        print_summary(quantized.inventory, result, model, generates=generates, measured=measured)
 
 
 def _check(config: LobcqConfig, folder: ModelFolder, output: Path, calibrate: Path | None, *, overwrite: bool) -> None:
@@ -255,7 +259,8 @@ def _run(
     model = load_float_model(folder, dtype.value)
     progress("load", 1, 1)
     data = None if text is None else text.batches(tokenizer, causal=folder.is_causal_lm)
-    example = None if folder.is_causal_lm or tokenizer is None else example_call(tokenizer)
+    made_up = folder.is_causal_lm or folder.is_encoder_decoder or tokenizer is None
+    example = None if made_up else example_call(tokenizer)
     quantized = lobcq_fx.quantize(model, data, config, example, inplace=True, progress=progress)
     progress("save", 0, 1)
     with writing(output):

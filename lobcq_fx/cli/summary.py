@@ -41,8 +41,15 @@ def summary(inventory: Inventory, config: LobcqConfig, output: Path, seconds: fl
     }
 
 
-def print_summary(inventory: Inventory, result: dict[str, Any], model: str, *, causal: bool) -> None:
-    """The same, as tables on standard output, and what to do next; `model` is the float model's folder."""
+def print_summary(inventory: Inventory, result: dict[str, Any], model: str, *, generates: bool, measured: bool) -> None:
+    """The same, as tables on standard output, and what to do next.
+
+    Args:
+        inventory: the model's.
+        result: its `summary`.
+        model: the float model's folder.
+        generates: whether `lobcq generate` takes it. measured: whether `lobcq eval` does.
+    """
     console = Console(highlight=False)
     console.print(_totals(inventory, result))
     if result["worst_layers"]:
@@ -50,9 +57,10 @@ def print_summary(inventory: Inventory, result: dict[str, Any], model: str, *, c
     if result["left_in_float"]:
         console.print(_left_in_float(result))
     where = result["output"]
-    more = [f'generate {where} --prompt "..."'] if causal else []
+    evaluate = [f"eval {where} --against {model}"] if measured else []
+    generate = [f'generate {where} --prompt "..."'] if generates else []
     console.print(f"Saved to [bold]{escape(where)}[/]. Next:", soft_wrap=True)
-    for command in (f"eval {where} --against {model}", *more, f"report {where} -o report.html"):
+    for command in (*evaluate, *generate, f"report {where} -o report.html"):
         console.print(f" [cyan]lobcq {escape(command)}[/]", soft_wrap=True)
 
 

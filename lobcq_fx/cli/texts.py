@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lobcq_fx.cli.failures import InputError
 from lobcq_fx.evaluation.continuations import leading_bos
+
+if TYPE_CHECKING:
+    from lobcq_fx.cli.inputs import ModelFolder
 
 
 def token_ids(tokenizer: Any, text: str) -> Tensor:
@@ -48,6 +51,19 @@ class CalibrationText:
         if not chosen:
             raise InputError("the calibration text is too short: give at least a few hundred words")
         return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in chosen]
+
+
+def check_calibration(folder: ModelFolder) -> None:
+    """Refuse a text for a model that needs more than texts.
+
+    Raises:
+        InputError: names the model.
+    """
+    if folder.is_encoder_decoder:
+        raise InputError(
+            f"{folder.architecture} is an encoder-decoder, which is calibrated on inputs with their answers: call"
+            ' lobcq_fx.quantize(model, [{"input_ids": ..., "labels": ...}, ...], config) in Python'
+        )
 
 
 def example_call(tokenizer: Any) -> dict[str, Tensor]:

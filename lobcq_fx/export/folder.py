@@ -27,6 +27,7 @@ from lobcq_fx.export.signature import signature_of
 from lobcq_fx.export.stored_module import stored_module
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.recurrent_call import RecurrentCall
+from lobcq_fx.frontends.seq2seq_call import Seq2SeqCall
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.group_query_heads import GroupQueryHeads
@@ -128,6 +129,11 @@ def _check_request(q: QuantizedModel, target: str, *, include_library: bool) -> 
             " scans as operators that ONNX does not have. Remedy: wrap the float model in a torch.nn.Module that calls"
             " it with use_cache=False and returns the logits, quantize that with example_inputs, and export it for"
             " prompts of that length"
+        )
+    if isinstance(q.calling, Seq2SeqCall):
+        raise ExportError(
+            f"{(q.config.architectures or ['the model'])[0]} is an encoder-decoder, of which no ONNX model is made."
+            " Remedy: quantize its encoder alone, lobcq_fx.quantize(model.get_encoder()), and export that"
         )
     if target not in ("custom", "matmulnbits"):
         raise ExportError(f"target is {target!r}: it may be 'custom' or 'matmulnbits'")

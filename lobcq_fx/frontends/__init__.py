@@ -24,9 +24,12 @@ def front_end_of(model: nn.Module) -> FrontEnd:
         return PlainFrontEnd()
     from lobcq_fx.frontends.causal_lm_front_end import CausalLMFrontEnd
     from lobcq_fx.frontends.encoder import EncoderFrontEnd
-    from lobcq_fx.frontends.transformers_trace import is_causal_lm
+    from lobcq_fx.frontends.seq2seq_front_end import Seq2SeqFrontEnd
+    from lobcq_fx.frontends.transformers_trace import is_causal_lm, is_seq2seq_lm
 
-    return CausalLMFrontEnd() if is_causal_lm(model) else EncoderFrontEnd()
+    if is_causal_lm(model):
+        return CausalLMFrontEnd()
+    return Seq2SeqFrontEnd() if is_seq2seq_lm(model) else EncoderFrontEnd()
 
 
 def front_end_for(saved: Checkpoint) -> FrontEnd:
@@ -46,4 +49,8 @@ def front_end_for(saved: Checkpoint) -> FrontEnd:
         from lobcq_fx.frontends.causal_lm_front_end import CausalLMFrontEnd
 
         return CausalLMFrontEnd()
+    if kind == "seq2seq":
+        from lobcq_fx.frontends.seq2seq_front_end import Seq2SeqFrontEnd
+
+        return Seq2SeqFrontEnd()
     raise CheckpointError(f"graph.json has the unknown calling convention {kind!r}: update lobcq-fx")

@@ -10,15 +10,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.model import ModelParts, QuantizedModel
 from lobcq_fx.storage.checkpoint import Callings, Checkpoint
-from lobcq_fx.tracing.trace import TracedGraphs
+from lobcq_fx.tracing.trace import TracedGraphs, TracedModel
 from lobcq_fx.trial import Trial
 
 
 class FrontEnd(ABC):
     """One kind of model: how it is traced, which roles its layers have, how it is built and loaded."""
+
+    def refusal(self, config: LobcqConfig) -> str | None:
+        """Why this kind of model cannot be quantized with the settings; None where it can."""
+        return None
 
     @abstractmethod
     def trace(self, model: nn.Module, example_inputs: Any, *, static_cache: bool) -> TracedGraphs:
@@ -39,7 +44,7 @@ class FrontEnd(ABC):
 
     @abstractmethod
     def trials(self, model: nn.Module, example_inputs: Any, traced: TracedGraphs) -> dict[str, Trial]:
-        """For each graph, calls to compare it and the quantized model with the float model on.
+        """For each traced graph, calls to compare it and the quantized model with the float model on.
 
         All of them are to give what the one for the main graph gives of the float model.
         """
@@ -53,6 +58,10 @@ class FrontEnd(ABC):
         ]
         powers = float(sum(other.square().sum() for _, other in pairs))
         return float(sum((one - other).square().sum() for one, other in pairs)) / max(powers, sys.float_info.min)
+
+    def parts(self, main: TracedModel) -> dict[str, TracedModel]:
+        """Graphs on the tensors of the emitted main one, of which each does a part of the work, by name."""
+        return {}
 
     def roles(self, model: nn.Module) -> Mapping[str, str]:
         """Module path -> role, for patterns such as `@head`; nothing is known of a plain module."""

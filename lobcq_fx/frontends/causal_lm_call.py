@@ -209,16 +209,7 @@ class CausalLMCall(CallingConvention):
         """Put the grown keys and values into the caller's cache, as a Hugging Face model does; or into a new one."""
         if cache is None:
             cache = DynamicCache()
-        layers = []
-        # A compiled prompt would lay its keys and values out as its projections did, and the next call be compiled for
-        # those strides alone.
-        states = [state.contiguous() for state in states]
-        for keys, values in zip(states[0::2], states[1::2], strict=True):
-            layer = DynamicLayer()
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-            layers.append(layer)
-        cache.layers = layers
+        grow(cache, states)
         return cache
 
     def check_default_positions(self) -> None:
@@ -311,3 +302,17 @@ def kept_positions(kept: int | Tensor | None, query: int, device: torch.device) 
     if isinstance(kept, Tensor):
         return kept
     return torch.arange(max(0, query - kept) if kept else 0, query, dtype=torch.long, device=device)
+
+
+def grow(cache: Cache, states: Sequence[Tensor]) -> None:
+    """Put the grown keys and values of every layer in turn into a cache, as a Hugging Face model does."""
+    layers = []
+    # A compiled prompt would lay its keys and values out as its projections did, and the next call be compiled for
+    # those strides alone.
+    states = [state.contiguous() for state in states]
+    for keys, values in zip(states[0::2], states[1::2], strict=True):
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        layers.append(layer)
+    cache.layers = layers

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.nn.functional import kl_div
 from transformers import GenerationConfig, PreTrainedModel
 
 from lobcq_fx.errors import TraceError
@@ -16,6 +15,7 @@ from lobcq_fx.frontends import causal_lm_trial
 from lobcq_fx.frontends.base import FrontEnd
 from lobcq_fx.frontends.causal_lm import QuantizedCausalLM, graph_config
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.next_token import next_token_divergence
 from lobcq_fx.frontends.recurrent_call import NO_STATIC_CACHE, RecurrentCall
 from lobcq_fx.frontends.roles import roles_of
 from lobcq_fx.frontends.saved_config import config_of, config_of_class
@@ -56,10 +56,8 @@ class CausalLMFrontEnd(FrontEnd):
         return {MAIN: causal_lm_trial.growing(model), STATIC_CACHE: causal_lm_trial.static(model, calling)}
 
     def distance(self, outputs: Sequence[Any], expected: Sequence[Any]) -> float:
-        """The KL divergence of the next token's distribution from the float model's, in nats a token."""
-        own, their = (one[0].float().log_softmax(-1) for one in (outputs, expected))
-        terms = kl_div(own, their, reduction="none", log_target=True)
-        return float(terms.nan_to_num(nan=0.0).sum(-1).mean())  # NaN is where both rule a token out
+        """Of the next token's distribution."""
+        return next_token_divergence(outputs[0], expected[0])
 
     def roles(self, model: nn.Module) -> Mapping[str, str]:
         """The language model's head."""

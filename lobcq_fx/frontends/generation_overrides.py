@@ -8,7 +8,10 @@ from typing import Any
 
 import transformers
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
 
 from lobcq_fx.errors import TraceError
 
@@ -26,8 +29,13 @@ DELEGATED: Mapping[str, frozenset[str]] = {
     "Phi3ForCausalLM": frozenset({PREPARE}),
     "PhimoeForCausalLM": frozenset({PREPARE}),
     "Phi4MultimodalForCausalLM": frozenset({PREPARE}),
+    # Positions that count along a padded prompt of tokens heard before.
+    "WhisperForConditionalGeneration": frozenset({PREPARE}),
 }
 """Methods that quantized models of these classes call, bound to themselves."""
+
+INHERITED: Mapping[str, frozenset[str]] = {"WhisperGenerationMixin": frozenset({"generate"})}
+"""Methods that quantized models have of these classes, which are bases of theirs too."""
 
 HARMLESS: Mapping[str, frozenset[str]] = {
     # Drops token_type_ids, which a quantized model refuses.
@@ -87,7 +95,7 @@ def delegated(model_type: str, name: str, owner: type) -> Callable[..., Any] | N
 
     It is the original class's, except that its `super()` looks behind `owner`.
     """
-    original = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    original = _class_of(model_type)
     if not isinstance(original, str) or name not in DELEGATED.get(original, ()):
         return None
     function = getattr(getattr(transformers, original), name)
@@ -102,5 +110,11 @@ def _kept(name: str, owner: type, model_type: str) -> bool:
     if not owner.__module__.startswith("transformers."):
         return False
     if name in DELEGATED.get(owner.__name__, ()):
-        return bool(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) == owner.__name__)
-    return name in HARMLESS.get(owner.__name__, ())
+        return bool(_class_of(model_type) == owner.__name__)
+    return name in HARMLESS.get(owner.__name__, ()) or name in INHERITED.get(owner.__name__, ())
+
+
+def _class_of(model_type: str) -> Any:
+    """Name of the class that generates, of a kind of model."""
+    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    return MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.get(model_type, found)

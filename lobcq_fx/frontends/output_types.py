@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Set as AbstractSet
 from dataclasses import is_dataclass
 from types import ModuleType
 
@@ -41,6 +42,12 @@ def cache_field(kind: type[ModelOutput]) -> str:
     return found
 
 
+LAST_HIDDEN_STATE = "encoder_last_hidden_state"
+
+RETURNED_OF_SEQ2SEQ = frozenset({"loss", "logits", CACHE_NAME, LAST_HIDDEN_STATE})
+"""What a quantized encoder-decoder returns."""
+
+
 def output_type(name: str) -> type[ModelOutput]:
     """The class of a name: one of `transformers.modeling_outputs`, or one of a model's module in full.
 
@@ -54,27 +61,28 @@ def output_type(name: str) -> type[ModelOutput]:
     return found
 
 
-def causal_lm_output_name(model: str, output: object) -> str:
+def language_model_output_name(model: str, output: object, besides: AbstractSet[str] = frozenset()) -> str:
     """What `output_type` finds a float model's output class by.
 
     Args:
         model: the class's name, for errors.
         output: what the model returned.
+        besides: fields that its quantized model returns beside a loss, logits and a cache.
 
     Raises:
-        TraceError: a quantized causal language model cannot return such outputs, or would lose some of them.
+        TraceError: a quantized language model cannot return such outputs, or would lose some of them.
     """
     kind = type(output)
     remedy = "Remedy: wrap it in a torch.nn.Module that returns what you need, and quantize that with example_inputs"
     home = "" if kind.__module__ == COMMON else f"{kind.__module__}."
     name = f"{home}{kind.__name__}"
     try:
-        if not isinstance(output, ModelOutput):
+        if not isinstance(output, ModelOutput) or besides - getattr(kind, "__dataclass_fields__", {}).keys():
             raise ValueError
         cache_field(kind)
     except ValueError:
         raise TraceError(f"{model} returns a {name}, not logits and a cache by name. {remedy}") from None
-    extra = [key for key in output if key not in RETURNED]
+    extra = [key for key in output if key not in RETURNED | besides]
     if extra:
         raise TraceError(f"{model} returns {', '.join(extra)} besides logits and cache, which would be lost. {remedy}")
     try:

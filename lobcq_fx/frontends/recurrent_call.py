@@ -124,7 +124,7 @@ class RecurrentCall(CausalLMCall):
     def _grown(self, cache: Any, states: Sequence[Tensor]) -> Any:
         """Put the states of the graph into the caller's cache, as a Hugging Face model does; or into a new one."""
         cache = DynamicCache() if cache is None else cache
-        # As in `CausalLMCall._grown`; and a state that is a part of something larger would keep that alive.
+        # As in `grow`; and a state that is a part of something larger would keep that alive.
         states = [state.contiguous() for state in states]
         keys_and_values, fixed = iter(states[: 2 * len(self.cache_heads)]), iter(states[2 * len(self.cache_heads) :])
         layers = []

@@ -37,7 +37,7 @@ from lobcq_fx.frontends.float_causal_lm import (
 from lobcq_fx.frontends.generation_overrides import check_overrides
 from lobcq_fx.frontends.graph_check import default_positions_hold
 from lobcq_fx.frontends.in_place_cache import InPlaceCache
-from lobcq_fx.frontends.output_types import causal_lm_output_name
+from lobcq_fx.frontends.output_types import language_model_output_name
 from lobcq_fx.frontends.plain_outputs import plain_outputs
 from lobcq_fx.frontends.recurrent_call import RecurrentCall
 from lobcq_fx.frontends.recurrent_states import FixedState, LayerStates
@@ -73,6 +73,13 @@ def is_causal_lm(model: object) -> bool:
     return isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
 
 
+def is_seq2seq_lm(model: object) -> bool:
+    """Whether `model` is a Hugging Face encoder-decoder whose decoder generates tokens."""
+    if not isinstance(model, PreTrainedModel) or not model.can_generate() or not model.config.is_encoder_decoder:
+        return False
+    return {"decoder_input_ids", "encoder_outputs"} <= inspect.signature(model.forward).parameters.keys()
+
+
 def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
     """One graph that serves prefill (empty cache), continuation and single-token decode.
 
@@ -91,7 +98,7 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
         shifted_loss = has_shifted_loss(model, vocab_size)
         with plain_outputs(model):
             inputs, output = continuation(model)
-            output_type = causal_lm_output_name(type(model).__name__, output)
+            output_type = language_model_output_name(type(model).__name__, output)
             layers = inputs["past_key_values"].layers
             kept = [LayerStates.of(layer) for layer in layers]
             attending = [layer for layer, of in zip(layers, kept, strict=True) if of.attends]
@@ -120,7 +127,7 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
 def _causal_lm_graph(model: PreTrainedModel, inputs: dict[str, Any], kept: Sequence[LayerStates]) -> fx.GraphModule:
     """The graph of a continuation, whose cache has layers that keep what `kept` says."""
     if not has_states(model):
-        graph_module = plain_graph_module(_export(model, inputs, _causal_lm_dynamic_shapes(inputs)))
+        graph_module = plain_graph_module(export(model, inputs, _causal_lm_dynamic_shapes(inputs)))
         drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
         return graph_module
     cache = inputs["past_key_values"]
@@ -137,7 +144,7 @@ def _causal_lm_graph(model: PreTrainedModel, inputs: dict[str, Any], kept: Seque
         {0: Dim.AUTO, 2: Dim.AUTO} if grows else {0: Dim.AUTO} for of in kept for grows in _growing(of)
     ]
     with scans_as_operators(model):
-        graph_module = plain_graph_module(_export(model, inputs, shapes))
+        graph_module = plain_graph_module(export(model, inputs, shapes))
     drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
     _keys_first(graph_module, kept)
     _check_recurrent(graph_module, [state for of in kept for state in of.fixed])
@@ -204,7 +211,7 @@ def trace_static_cache(model: PreTrainedModel, causal: CausalLMCall) -> TracedMo
         inputs["past_key_values"] = _in_place(inputs["past_key_values"], model.device)
         shapes = _causal_lm_dynamic_shapes(inputs)
         shapes["past_key_values"].append({0: Dim.AUTO})
-        graph_module = plain_graph_module(_export(model, inputs, shapes))
+        graph_module = plain_graph_module(export(model, inputs, shapes))
         drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
         output = graph_module.graph.output_node()
         output.args = ((output.args[0][0],),)  # type: ignore[index]  # the cache it returns is the one that came in
@@ -230,8 +237,9 @@ def trace_pretrained(
     """
     if {"decoder_input_ids", "decoder_input_values"} & inspect.signature(model.forward).parameters.keys():
         raise TraceError(
-            f"{type(model).__name__} is an encoder-decoder, which is not supported yet. Remedy: quantize"
-            " model.get_encoder() alone, and pass what it returns to the float model as encoder_outputs"
+            f"{type(model).__name__} is an encoder-decoder that generates nothing, which is not supported. Remedy:"
+            " quantize its class for conditional generation, or model.get_encoder() alone, and pass what that returns"
+            " to the float model as encoder_outputs"
         )
     given = kwargs if kwargs is not None else made_up_inputs(model)
     names, bound = bind_arguments(model, args, given)
@@ -241,7 +249,7 @@ def trace_pretrained(
         bound["attention_mask"] = mask.clone()
         bound["attention_mask"][0, -1] = 0
     with tracing(model), torch.no_grad(), SizeDecisions(TRUSTED) as decisions:
-        program = _export(model, {**bound, **traced_flags(model)}, pytree.tree_map(_batch_and_length, bound))
+        program = export(model, {**bound, **traced_flags(model)}, pytree.tree_map(_batch_and_length, bound))
     graph_module, calling = flatten_program(program, bound, names, Structure(program.call_spec.out_spec))
     fills = {name: fill for name, fill in TOKEN_DEFAULTS.items() if name in bound} if "input_ids" in bound else {}
     return TracedModel(graph_module, replace(calling, fills=fills, guards=decisions.guards(graph_module)))
@@ -256,7 +264,8 @@ def traced_flags(model: PreTrainedModel) -> dict[str, bool]:
     return flags | ({"use_cache": False} if hasattr(model.config, "use_cache") else {})
 
 
-def _export(model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]) -> ExportedProgram:
+def export(model: PreTrainedModel, inputs: dict[str, Any], dynamic_shapes: dict[str, Any]) -> ExportedProgram:
+    """Capture a call of a model, with the cache, if any, under `past_key_values`."""
     with _quiet_transformers():
         config = DynamoConfig(dynamic=True, dynamic_shapes=as_named_by(model, dynamic_shapes))
         exporter = DynamoExporter()

@@ -43,19 +43,19 @@ class Writes:
 
     def visit(self, node: fx.Node) -> None:
         """Count what `node` writes."""
-        self._counts.update(_owner(argument) for argument in written_arguments(node))
+        self._counts.update(owner_of(argument) for argument in written_arguments(node))
 
     def before(self, node: fx.Node) -> int:
         """Writes so far to the memory that `node` looks at."""
-        return self._counts[_owner(node)]
+        return self._counts[owner_of(node)]
 
 
 def written_between(first: fx.Node, last: fx.Node, values: Iterable[fx.Node]) -> bool:
     """Whether a node after `first` and before `last` writes to memory that one of `values` looks at."""
-    owners = {_owner(value) for value in values}
+    owners = {owner_of(value) for value in values}
     node = first.next
     while node is not last:
-        if any(_owner(argument) in owners for argument in written_arguments(node)):
+        if any(owner_of(argument) in owners for argument in written_arguments(node)):
             return True
         node = node.next
     return False
@@ -72,7 +72,7 @@ def writes_inputs(graph: fx.Graph) -> bool:
 
 
 def _written_owners(graph: fx.Graph) -> list[fx.Node]:
-    return [_owner(argument) for node in graph.nodes for argument in written_arguments(node)]
+    return [owner_of(argument) for node in graph.nodes for argument in written_arguments(node)]
 
 
 def written_arguments(node: fx.Node) -> list[fx.Node]:
@@ -91,7 +91,7 @@ def written_arguments(node: fx.Node) -> list[fx.Node]:
     return written
 
 
-def _owner(node: fx.Node) -> fx.Node:
+def owner_of(node: fx.Node) -> fx.Node:
     """The node whose memory this one may look at: itself, unless it is a view or the result of an in-place op."""
     while node.op == "call_function" and node.args and _may_alias(node.target):
         first = node.args[0][0] if isinstance(node.args[0], (list, tuple)) and node.args[0] else node.args[0]

@@ -1,0 +1,98 @@
+"""Hugging Face encoder-decoders that generate: a graph of whole calls, and its parts, which generation runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from lobcq_fx.config import LobcqConfig
+from lobcq_fx.frontends import seq2seq_trial
+from lobcq_fx.frontends.base import FrontEnd
+from lobcq_fx.frontends.causal_lm import graph_config
+from lobcq_fx.frontends.next_token import next_token_divergence
+from lobcq_fx.frontends.roles import roles_of
+from lobcq_fx.frontends.saved_config import config_of, config_of_class
+from lobcq_fx.frontends.seq2seq_call import Seq2SeqCall
+from lobcq_fx.frontends.seq2seq_lm import QuantizedSeq2SeqLM
+from lobcq_fx.frontends.seq2seq_parts import PART_CALLS, parts_of
+from lobcq_fx.frontends.seq2seq_trace import trace_seq2seq
+from lobcq_fx.frontends.whisper import MODEL_TYPE, QuantizedWhisper
+from lobcq_fx.model import ModelParts, QuantizedModel
+from lobcq_fx.storage.checkpoint import Callings, Checkpoint
+from lobcq_fx.tracing.examples import call_of
+from lobcq_fx.tracing.trace import MAIN, TracedGraphs, TracedModel
+from lobcq_fx.trial import Trial
+
+
+class Seq2SeqFrontEnd(FrontEnd):
+    """An encoder-decoder that generates."""
+
+    def refusal(self, config: LobcqConfig) -> str | None:
+        """Caches are of floats."""
+        if config.kv_cache is None:
+            return None
+        return f"kv_cache={config.kv_cache.name!r}: encoder-decoders keep keys and values in float: leave kv_cache out"
+
+    def trace(self, model: nn.Module, example_inputs: Any, *, static_cache: bool) -> TracedGraphs:
+        """Of an example only what the encoder reads counts, where that is no tokens."""
+        assert isinstance(model, PreTrainedModel)
+        return TracedGraphs({MAIN: trace_seq2seq(model, _main_input(model, example_inputs))})
+
+    def trials(self, model: nn.Module, example_inputs: Any, traced: TracedGraphs) -> dict[str, Trial]:
+        """The first tokens of answers, and a step."""
+        assert isinstance(model, PreTrainedModel)
+        return {MAIN: seq2seq_trial.by_steps(model, _main_input(model, example_inputs))}
+
+    def distance(self, outputs: Sequence[Any], expected: Sequence[Any]) -> float:
+        """Of the next token's distribution."""
+        return next_token_divergence(outputs[0], expected[0])
+
+    def parts(self, main: TracedModel) -> dict[str, TracedModel]:
+        """Encoder, cross-attention and decoder."""
+        return parts_of(main)
+
+    def roles(self, model: nn.Module) -> Mapping[str, str]:
+        """The language model's head."""
+        assert isinstance(model, PreTrainedModel)
+        return roles_of(model)
+
+    def configs(self, model: nn.Module) -> dict[str, Any]:
+        """The model's configuration, and how it generates."""
+        return {"config": graph_config(config_of_class(model)), "generation_config": model.generation_config}
+
+    def build(self, parts: ModelParts) -> QuantizedModel:
+        """A model with `generate()`, its class's own for Whisper."""
+        if parts.config.model_type == MODEL_TYPE:
+            return QuantizedWhisper(self, parts)
+        return QuantizedSeq2SeqLM(self, parts)
+
+    def callings(self, saved: Checkpoint) -> Callings:
+        """Those of the whole graph and of its parts, all of which are needed."""
+        whole = Seq2SeqCall.from_dict(saved.calling)
+        for name in PART_CALLS:
+            if name not in saved.graphs or saved.graphs[name].calling.get("kind") != name:
+                raise ValueError(f"the graph {name!r} of an encoder-decoder is missing")
+        return {MAIN: lambda _: whole, **{name: partial(_part_call, name, whole) for name in PART_CALLS}}
+
+    def saved_configs(self, saved: Checkpoint, directory: Path) -> dict[str, Any]:
+        """The same."""
+        config, generation_config = config_of(saved, directory), GenerationConfig.from_pretrained(directory)
+        return {"config": graph_config(config), "generation_config": generation_config}
+
+
+def _part_call(name: str, whole: Seq2SeqCall, values: dict[str, Any]) -> Any:
+    return PART_CALLS[name](whole)
+
+
+def _main_input(model: PreTrainedModel, example: Any) -> Tensor | None:
+    """What the encoder reads, of an example; tokens are made up."""
+    if example is None or model.main_input_name == "input_ids":
+        return None
+    args, kwargs = call_of(example)
+    value = kwargs.get(model.main_input_name, args[0] if args else None)
+    return value if isinstance(value, Tensor) else None
