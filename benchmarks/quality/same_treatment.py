@@ -113,8 +113,14 @@ def main() -> None:
                 row |= {"layers": len(treated), "rotated": sum(one.rotated for one in treated.values())}
                 row |= evaluate(model, reference, layers, treated, encode, text)
                 found["rows"].append(row)
+                found["rows"].sort(key=_place)
                 arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
                 print(json.dumps(row), flush=True)
+
+
+def _place(row: dict[str, Any]) -> tuple[int, int]:
+    """In the table."""
+    return list(FORMATS).index(row["format"]), TREATMENTS.index(row["treatment"])
 
 
 def observe(model: nn.Module, layers: dict[str, nn.Linear], calibration: Tensor) -> dict[str, Seen]:
