@@ -31,6 +31,7 @@ from lobcq_fx.frontends.static_cache_call import (
     is_static,
     static_cache,
 )
+from lobcq_fx.frontends.whole_batches import WholeBatches
 from lobcq_fx.graph.graph_module import copied
 from lobcq_fx.graph.shared_tensors import SharingGraphModule
 from lobcq_fx.model import ModelGraph, ModelParts, QuantizedModel, Reader
@@ -138,7 +139,9 @@ def graph_config(config: Any) -> Any:
     return config
 
 
-class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class QuantizedCausalLM(  # type: ignore[misc]
+    WholeBatches, CausalLMForward, QuantizedModel, PreTrainedModel, GenerationMixin
+):
     """A `QuantizedModel` that generates: greedy, sampling, beams, batches padded on the left, any prompt length.
 
     It is a `PreTrainedModel` for whatever asks one for its configuration, device or cache (pipelines, generation);

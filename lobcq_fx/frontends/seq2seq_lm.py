@@ -12,6 +12,7 @@ from lobcq_fx.errors import CallError
 from lobcq_fx.frontends.seq2seq_cache import fill_cross, is_filled, new_cache
 from lobcq_fx.frontends.seq2seq_call import Seq2SeqCall
 from lobcq_fx.frontends.seq2seq_parts import CROSS_ATTENTION, DECODER, ENCODER
+from lobcq_fx.frontends.whole_batches import WholeBatches
 from lobcq_fx.model import ModelGraph, ModelParts, QuantizedModel, Reader
 
 
@@ -51,7 +52,7 @@ class Seq2SeqEncoder:
     __call__ = forward
 
 
-class QuantizedSeq2SeqLM(QuantizedModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class QuantizedSeq2SeqLM(WholeBatches, QuantizedModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A `QuantizedModel` that encodes once and generates: greedy, sampling, beams, inputs padded on either side.
 
     It is a `PreTrainedModel` for whatever asks one for its configuration, device or cache (pipelines, generation);

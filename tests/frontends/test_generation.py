@@ -163,3 +163,9 @@ def test_arguments_without_effect_on_the_float_model_have_none(llama, argument):
 def test_arguments_that_would_change_the_result_are_refused_by_name(llama, argument):
     with pytest.raises(CallError, match=f"'{next(iter(argument))}' is not supported"):
         llama[1](IDS, **argument)
+
+
+def test_continuous_batching_is_refused_before_it_starts():
+    _, q = quantized_causal_lm("llama")
+    with pytest.raises(CallError, match=r"pages, which a traced graph does not read\. Remedy: generate\(\)"):
+        q.generate_batch([[5, 6, 7]], generation_config=transformers.GenerationConfig(max_new_tokens=2))
