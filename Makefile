@@ -10,7 +10,7 @@ TORCH := 2.13.0
 TEXT := lobcq_fx/assets/default_model/heldout.txt
 
 .PHONY: demo test lint unit unit-export unit-models unit-rest default-dtype differential reliability crash fuzz sanitize oldest \
-  transformers families constraints release clean
+  transformers families reference constraints release clean
 
 demo: $(VENV)/.installed
 	@# The text only measures the activations here: universal codebooks and per-token scales need no calibration.
@@ -55,7 +55,7 @@ default-dtype: $(VENV)/.installed
 	LOBCQ_TEST_DEFAULT_DTYPE=float16 LOBCQ_CPU_CORE=0 $(BIN)/python -m pytest -k "not fake_kernels" tests/ops
 
 # Every night: random modules at random sizes, against the modules themselves. Prints a summary, and writes the counts
-# into docs/families.md.
+# into docs/coverage.md.
 MODULES := 20000
 SEED := 0
 differential: $(VENV)/.installed
@@ -116,7 +116,7 @@ transformers-%: $(VENV)/.installed
 	PYTHONPATH=build/$@ $(BIN)/python -m pytest tests/frontends/test_generation.py tests/storage/test_other_readers.py \
 	  tests/integrations/test_use.py
 
-# Every family of transformers through every check, into docs/families.md: half an hour, once a night.
+# Every family of transformers through every check, into docs/coverage.md: half an hour, once a night.
 families: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.quality.families
 	$(BIN)/python -m benchmarks.pages.families
@@ -127,6 +127,11 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard lobcq_fx/
 	$(BIN)/pip install --quiet --require-hashes --no-deps --requirement constraints.txt
 	$(BIN)/pip install --quiet --editable ".[dev]" torch==$(TORCH)
 	touch $@
+
+# The API's pages, of its docstrings.
+PUBLIC := lobcq_fx lobcq_fx.config lobcq_fx.errors lobcq_fx.evaluation lobcq_fx.export lobcq_fx.format lobcq_fx.report
+reference: $(VENV)/.installed
+	$(BIN)/pdoc --docformat google --output-directory build/reference $(PUBLIC) '!lobcq_fx\.[^.]*\..*'
 
 # The versions of constraints.in with the hashes of all their archives. Needs uv.
 constraints:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import lobcq_fx
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -47,6 +50,20 @@ def test_the_notebook_runs_from_top_to_bottom(folder):
     done = subprocess.run([sys.executable, "-c", source], cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "equal to the last bit: True" in done.stdout
+
+
+def test_the_reference_is_built_without_warnings(folder):
+    """`make reference`, by its own command."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (public,) = re.findall(r"^PUBLIC := (.*)$", makefile, re.MULTILINE)
+    (arguments,) = re.findall(r"/pdoc (.*)$", makefile, re.MULTILINE)
+    command = [sys.executable, "-W", "error", "-m", "pdoc", *shlex.split(arguments.replace("$(PUBLIC)", public))]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    page = (folder / "build" / "reference" / "lobcq_fx.html").read_text(encoding="utf-8")
+    for name in lobcq_fx.__all__:
+        assert f'id="{name}"' in page, name
+    assert "<strong>calibration_data:</strong>" in page, "arguments are a list"
 
 
 def test_the_pages_have_blocks_to_run():

@@ -1,4 +1,4 @@
-"""Put what benchmarks/quality/families.py and tests.differential found into docs/families.md, between its markers.
+"""Put what benchmarks/quality/families.py and tests.differential found into docs/coverage.md, between its markers.
 
 python -m benchmarks.pages.families           # rewrite the page
 python -m benchmarks.pages.families --check   # exit with 1 if it differs
@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.pages.markdown import keep_page, table
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "families.md"
+PAGE = ROOT / "docs" / "coverage.md"
 RESULTS = ROOT / "benchmarks" / "results"
 KINDS = {
     "LanguageModel": "language model",
