@@ -99,7 +99,7 @@ def quantize(
     model = unwrapped(model)
     bind_cpu_core()
     front_end = front_end_of(model)
-    refusal = front_end.refusal(config)
+    refusal = front_end.refusal(model, config)
     if refusal is not None:
         raise ConfigError(refusal)
     example_inputs, data = _example(front_end, example_inputs, calibration_data)

@@ -21,8 +21,8 @@ from lobcq_fx.trial import Trial
 class FrontEnd(ABC):
     """One kind of model: how it is traced, which roles its layers have, how it is built and loaded."""
 
-    def refusal(self, config: LobcqConfig) -> str | None:
-        """Why this kind of model cannot be quantized with the settings; None where it can."""
+    def refusal(self, model: nn.Module, config: LobcqConfig) -> str | None:
+        """Why the settings cannot be the model's, as far as that shows before it is traced; None where they can."""
         return None
 
     @abstractmethod

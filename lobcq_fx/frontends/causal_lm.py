@@ -12,6 +12,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.cache_utils import Cache
 
 from lobcq_fx.cache_format import CacheFormat
+from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CallError, ConfigError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
@@ -47,10 +48,16 @@ NO_QUANTIZED_CACHE = (
     " served. Remedy: leave it out, and pass a DynamicCache"
 )
 
+
+def cache_refusal(config: LobcqConfig) -> str | None:
+    """Why a model with such states takes no settings with a quantized cache; None where they have none."""
+    return None if config.kv_cache is None else f"kv_cache is {config.kv_cache.name!r}, but {NO_QUANTIZED_CACHE}"
+
+
 DEQUANTIZE = torch.ops.lobcq.dequantize_states.default
 
 
-class CausalLMForward:
+class CausalLMForward(WholeBatches):
     """The `forward` that Hugging Face's `generate()` reads and calls; the next class has one that takes keywords.
 
     config: the model's Hugging Face configuration.
@@ -139,9 +146,7 @@ def graph_config(config: Any) -> Any:
     return config
 
 
-class QuantizedCausalLM(  # type: ignore[misc]
-    WholeBatches, CausalLMForward, QuantizedModel, PreTrainedModel, GenerationMixin
-):
+class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A `QuantizedModel` that generates: greedy, sampling, beams, batches padded on the left, any prompt length.
 
     It is a `PreTrainedModel` for whatever asks one for its configuration, device or cache (pipelines, generation);
@@ -154,8 +159,9 @@ class QuantizedCausalLM(  # type: ignore[misc]
             self.generation_config = parts.generation_config
         # What generation asks before it takes tokens back (assisted decoding), which states do not allow.
         self._is_stateful = isinstance(self.calling, RecurrentCall)
-        if self._is_stateful and parts.lobcq_config.kv_cache is not None:
-            raise ConfigError(f"kv_cache is {parts.lobcq_config.kv_cache.name!r}, but {NO_QUANTIZED_CACHE}")
+        refusal = cache_refusal(parts.lobcq_config) if self._is_stateful else None
+        if refusal is not None:
+            raise ConfigError(refusal)
 
     def _base_arguments(self, parts: ModelParts) -> tuple[Any, ...]:
         return (parts.config,)

@@ -10,11 +10,13 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import TraceError
 from lobcq_fx.frontends import causal_lm_trial
 from lobcq_fx.frontends.base import FrontEnd
-from lobcq_fx.frontends.causal_lm import QuantizedCausalLM, graph_config
+from lobcq_fx.frontends.causal_lm import QuantizedCausalLM, cache_refusal, graph_config
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.float_causal_lm import has_states
 from lobcq_fx.frontends.next_token import next_token_divergence
 from lobcq_fx.frontends.recurrent_call import NO_STATIC_CACHE, RecurrentCall
 from lobcq_fx.frontends.roles import roles_of
@@ -31,6 +33,11 @@ logger = logging.getLogger(__name__)
 
 class CausalLMFrontEnd(FrontEnd):
     """A language model that generates."""
+
+    def refusal(self, model: nn.Module, config: LobcqConfig) -> str | None:
+        """States of a fixed size are kept in float, and all that is beside them."""
+        assert isinstance(model, PreTrainedModel)
+        return cache_refusal(config) if has_states(model) else None
 
     def trace(self, model: nn.Module, example_inputs: Any, *, static_cache: bool) -> TracedGraphs:
         """No example is needed. A model without a graph for static caches is quantized all the same."""

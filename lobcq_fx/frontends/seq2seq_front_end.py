@@ -32,7 +32,7 @@ from lobcq_fx.trial import Trial
 class Seq2SeqFrontEnd(FrontEnd):
     """An encoder-decoder that generates."""
 
-    def refusal(self, config: LobcqConfig) -> str | None:
+    def refusal(self, model: nn.Module, config: LobcqConfig) -> str | None:
         """Caches are of floats."""
         if config.kv_cache is None:
             return None
