@@ -31,6 +31,9 @@ NOT_MEASURED = "Not measured yet."
 RESULTS = Path(__file__).parents[1] / "results"
 README = RESULTS.parents[1] / "README.md"
 
+TREATMENT = "smoothed and compensated"
+"""The one that every format has had."""
+
 
 def main() -> None:
     """Rewrite or check."""
@@ -56,7 +59,7 @@ def perplexity() -> str:
 def treated() -> str:
     """SmolLM2-135M-Instruct in formats under the same treatment, by what becomes of activations."""
     lines = by_activations(results("same_treatment")).items()
-    rows = [[name, bits, *rises] for (name, bits, treatment), rises in lines if treatment != "nearest"]
+    rows = [[name, bits, *rises] for (name, bits, treatment), rises in lines if treatment == TREATMENT]
     return table(["format", "bits a scalar", "W4A16", "W4A8", "W4A4"], rows)
 
 

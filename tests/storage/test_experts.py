@@ -131,13 +131,3 @@ def test_ends_of_groups_may_be_any_numbers(saved, tmp_path, factor):
     assert q(saved[1]).shape == (2 * TOKENS, N)
     if factor <= 0:
         assert not q(saved[1]).any()
-
-
-def test_modules_refuse_experts_by_name_and_say_what_opens_them(saved):
-    from lobcq_fx.graph.stored_linear import stored_linears
-    from lobcq_fx.integrations.stored_layer import StoredLayer
-
-    q = lobcq_fx.load(saved[0])
-    (linear,) = stored_linears(q.stored_graph)
-    with pytest.raises(ValueError, match="experts of a mixture, whose weights are one stack"):
-        StoredLayer.of(q.graph_module, linear, multiplied=False)
