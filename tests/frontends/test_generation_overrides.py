@@ -35,6 +35,7 @@ ACCEPTED = {
     ("falcon_h1", "FalconH1ForCausalLM", PREPARE),
     ("nemotron_h", "NemotronHForCausalLM", PREPARE),
     ("zamba2", "Zamba2ForCausalLM", PREPARE),
+    ("whisper", "WhisperForConditionalGeneration", PREPARE),
 }
 
 
