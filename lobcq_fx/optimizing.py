@@ -14,7 +14,7 @@ from lobcq_fx.config import LobcqConfig
 from lobcq_fx.encoding import left_alone
 from lobcq_fx.errors import ConfigError
 from lobcq_fx.frontends import front_end_of
-from lobcq_fx.graph.aliasing import written_attributes
+from lobcq_fx.frontends.tried import Tried
 from lobcq_fx.graph.attributes import (
     delete_attribute,
     free_name,
@@ -29,7 +29,7 @@ from lobcq_fx.graph.shared_tensors import drop_shared, share
 from lobcq_fx.graph.stored_linear import stored_linears
 from lobcq_fx.inventory import Inventory, MatmulRecord
 from lobcq_fx.kernels.bind import bind_cpu_core
-from lobcq_fx.model import ModelParts, QuantizedModel
+from lobcq_fx.model import QuantizedModel
 from lobcq_fx.modules.packed_product import CONSTANTS, PackedProduct
 from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
@@ -38,8 +38,7 @@ from lobcq_fx.passes.share_activations import ShareActivations
 from lobcq_fx.plan import QuantizationPlan
 from lobcq_fx.storage.validate import restore_packed_weights
 from lobcq_fx.tracing.autocast import no_autocast
-from lobcq_fx.tracing.trace import MAIN, TracedModel
-from lobcq_fx.trial import check_quantized, differing, expected_of
+from lobcq_fx.tracing.trace import MAIN
 
 IN_FLOAT = "it is in float in the model that was optimized"
 
@@ -73,21 +72,13 @@ def optimize(model: nn.Module, example_inputs: Any = None, *, static_cache: bool
         one.unpack()  # graphs are stored on weights as they are stored
     try:
         traced = front_end.trace(model, example_inputs, static_cache=static_cache)
-        trials = front_end.trials(model, example_inputs, traced)
-        expected = expected_of(model, trials[MAIN], written_attributes(traced.graphs[MAIN].graph_module.graph))
-        unlike = differing(traced, trials, expected)
-        alike = {name: one.graph_module for name, one in traced.graphs.items() if name not in unlike}
-        graphs = _on_one_root(alike, products)
+        tried = Tried.of(front_end, model, example_inputs, traced)
+        graphs = _on_one_root(tried.graphs_without(tried.unlike), products)
         inventory = _inventory(graphs[MAIN], model, config, front_end.roles(model), products)
-        named = {name: TracedModel(one, traced.graphs[name].calling) for name, one in graphs.items()}
-        refused = {**traced.refusals, **unlike}
-        q = front_end.build(ModelParts(named, refused, config, inventory, **front_end.configs(model)))
+        return tried.build(graphs, tried.unlike, config, inventory)
     finally:
         for one in products.values():
             one.prepack()
-    for name, graph in q.graphs.items():
-        check_quantized(q, graph.graph_module, trials[name], expected)
-    return q
 
 
 def _config_of(model: nn.Module) -> LobcqConfig:

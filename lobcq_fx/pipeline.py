@@ -22,14 +22,15 @@ from lobcq_fx.float_weights import FloatWeights
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.frontends import front_end_of
 from lobcq_fx.frontends.base import FrontEnd
-from lobcq_fx.graph.aliasing import writes_inputs, written_attributes
+from lobcq_fx.frontends.tried import Tried
+from lobcq_fx.graph.aliasing import writes_inputs
 from lobcq_fx.graph.attributes import device_of
 from lobcq_fx.graph.graph_module import LobcqGraphModule, copied
 from lobcq_fx.graph.shared_tensors import drop_shared, share
 from lobcq_fx.graph.written import kept, state_of
 from lobcq_fx.inventory import Inventory, MatmulRecord
 from lobcq_fx.kernels.bind import bind_cpu_core
-from lobcq_fx.model import ModelParts, QuantizedModel
+from lobcq_fx.model import QuantizedModel
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.insert_observers import InsertObservers, observed
 from lobcq_fx.passes.order import NORMALIZE, emitting
@@ -42,7 +43,6 @@ from lobcq_fx.tracing.examples import calibration_inputs
 from lobcq_fx.tracing.progress import counted_calls
 from lobcq_fx.tracing.trace import MAIN, TracedModel
 from lobcq_fx.tracing.wrappers import unwrapped
-from lobcq_fx.trial import check_quantized, differing, expected_of
 
 logger = logging.getLogger(__name__)
 
@@ -106,32 +106,24 @@ def quantize(
     count, float_bytes = _size(model.parameters())
     with counted_calls(model, partial(report, "trace")):
         traced = front_end.trace(model, example_inputs, static_cache=static_cache)
-    trials = front_end.trials(model, example_inputs, traced)
-    expected = expected_of(model, trials[MAIN], written_attributes(traced.graphs[MAIN].graph_module.graph))
-    unlike = differing(traced, trials, expected)
+    tried = Tried.of(front_end, model, example_inputs, traced)
     roles = front_end.roles(model)
     plan, others = make_plan(traced.graph_modules, config, roles)
     if config.bits is not None:
         data = list(data or ())
         config = _decided(traced.graphs[MAIN], plan, config, front_end, data, report)
         plan, others = _planned(traced.graph_modules, config, roles)
-    unlike |= others
+    unlike = {**tried.unlike, **others}
     moments = None
     if data is not None:
         moments = _calibrate(traced.graphs[MAIN], plan, data, report)
-    alike = {name: one.graph_module for name, one in traced.graphs.items() if name not in unlike}
+    alike = tried.graphs_without(unlike)
     emitted, records = quantize_graphs(alike, plan, config, report, model if inplace else None, moments)
     saved = sum(record.float_bytes - record.packed_bytes for record in records)
     inventory = Inventory(records, count, float_bytes, float_bytes - saved)
     _warn_of_leftovers(inventory)
     _warn_of_unreached(inventory)
-    graphs = {name: TracedModel(one, traced.graphs[name].calling) for name, one in emitted.items()}
-    graphs |= front_end.parts(graphs[MAIN])
-    refused = {**traced.refusals, **unlike}
-    q = front_end.build(ModelParts(graphs, refused, config, inventory, **front_end.configs(model)))
-    for name in emitted:
-        check_quantized(q, q.graphs[name].graph_module, trials[name], expected)
-    return q
+    return tried.build(emitted, unlike, config, inventory)
 
 
 def make_plan(

@@ -89,6 +89,18 @@ def test_an_encoder_in_bf16(tmp_path):
     assert torch.equal(results(q), results(model))
 
 
+def test_an_encoder_decoder_that_generates(tmp_path):
+    """Its graph is cut into parts, which generation runs."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 1, "vocab_size": 61}
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, decoder_start_token_id=0)).eval()
+    model = as_read(t5, tmp_path, kind=transformers.AutoModelForSeq2SeqLM)
+    q = lobcq_fx.optimize(model)
+    assert q.graphs.keys() == {"main", "encoder", "cross_attention", "decoder"}
+    beams = {**GREEDY, "num_beams": 2}
+    assert torch.equal(q.generate(IDS, **beams), model.generate(IDS, **beams))
+
+
 def test_activations_are_encoded_once_and_codebooks_stored_once(tmp_path):
     q = lobcq_fx.optimize(as_read(causal_lm(), tmp_path), static_cache=False)
     linears = {one.weight: one for one in stored_linears(q.stored_graph)}

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import TraceError
 from lobcq_fx.frontends import causal_lm_trial
-from lobcq_fx.frontends.base import FrontEnd
-from lobcq_fx.frontends.causal_lm import QuantizedCausalLM, cache_refusal, graph_config
+from lobcq_fx.frontends.causal_lm import QuantizedCausalLM, cache_refusal
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.float_causal_lm import has_states
-from lobcq_fx.frontends.next_token import next_token_divergence
+from lobcq_fx.frontends.language_model import LanguageModelFrontEnd
 from lobcq_fx.frontends.recurrent_call import NO_STATIC_CACHE, RecurrentCall
-from lobcq_fx.frontends.roles import roles_of
-from lobcq_fx.frontends.saved_config import config_of, config_of_class
 from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, StaticCacheCall
 from lobcq_fx.frontends.transformers_trace import trace_causal_lm, trace_static_cache
 from lobcq_fx.model import ModelParts, QuantizedModel
@@ -31,7 +26,7 @@ from lobcq_fx.trial import Trial
 logger = logging.getLogger(__name__)
 
 
-class CausalLMFrontEnd(FrontEnd):
+class CausalLMFrontEnd(LanguageModelFrontEnd):
     """A language model that generates."""
 
     def refusal(self, model: nn.Module, config: LobcqConfig) -> str | None:
@@ -62,19 +57,6 @@ class CausalLMFrontEnd(FrontEnd):
         assert isinstance(calling, CausalLMCall)
         return {MAIN: causal_lm_trial.growing(model), STATIC_CACHE: causal_lm_trial.static(model, calling)}
 
-    def distance(self, outputs: Sequence[Any], expected: Sequence[Any]) -> float:
-        """Of the next token's distribution."""
-        return next_token_divergence(outputs[0], expected[0])
-
-    def roles(self, model: nn.Module) -> Mapping[str, str]:
-        """The language model's head."""
-        assert isinstance(model, PreTrainedModel)
-        return roles_of(model)
-
-    def configs(self, model: nn.Module) -> dict[str, Any]:
-        """The model's configuration, and how it generates."""
-        return {"config": graph_config(config_of_class(model)), "generation_config": model.generation_config}
-
     def build(self, parts: ModelParts) -> QuantizedModel:
         """A model with `generate()`."""
         return QuantizedCausalLM(self, parts)
@@ -85,8 +67,3 @@ class CausalLMFrontEnd(FrontEnd):
             return {MAIN: RecurrentCall.from_dict}
         causal = CausalLMCall.from_dict(saved.calling)
         return {MAIN: lambda _: causal, STATIC_CACHE: lambda values: StaticCacheCall.from_dict(values, causal)}
-
-    def saved_configs(self, saved: Checkpoint, directory: Path) -> dict[str, Any]:
-        """The same."""
-        config, generation_config = config_of(saved, directory), GenerationConfig.from_pretrained(directory)
-        return {"config": graph_config(config), "generation_config": generation_config}

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.frontends import seq2seq_trial
-from lobcq_fx.frontends.base import FrontEnd
-from lobcq_fx.frontends.causal_lm import graph_config
-from lobcq_fx.frontends.next_token import next_token_divergence
-from lobcq_fx.frontends.roles import roles_of
-from lobcq_fx.frontends.saved_config import config_of, config_of_class
+from lobcq_fx.frontends.language_model import LanguageModelFrontEnd
 from lobcq_fx.frontends.seq2seq_call import Seq2SeqCall
 from lobcq_fx.frontends.seq2seq_lm import QuantizedSeq2SeqLM
 from lobcq_fx.frontends.seq2seq_parts import PART_CALLS, parts_of
@@ -29,7 +23,7 @@ from lobcq_fx.tracing.trace import MAIN, TracedGraphs, TracedModel
 from lobcq_fx.trial import Trial
 
 
-class Seq2SeqFrontEnd(FrontEnd):
+class Seq2SeqFrontEnd(LanguageModelFrontEnd):
     """An encoder-decoder that generates."""
 
     def refusal(self, model: nn.Module, config: LobcqConfig) -> str | None:
@@ -48,22 +42,9 @@ class Seq2SeqFrontEnd(FrontEnd):
         assert isinstance(model, PreTrainedModel)
         return {MAIN: seq2seq_trial.by_steps(model, _main_input(model, example_inputs))}
 
-    def distance(self, outputs: Sequence[Any], expected: Sequence[Any]) -> float:
-        """Of the next token's distribution."""
-        return next_token_divergence(outputs[0], expected[0])
-
     def parts(self, main: TracedModel) -> dict[str, TracedModel]:
         """Encoder, cross-attention and decoder."""
         return parts_of(main)
-
-    def roles(self, model: nn.Module) -> Mapping[str, str]:
-        """The language model's head."""
-        assert isinstance(model, PreTrainedModel)
-        return roles_of(model)
-
-    def configs(self, model: nn.Module) -> dict[str, Any]:
-        """The model's configuration, and how it generates."""
-        return {"config": graph_config(config_of_class(model)), "generation_config": model.generation_config}
 
     def build(self, parts: ModelParts) -> QuantizedModel:
         """A model with `generate()`, its class's own for Whisper."""
@@ -78,11 +59,6 @@ class Seq2SeqFrontEnd(FrontEnd):
             if name not in saved.graphs or saved.graphs[name].calling.get("kind") != name:
                 raise ValueError(f"the graph {name!r} of an encoder-decoder is missing")
         return {MAIN: lambda _: whole, **{name: partial(_part_call, name, whole) for name in PART_CALLS}}
-
-    def saved_configs(self, saved: Checkpoint, directory: Path) -> dict[str, Any]:
-        """The same."""
-        config, generation_config = config_of(saved, directory), GenerationConfig.from_pretrained(directory)
-        return {"config": graph_config(config), "generation_config": generation_config}
 
 
 def _part_call(name: str, whole: Seq2SeqCall, values: dict[str, Any]) -> Any:

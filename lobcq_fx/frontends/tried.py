@@ -1,0 +1,74 @@
+"""A model's graphs from the time they are traced until a quantized model is built of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from lobcq_fx.config import LobcqConfig
+from lobcq_fx.frontends.base import FrontEnd
+from lobcq_fx.graph.aliasing import written_attributes
+from lobcq_fx.inventory import Inventory
+from lobcq_fx.model import ModelParts, QuantizedModel
+from lobcq_fx.tracing.trace import MAIN, TracedGraphs, TracedModel
+from lobcq_fx.trial import Outcome, Trial, check_quantized, differing, expected_of
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Traced graphs that were compared with their model.
+
+    trials: the calls that they were compared on, by graph. expected: what the model gave.
+    unlike: why a graph besides the main one does not compute what the model does, by name.
+    """
+
+    front_end: FrontEnd
+    model: nn.Module
+    traced: TracedGraphs
+    trials: Mapping[str, Trial]
+    expected: Outcome
+    unlike: dict[str, str]
+
+    @classmethod
+    def of(cls, front_end: FrontEnd, model: nn.Module, example_inputs: Any, traced: TracedGraphs) -> Tried:
+        """Compare them.
+
+        Raises:
+            TraceError: the model itself fails on the call, or its main graph gives something else.
+        """
+        trials = front_end.trials(model, example_inputs, traced)
+        expected = expected_of(model, trials[MAIN], written_attributes(traced.graphs[MAIN].graph_module.graph))
+        return cls(front_end, model, traced, trials, expected, differing(traced, trials, expected))
+
+    def graphs_without(self, unlike: Mapping[str, str]) -> dict[str, fx.GraphModule]:
+        """The graphs that are to go on, by name."""
+        return {name: one for name, one in self.traced.graph_modules.items() if name not in unlike}
+
+    def build(
+        self,
+        emitted: Mapping[str, fx.GraphModule],
+        unlike: Mapping[str, str],
+        config: LobcqConfig,
+        inventory: Inventory,
+    ) -> QuantizedModel:
+        """The quantized model, of which every graph was run once.
+
+        Args:
+            emitted: as they are stored, by name.
+            unlike: why others are not there, by name.
+            config, inventory: the model's.
+
+        Raises:
+            LobcqError: it fails, or gives another structure, NaN or infinity where the model gives numbers.
+        """
+        graphs = {name: TracedModel(one, self.traced.graphs[name].calling) for name, one in emitted.items()}
+        graphs |= self.front_end.parts(graphs[MAIN])
+        refused = {**self.traced.refusals, **unlike}
+        configs = self.front_end.configs(self.model)
+        q = self.front_end.build(ModelParts(graphs, refused, config, inventory, **configs))
+        for name in emitted:
+            check_quantized(q, q.graphs[name].graph_module, self.trials[name], self.expected)
+        return q
