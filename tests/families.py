@@ -19,6 +19,7 @@ from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, encode
 from lobcq_fx.frontends import front_end_of
 from lobcq_fx.tracing.trace import MAIN, TracedModel
 from lobcq_fx.tracing.wrappers import unwrapped
+from tests.sweeps import sweep
 
 VOCABULARY = 96
 # Feed-forward 172 and hidden 72 leave tails of 44 and 8 columns after the last whole block array of 64.
@@ -79,6 +80,9 @@ def causal_lm(family: str, **changes: int) -> PreTrainedModel:
 
 WITH_STATIC_CACHE = ("llama", "mistral", "gemma2", "gemma3", "gpt2", "bloom", "opt", "phi3")
 """Families that tests give both graphs: in what a cache, masks and positions are, the others are as one of these."""
+
+EVERY_CAUSAL_LM = sweep(CAUSAL_LMS, WITH_STATIC_CACHE)
+"""For parametrizations: by day one family of a kind, at night all."""
 
 
 def quantized_causal_lm(

@@ -7,7 +7,7 @@ import torch
 
 from lobcq_fx.ops import quantize_activation, quantize_activation_int8, rotate
 from tests.export.single_node import Operator, sums_empty_tensors
-from tests.format.cases import ALL_SPECS, KINDS, codebooks_of, int8, matrix
+from tests.format.cases import EVERY_SPEC, KINDS, codebooks_of, int8, matrix
 
 
 def assert_same(expected: tuple[torch.Tensor, ...], actual: list[torch.Tensor]) -> None:
@@ -45,7 +45,7 @@ def test_every_int8_scale_is_rounded_up():
     assert_same(quantize_activation_int8(x, 16, static), encode(x, static))
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", EVERY_SPEC, ids=lambda spec: spec.name)
 def test_all_formats_byte_for_byte(spec):
     encode = Operator("QuantizeActivation", array_size=spec.array_size)
     codebooks = int8(codebooks_of(3, spec.num_codebooks))

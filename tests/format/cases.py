@@ -8,11 +8,15 @@ from hypothesis import settings
 
 from lobcq_fx.format import Encoded, FormatSpec, decode, encode
 from tests.format import oracle
+from tests.sweeps import sweep
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 """The same examples every run: a failure is a change of the code, and nothing is written to disk."""
 
 ALL_SPECS = [FormatSpec(n, a) for n in (1, 2, 4, 8, 16) for a in (16, 32, 64, 128)]
+
+EVERY_SPEC = sweep(ALL_SPECS, [FormatSpec.from_name(name) for name in ("1x16", "2x32", "4x64", "8x64", "16x128")])
+"""For parametrizations: all of them at night, by day each number of codebooks and each size of array once."""
 
 
 def codebooks_of(seed: int, num_codebooks: int) -> list[list[int]]:

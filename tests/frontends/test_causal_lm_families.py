@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
-from tests.families import CAUSAL_LMS, VOCABULARY, fake_quantized, quantized_causal_lm, quantized_layers
+from tests.families import EVERY_CAUSAL_LM, VOCABULARY, fake_quantized, quantized_causal_lm, quantized_layers
 
 LENGTH = 11
 
 
-@pytest.fixture(scope="module", params=list(CAUSAL_LMS))
+@pytest.fixture(scope="module", params=EVERY_CAUSAL_LM)
 def pair(request):
     return quantized_causal_lm(request.param)
 

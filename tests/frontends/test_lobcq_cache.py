@@ -12,7 +12,7 @@ from lobcq_fx.errors import CallError, ConfigError
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
 from lobcq_fx.frontends.lobcq_cache import LobcqCache
 from lobcq_fx.frontends.output_types import CACHE_NAME
-from tests.families import CAUSAL_LMS, causal_lm, fake_quantized, quantized_causal_lm, quantized_layers
+from tests.families import EVERY_CAUSAL_LM, causal_lm, fake_quantized, quantized_causal_lm, quantized_layers
 from tests.frontends.test_causal_lm_families import LENGTH, assert_logits_close, batch
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -62,7 +62,7 @@ def positions_of(q, mask):
 
 @torch.no_grad()
 @pytest.mark.parametrize("rotate", [False, True])
-@pytest.mark.parametrize("family", list(CAUSAL_LMS))
+@pytest.mark.parametrize("family", EVERY_CAUSAL_LM)
 def test_logits_are_those_of_a_cache_of_decoded_floats(family, rotate):
     """Sliding windows (mistral, gemma) and attention that is written out (gemma2's softcap) included."""
     model, q = quantized_causal_lm(family)

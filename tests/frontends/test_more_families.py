@@ -1,4 +1,4 @@
-"""Many more families, each by one call, a prompt and steps on its cache, saved and loaded."""
+"""Many more families, each by one call, a prompt and steps on its cache, saved and loaded; some wait for the night."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 import lobcq_fx
 from lobcq_fx.errors import LobcqError
 from tests.families import CAUSAL_LMS, quantized_layers
-from tests.more_families import DISTINCT, FAMILIES, RECURRENT, REFUSED, agreement, linears_that_run
+from tests.more_families import DAILY, DISTINCT, FAMILIES, RECURRENT, REFUSED, agreement, linears_that_run
+from tests.sweeps import sweep
 
 IN_DEPTH = {config().model_type for config in CAUSAL_LMS.values()} | {"bert", "vit", "t5"} | RECURRENT.keys()
 """These go through tests of their own; `make families` runs all of `FAMILIES`."""
 
 
-@pytest.mark.parametrize("name", [name for name in DISTINCT if name not in IN_DEPTH])
+@pytest.mark.parametrize("name", sweep([name for name in DISTINCT if name not in IN_DEPTH], DAILY))
 def test_a_family_computes_what_its_fake_quantized_original_does(name, tmp_path):
     family = FAMILIES[name]
     model = family.model()

@@ -13,11 +13,13 @@ import lobcq_fx.ops
 from lobcq_fx.format import FormatSpec, encode, universal_codebooks
 from lobcq_fx.kernels.bind import bind_cpu_core
 from lobcq_fx.kernels.cpu.installed import SWITCH
+from tests.sweeps import crossed
 
 pytestmark = pytest.mark.skipif(not bind_cpu_core(), reason="the CPU core was not built, or is switched off")
 
 CONFIGS = ["1x16", "2x32", "4x64", "8x64", "16x128"]
 SHAPES = [(3, 64), (2, 3, 200), (1, 7), (0, 64), (2, 0, 64)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def operands(name, shape, dtype):
@@ -36,9 +38,7 @@ def same_bits(one, other):
     assert torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "shape", "dtype"), crossed(CONFIGS, SHAPES, DTYPES))
 def test_bound_ops_equal_the_default_implementations(name, shape, dtype):
     x, weight, bias, spec = operands(name, shape, dtype)
     for static in (None, torch.tensor(1e-4)):
@@ -61,9 +61,7 @@ def test_bound_ops_equal_the_default_implementations(name, shape, dtype):
     same_bits(torch.ops.lobcq.linear.float_activation(*call), lobcq_fx.ops.linear_float_activation(*call))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(40, 200), (1, 7), (0, 64), (3, 0)], ids=str)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "shape", "dtype"), crossed(CONFIGS, [(40, 200), (1, 7), (0, 64), (3, 0)], DTYPES))
 def test_weights_are_encoded_as_by_default(name, shape, dtype):
     spec, w = FormatSpec.from_name(name), torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     books = universal_codebooks(spec.num_codebooks)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lobcq_fx.format import FormatSpec, rotate, universal_codebooks
 from lobcq_fx.kernels.bind import weight_layout
 from tests.kernels.linears import OUTPUTS, STATIC, LaidOutLinears, values
+from tests.sweeps import crossed
 
 LAYOUT = weight_layout(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(LAYOUT is None, reason="the CPU core was not built, or is switched off")
@@ -40,9 +41,12 @@ class Linears(LaidOutLinears):
         return W4A16(x, *self.rest)
 
 
-@pytest.mark.parametrize("name", ["1x16", "2x32", "4x64", "8x64", "16x128"])
 @pytest.mark.parametrize(
-    "shape", [(64,), (1, 200), (3, 7, 200), (2, 20, 65), (0, 64), (2, 0, 64), (3, 0), (20, 0), (0, 0), (0,)], ids=str
+    ("name", "shape"),
+    crossed(
+        ["1x16", "2x32", "4x64", "8x64", "16x128"],
+        [(64,), (1, 200), (3, 7, 200), (2, 20, 65), (0, 64), (2, 0, 64), (3, 0), (20, 0), (0, 0), (0,)],
+    ),
 )
 def test_results_are_the_reference_s(name: str, shape: tuple[int, ...]) -> None:
     linears, x = Linears(shape[-1], FormatSpec.from_name(name)), values(*shape)
@@ -63,9 +67,14 @@ def test_linears_without_outputs(shape: tuple[int, ...]) -> None:
     assert none.w4a4(x) == none.w4a8(x) == none.w4a16(x) == []
 
 
-@pytest.mark.parametrize("name", ["1x16", "2x32", "8x64", "16x128"])
-@pytest.mark.parametrize("shape", [(128,), (3, 7, 256), (2, 20, 128), (0, 128), (3, 0)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype"),
+    crossed(
+        ["1x16", "2x32", "8x64", "16x128"],
+        [(128,), (3, 7, 256), (2, 20, 128), (0, 128), (3, 0)],
+        [torch.float32, torch.bfloat16],
+    ),
+)
 def test_rotated_activations(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     linears, x = Linears(shape[-1], FormatSpec.from_name(name)), values(*shape).to(dtype)
     rotated = rotate(x.float(), linears.spec.array_size)
@@ -112,8 +121,7 @@ def test_activations_as_they_lie(view: str) -> None:
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 200), (0, 200), (200,)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "dtype"), crossed([(2, 3, 200), (0, 200), (200,)], [torch.float32, torch.bfloat16]))
 def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     linears, x = Linears(200), values(*shape).to(dtype)
     torch.library.opcheck(W4A4, (x, linears.tables, None, *linears.rest, dtype), test_utils=OPCHECKS)

@@ -13,6 +13,7 @@ from lobcq_fx.ops.contracts import OPERANDS
 from tests.kernels.cpu.operands import at_offset
 from tests.kernels.test_linear_prepacked import LAYOUT, STATIC, W4A4, Linears, values
 from tests.kernels.violations import PREPACKED, STORED, assert_refused, prepacked_call, stored_call, torch_op
+from tests.sweeps import crossed
 
 needs_core = pytest.mark.skipif(LAYOUT is None, reason="the CPU core was not built, or is switched off")
 
@@ -21,9 +22,9 @@ OFFSETS = (1, 2, 4, 16)
 
 
 @needs_core
-@pytest.mark.parametrize("offset", OFFSETS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize(
+    ("offset", "dtype", "rows"), crossed(OFFSETS, [torch.float32, torch.bfloat16, torch.float16], [1, 20])
+)
 def test_results_do_not_depend_on_where_operands_lie(offset: int, dtype: torch.dtype, rows: int) -> None:
     linears, x = Linears(200), values(rows, 200).to(dtype)
     linears.biases = [bias.to(dtype) for bias in linears.biases]

@@ -11,6 +11,7 @@ import lobcq_fx.ops
 from lobcq_fx.format import FormatSpec, universal_codebooks
 from lobcq_fx.format.state_rows import StateRows
 from lobcq_fx.kernels.cpu.library import Core, CoreError
+from tests.sweeps import crossed
 
 SPECS = [FormatSpec(8, 64), FormatSpec(16, 16), FormatSpec(1, 128)]
 WIDTHS = [64, 18, 200]
@@ -43,8 +44,7 @@ class Call:
         return core.attention(tables, given["query"], keys, values, given["mask"], self.scale, in_int8)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("spec", "width"), crossed(SPECS, WIDTHS))
 def test_it_agrees_with_the_default(core: Core, spec: FormatSpec, width: int) -> None:
     call = Call(spec, width)
     torch.testing.assert_close(call.on(core), call.default(), rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.format.feedback import Rounded, round_with_feedback
 from lobcq_fx.kernels.cpu.library import Core
-from tests.format.cases import ALL_SPECS
+from tests.format.cases import EVERY_SPEC
 from tests.kernels.cpu.operands import codebooks
 
 
@@ -59,7 +59,7 @@ def assert_same(actual: Rounded, expected: Rounded) -> None:
     torch.testing.assert_close(actual.costs, expected.costs, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", EVERY_SPEC, ids=lambda s: s.name)
 def test_every_format(core: Core, spec: FormatSpec) -> None:
     """Arrays with more columns before them than are computed at once, and rows that are not together with others."""
     assert_same(*both(core, exact(5, 3 * spec.array_size + 128), spec, 1.0))

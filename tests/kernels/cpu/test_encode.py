@@ -26,6 +26,7 @@ from lobcq_fx.kernels.cpu.library import Core
 from lobcq_fx.kernels.cpu.operands import Int8Operand, PackedOperand
 from tests.format.cases import ALL_SPECS, KINDS, PROPERTY, codebooks_of, int8, matrix
 from tests.kernels.cpu.operands import codebooks, weight
+from tests.sweeps import crossed
 
 NAN = 0x7F
 
@@ -63,15 +64,13 @@ def assert_encodes(core: Core, x: torch.Tensor, spec: FormatSpec, books: torch.T
     assert_same_bytes(core.encode_searched(tables, x, spec.array_size, static), expected)
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("columns", [1, 100, 1500])
+@pytest.mark.parametrize(("spec", "columns"), crossed(ALL_SPECS, [1, 100, 1500]))
 def test_every_format(core: Core, spec: FormatSpec, columns: int) -> None:
     x = torch.from_numpy(matrix("normal", 5, columns, seed=columns))
     assert_encodes(core, x, spec, codebooks(spec))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("spec", [FormatSpec(8, 64), FormatSpec(16, 16), FormatSpec(1, 128)], ids=lambda s: s.name)
+@pytest.mark.parametrize(("kind", "spec"), crossed(KINDS, [FormatSpec(8, 64), FormatSpec(16, 16), FormatSpec(1, 128)]))
 def test_every_kind_of_values(core: Core, kind: str, spec: FormatSpec) -> None:
     assert_encodes(core, torch.from_numpy(matrix(kind, 7, 300, seed=3)), spec, codebooks(spec))
 
@@ -120,8 +119,9 @@ def test_rows_may_be_strided(core: Core) -> None:
     assert_int8(core, x, 64)
 
 
-@pytest.mark.parametrize("array_size", [16, 32, 64, 128])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("array_size", "dtype"), crossed([16, 32, 64, 128], [torch.float32, torch.bfloat16, torch.float16])
+)
 def test_rotated(core: Core, array_size: int, dtype: torch.dtype) -> None:
     """By itself; and on the way into an activation, which then is what it is where the rotated values are encoded."""
     columns = 1024 + 3 * 128
@@ -141,8 +141,7 @@ def test_rotated(core: Core, array_size: int, dtype: torch.dtype) -> None:
                 torch.testing.assert_close(*products, rtol=0, atol=0, equal_nan=True, msg=kind)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("column", [0, 77, 299])
+@pytest.mark.parametrize(("bad", "column"), crossed([float("nan"), float("inf"), -float("inf")], [0, 77, 299]))
 def test_non_finite_activations_mark_their_row_or_array(core: Core, bad: float, column: int) -> None:
     spec = FormatSpec(8, 64)
     x = torch.randn(4, 300)

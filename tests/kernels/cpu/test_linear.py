@@ -17,13 +17,13 @@ from lobcq_fx.kernels.cpu.operands import KernelActivation
 from tests.format.cases import ALL_SPECS, PROPERTY
 from tests.kernels.cpu.operands import activation, at_offset, codebooks, encode_rows, packed, weight
 from tests.kernels.products import assert_product
+from tests.sweeps import crossed
 
 SHAPES = [(1, 1, 1), (2, 37, 200), (8, 16, 1000), (31, 70, 777)]
 """M, N, K: one row to several micro-kernels, tails in every direction."""
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("spec", "shape"), crossed(ALL_SPECS, SHAPES))
 def test_w4a4(core: Core, spec: FormatSpec, shape: tuple[int, int, int]) -> None:
     rows, outputs, columns = shape
     w, x, bias = weight(core, spec, outputs, columns), activation(rows, columns), torch.randn(outputs)
@@ -36,8 +36,7 @@ def test_w4a4(core: Core, spec: FormatSpec, shape: tuple[int, int, int]) -> None
     assert torch.equal(core.linear(w.tables, w.kernel, loaded, bias), with_bias)
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("spec", "shape"), crossed(ALL_SPECS, SHAPES))
 def test_w4a8(core: Core, spec: FormatSpec, shape: tuple[int, int, int]) -> None:
     rows, outputs, columns = shape
     w, x, bias = weight(core, spec, outputs, columns), activation(rows, columns), torch.randn(outputs)
@@ -47,8 +46,7 @@ def test_w4a8(core: Core, spec: FormatSpec, shape: tuple[int, int, int]) -> None
     assert torch.equal(core.linear(w.tables, w.kernel, loaded, bias), out)
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("spec", "shape"), crossed(ALL_SPECS, SHAPES))
 def test_w4a16(core: Core, spec: FormatSpec, shape: tuple[int, int, int]) -> None:
     rows, outputs, columns = shape
     w, x, bias = weight(core, spec, outputs, columns), activation(rows, columns), torch.randn(outputs)
@@ -125,8 +123,7 @@ def test_split_keeps_its_precision_at_any_magnitude(core: Core, scale: float) ->
     assert bool((((out.double() - expected).abs() <= tolerance) | ~inside).all())
 
 
-@pytest.mark.parametrize("rows", [1, 4, 8, 9, 30])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("rows", "bad"), crossed([1, 4, 8, 9, 30], [float("nan"), float("inf"), -float("inf")]))
 def test_a_non_finite_row_gives_nan_and_disturbs_no_other(core: Core, rows: int, bad: float) -> None:
     w, x = weight(core, FormatSpec(), 40, 300), activation(rows, 300)
     clean, dirty = x.clone(), x.clone()

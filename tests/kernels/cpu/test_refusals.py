@@ -19,14 +19,14 @@ from lobcq_fx.format import FormatSpec
 from lobcq_fx.kernels.cpu import build
 from lobcq_fx.kernels.cpu.library import Core, CoreError
 from lobcq_fx.kernels.cpu.operands import CMatrix, KernelActivation
-from tests.format.cases import ALL_SPECS
+from tests.format.cases import ALL_SPECS, EVERY_SPEC
 from tests.kernels.cpu.operands import codebooks, packed, weight
+from tests.sweeps import crossed
 
 CORRUPT, UNKNOWN_ISA, OTHER_WEIGHT = 4, 7, 8
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("shape", [(1, 1), (37, 200), (20, 4200)], ids=str)
+@pytest.mark.parametrize(("spec", "shape"), crossed(ALL_SPECS, [(1, 1), (37, 200), (20, 4200)]))
 def test_unpacking_restores_every_byte(core: Core, spec: FormatSpec, shape: tuple[int, int]) -> None:
     w = weight(core, spec, *shape)
     back = core.unpack_weight(w.kernel)
@@ -35,7 +35,7 @@ def test_unpacking_restores_every_byte(core: Core, spec: FormatSpec, shape: tupl
     assert torch.equal(back.scales, w.encoded.scales.view(torch.uint8))
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", EVERY_SPEC, ids=lambda s: s.name)
 def test_kernel_layout_is_no_larger_than_the_packed_bytes(core: Core, spec: FormatSpec) -> None:
     w = weight(core, spec, 128, 512)
     assert w.kernel.data.numel() <= 1.01 * w.encoded.nbytes + 256
@@ -59,7 +59,7 @@ def test_selector_bits_behind_the_last_block_are_refused(core: Core, num_codeboo
         core.pack_weight(operand)
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", EVERY_SPEC, ids=lambda s: s.name)
 def test_any_bytes_decode_and_load_without_leaving_the_tables(core: Core, spec: FormatSpec) -> None:
     w = weight(core, spec, 9, 200)
     generator = torch.Generator().manual_seed(3)
@@ -144,8 +144,10 @@ def test_every_byte_of_a_weights_stamp_counts(core: Core, byte: int) -> None:
         core.unpack_weight(w.kernel)
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("shape", [(2**16, 2**15), (2**16, 2**15 - 1), (3, 2**31 + 1), (2**31 + 1, 3), (2**20, 2**20)])
+@pytest.mark.parametrize(
+    ("spec", "shape"),
+    crossed(ALL_SPECS, [(2**16, 2**15), (2**16, 2**15 - 1), (3, 2**31 + 1), (2**31 + 1, 3), (2**20, 2**20)]),
+)
 def test_sizes_of_more_elements_than_32_bits_count(core: Core, spec: FormatSpec, shape: tuple[int, int]) -> None:
     """Against Python's integers, which do not overflow; nothing is computed."""
     rows, columns = shape

@@ -10,6 +10,7 @@ from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import FormatSpec, universal_codebooks
 from lobcq_fx.kernels.bind import bind_cpu_core
 from lobcq_fx.kernels.cpu.library import Core
+from tests.sweeps import crossed
 
 bind_cpu_core()
 
@@ -18,15 +19,14 @@ def states(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-@pytest.mark.parametrize("spec", [FormatSpec(8, 64), FormatSpec(16, 16), FormatSpec(1, 128)], ids=lambda s: s.name)
-@pytest.mark.parametrize(
-    "shape",
-    [
-        *((2, 3, 5, 64), (1, 1, 1, 1), (1, 40, 2, 80), (2, 2, 3, 1100), (1, 5, 3, 300)),
-        *((0, 2, 3, 64), (1, 2, 0, 64), (1, 0, 2, 64), (1, 2, 2, 0)),
-    ],
-    ids=str,
-)
+SPECS = [FormatSpec(8, 64), FormatSpec(16, 16), FormatSpec(1, 128)]
+SHAPES = [
+    *((2, 3, 5, 64), (1, 1, 1, 1), (1, 40, 2, 80), (2, 2, 3, 1100), (1, 5, 3, 300)),
+    *((0, 2, 3, 64), (1, 2, 0, 64), (1, 0, 2, 64), (1, 2, 2, 0)),
+]
+
+
+@pytest.mark.parametrize(("spec", "shape"), crossed(SPECS, SHAPES))
 def test_rows_are_the_format_s(core: Core, spec: FormatSpec, shape: tuple[int, ...]) -> None:
     """Many heads in a slab, slabs of whole heads, and heads wider than a slab."""
     codebooks = universal_codebooks(spec.num_codebooks)

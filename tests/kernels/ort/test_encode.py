@@ -12,6 +12,7 @@ from lobcq_fx.format import Encoded, FormatSpec, Int8Activation, absmax_row_scal
 from tests.format.cases import ALL_SPECS, KINDS, matrix
 from tests.kernels.cpu.operands import codebooks
 from tests.kernels.ort.models import ENCODED, IN_INT8, Model, int8_quantize_model, quantize_model
+from tests.sweeps import crossed
 
 
 def assert_encodes(library: Path, x: Tensor, spec: FormatSpec, scale: Tensor | None = None, threads: int = 1) -> None:
@@ -35,8 +36,9 @@ def assert_same(
         assert torch.equal(actual[name].reshape(-1).view(torch.uint8), part.reshape(-1).view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("shape", [(5, 1), (2, 3, 100), (1, 1, 2, 1500), (333,), (0, 64), (2, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("spec", "shape"), crossed(ALL_SPECS, [(5, 1), (2, 3, 100), (1, 1, 2, 1500), (333,), (0, 64), (2, 0)])
+)
 def test_every_format(core_file: Path, spec: FormatSpec, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
     assert_encodes(core_file, x, spec)

@@ -16,6 +16,7 @@ from tests.format.cases import ALL_SPECS
 from tests.kernels.cpu.operands import activation, codebooks, encode_rows
 from tests.kernels.ort.models import ENCODED, Model, Session, float_model, int8_model, linear_model, weight_parts
 from tests.kernels.products import assert_product
+from tests.sweeps import crossed
 
 SHAPES = [(1, 1, 1), (2, 37, 200), (31, 70, 777)]
 
@@ -25,8 +26,7 @@ def encoded_weight(spec: FormatSpec, outputs: int, columns: int, seed: int = 0) 
     return encode(values, spec, codebooks(spec))
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("spec", "shape"), crossed(ALL_SPECS, SHAPES))
 def test_w4a4(core_file: Path, spec: FormatSpec, shape: tuple[int, int, int]) -> None:
     rows, outputs, columns = shape
     w, x, bias = encoded_weight(spec, outputs, columns), activation(rows, columns), torch.randn(outputs)
@@ -35,8 +35,7 @@ def test_w4a4(core_file: Path, spec: FormatSpec, shape: tuple[int, int, int]) ->
     assert_product(linear_model(w, bias).session(core_file).run(x=x)["y"], truth, w, bias)
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS[-8:], ids=lambda s: s.name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("spec", "shape"), crossed(ALL_SPECS[-8:], SHAPES))
 def test_w4a8(core_file: Path, spec: FormatSpec, shape: tuple[int, int, int]) -> None:
     rows, outputs, columns = shape
     w, x, bias = encoded_weight(spec, outputs, columns), activation(rows, columns), torch.randn(outputs)
@@ -44,8 +43,7 @@ def test_w4a8(core_file: Path, spec: FormatSpec, shape: tuple[int, int, int]) ->
     assert_product(int8_model(w, bias).session(core_file).run(x=x)["y"], truth, w, bias)
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("spec", "shape"), crossed(ALL_SPECS, SHAPES))
 def test_w4a16(core_file: Path, spec: FormatSpec, shape: tuple[int, int, int]) -> None:
     rows, outputs, columns = shape
     w, x, bias = encoded_weight(spec, outputs, columns), activation(rows, columns), torch.randn(outputs)

@@ -16,9 +16,10 @@ from lobcq_fx.kernels.triton.decode_gemm import decode_gemm, num_splits
 from lobcq_fx.kernels.triton.encode_operand import encode_operand
 from lobcq_fx.kernels.triton.lookup import Lookup
 from lobcq_fx.kernels.triton.operands import Activation, Epilogue, Linear
-from tests.format.cases import ALL_SPECS
+from tests.format.cases import EVERY_SPEC
 from tests.kernels.products import assert_product
 from tests.kernels.triton.operands import DEVICE, INTERPRETED, Weight, activation, assert_same_bits, codebooks, weight
+from tests.sweeps import crossed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -33,7 +34,7 @@ def product(x: Tensor, w: Weight, **options: Any) -> Tensor:
     return multiply(Activation(x.to(DEVICE)), w, **options)
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", EVERY_SPEC, ids=lambda s: s.name)
 def test_every_format_and_plan(spec: FormatSpec) -> None:
     """Encoded activations as integers and in fp16, and float ones in bf16."""
     w, x = weight(spec, 37, 333), activation(3, 333)
@@ -47,10 +48,10 @@ def test_every_format_and_plan(spec: FormatSpec) -> None:
     assert_product(product(half, w), half, w.encoded)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "shape"), [(1, (1, 1)), (16, (16, 512)), (9, (50, 700))], ids=str)
-def test_shapes(rows: int, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    w, x = weight(FormatSpec(8, 64), *shape), activation(rows, shape[1]).to(dtype)
+@pytest.mark.parametrize(("dtype", "shape"), crossed(DTYPES, [(1, 1, 1), (16, 16, 512), (9, 50, 700)]))
+def test_shapes(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    rows, outputs, columns = shape
+    w, x = weight(FormatSpec(8, 64), outputs, columns), activation(rows, columns).to(dtype)
     assert_product(product(x, w), x, w.encoded)
 
 
@@ -79,8 +80,7 @@ def test_number_of_splits(programs: int, tiles: int, expected: int) -> None:
     assert num_splits(programs, tiles, DecodeConfig()) == expected
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "splits"), crossed(DTYPES, [1, 2]))
 def test_epilogue(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, splits: int) -> None:
     """Row scales and bias before the rounding, the residual after it: the bits of the graph that is not fused."""
     monkeypatch.setattr(module, "num_splits", lambda *_: splits)
@@ -94,8 +94,7 @@ def test_epilogue(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, splits: i
     assert torch.equal(multiply(a, w, dtype, residual=residual), multiply(a, w, dtype) + residual)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bad", "dtype"), crossed([float("nan"), float("inf"), -float("inf")], DTYPES))
 def test_a_non_finite_row_disturbs_no_other(bad: float, dtype: torch.dtype) -> None:
     w, x = weight(FormatSpec(), 20, 300), activation(4, 300).to(dtype)
     clean = product(x, w)
@@ -143,9 +142,9 @@ def linears(n: list[int], columns: int, dtype: torch.dtype, rows: int) -> list[L
     return found
 
 
-@pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("n", [[20, 200], [64, 16, 1], [7, 0, 100, 33, 5, 65]], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "n", "splits"), crossed(DTYPES, [[20, 200], [64, 16, 1], [7, 0, 100, 33, 5, 65]], [1, 2])
+)
 def test_several_linears_have_the_bits_of_each(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n: list[int], splits: int
 ) -> None:

@@ -7,13 +7,13 @@ import torch
 
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, scaled_entries
 from lobcq_fx.kernels.triton.dequantize import dequantize
-from tests.format.cases import ALL_SPECS, KINDS, matrix
+from tests.format.cases import EVERY_SPEC, KINDS, matrix
 from tests.kernels.triton.operands import DEVICE, assert_same_bits, codebooks, parts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", EVERY_SPEC, ids=lambda s: s.name)
 @pytest.mark.parametrize("columns", [1, 1070])
 def test_every_format(spec: FormatSpec, columns: int) -> None:
     """In 8x16 the last selector of 1070 columns straddles the last two bytes."""

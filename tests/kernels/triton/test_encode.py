@@ -14,6 +14,7 @@ from lobcq_fx.kernels.triton.lookup import Lookup
 from tests.format.cases import ALL_SPECS, KINDS, matrix
 from tests.format.test_golden_vectors import golden_file
 from tests.kernels.triton.operands import DEVICE, assert_same_bits, assert_same_bytes, codebooks
+from tests.sweeps import crossed
 
 NAN = 0x7F
 
@@ -26,8 +27,7 @@ def assert_encodes(x: Tensor, spec: FormatSpec, static_scale: Tensor | None = No
     assert_same_bytes(actual, encode(x, spec, books.cpu(), scale))
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("columns", [1, 200])
+@pytest.mark.parametrize(("spec", "columns"), crossed(ALL_SPECS, [1, 200]))
 def test_every_format(spec: FormatSpec, columns: int) -> None:
     assert_encodes(torch.from_numpy(matrix("normal", 2, columns, seed=columns)), spec)
 
@@ -51,8 +51,7 @@ def test_several_tiles(spec: FormatSpec) -> None:
     assert_encodes(torch.from_numpy(matrix("normal", 2, 2300, seed=1)), spec)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("spec", [FormatSpec(8, 64), FormatSpec(16, 16)], ids=lambda s: s.name)
+@pytest.mark.parametrize(("kind", "spec"), crossed(KINDS, [FormatSpec(8, 64), FormatSpec(16, 16)]))
 def test_every_kind_of_values(kind: str, spec: FormatSpec) -> None:
     x = torch.from_numpy(matrix(kind, 2, 300, seed=3))
     for static in (None, (absmax_tensor_scale(x) / 3).clamp(min=2.0**-149)):
@@ -84,8 +83,7 @@ def test_half_precision_inputs(dtype: torch.dtype) -> None:
     assert_encodes((finite[:4] * torch.rand(4, 1).to(dtype))[:, :333], FormatSpec(4, 32))
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("column", [0, 299])
+@pytest.mark.parametrize(("bad", "column"), crossed([float("nan"), float("inf"), -float("inf")], [0, 299]))
 def test_a_row_that_is_not_finite_is_marked_and_disturbs_no_other(bad: float, column: int) -> None:
     spec, x = FormatSpec(8, 64), torch.randn(3, 300)
     x[1, column] = bad

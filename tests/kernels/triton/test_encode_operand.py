@@ -23,6 +23,7 @@ from lobcq_fx.kernels.triton.encode_operand import encode_operand
 from lobcq_fx.kernels.triton.lookup import Lookup
 from tests.format.cases import ALL_SPECS, KINDS, matrix
 from tests.kernels.triton.operands import DEVICE, assert_same_bits, codebooks
+from tests.sweeps import crossed
 
 
 def entries(encoded: Encoded) -> Tensor:
@@ -68,14 +69,12 @@ def assert_encodes_to(
             assert a.values.dtype == torch.float16
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
-@pytest.mark.parametrize("columns", [1, 200])
+@pytest.mark.parametrize(("spec", "columns"), crossed(ALL_SPECS, [1, 200]))
 def test_every_format(spec: FormatSpec, columns: int) -> None:
     assert_encodes(torch.from_numpy(matrix("normal", 2, columns, seed=columns)), spec)
 
 
-@pytest.mark.parametrize("array_size", [16, 32, 64, 128])
-@pytest.mark.parametrize("columns", [128, 2304])
+@pytest.mark.parametrize(("array_size", "columns"), crossed([16, 32, 64, 128], [128, 2304]))
 def test_rotated(array_size: int, columns: int) -> None:
     assert_encodes(torch.from_numpy(matrix("heavy", 2, columns, seed=2)), FormatSpec(4, array_size), rotated=True)
 

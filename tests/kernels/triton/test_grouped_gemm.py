@@ -24,6 +24,7 @@ from lobcq_fx.kernels.triton.lookup import Lookup
 from lobcq_fx.kernels.triton.operands import Activation
 from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout
 from tests.kernels.triton.operands import DEVICE, activation, codebooks, parts
+from tests.sweeps import crossed
 
 EXPERTS, N, K = 4, 20, 200
 ENDS = ([2, 2, 5, 9], [0, 0, 0, 0], [9, 3, -7, 2**31 - 1], [1, 2, 3, 4])
@@ -75,8 +76,7 @@ def test_every_plan(spec: FormatSpec) -> None:
         assert_close(product(a, encoded, stack, ENDS[0]), expected(rows, encoded, ENDS[0]), rows)
 
 
-@pytest.mark.parametrize("ends", ENDS, ids=str)
-@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize(("ends", "gathered"), crossed(ENDS, [False, True]))
 def test_ends_may_be_any_numbers(ends: list[int], gathered: bool) -> None:
     encoded, stack = stack_of(FormatSpec())
     x = activation(6 if gathered else 9, K).half()

@@ -12,9 +12,10 @@ from lobcq_fx.kernels.triton.encode_operand import encode_operand
 from lobcq_fx.kernels.triton.lookup import Lookup
 from lobcq_fx.kernels.triton.operands import Activation, Epilogue, Linear
 from lobcq_fx.kernels.triton.prefill_gemm import prefill_gemm
-from tests.format.cases import ALL_SPECS
+from tests.format.cases import EVERY_SPEC
 from tests.kernels.products import assert_product
 from tests.kernels.triton.operands import DEVICE, Weight, activation, weight
+from tests.sweeps import crossed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -24,7 +25,7 @@ def product(a: Activation, w: Weight, dtype: torch.dtype = torch.float32, **epil
     return prefill_gemm(a, [linear], w.codebooks, w.encoded.spec, dtype)[0]
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", EVERY_SPEC, ids=lambda s: s.name)
 def test_every_format_and_plan(spec: FormatSpec) -> None:
     """Integer and fp16 plans, and float activations in bf16."""
     w, x = weight(spec, 20, 200), activation(3, 200)
@@ -38,11 +39,11 @@ def test_every_format_and_plan(spec: FormatSpec) -> None:
     assert_product(product(Activation(half.to(DEVICE)), w), half, w.encoded)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "shape"), [(1, (1, 1)), (130, (16, 100)), (150, (140, 200))], ids=str)
-def test_shapes(dtype: torch.dtype, rows: int, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("dtype", "shape"), crossed(DTYPES, [(1, 1, 1), (130, 16, 100), (150, 140, 200)]))
+def test_shapes(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     """Tiles left over in both directions, and groups of tiles that are not full."""
-    w, x = weight(FormatSpec(8, 64), *shape), activation(rows, shape[1]).to(dtype)
+    rows, outputs, columns = shape
+    w, x = weight(FormatSpec(8, 64), outputs, columns), activation(rows, columns).to(dtype)
     assert_product(product(Activation(x.to(DEVICE)), w), x, w.encoded)
 
 
@@ -70,8 +71,7 @@ def test_epilogue(dtype: torch.dtype) -> None:
     assert torch.equal(product(a, w, dtype, residual=residual), product(a, w, dtype) + residual)
 
 
-@pytest.mark.parametrize("array_size", [32, 128])
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("array_size", "sign"), crossed([32, 128], [1, -1]))
 def test_extreme_entries_do_not_overflow(array_size: int, sign: int) -> None:
     """Every product is 31 * 31 and of one sign, with the largest scales."""
     spec = FormatSpec(2, array_size)
@@ -86,8 +86,7 @@ def test_extreme_entries_do_not_overflow(array_size: int, sign: int) -> None:
         assert_product(product(encode_operand(x.to(DEVICE), None, spec, None, integers), w), in_int8, w.encoded)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("integers", [True, False])
+@pytest.mark.parametrize(("bad", "integers"), crossed([float("nan"), float("inf"), -float("inf")], [True, False]))
 def test_a_non_finite_row_gives_nan_and_disturbs_no_other(bad: float, integers: bool) -> None:
     w, x = weight(FormatSpec(), 20, 200), activation(4, 200)
     lookup = Lookup.of(w.codebooks)

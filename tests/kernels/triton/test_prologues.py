@@ -32,6 +32,7 @@ from lobcq_fx.kernels.triton.prologues import (
 )
 from lobcq_fx.ops import prologues as rules
 from tests.kernels.triton.operands import DEVICE, assert_same_bits, codebooks
+from tests.sweeps import crossed
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["RMSNorm", "RMSNorm rounded once", "RMSNorm of Gemma", "add, RMSNorm", "LayerNorm", "SiLU, multiply"]
@@ -137,16 +138,13 @@ def assert_encodes(one: Case, spec: FormatSpec, static: Tensor | None = None, ro
             assert_equal(one.prologue.sums, one.sums)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 77), (12, 300)], ids=str)
+@pytest.mark.parametrize(("kind", "dtype", "shape"), crossed(KINDS, DTYPES, [(1, 1), (3, 77), (12, 300)]))
 def test_every_rounding_is_the_rules(kind: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     one = case(kind, *values(*shape, dtype))
     assert_equal(one.result(), one.expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "dtype"), crossed(KINDS, DTYPES))
 def test_parameters_may_be_missing_or_of_another_dtype(kind: str, dtype: torch.dtype) -> None:
     x, second, weight, bias = values(8, 200, dtype)
     other = [t.float() * (1 + 2**-20) for t in (weight, bias)]
@@ -155,14 +153,12 @@ def test_parameters_may_be_missing_or_of_another_dtype(kind: str, dtype: torch.d
         assert_equal(one.result(), one.expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("name", "columns"), [("1x16", 200), ("2x128", 1), ("8x64", 200), ("16x32", 1)])
+@pytest.mark.parametrize(("kind", "name", "columns"), crossed(KINDS, ["1x16", "2x128", "8x64", "16x32"], [200, 1]))
 def test_every_form_of_encoding(kind: str, name: str, columns: int) -> None:
     assert_encodes(case(kind, *values(1, columns, torch.bfloat16)), FormatSpec.from_name(name))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "dtype"), crossed(KINDS, DTYPES))
 def test_encoding_of_every_dtype(kind: str, dtype: torch.dtype) -> None:
     assert_encodes(case(kind, *values(2, 150, dtype)), FormatSpec())
 
@@ -172,8 +168,7 @@ def test_what_is_rotated_then(kind: str) -> None:
     assert_encodes(case(kind, *values(2, 192, torch.bfloat16)), FormatSpec(), rotated=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("programs", [1, 2])
+@pytest.mark.parametrize(("kind", "programs"), crossed(KINDS, [1, 2]))
 def test_a_row_of_several_tiles(monkeypatch: pytest.MonkeyPatch, kind: str, programs: int) -> None:
     """Three, encoded by one program or shared by two."""
     monkeypatch.setattr(encode_module, "ENOUGH_PROGRAMS", programs)
@@ -187,8 +182,7 @@ def test_rows_may_be_strided(kind: str) -> None:
     assert_encodes(case(kind, x, second, torch.randn(233), torch.randn(233)), FormatSpec())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(0, 64), (2, 0)], ids=str)
+@pytest.mark.parametrize(("kind", "shape"), crossed(KINDS, [(0, 64), (2, 0)]))
 def test_empty_operands(kind: str, shape: tuple[int, int]) -> None:
     assert_encodes(case(kind, *values(*shape, torch.bfloat16)), FormatSpec())
 
@@ -212,8 +206,7 @@ def test_rows_that_are_not_finite_are_marked_and_disturb_no_other(kind: str, whe
     assert bool(encoded.array_scales[1:3].isnan().all())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("eps", [EPS, 0.0])
+@pytest.mark.parametrize(("kind", "eps"), crossed(KINDS, [EPS, 0.0]))
 def test_rows_of_zeros_and_of_one_number(kind: str, eps: float) -> None:
     """Without an epsilon a norm divides 0 by 0."""
     x, second, weight, bias = values(3, 100, torch.float32)
@@ -221,8 +214,7 @@ def test_rows_of_zeros_and_of_one_number(kind: str, eps: float) -> None:
     assert_encodes(case(kind, x, second, weight, bias, eps), FormatSpec())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("exponent", [-140, -60, 60, 126])
+@pytest.mark.parametrize(("kind", "exponent"), crossed(KINDS, [-140, -60, 60, 126]))
 def test_magnitudes_whose_squares_fp32_does_not_hold(kind: str, exponent: int) -> None:
     x, second, weight, bias = values(3, 200, torch.float32)
     one = case(kind, torch.ldexp(x / 16, torch.tensor(exponent)), second, weight, bias, 0.0)

@@ -24,6 +24,7 @@ from lobcq_fx.ops.prologues import layer_norm, rms_norm, silu_mul
 from tests.kernels.linears import OUTPUTS, STATIC, LaidOutLinears, values
 from tests.kernels.triton.operands import DEVICE, assert_same_bits
 from tests.kernels.violations import PREPACKED, STORED, assert_refused, prepacked_call, stored_call
+from tests.sweeps import crossed
 
 CONFIGS = ["1x16", "2x32", "8x64", "16x128"]
 
@@ -46,8 +47,7 @@ class Linears(LaidOutLinears):
         return IMPLEMENTATIONS[schemas.LINEAR_PREPACKED_FLOAT_ACTIVATION](x.to(DEVICE), *self.rest)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("shape", [(64,), (3, 6, 70), (0, 64), (3, 0), (20, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize(("name", "shape"), crossed(CONFIGS, [(64,), (3, 6, 70), (0, 64), (3, 0), (20, 0), (0, 0)]))
 def test_prepacked(name: str, shape: tuple[int, ...]) -> None:
     """Few rows, and more than the kernel for few rows takes."""
     linears, x = Linears(shape[-1], FormatSpec.from_name(name)), values(*shape)
@@ -72,8 +72,7 @@ def test_a_static_scale(rows: int) -> None:
     linears.check(linears.w4a8(x, STATIC), x, linears.in_int8(x, STATIC))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("shape", [(128,), (20, 128), (0, 128)], ids=str)
+@pytest.mark.parametrize(("name", "shape"), crossed(CONFIGS, [(128,), (20, 128), (0, 128)]))
 def test_rotated_activations(name: str, shape: tuple[int, ...]) -> None:
     linears, x = Linears(128, FormatSpec.from_name(name)), values(*shape).to(DEVICE)
     op, rotated = IMPLEMENTATIONS[schemas.LINEAR_PREPACKED], lobcq_fx.ops.rotate(x, linears.spec.array_size)
@@ -110,8 +109,7 @@ def test_activations_as_they_lie(x: Tensor) -> None:
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("shape", [(2, 3, 100), (0, 64), (3, 0)], ids=str)
+@pytest.mark.parametrize(("name", "shape"), crossed(CONFIGS, [(2, 3, 100), (0, 64), (3, 0)]))
 def test_the_ops_on_stored_weights_equal_the_default_ones(name: str, shape: tuple[int, ...]) -> None:
     spec, x = FormatSpec.from_name(name), values(*shape).bfloat16()
     books, bias = universal_codebooks(spec.num_codebooks), values(20).bfloat16()

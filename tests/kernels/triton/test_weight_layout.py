@@ -10,11 +10,11 @@ import torch
 from lobcq_fx.format import FormatSpec, encode
 from lobcq_fx.format.packing import unpack_selectors
 from lobcq_fx.kernels.triton.weight_layout import CudaWeightLayout, WeightTiles
-from tests.format.cases import ALL_SPECS
+from tests.format.cases import EVERY_SPEC
 from tests.kernels.triton.operands import DEVICE, assert_same_bits, codebooks, parts
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", EVERY_SPEC, ids=lambda s: s.name)
 @pytest.mark.parametrize("shape", [(3, 0), (0, 64), (0, 0), (1, 1), (37, 200), (16, 1100)], ids=str)
 def test_unpacking_restores_every_byte(spec: FormatSpec, shape: tuple[int, int]) -> None:
     encoded = encode(torch.randn(shape), spec, codebooks(spec).cpu())
@@ -27,7 +27,7 @@ def test_unpacking_restores_every_byte(spec: FormatSpec, shape: tuple[int, int])
         assert one.is_contiguous()
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", EVERY_SPEC, ids=lambda s: s.name)
 def test_a_thread_has_the_blocks_that_it_multiplies(spec: FormatSpec) -> None:
     """Thread 4 g + t: rows g and g + 8, and of every 32 columns block t."""
     encoded = encode(torch.randn(40, 300), spec, codebooks(spec).cpu())
@@ -58,7 +58,7 @@ def test_padding_has_scales_of_zero() -> None:
     assert int((scales.view(torch.uint8) != 0).sum()) == 3 * 2
 
 
-@pytest.mark.parametrize("spec", ALL_SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", EVERY_SPEC, ids=lambda s: s.name)
 def test_no_larger_than_what_is_stored(spec: FormatSpec) -> None:
     encoded = encode(torch.randn(64, 512), spec, codebooks(spec).cpu())
     prepacked = CudaWeightLayout().pack(parts(encoded), spec, 512)
