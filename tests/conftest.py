@@ -66,19 +66,25 @@ TRACED: dict[tuple[object, ...], Any] = {}
 
 @pytest.fixture
 def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Language models of one configuration with the same weights are traced once a session: it takes its time."""
+    """Models of one configuration with the same weights are traced once a session, unless an example matters."""
     from lobcq_fx.frontends.causal_lm_front_end import CausalLMFrontEnd
+    from lobcq_fx.frontends.encoder import EncoderFrontEnd
     from lobcq_fx.frontends.seq2seq_front_end import Seq2SeqFrontEnd
 
-    traces = {one: one.trace for one in (CausalLMFrontEnd, Seq2SeqFrontEnd)}
+    traces = {one: one.trace for one in (CausalLMFrontEnd, EncoderFrontEnd, Seq2SeqFrontEnd)}
 
     def traced(self: Any, model: Any, example_inputs: Any, *, static_cache: bool) -> Any:
+        def trace() -> Any:
+            return traces[type(self)](self, model, example_inputs, static_cache=static_cache)
+
+        if isinstance(self, EncoderFrontEnd) and example_inputs is not None:
+            return trace()
         weights = hashlib.sha256()
         for value in model.state_dict().values():
             weights.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
         key = (type(model), model.config.to_json_string(), model.dtype, static_cache, weights.digest())
         if key not in TRACED:
-            TRACED[key] = traces[type(self)](self, model, example_inputs, static_cache=static_cache)
+            TRACED[key] = trace()
         return deepcopy(TRACED[key])
 
     for one in traces:

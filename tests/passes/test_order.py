@@ -15,6 +15,7 @@ from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.passes.annotate_values import AnnotateValues
 from tests.families import VOCABULARY, own_causal_lm
 from tests.passes.graphs import aten, lobcq, nodes, targets
+from tests.sweeps import sweep
 
 LAYOUT = weight_layout(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(LAYOUT is None, reason="the CPU core was not built, or is switched off")
@@ -33,6 +34,8 @@ FUSED = {
 }
 """Of their one or two layers, in fp32; other families are as one of these."""
 
+EVERY_FUSED = sweep(FUSED, ["llama", "gemma2", "gpt2", "gpt-neox"])
+
 
 def lowered(q, device=GPU) -> tuple:
     """q on graphs for GPUs; what was refused."""
@@ -41,7 +44,7 @@ def lowered(q, device=GPU) -> tuple:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", EVERY_FUSED)
 def test_the_same_tokens_are_written(family):
     q = own_causal_lm(family)
     ids = torch.randint(3, VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -62,7 +65,7 @@ def test_the_same_tokens_are_written(family):
     assert torch.equal(q.generate(ids, **settings), expected)
 
 
-@pytest.mark.parametrize("family", FUSED)
+@pytest.mark.parametrize("family", EVERY_FUSED)
 def test_what_is_fused(family):
     q = own_causal_lm(family)
     lowered(q)
@@ -89,7 +92,7 @@ def test_the_cpu_fuses_nothing_and_does_not_repeat_heads():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", sweep(["llama", "gpt2"], ["llama"]))
 def test_it_compiles_whole(family):
     q = own_causal_lm(family)
     lowered(q)
@@ -108,7 +111,7 @@ def without_guards(graph_module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", sweep(["llama", "gpt2", "gemma2"], ["llama", "gpt2"]))
 def test_a_loaded_model_is_lowered_as_the_one_that_was_traced(family, tmp_path, monkeypatch):
     """Both graphs of it. Files hold no metadata: it is made while the weights are as they were stored."""
     traced = own_causal_lm(family, torch.bfloat16)

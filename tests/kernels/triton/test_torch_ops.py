@@ -149,13 +149,10 @@ def assert_all_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
         assert_same_bits(one, other)
 
 
-@pytest.mark.parametrize("shape", FUSED_SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("mode", "static"), [("w4a4", None), ("w4a4", STATIC.to(DEVICE)), ("w4a8", None)], ids=["", "static", "w4a8"]
-)
-def test_norms_on_the_way_in(shape: tuple[int, ...], mode: str, static: Tensor | None) -> None:
+@pytest.mark.parametrize(("shape", "way"), crossed(FUSED_SHAPES, ["w4a4", "w4a4, static", "w4a8"]))
+def test_norms_on_the_way_in(shape: tuple[int, ...], way: str) -> None:
     linears, x = Linears(shape[-1]), values(*shape).bfloat16().to(DEVICE)
-    tables = (linears.tables if mode == "w4a4" else None, static)
+    tables = (None if way == "w4a8" else linears.tables, STATIC.to(DEVICE) if way == "w4a4, static" else None)
     weight, bias = values(shape[-1]).to(DEVICE), values(1, shape[-1])[0].bfloat16().to(DEVICE)
     residual = x.flip(-1) * 0.7
 
@@ -174,8 +171,7 @@ def test_norms_on_the_way_in(shape: tuple[int, ...], mode: str, static: Tensor |
     )
 
 
-@pytest.mark.parametrize("shape", FUSED_SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "dtype"), crossed(FUSED_SHAPES, [torch.float32, torch.bfloat16]))
 def test_residuals_on_the_way_out(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """The second linear has none, the third's is not contiguous."""
     linears, x = Linears(shape[-1]), values(*shape).to(DEVICE)
@@ -290,11 +286,10 @@ def laid_out_stack(columns: int, spec: FormatSpec, outputs: int = 20) -> tuple[E
     return encoded, packed.prepacked, CudaWeightLayout().tables(books.to(DEVICE))
 
 
-@pytest.mark.parametrize("name", ["2x32", "8x64", "16x128"])
-@pytest.mark.parametrize("rows", [None, GROUPED_ROWS], ids=["in order", "gathered"])
-def test_groups(name: str, rows: Tensor | None) -> None:
+@pytest.mark.parametrize(("name", "order"), crossed(["2x32", "8x64", "16x128"], ["as they are", "gathered"]))
+def test_groups(name: str, order: str) -> None:
     """Against the ops on stored weights, which decode and leave the product to torch."""
-    spec = FormatSpec.from_name(name)
+    spec, rows = FormatSpec.from_name(name), GROUPED_ROWS if order == "gathered" else None
     encoded, stack, tables = laid_out_stack(200, spec)
     x = values(3 if rows is not None else 7, 200)
     stored = (encoded.codes, encoded.selectors, encoded.scales, encoded.tensor_scale, encoded.codebooks)
