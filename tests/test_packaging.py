@@ -23,14 +23,20 @@ REPOSITORY = "https://example.org/somebody/lobcq_fx"
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The source archive of the checkout, and the wheel that is built of it."""
+    """The source archive of the checkout, and the wheel that is built of it.
+
+    Its core is compiled with every warning an error, and without optimization, which takes most of a compiler's time.
+    """
     pytest.importorskip("setuptools", minversion="77", reason="builds without a network: setuptools has to be here")
+    folder = tmp_path_factory.mktemp("archives")
     try:
-        find_compiler()
+        compiler = Path(find_compiler())
     except BuildError as error:
         pytest.skip(str(error))
-    folder = tmp_path_factory.mktemp("archives")
-    environment = os.environ | {"LOBCQ_REPOSITORY": REPOSITORY}
+    strict = tmp_path_factory.mktemp("compiler") / compiler.name
+    strict.write_text(f'#!/bin/sh\nexec "{compiler}" "$@" -O0 -Werror\n')
+    strict.chmod(0o755)
+    environment = os.environ | {"LOBCQ_REPOSITORY": REPOSITORY, "CXX": str(strict)}
 
     def build(what: str, source: Path) -> None:
         code = f"from setuptools import build_meta; build_meta.build_{what}({str(folder)!r})"
