@@ -9,8 +9,8 @@ OUT := demo-output
 TORCH := 2.13.0
 TEXT := lobcq_fx/assets/default_model/heldout.txt
 
-.PHONY: demo test lint unit unit-export unit-models unit-rest default-dtype differential reliability crash fuzz sanitize oldest \
-  transformers families reference constraints release clean
+.PHONY: demo test lint unit unit-export unit-models unit-rest default-dtype sanitize oldest oldest-triton transformers \
+  nightly sweeps differential reliability crash fuzz families reference constraints release clean
 
 demo: $(VENV)/.installed
 	@# The text only measures the activations here: universal codebooks and per-token scales need no calibration.
@@ -21,9 +21,17 @@ demo: $(VENV)/.installed
 	@echo
 	@echo "The quantized model is in $(OUT)/default-8x64, the report in $(OUT)/report.html."
 
-# Two at a time: most tests use one core.
+# Two at a time, since most tests use one core, and the longest first. CONTRIBUTING.md says how long it may take.
 test: $(VENV)/.installed
-	$(MAKE) --jobs=2 unit-export unit-rest unit-models lint default-dtype sanitize oldest
+	$(MAKE) --jobs=2 unit-export unit-models unit-rest oldest oldest-triton sanitize lint default-dtype
+
+# What is too long for `make test`.
+nightly: sweeps differential reliability families
+
+# Of the tests those that are marked nightly (tests/sweeps.py).
+sweeps: $(VENV)/.installed
+	PYTEST_ADDOPTS="-m nightly" $(MAKE) --jobs=2 unit sanitize
+	$(MAKE) oldest-triton KERNELS=
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -80,10 +88,12 @@ fuzz: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz.core --inputs 100000 --record
 
 # The core's tests once more, on a build with AddressSanitizer and UBSan, whose reports go to the process's stderr.
-# Python itself leaks at exit. Left out is what runs no such build: Triton, and the core that is emulated; and forks of a
-# process with threads, after which AddressSanitizer's own locks can stay held (until LLVM 18 and GCC 15).
+# Python itself leaks at exit. Left out is what runs no such build: Triton, and the core that is emulated; what watches the
+# clock; and forks of a process with threads, after which AddressSanitizer's own locks can stay held (until LLVM 18 and GCC 15).
+PREPACKED := tests/kernels/test_linear_prepacked.py
 UNSANITIZED := --ignore=tests/kernels/triton --ignore=tests/kernels/test_bind_triton.py \
-  --ignore=tests/kernels/cpu/test_neon.py --deselect=tests/kernels/test_linear_prepacked.py::test_forked_workers
+  --ignore=tests/kernels/cpu/test_neon.py \
+  --deselect=$(PREPACKED)::test_forked_workers --deselect=$(PREPACKED)::test_the_gil_is_released
 SANITIZED := build/sanitized_core.so
 sanitize: $(VENV)/.installed
 	@mkdir -p build
@@ -93,17 +103,20 @@ sanitize: $(VENV)/.installed
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(BIN)/python -m pytest --capture=sys $(UNSANITIZED) tests/kernels; fi
 
-# The op library and the function bodies once more, in the oldest ONNX Runtime that opens our exports; and the GPU
-# kernels compiled by the oldest Triton, which the interpreter does not show.
+# The op library and the function bodies once more, in the oldest ONNX Runtime that opens our exports.
 OLDEST := build/onnxruntime-1.20.1
-OLDEST_TRITON := build/triton-3.6.0
 oldest: $(VENV)/.installed transformers
 	@test -d $(OLDEST) || $(BIN)/pip install --quiet --no-deps --target $(OLDEST) onnxruntime==1.20.1
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/kernels/ort tests/export/test_linear.py \
 	  tests/export/test_quantize_activation.py tests/export/test_oldest_runtime.py
+
+# The GPU kernels compiled by the oldest Triton, which the interpreter does not show: one plan of each; at night all.
+OLDEST_TRITON := build/triton-3.6.0
+KERNELS := --only "int8 entries" "to bf16"
+oldest-triton: $(VENV)/.installed
 	@test -d $(OLDEST_TRITON) || $(BIN)/pip install --quiet --no-deps --target $(OLDEST_TRITON) triton==3.6.0
 	PYTHONPATH=$(OLDEST_TRITON) TRITON_CACHE_DIR=build/triton-cache \
-	  $(BIN)/python -m benchmarks.gpu.triton_compile --formats 8x64 --capabilities 90
+	  $(BIN)/python -m benchmarks.gpu.triton_compile --formats 8x64 --capabilities 90 $(KERNELS)
 
 # What users call, with the newest transformers that pyproject.toml allows, and with the oldest of all that it bounds:
 # transformers, which wants an older hub, numpy and safetensors.
@@ -113,8 +126,8 @@ transformers: $(addprefix transformers-,$(TRANSFORMERS))
 
 transformers-%: $(VENV)/.installed
 	@test -d build/$@ || $(BIN)/pip install --quiet --no-deps --target build/$@ transformers==$* $(BESIDE_$*)
-	PYTHONPATH=build/$@ $(BIN)/python -m pytest tests/frontends/test_generation.py tests/storage/test_other_readers.py \
-	  tests/integrations/test_use.py
+	PYTHONPATH=build/$@ $(BIN)/python -m pytest -k "not mistral" tests/frontends/test_generation.py \
+	  tests/storage/test_other_readers.py tests/integrations/test_use.py
 
 # Every family of transformers through every check, into docs/coverage.md: half an hour, once a night.
 families: $(VENV)/.installed

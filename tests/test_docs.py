@@ -1,5 +1,5 @@
-"""Every Python block of README and docs, and the notebook, run as they stand, in a fresh interpreter; a block in the
-folder of those before it.
+"""Every Python block of README and docs, and the notebook, run as they stand, each in a process of its own; a block in
+the folder of those before it.
 
 The README comes first: other pages begin with what its example saved.
 """
@@ -7,6 +7,8 @@ The README comes first: other pages begin with what its example saved.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import re
 import shlex
 import subprocess
@@ -36,10 +38,29 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("pages")
 
 
+def run(code, folder, errors):
+    """In this process; what it prints as errors goes to a file."""
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    os.chdir(folder)
+    exec(compile(code, "block", "exec"), {"__name__": "__main__"})
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Forks of a process that has imported what all blocks import, which takes most of their time, and run nothing."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers.models.llama", "lobcq_fx.pipeline", "lobcq_fx.loading"])
+    return context
+
+
 @pytest.mark.parametrize("code", list(blocks()))
-def test_python_block_runs(code, folder):
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+def test_python_block_runs(code, folder, processes, tmp_path):
+    process = processes.Process(target=run, args=(code, folder, tmp_path / "errors"))
+    process.start()
+    process.join(timeout=300)
+    assert process.exitcode == 0, (tmp_path / "errors").read_text()
 
 
 def test_the_notebook_runs_from_top_to_bottom(folder):

@@ -62,7 +62,11 @@ def main() -> None:
     torch.set_default_device("meta")
     results = []
     for name in arguments.formats:
-        wanted = [(what, call) for what, call in calls(FormatSpec.from_name(name)) if arguments.only in what]
+        wanted = [
+            (what, call)
+            for what, call in calls(FormatSpec.from_name(name))
+            if any(part in what for part in arguments.only)
+        ]
         for what, call in wanted:
             for launch in launches_of(call):
                 for capability in arguments.capabilities:
@@ -81,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--capabilities", nargs="+", type=int, default=CAPABILITIES)
-    parser.add_argument("--only", default="", help="a part of the names of what to compile")
+    parser.add_argument("--only", nargs="+", default=("",), help="parts of the names of what to compile")
     parser.add_argument("-o", "--output", type=Path)
     return parser.parse_args()
 

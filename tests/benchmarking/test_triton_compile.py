@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.sweeps import sweep
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "triton_compile.json"
 
@@ -34,7 +36,13 @@ def run(tmp_path: Path, only: str, kernels: int = 1) -> list[dict]:
     ("only", "instructions"),
     [
         ("many rows, int8 entries", ["mma.sync.aligned.m16n8k32", "wgmma.mma_async.sync.aligned.m64", "tcgen05.mma"]),
-        ("many rows, fp16 scaled", ["mma.sync.aligned.m16n8k16", "wgmma.mma_async.sync.aligned.m64", "tcgen05.mma"]),
+        pytest.param(
+            *(
+                "many rows, fp16 scaled",
+                ["mma.sync.aligned.m16n8k16", "wgmma.mma_async.sync.aligned.m64", "tcgen05.mma"],
+            ),
+            marks=pytest.mark.nightly,
+        ),
         ("few rows, int8 entries", ["mma.sync.aligned.m16n8k32"] * 3),
     ],
 )
@@ -46,7 +54,7 @@ def test_mma_instructions(tmp_path: Path, only: str, instructions: list[str]) ->
         assert "int8" not in only or result["sm"] == 100 or ".s8.s8" in found
 
 
-@pytest.mark.parametrize("only", ["encode to int8", "encode rotated to int8"])
+@pytest.mark.parametrize("only", sweep(["encode to int8", "encode rotated to int8"], ["encode to int8"]))
 def test_encoding_divides_and_keeps_subnormals_as_ieee_asks(tmp_path: Path, only: str) -> None:
     """By itself, and after each of four prologues, whose operations are rounded one by one."""
     for result in run(tmp_path, only, kernels=5):

@@ -15,7 +15,7 @@ from lobcq_fx.kernels.cpu.installed import SWITCH
 
 @pytest.fixture(scope="session")
 def core_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the one that LOBCQ_CPU_CORE names, or of the installed one, or compiled here where sources are newer."""
+    """A copy of what LOBCQ_CPU_CORE names, or of the installed one; compiled here where its sources are newer."""
     output = tmp_path_factory.mktemp("core") / "liblobcq.so"
     installed = Path(library.__file__).with_name(f"_core{SUFFIX}")
     sources = [file.stat().st_mtime for file in CORE.iterdir()]
