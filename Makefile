@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine with Python 3.11+, make and a compiler:
 #   make demo   quantize the embedded language model, measure it, let it write, draw the report
-#   make test   every check: tests, docs' code blocks, lint, types, import contracts
+#   make test   tests, docs' code blocks, lint, types, import contracts
 
 PYTHON ?= python3
 VENV := .venv
@@ -88,8 +88,9 @@ fuzz: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz.core --inputs 100000 --record
 
 # The core's tests once more, on a build with AddressSanitizer and UBSan, whose reports go to the process's stderr.
-# Python itself leaks at exit. Left out is what runs no such build: Triton, and the core that is emulated; what watches the
-# clock; and forks of a process with threads, after which AddressSanitizer's own locks can stay held (until LLVM 18 and GCC 15).
+# Python itself leaks at exit. Left out is what runs no such build: Triton, and the core that is emulated; what watches
+# the clock; and forks of a process with threads, after which AddressSanitizer's own locks can stay held (until LLVM 18
+# and GCC 15).
 PREPACKED := tests/kernels/test_linear_prepacked.py
 UNSANITIZED := --ignore=tests/kernels/triton --ignore=tests/kernels/test_bind_triton.py \
   --ignore=tests/kernels/cpu/test_neon.py \
