@@ -13,6 +13,8 @@ import lobcq_fx
 from tests.families import VOCABULARY, WITH_STATIC_CACHE, causal_lm, quantized_causal_lm
 from tests.sweeps import sweep
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo():

@@ -15,6 +15,8 @@ from lobcq_fx.frontends.output_types import CACHE_NAME
 from tests.families import EVERY_CAUSAL_LM, causal_lm, fake_quantized, quantized_causal_lm, quantized_layers
 from tests.frontends.test_causal_lm_families import LENGTH, assert_logits_close, batch
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 

@@ -16,6 +16,8 @@ from tests.families import WITH_STATIC_CACHE, causal_lm, quantized_causal_lm
 from tests.frontends.test_causal_lm_families import LENGTH, assert_logits_close, batch
 from tests.frontends.test_static_cache import GREEDY, pieces
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 @pytest.fixture
 def q():

@@ -265,6 +265,7 @@ def test_a_model_without_such_a_graph_is_quantized_all_the_same(
         assert one.generate(ids, **GREEDY).shape == (2, LENGTH + 12)
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_it_can_be_left_out():
     q = lobcq_fx.quantize(causal_lm("llama"), static_cache=False)
     assert list(q.graphs) == ["main"]
