@@ -104,10 +104,13 @@ sanitize: $(VENV)/.installed
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(BIN)/python -m pytest --capture=sys $(UNSANITIZED) tests/kernels; fi
 
+# Another release, beside the environment: of thousands of files few are imported, and compiled when they are.
+PIP_BESIDE := $(BIN)/pip install --quiet --no-deps --no-compile --target
+
 # The op library and the function bodies once more, in the oldest ONNX Runtime that opens our exports.
 OLDEST := build/onnxruntime-1.20.1
 oldest: $(VENV)/.installed transformers
-	@test -d $(OLDEST) || $(BIN)/pip install --quiet --no-deps --target $(OLDEST) onnxruntime==1.20.1
+	@test -d $(OLDEST) || $(PIP_BESIDE) $(OLDEST) onnxruntime==1.20.1
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/kernels/ort tests/export/test_linear.py \
 	  tests/export/test_quantize_activation.py tests/export/test_oldest_runtime.py
 
@@ -115,7 +118,7 @@ oldest: $(VENV)/.installed transformers
 OLDEST_TRITON := build/triton-3.6.0
 KERNELS := --only "int8 entries" "to bf16"
 oldest-triton: $(VENV)/.installed
-	@test -d $(OLDEST_TRITON) || $(BIN)/pip install --quiet --no-deps --target $(OLDEST_TRITON) triton==3.6.0
+	@test -d $(OLDEST_TRITON) || $(PIP_BESIDE) $(OLDEST_TRITON) triton==3.6.0
 	PYTHONPATH=$(OLDEST_TRITON) TRITON_CACHE_DIR=build/triton-cache \
 	  $(BIN)/python -m benchmarks.gpu.triton_compile --formats 8x64 --capabilities 90 $(KERNELS)
 
@@ -126,7 +129,7 @@ BESIDE_5.17.0 := huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 certifi n
 transformers: $(addprefix transformers-,$(TRANSFORMERS))
 
 transformers-%: $(VENV)/.installed
-	@test -d build/$@ || $(BIN)/pip install --quiet --no-deps --target build/$@ transformers==$* $(BESIDE_$*)
+	@test -d build/$@ || $(PIP_BESIDE) build/$@ transformers==$* $(BESIDE_$*)
 	PYTHONPATH=build/$@ $(BIN)/python -m pytest -k "not mistral" tests/frontends/test_generation.py \
 	  tests/storage/test_other_readers.py tests/integrations/test_use.py
 

@@ -55,6 +55,7 @@ from tests.kernels.cpu.test_refusals import (  # noqa: F401
     test_any_bytes_decode_and_load_without_leaving_the_tables,
     test_unpacking_restores_every_byte,
 )
+from tests.sweeps import sweep
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 SERVER = Path(__file__).parent / "native" / "core_server.cpp"
@@ -106,7 +107,7 @@ def _target_root() -> str:
     return str(Path(libc.stdout.strip()).resolve().parents[1])
 
 
-@pytest.fixture(scope="session", params=["neon", "portable"])
+@pytest.fixture(scope="session", params=sweep(["neon", "portable"], ["neon"]))
 def core(request: pytest.FixtureRequest, start: Start) -> EmulatedCore:
     """On a CPU with every extension; and on one with none, where a dot product would be an illegal instruction."""
     core = start({"neon": "max", "portable": "cortex-a72"}[request.param])
