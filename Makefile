@@ -32,6 +32,7 @@ nightly: sweeps differential reliability families
 sweeps: $(VENV)/.installed
 	PYTEST_ADDOPTS="-m nightly" $(MAKE) --jobs=2 unit sanitize
 	$(MAKE) oldest-triton KERNELS=
+	$(MAKE) transformers
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -109,7 +110,7 @@ PIP_BESIDE := $(BIN)/pip install --quiet --no-deps --no-compile --target
 
 # The op library and the function bodies once more, in the oldest ONNX Runtime that opens our exports.
 OLDEST := build/onnxruntime-1.20.1
-oldest: $(VENV)/.installed transformers
+oldest: $(VENV)/.installed transformers-5.17.0
 	@test -d $(OLDEST) || $(PIP_BESIDE) $(OLDEST) onnxruntime==1.20.1
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest tests/kernels/ort tests/export/test_linear.py \
 	  tests/export/test_quantize_activation.py tests/export/test_oldest_runtime.py
@@ -122,8 +123,8 @@ oldest-triton: $(VENV)/.installed
 	PYTHONPATH=$(OLDEST_TRITON) TRITON_CACHE_DIR=build/triton-cache \
 	  $(BIN)/python -m benchmarks.gpu.triton_compile --formats 8x64 --capabilities 90 $(KERNELS)
 
-# What users call, with the newest transformers that pyproject.toml allows, and with the oldest of all that it bounds:
-# transformers, which wants an older hub, numpy and safetensors.
+# What users call, with the oldest of all that pyproject.toml bounds, transformers, which wants an older hub, numpy and
+# safetensors; and, at night, with the newest transformers that it allows.
 TRANSFORMERS := 5.17.0 5.24.0
 BESIDE_5.17.0 := huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 certifi numpy==1.26.4 safetensors==0.8.0
 transformers: $(addprefix transformers-,$(TRANSFORMERS))

@@ -382,26 +382,19 @@ DISTINCT: dict[str, Family] = {
     **families(SpeechEncoder, "wav2vec2 hubert", **SOUND),
 }
 DAILY = (
-    "phi",  # attention and feed-forward side by side, a part of each head rotated
-    "cohere2",  # the same, layers without positions among layers with a window
-    "glm4",  # norms behind both parts
-    "apertus",  # an activation of its own
+    "cohere2",  # attention and feed-forward side by side, layers without positions among layers with a window
     "diffllama",  # attention from which attention is subtracted
     "doge",  # a mask that is computed
     "gpt_bigcode",  # one key and value for all heads
     "gptj",  # rotations of neighbours
     "gpt_neo",  # attention to a window, unscaled
-    "mixtral",  # experts
-    "qwen2_moe",  # and one that all tokens go through
+    "qwen2_moe",  # experts, and one that all tokens go through
     "nemotron_h",  # scans, attention and experts
-    "distilbert",  # nothing but an encoder
     "albert",  # one layer run several times
     "deberta-v2",  # positions that are multiplied with queries and keys
     "modernbert",  # windows, a gated feed-forward
     "convbert",  # convolutions beside attention
-    "clip_text_model",  # the state of one token
-    "dinov3_vit",  # images, rotated
-    "siglip_vision_model",  # a pooling nn.MultiheadAttention
+    "siglip_vision_model",  # images, pooled by an nn.MultiheadAttention
     "wav2vec2",  # sound
 )
 """Of `DISTINCT` one for each way to compute that has no test of its own. The others are tested at night."""

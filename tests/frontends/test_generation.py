@@ -1,4 +1,4 @@
-"""`generate()` as users call it. `make oldest` runs this file with the oldest and the newest supported transformers."""
+"""`generate()` as users call it. `make transformers` runs this file with the oldest and the newest supported."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from lobcq_fx.errors import CheckpointError, ConfigError, LobcqError
 from lobcq_fx.modules.lobcq_grouped_linear import LobcqGroupedLinear
 from tests.frontends.test_experts import float_model
 from tests.integrations.models import GREEDY, IDS, opened, results, saved
+from tests.sweeps import crossed
 
 MODES = ("w4a4", "w4a8", "w4a16")
 STATIC = LobcqConfig(activation_scale="static")
@@ -34,8 +35,7 @@ def mixtral(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(("family", "mode"), crossed(["mixtral", "gpt_oss"], MODES))
 def test_both_doors_give_the_graphs_logits_and_tokens(tmp_path, family, mode):
     """gpt-oss has its stacks transposed, gate and up interleaved, biases, and a gate of its own."""
     config, model = LobcqConfig(mode=mode), float_model(family)
