@@ -57,7 +57,7 @@ def processes():
 
 @pytest.mark.parametrize("code", list(blocks()))
 def test_python_block_runs(code, folder, processes, tmp_path):
-    process = processes.Process(target=run, args=(code, folder, tmp_path / "errors"))
+    process = processes.Process(target=run, args=(code, folder, tmp_path / "errors"), daemon=True)
     process.start()
     process.join(timeout=300)
     assert process.exitcode == 0, (tmp_path / "errors").read_text()
