@@ -18,7 +18,8 @@ import torch
 from torch import fx
 
 from lobcq_fx.graph.attributes import add_call
-from lobcq_fx.graph.operands import OPERATION, constant_weight, operation_name
+from lobcq_fx.graph.operands import OPERATION, constant_weight, operation_name, transposed
+from lobcq_fx.graph.strides import keep_views
 from lobcq_fx.passes.infra import GraphPass
 
 aten = torch.ops.aten
@@ -33,14 +34,19 @@ class NormalizeMatmuls(GraphPass):
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Replace each match; `modified` is true if there was one."""
         modified = False
+        columns = []
         for node in list(graph_module.graph.nodes):
             operands = _linear_operands(node)
             if operands is None:
                 continue
             with graph_module.graph.inserting_before(node):
-                node.replace_all_uses_with(_linear(graph_module.graph, node, operands))
+                result = _linear(graph_module.graph, node, operands)
+            node.replace_all_uses_with(result)
             graph_module.graph.erase_node(node)
+            columns += [result] if operands.columns else []
             modified = True
+        if columns:
+            keep_views(graph_module.graph, columns)
         return modified
 
 
@@ -66,7 +72,7 @@ class _Operands:
 
 def _linear(graph: fx.Graph, node: fx.Node, operands: _Operands) -> fx.Node:
     """The normal form of `node`, at the insertion point."""
-    w = _transposed(graph, operands.weight) if operands.flipped else operands.weight
+    w = transposed(graph, operands.weight) if operands.flipped else operands.weight
     x = add_call(graph, aten.transpose.int, (operands.x, -2, -1), like=node) if operands.columns else operands.x
     args = (x, w) if operands.bias is None else (x, w, operands.bias)
     result = add_call(graph, aten.linear.default, args, like=node)
@@ -106,14 +112,3 @@ def _constant_on_the_left(w: Any, x: Any) -> _Operands | None:
     if found is None or found[0].meta["val"].dim() != 2 or constant_weight(x) is not None:
         return None
     return _Operands(x, *found, bias=None, columns=x.meta["val"].dim() > 1)
-
-
-def _transposed(graph: fx.Graph, weight: fx.Node) -> fx.Node:
-    for user in weight.users:
-        if user.target is aten.t.default and user.op == "call_function":
-            weight.append(user)  # moved up: it may have been read for the first time after this matmul
-            return user
-    with graph.inserting_after(weight):
-        node = graph.call_function(aten.t.default, (weight,))
-    node.meta["val"] = weight.meta["val"].t()
-    return node
