@@ -116,8 +116,8 @@ def fake_quantized(
     spec = spec or FormatSpec()
     named = dict.fromkeys(layers)  # one may run twice, as in ALBERT
     modules = [model.get_submodule(layer) for layer in named if not is_parameter(model, layer)]
-    parameters = [model.get_parameter(layer) for layer in named if is_parameter(model, layer)]
-    stacks = [layer for layer in named if layer.rpartition(".")[2] in STACKS]
+    others = [layer for layer in named if is_parameter(model, layer)]
+    stacks = [layer for layer in others if layer.rpartition(".")[2] in STACKS]
     experts = [model.get_submodule(owner) for owner in dict.fromkeys(one.rpartition(".")[0] for one in stacks)]
     for module in experts:
         module.forward = experts_forward(module, spec, mode, exact)
@@ -129,7 +129,7 @@ def fake_quantized(
         weight = weight.t() if isinstance(module, Conv1D) else weight
         module.forward = _forward(weight, module.bias, spec, mode, exact)
     try:
-        with FakeQuantizedEinsums(parameters, spec, mode, exact):
+        with FakeQuantizedEinsums([model.get_parameter(layer) for layer in others], spec, mode, exact):
             yield model
     finally:
         for module in (*modules, *experts):
