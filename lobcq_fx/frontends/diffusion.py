@@ -1,4 +1,4 @@
-"""Models of diffusers: transformers and U-Nets that a pipeline calls once a step, and reads the configuration of."""
+"""Models of diffusers, which a pipeline calls once a step, and reads the configuration of."""
 
 from __future__ import annotations
 
