@@ -43,11 +43,19 @@ class DiffusionCall(ModuleCall):
 
 
 class DiffusionConfig(FrozenDict):  # type: ignore[misc]
-    """A configuration as diffusers reads it, with what saves it."""
+    """A configuration as diffusers reads it, which is asked for its content as one of transformers is."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return dict(self)
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """All of it."""
-        return json.dumps(dict(self))
+        """The same."""
+        return json.dumps(self.to_dict())
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write it beside an exported model."""
+        (Path(folder) / "config.json").write_text(f"{self.to_json_string()}\n", encoding="utf-8")
 
 
 class QuantizedDiffusionModel(QuantizedModel):

@@ -5,6 +5,7 @@
     mm(w, x), matmul    ->  transpose(linear(transpose(x), w))     token mixing
     mv(w, x)            ->  linear(x, w)
     t(t(w))             ->  w                          Falcon multiplies by a transposed parameter
+    baddbmm(b, x, w)    ->  bmm(x, w) + b              w is a stack of matrices, each for its rows
 
 Later passes match `linear` alone, its weight a `get_attr` or one `t` of it.
 """
@@ -37,13 +38,15 @@ class NormalizeMatmuls(GraphPass):
         columns = []
         for node in list(graph_module.graph.nodes):
             operands = _linear_operands(node)
-            if operands is None:
+            if operands is None and not _is_sum(node):
                 continue
             with graph_module.graph.inserting_before(node):
-                result = _linear(graph_module.graph, node, operands)
+                result = (
+                    _sum(graph_module.graph, node) if operands is None else _linear(graph_module.graph, node, operands)
+                )
             node.replace_all_uses_with(result)
             graph_module.graph.erase_node(node)
-            columns += [result] if operands.columns else []
+            columns += [result] if operands is not None and operands.columns else []
             modified = True
         if columns:
             keep_views(graph_module.graph, columns)
@@ -53,7 +56,7 @@ class NormalizeMatmuls(GraphPass):
 def normal_form(graph_module: fx.GraphModule) -> str | None:
     """What passes after this one require: no product is left that it would rewrite."""
     for node in graph_module.graph.nodes:
-        if _linear_operands(node) is not None:
+        if _linear_operands(node) is not None or _is_sum(node):
             return f"{node.format_node()} is not in normal form: run normalize_matmuls first"
     return None
 
@@ -112,3 +115,19 @@ def _constant_on_the_left(w: Any, x: Any) -> _Operands | None:
     if found is None or found[0].meta["val"].dim() != 2 or constant_weight(x) is not None:
         return None
     return _Operands(x, *found, bias=None, columns=x.meta["val"].dim() > 1)
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """Whether the node adds something to the products of an activation and a constant stack of matrices."""
+    if node.op != "call_function" or node.target is not aten.baddbmm.default or node.kwargs:
+        return False
+    _, x, w = node.args
+    found = constant_weight(w)
+    return found is not None and found[0].meta["val"].dim() == 3 and constant_weight(x) is None
+
+
+def _sum(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The products and the sum apart, at the insertion point."""
+    products = add_call(graph, aten.bmm.default, node.args[1:], like=node)
+    products.meta[OPERATION] = operation_name(node)
+    return add_call(graph, aten.add.Tensor, (products, node.args[0]), like=node)

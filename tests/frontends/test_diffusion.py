@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 
 import pytest
 import torch
@@ -119,6 +120,14 @@ def test_it_compiles_as_one_graph(pair):
     torch._dynamo.reset()
     compiled = torch.compile(q, fullgraph=True, dynamic=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**call(2)).sample, q(**call(2)).sample, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("pair", ["dit"], indirect=True)
+def test_it_exports_to_onnx_with_its_configuration(pair, tmp_path):
+    """The export compares every output in ONNX Runtime with the torch model."""
+    _, q, call = pair
+    lobcq_fx.export_onnx(q, tmp_path / "exported", call(2))
+    assert json.loads((tmp_path / "exported" / "config.json").read_text()) == q.config.to_dict()
 
 
 def test_an_example_is_needed():
