@@ -124,15 +124,15 @@ def _contraction(
     weight, flipped = found
     if flipped:
         named = named[:-2] + named[:-3:-1]
-    if {index for index in indices if index not in out} - set(named) or set(indices) & set(named) & set(out):
-        return None  # the activation alone is summed, or each index has a matrix of its own
+    if set(indices) - set(out) - set(named):
+        return None  # it is summed over an index of the activation alone
     columns = [place for place, index in enumerate(named) if index in indices]
     rows = [place for place, index in enumerate(named) if index in out]
     shape, given = weight.meta["val"].shape, x.meta["val"].shape
     met = [given[indices.index(named[place])] for place in columns]
     fits = all(statically_known_true(size == shape[place]) for size, place in zip(met, columns, strict=True))
     if not (rows and columns and fits) or len(rows) + len(columns) != len(named):
-        return None  # a vector, a broadcast size, or indices of the constant alone that are summed
+        return None  # a vector, a broadcast size, a matrix for each index, or a sum over an index of the constant alone
     kept = tuple((named[place], int(shape[place])) for place in rows)
     summed = "".join(named[place] for place in columns)
     return Einsum(node, x, weight, tuple(rows), tuple(columns), None, indices, summed, kept, out, added)
