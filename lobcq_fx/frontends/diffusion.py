@@ -39,7 +39,8 @@ class DiffusionCall(ModuleCall):
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output class, or with `return_dict=False` a tuple of what it holds."""
         result = super().unflatten(outputs, args, kwargs)
-        return result if kwargs.get(RETURN_DICT, True) else tuple(result.values())
+        by_name = kwargs.get(RETURN_DICT, True) or not isinstance(result, Mapping)
+        return result if by_name else tuple(result.values())
 
 
 class DiffusionConfig(FrozenDict):  # type: ignore[misc]
