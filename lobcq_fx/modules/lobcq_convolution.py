@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lobcq_fx.errors import OperandError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.modules.lobcq_linear import LobcqLinear
 from lobcq_fx.modules.packed_product import LayoutOf, LinearSettings
@@ -45,11 +47,20 @@ class LobcqConvolution(LobcqLinear):
         """The product, as `LobcqLinear.forward`; the result has its channels beside each other in memory.
 
         Raises:
-            OperandError: x has not C channels. LobcqError: the bias is to be trained.
+            OperandError: x is no image of C channels. LobcqError: the bias is to be trained.
         """
+        count = len(self.windows.sizes)
+        channels = self.in_features // prod(self.windows.sizes)
+        if x.dim() not in (count + 1, count + 2) or x.shape[-count - 1] != channels:
+            image = ", ".join(["B", str(channels), *("any" for _ in self.windows.sizes)])
+            raise OperandError(f"x is {list(x.shape)}: the layer takes [{image}], or one without B")
         rows = super().forward(self.windows.rows(_run, x, x.dim()))
-        image: Tensor = self.windows.image(_run, rows, x.dim())
-        return image
+        out: Tensor = self.windows.image(_run, rows, x.dim())
+        return out
+
+    def extra_repr(self) -> str:
+        """What a linear has, and the windows."""
+        return f"{super().extra_repr()}, windows={self.windows.sizes}, steps={self.windows.steps}"
 
 
 class _ImageWeight(PackedWeight):
