@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lobcq_fx.config import LobcqConfig
 from lobcq_fx.graph.matmuls import find_matmuls
 from lobcq_fx.graph.operands import operation_name
 from lobcq_fx.passes.infra import PassResult
@@ -20,6 +21,7 @@ from tests.passes.graphs import (
     names,
     nodes,
     parameter,
+    rewritten,
     run,
     targets,
     values,
@@ -179,6 +181,25 @@ def test_a_constant_that_is_read_otherwise_stays_and_a_matrix_stands_beside_it()
     assert graph_module.c.weight_matrix.data_ptr() == model.c.weight.data_ptr()
     assert [(matmul.layer, matmul.shape) for matmul in find_matmuls(graph_module)] == [("c", (5, 5))] * 2
     torch.testing.assert_close(run(graph_module, values(*TOKENS)), model(values(*TOKENS)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"exclude": ("patch_*",)}, "excluded by pattern 'patch_*'"),
+        ({"min_in_features": 49}, "too small: K = 48 is below min_in_features = 49"),
+        ({}, None),
+    ],
+)
+def test_settings_name_a_convolution_by_its_module(settings, reason):
+    model = Function(lambda m, x: m.patch_embed(x), patch_embed=nn.Conv2d(3, 6, 4, 4))
+    graph_module = graph_of(model, values(*IMAGE))
+    NormalizeContractions()(graph_module)
+    _, (record,) = rewritten(graph_module, LobcqConfig(**settings))
+    assert (record.layer, record.operation, record.shape) == ("patch_embed", "conv2d", (6, 48))
+    assert (record.reason, record.multiply_adds) == (reason, 2 * 2 * 3 * 6 * 48)
+    if reason is not None:
+        torch.testing.assert_close(run(graph_module, values(*IMAGE)), model(values(*IMAGE)), rtol=1e-5, atol=1e-5)
 
 
 def test_the_model_keeps_its_weight_and_its_memory_is_the_graph_s():
