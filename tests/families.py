@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -78,6 +79,10 @@ def causal_lm(family: str, **changes: int) -> PreTrainedModel:
     return model
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+STACKS = ("gate_up_proj", "up_proj", "down_proj")
+"""What the parameters of routed experts are called."""
+
 WITH_STATIC_CACHE = ("llama", "mistral", "gemma2", "gemma3", "gpt2", "bloom", "opt", "phi3")
 """Families that tests give both graphs: in what a cache, masks and positions are, the others are as one of these."""
 
@@ -113,25 +118,30 @@ def fake_quantized(
     the tensor scales are applied after the product, as the format's matmul does, so that not even rounding differs.
     """
     spec = spec or FormatSpec()
-    owners = dict.fromkeys(layer.rpartition(".")[0] for layer in layers if is_stack(model, layer))
-    experts = [model.get_submodule(owner) for owner in owners]
+    named = dict.fromkeys(layers)  # one may run twice, as in ALBERT
+    modules = [model.get_submodule(layer) for layer in named if not is_parameter(model, layer)]
+    others = [layer for layer in named if is_parameter(model, layer)]
+    stacks = [layer for layer in others if layer.rpartition(".")[2] in STACKS]
+    experts = [model.get_submodule(owner) for owner in dict.fromkeys(one.rpartition(".")[0] for one in stacks)]
     for module in experts:
         module.forward = experts_forward(module, spec, mode, exact)
-    named = dict.fromkeys(layers)  # one may run twice, as in ALBERT
-    modules = [model.get_submodule(layer) for layer in named if not is_stack(model, layer)]
     for module in modules:
+        if isinstance(module, CONVOLUTIONS):
+            module.forward = _convolution_forward(module, spec, mode, exact)
+            continue
         weight = module.weight.detach()
         weight = weight.t() if isinstance(module, Conv1D) else weight
         module.forward = _forward(weight, module.bias, spec, mode, exact)
     try:
-        yield model
+        with FakeQuantizedEinsums([model.get_parameter(layer) for layer in others], spec, mode, exact):
+            yield model
     finally:
         for module in (*modules, *experts):
             del module.forward
 
 
-def is_stack(model: nn.Module, layer: str) -> bool:
-    """Whether a layer is a parameter of the module that runs it, as the weights of experts are."""
+def is_parameter(model: nn.Module, layer: str) -> bool:
+    """Whether a layer is a parameter of the module that runs it, as the weights of experts are, and XLNet's."""
     owner, _, name = layer.rpartition(".")
     return isinstance(getattr(model.get_submodule(owner), name, None), nn.Parameter)
 
@@ -194,6 +204,38 @@ def _forward(
         return out.to(x.dtype).view(*x.shape[:-1], out.shape[-1])
 
     return forward
+
+
+def _convolution_forward(module: nn.Module, spec: FormatSpec, mode: str, exact: bool) -> Callable[[Tensor], Tensor]:
+    """A convolution in one or two dimensions whose windows do not overlap, a fake-quantized linear of each."""
+    linear = _forward(module.weight.detach().flatten(1), module.bias, spec, mode, exact)
+
+    def forward(x: Tensor) -> Tensor:
+        image = x if x.dim() == 4 else x[..., None]
+        kernel, stride = ((*one, 1)[:2] for one in (module.kernel_size, module.stride))
+        rows = nn.functional.unfold(image, kernel, stride=stride).transpose(1, 2)
+        sizes = [(size - k) // s + 1 for size, k, s in zip(image.shape[2:], kernel, stride, strict=True)]
+        return linear(rows).transpose(1, 2).unflatten(2, sizes[: x.dim() - 2])
+
+    return forward
+
+
+class FakeQuantizedEinsums(TorchFunctionMode):
+    """Within, XLNet's projections, whose weights are parameters [H, heads, D], are fake-quantized linears."""
+
+    def __init__(self, parameters: list[nn.Parameter], *settings: Any) -> None:
+        super().__init__()
+        self.parameters, self.settings = {id(parameter) for parameter in parameters}, settings
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.einsum and len(args) == 3 and id(args[2]) in self.parameters:
+            equation, x, weight = args
+            rows = weight.detach().flatten(1)
+            if equation == "ibh,hnd->ibnd":
+                return _forward(rows.t(), None, *self.settings)(x).unflatten(-1, weight.shape[1:])
+            assert equation == "ibnd,hnd->ibh"
+            return _forward(rows, None, *self.settings)(x.flatten(2))
+        return func(*args, **(kwargs or {}))
 
 
 def quantized_layers(q: nn.Module) -> list[str]:

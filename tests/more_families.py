@@ -23,10 +23,11 @@ from transformers import (
     T5EncoderModel,
     UMT5EncoderModel,
 )
+from transformers.models.xlnet.modeling_xlnet import XLNetRelativeAttention
 from transformers.pytorch_utils import Conv1D
 
 import lobcq_fx
-from tests.families import VOCABULARY, fake_quantized, quantized_layers
+from tests.families import CONVOLUTIONS, STACKS, VOCABULARY, fake_quantized, quantized_layers
 
 LENGTH, PROMPT = 9, 6
 TINY = {
@@ -159,6 +160,14 @@ class TextEncoder(Family):
         return tokens(padded=slice(PROMPT, None))
 
 
+class EncoderOfOwnSizes(TextEncoder):
+    """A model whose configuration calls its sizes by names of its own, and takes no others."""
+
+    @property
+    def config(self) -> Any:
+        return AutoConfig.for_model(self.model_type, vocab_size=VOCABULARY, **self.changes)
+
+
 class EncoderOfTwoParts(TextEncoder):
     """The encoder alone of a model that has a decoder too."""
 
@@ -279,13 +288,13 @@ def of_linears(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def linears_that_run(family: Family, model: PreTrainedModel) -> set[str]:
-    """Names of the linears that a call runs, and of the stacked weights of experts."""
+    """Names of the linears that a call runs, convolutions that are such among them, and of weights of no module."""
     seen: set[str] = set()
     of_linears(model)
     hooks = [
         module.register_forward_pre_hook(lambda *_, names=names: seen.update(names))
         for name, module in model.named_modules()
-        for names in [[name] if isinstance(module, (nn.Linear, Conv1D)) else _stacks(name, module)]
+        for names in [[name] if _runs_linear(module) else _parameters(name, module)]
     ]
     family.results(model, family.call(model))
     for hook in hooks:
@@ -293,9 +302,18 @@ def linears_that_run(family: Family, model: PreTrainedModel) -> set[str]:
     return seen
 
 
-def _stacks(name: str, module: nn.Module) -> list[str]:
-    stacks = ("gate_up_proj", "up_proj", "down_proj")
-    return [f"{name}.{one}" for one in stacks if isinstance(getattr(module, one, None), nn.Parameter)]
+def _runs_linear(module: nn.Module) -> bool:
+    if isinstance(module, CONVOLUTIONS):
+        apart = all(size <= step for size, step in zip(module.kernel_size, module.stride, strict=True))
+        padded = module.padding != "valid" and any(module.padding)
+        return apart and module.groups == 1 and not padded
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _parameters(name: str, module: nn.Module) -> list[str]:
+    """Of experts, and of XLNet's attention, which multiplies by einsum."""
+    names = ("q", "k", "v", "o", "r") if isinstance(module, XLNetRelativeAttention) else STACKS
+    return [f"{name}.{one}" for one in names if isinstance(getattr(module, one, None), nn.Parameter)]
 
 
 @dataclass(frozen=True)
@@ -377,6 +395,7 @@ DISTINCT: dict[str, Family] = {
         "bert roberta distilbert electra albert deberta-v2 mpnet modernbert nomic_bert convbert esm roformer"
         " eurobert clip_text_model",
     ),
+    **families(EncoderOfOwnSizes, "xlnet", d_model=64, n_layer=1, n_head=4, d_inner=100),
     **families(EncoderOfTwoParts, "t5", d_kv=16),
     **families(ImageEncoder, "vit beit dinov2 dinov3_vit clip_vision_model siglip_vision_model", **IMAGES),
     **families(SpeechEncoder, "wav2vec2 hubert", **SOUND),

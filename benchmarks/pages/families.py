@@ -19,6 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 KINDS = {
     "LanguageModel": "language model",
     "TextEncoder": "text encoder",
+    "EncoderOfOwnSizes": "text encoder",
     "EncoderOfTwoParts": "text encoder",
     "ImageEncoder": "image encoder",
     "SpeechEncoder": "speech encoder",

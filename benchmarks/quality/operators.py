@@ -41,7 +41,7 @@ kthvalue layer_norm ldexp le leaky_relu lerp less less_equal lgamma linalg_matri
 linalg_vector_norm linear linspace log log10 log1p log2 log_sigmoid log_softmax logaddexp logaddexp2 logcumsumexp
 logical_and logical_not logical_or logical_xor logit logspace logsumexp lt margin_ranking_loss masked_fill matmul
 matrix_power max max_pool1d max_pool2d max_pool3d maximum mean median meshgrid min minimum mish mm movedim moveaxis
-mul multiply mv nan_to_num narrow ne neg negative new_full new_ones new_zeros norm not_equal numel one_hot ones
+mT mul multiply mv nan_to_num narrow ne neg negative new_full new_ones new_zeros norm not_equal numel one_hot ones
 ones_like outer pad permute pixel_shuffle pixel_unshuffle pow prelu prod rad2deg ravel reciprocal reflection_pad1d
 reflection_pad2d relu relu6 remainder repeat replication_pad1d replication_pad2d reshape reshape_as rms_norm roll
 rot90 round rrelu rsqrt rsub scalar_tensor scaled_dot_product_attention scatter scatter_add select select_scatter

@@ -1,6 +1,6 @@
 """One front end for each kind of model: how it is traced, called, built and loaded.
 
-A plain module is quantized, and loaded, without importing transformers.
+A plain module is quantized, and loaded, without importing transformers; diffusers is imported for its own models.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from lobcq_fx.tracing.calling import ModuleCall
 
 def front_end_of(model: nn.Module) -> FrontEnd:
     """The front end for a float model."""
+    diffusers: Any = sys.modules.get("diffusers.models.modeling_utils")
+    if diffusers is not None and isinstance(model, diffusers.ModelMixin):
+        from lobcq_fx.frontends.diffusion import DiffusionFrontEnd
+
+        return DiffusionFrontEnd()
     transformers: Any = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return PlainFrontEnd()
@@ -45,6 +50,13 @@ def front_end_for(saved: Checkpoint) -> FrontEnd:
         from lobcq_fx.frontends.encoder import EncoderFrontEnd
 
         return EncoderFrontEnd()
+    if kind == "diffusion":
+        try:
+            from lobcq_fx.frontends.diffusion import DiffusionFrontEnd
+        except ImportError as error:
+            raise CheckpointError(f"a model of diffusers needs that package: {error}. Remedy: install it") from None
+
+        return DiffusionFrontEnd()
     if kind in ("causal_lm", "recurrent_causal_lm"):
         from lobcq_fx.frontends.causal_lm_front_end import CausalLMFrontEnd
 

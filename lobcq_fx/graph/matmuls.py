@@ -9,6 +9,8 @@ import torch
 from torch import fx
 
 from lobcq_fx.graph.attributes import named_arguments
+from lobcq_fx.graph.contraction import MATRIX
+from lobcq_fx.graph.convolutions import CONVOLUTIONS, windows
 from lobcq_fx.graph.operands import constant_nodes, constant_weight, made_of
 
 aten = torch.ops.aten
@@ -23,15 +25,17 @@ _PRODUCTS = {
     aten.addmm.default: slice(1, 3),
     aten.scaled_dot_product_attention.default: slice(0, 3),
 }
-_CONVOLUTION = "a convolution, not a matmul"
+_CONVOLUTION = "a convolution, not a matmul"  # where its settings do not say why: one of a computed weight
+_TRANSPOSED = "a transposed convolution, not a matmul"
 _RECURRENT = "a recurrent layer, which multiplies step by step"
 _GROUPED = "a grouped product in another form than rows [T, K] by weights [E, K, N], with offsets and nothing else"
 _FUSED = "a fused layer that hides its matmuls: torch.backends.mha.set_fastpath_enabled(False) before quantizing"
+_INDICES = "its indices are not those of rows [..., K] times one constant matrix [N, K]"
 _UNSUPPORTED = {
-    "einsum": "einsum is not a supported form; write it as a matmul",
+    **dict.fromkeys(("einsum", "tensordot", "addbmm"), _INDICES),
     "bilinear": "a bilinear form of two activations",
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _CONVOLUTION),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _CONVOLUTION),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _TRANSPOSED),
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _RECURRENT),
     **dict.fromkeys(("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"), _RECURRENT),
     **dict.fromkeys(("_transformer_encoder_layer_fwd", "_native_multi_head_attention"), _FUSED),
@@ -94,7 +98,7 @@ def find_matmuls(graph_module: fx.GraphModule) -> list[Matmul]:
     for node in graph_module.graph.nodes:
         if node.op != "call_function":
             continue
-        unsupported, grouped = _unsupported(node), _grouped(node, constant)
+        unsupported, grouped = _unsupported(node, constant), _grouped(node, constant)
         if node.target is aten.linear.default:
             found.append(_linear(node, constant))
         elif node.target is aten.scaled_dot_product_attention.default:  # its mask may be constant, and is no weight
@@ -133,10 +137,14 @@ def _grouped(node: fx.Node, constant: set[fx.Node]) -> Matmul | None:
     return Matmul(node, layer, weight, not flipped, None, (weight,), grouped=True, offsets=offsets)
 
 
-def _unsupported(node: fx.Node) -> str | None:
+def _unsupported(node: fx.Node, constant: set[fx.Node]) -> str | None:
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return None
-    return _UNSUPPORTED.get(node.target._schema.name.removeprefix("aten::"))
+    reason = _UNSUPPORTED.get(node.target._schema.name.removeprefix("aten::"))
+    if reason is _INDICES and constant.isdisjoint(node.all_input_nodes):
+        return _ATTENTION
+    found = windows(node) if node.target in CONVOLUTIONS else reason
+    return found if isinstance(found, str) else reason
 
 
 def _left_alone(node: fx.Node, operands: Any, obstacle: str, constant: set[fx.Node]) -> Matmul:
@@ -168,7 +176,7 @@ def _layer_name(node: fx.Node, weight: str) -> str:
     path = module_path(node)
     if path and not weight.startswith(path + "."):
         return path
-    return weight.removesuffix(".weight")
+    return weight.removesuffix(MATRIX).removesuffix(".weight")
 
 
 def module_path(node: fx.Node) -> str:

@@ -73,18 +73,39 @@ def is_transpose(node: fx.Node) -> bool:
     return node.target is aten.permute.default and [int(dim) % dims for dim in args[1]] == swapped
 
 
+def is_stack_of_one(node: fx.Node) -> bool:
+    """Whether the node puts one matrix, or a stack of one, into a stack, without a copy."""
+    if node.op != "call_function" or node.target not in (aten.expand.default, aten.unsqueeze.default):
+        return False
+    matrix: Any = node.args[0]
+    shape, source = node.meta["val"].shape, matrix.meta["val"].shape
+    return len(shape) == 3 and len(source) > 1 and (len(source) == 2 or source[0] == 1) and shape[1:] == source[-2:]
+
+
+def transposed(graph: fx.Graph, weight: fx.Node) -> fx.Node:
+    """The `t` of a matrix, one for all that read it: that of the graph, before its first reader, or a new one."""
+    for user in weight.users:
+        if user.target is aten.t.default and user.op == "call_function":
+            weight.append(user)  # moved up: it may have been read for the first time after this matmul
+            return user
+    with graph.inserting_after(weight):
+        node = graph.call_function(aten.t.default, (weight,))
+    node.meta["val"] = weight.meta["val"].t()
+    return node
+
+
 def readers(weight: fx.Node) -> set[fx.Node]:
-    """The nodes that read a constant, looking through its transposes."""
+    """The nodes that read a constant, looking through its transposes, and stacks of it alone."""
     found: set[fx.Node] = set()
     for user in weight.users:
-        found |= readers(user) if is_transpose(user) else {user}
+        found |= readers(user) if is_transpose(user) or is_stack_of_one(user) else {user}
     return found
 
 
 def erase_unread(weight: fx.Node) -> None:
     """Erase a constant's node and its transposes where nothing reads them: the tensor behind them may be gone."""
     for user in list(weight.users):
-        if is_transpose(user):
+        if is_transpose(user) or is_stack_of_one(user):
             erase_unread(user)
     if not weight.users:
         weight.graph.erase_node(weight)

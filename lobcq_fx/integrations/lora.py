@@ -12,6 +12,7 @@ from peft.tuners.lora.config import LoraConfig
 from torch import nn
 
 from lobcq_fx.errors import LobcqError
+from lobcq_fx.modules.lobcq_convolution import LobcqConvolution
 from lobcq_fx.modules.lobcq_linear import LobcqLinear
 
 
@@ -36,6 +37,8 @@ def _adapted(base: LobcqLinear, adapter_name: str, **settings: Any) -> Any:
                 " float model and quantize that"
             )
 
+    if isinstance(base, LobcqConvolution):
+        raise LobcqError("adapters are not made for packed convolutions. Remedy: leave them out of target_modules")
     config = settings["config"]
     if config.use_dora or config.init_lora_weights not in (True, False, "gaussian"):
         raise LobcqError(

@@ -1,6 +1,7 @@
 """Where a Hugging Face model multiplies by constant weights, and how a packed product takes the place of a float one.
 
-Linears are modules. The weights of a mixture's experts are stacks, parameters of the module that routes tokens to them.
+Linears are modules, and so are the convolutions that are meant, those whose windows share nothing. The weights of a
+mixture's experts are stacks, parameters of the module that routes tokens to them.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,11 +18,14 @@ from transformers.pytorch_utils import Conv1D
 
 from lobcq_fx.integrations.experts import IMPLEMENTATION, STACKS, runs_experts
 from lobcq_fx.kernels.bind import weight_layout
+from lobcq_fx.modules.lobcq_convolution import LobcqConvolution
 from lobcq_fx.modules.lobcq_grouped_linear import LobcqGroupedLinear
 from lobcq_fx.modules.lobcq_linear import LobcqLinear
 from lobcq_fx.modules.packed_product import LinearSettings, PackedProduct
+from lobcq_fx.modules.windows import Windows, windows_of
 
 LINEARS = (nn.Linear, Conv1D)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,31 @@ class LinearPlace(Place):
         return packed
 
 
+class ConvolutionPlace(LinearPlace):
+    """A convolution whose windows share nothing."""
+
+    @property
+    def obstacle(self) -> str | None:
+        """A derived class may do more, here too."""
+        name = type(self._module).__name__
+        return None if type(self._module) in CONVOLUTIONS else f"{name} is no plain convolution"
+
+    def as_rows(self, weight: Tensor) -> Tensor:
+        """A row for each channel of the result."""
+        return weight.flatten(1)
+
+    def replace(self, settings: LinearSettings) -> LobcqConvolution:
+        """The packed convolution takes the bias over."""
+        weight, (rows, columns), windows = self.weight, self.shape, _windows(self._module)
+        assert isinstance(windows, Windows)
+        bias: nn.Parameter | None = self._module.bias  # type: ignore[assignment]
+        given = (rows, columns), bias, settings, weight_layout, windows
+        packed = LobcqConvolution(*given, dtype=weight.dtype, device=weight.device)
+        _mark_initialized(packed)
+        self.model.set_submodule(self.layer, packed)
+        return packed
+
+
 class StackPlace(Place):
     """The weights of experts, of a module that transformers lets run by functions that others register."""
 
@@ -167,9 +197,16 @@ def places(model: PreTrainedModel) -> Iterator[Place]:
     for name, module in model.named_modules():
         if isinstance(module, LINEARS):
             yield LinearPlace(model, name)
+        elif isinstance(module, CONVOLUTIONS) and isinstance(_windows(module), Windows):
+            yield ConvolutionPlace(model, name)
         for stack in STACKS:
             if isinstance(module._parameters.get(stack), nn.Parameter) and module._parameters[stack].dim() == 3:
                 yield StackPlace(model, f"{name}.{stack}" if name else stack)
+
+
+def _windows(module: Any) -> Windows | str:
+    """The windows of a convolution, or why it is no matmul."""
+    return windows_of(module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
 
 
 def settle(model: PreTrainedModel) -> None:

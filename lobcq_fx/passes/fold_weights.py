@@ -22,20 +22,20 @@ from lobcq_fx.passes.infra import GraphPass
 
 aten = torch.ops.aten
 
-_WEIGHT_OPERANDS = {
-    aten.linear.default: (1,),
-    aten.addmm.default: (2,),
-    aten.mm.default: (0, 1),
-    aten.matmul.default: (0, 1),
+_OPERANDS = {
+    aten.linear.default: {1: 2, 2: 1},
+    aten.addmm.default: {0: 1, 2: 2},
+    aten.mm.default: {0: 2, 1: 2},
+    aten.matmul.default: {0: 2, 1: 2},
 }
-"""Positions at which a matmul may have its weight."""
+"""Positions at which a matmul may have its weight or bias, and how many dimensions that has there."""
 
 
 @dataclass(frozen=True)
 class FoldWeights(GraphPass):
-    """Replace a matmul's computed 2-D weight by a constant, which stands beside what it was made of.
+    """Replace a matmul's computed 2-D weight, or its bias [N], by a constant, which stands beside what it was made of.
 
-    A weight that an input, a random number or anything the graph writes to takes part in stays as it is.
+    One that an input, a random number or anything the graph writes to takes part in stays as it is.
     """
 
     name: ClassVar[str] = "fold_weights"
@@ -45,8 +45,9 @@ class FoldWeights(GraphPass):
         written, constant = set(written_attributes(graph_module.graph)), constant_nodes(graph_module.graph)
         folded: dict[fx.Node, fx.Node] = {}
         for node in list(graph_module.graph.nodes):
-            for position in _WEIGHT_OPERANDS.get(node.target, ()) if node.op == "call_function" else ():
-                weight = _computed(node.args[position], constant)
+            operands = _OPERANDS.get(node.target, {}) if node.op == "call_function" else {}
+            for position, rank in operands.items():
+                weight = _computed(node.args[position], constant, rank) if position < len(node.args) else None
                 if weight is None or not all(_can_fold(one, written) for one in made_of(weight)):
                     continue
                 if weight not in folded:
@@ -57,13 +58,13 @@ class FoldWeights(GraphPass):
         return bool(folded)
 
 
-def _computed(operand: Any, constant: set[fx.Node]) -> fx.Node | None:
-    """The operand, if it is a matrix computed of constants; None for a constant, or where inputs take part."""
+def _computed(operand: Any, constant: set[fx.Node], rank: int) -> fx.Node | None:
+    """The operand, if it is of that rank, and computed of constants; None for a constant, or where inputs take part."""
     if operand not in constant or constant_weight(operand) is not None:
         return None
     assert isinstance(operand, fx.Node)
     value = operand.meta.get("val")
-    return operand if isinstance(value, Tensor) and value.dim() == 2 else None
+    return operand if isinstance(value, Tensor) and value.dim() == rank else None
 
 
 def _can_fold(node: fx.Node, written: set[str]) -> bool:

@@ -5,6 +5,7 @@
     mm(w, x), matmul    ->  transpose(linear(transpose(x), w))     token mixing
     mv(w, x)            ->  linear(x, w)
     t(t(w))             ->  w                          Falcon multiplies by a transposed parameter
+    baddbmm(b, x, w)    ->  bmm(x, w) + b              w is a stack of matrices, each for its rows
 
 Later passes match `linear` alone, its weight a `get_attr` or one `t` of it.
 """
@@ -18,7 +19,8 @@ import torch
 from torch import fx
 
 from lobcq_fx.graph.attributes import add_call
-from lobcq_fx.graph.operands import OPERATION, constant_weight, operation_name
+from lobcq_fx.graph.operands import OPERATION, constant_weight, operation_name, transposed
+from lobcq_fx.graph.strides import keep_views
 from lobcq_fx.passes.infra import GraphPass
 
 aten = torch.ops.aten
@@ -33,21 +35,28 @@ class NormalizeMatmuls(GraphPass):
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Replace each match; `modified` is true if there was one."""
         modified = False
+        columns = []
         for node in list(graph_module.graph.nodes):
             operands = _linear_operands(node)
-            if operands is None:
+            if operands is None and not _is_sum(node):
                 continue
             with graph_module.graph.inserting_before(node):
-                node.replace_all_uses_with(_linear(graph_module.graph, node, operands))
+                result = (
+                    _sum(graph_module.graph, node) if operands is None else _linear(graph_module.graph, node, operands)
+                )
+            node.replace_all_uses_with(result)
             graph_module.graph.erase_node(node)
+            columns += [result] if operands is not None and operands.columns else []
             modified = True
+        if columns:
+            keep_views(graph_module.graph, columns)
         return modified
 
 
 def normal_form(graph_module: fx.GraphModule) -> str | None:
     """What passes after this one require: no product is left that it would rewrite."""
     for node in graph_module.graph.nodes:
-        if _linear_operands(node) is not None:
+        if _linear_operands(node) is not None or _is_sum(node):
             return f"{node.format_node()} is not in normal form: run normalize_matmuls first"
     return None
 
@@ -66,7 +75,7 @@ class _Operands:
 
 def _linear(graph: fx.Graph, node: fx.Node, operands: _Operands) -> fx.Node:
     """The normal form of `node`, at the insertion point."""
-    w = _transposed(graph, operands.weight) if operands.flipped else operands.weight
+    w = transposed(graph, operands.weight) if operands.flipped else operands.weight
     x = add_call(graph, aten.transpose.int, (operands.x, -2, -1), like=node) if operands.columns else operands.x
     args = (x, w) if operands.bias is None else (x, w, operands.bias)
     result = add_call(graph, aten.linear.default, args, like=node)
@@ -108,12 +117,17 @@ def _constant_on_the_left(w: Any, x: Any) -> _Operands | None:
     return _Operands(x, *found, bias=None, columns=x.meta["val"].dim() > 1)
 
 
-def _transposed(graph: fx.Graph, weight: fx.Node) -> fx.Node:
-    for user in weight.users:
-        if user.target is aten.t.default and user.op == "call_function":
-            weight.append(user)  # moved up: it may have been read for the first time after this matmul
-            return user
-    with graph.inserting_after(weight):
-        node = graph.call_function(aten.t.default, (weight,))
-    node.meta["val"] = weight.meta["val"].t()
-    return node
+def _is_sum(node: fx.Node) -> bool:
+    """Whether the node adds something to the products of an activation and a constant stack of matrices."""
+    if node.op != "call_function" or node.target is not aten.baddbmm.default or node.kwargs:
+        return False
+    _, x, w = node.args
+    found = constant_weight(w)
+    return found is not None and found[0].meta["val"].dim() == 3 and constant_weight(x) is None
+
+
+def _sum(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The products and the sum apart, at the insertion point."""
+    products = add_call(graph, aten.bmm.default, node.args[1:], like=node)
+    products.meta[OPERATION] = operation_name(node)
+    return add_call(graph, aten.add.Tensor, (products, node.args[0]), like=node)

@@ -1,6 +1,7 @@
 """Which passes run on a graph, and in which order: the one list, for every graph of a model and every target.
 
-traced      `NORMALIZE`: FoldWeights, NormalizeMatmuls; then the plan is made, and with calibration data InsertObservers
+traced      `NORMALIZE`: FoldWeights, NormalizeContractions, NormalizeMatmuls; then the plan is made, and with
+            calibration data InsertObservers
 stored      `emitting`: Emit, ShareActivations; then EliminateDeadCode
 CPU, CUDA   `lower`, from the stored graph; for quantized caches then `quantizing_cache`
 ONNX        from the stored graph too: `lobcq_fx.export.folder`
@@ -29,6 +30,7 @@ from lobcq_fx.passes.guard_attention import GuardAttention
 from lobcq_fx.passes.guard_recurrence import GuardRecurrence
 from lobcq_fx.passes.infra import GraphPass, Sequential
 from lobcq_fx.passes.merge_siblings import MergeSiblings
+from lobcq_fx.passes.normalize_contractions import NormalizeContractions
 from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
 from lobcq_fx.passes.prepack import Prepack
 from lobcq_fx.passes.quantize_cache import QuantizeCache
@@ -38,7 +40,7 @@ from lobcq_fx.refusal import Refusal
 
 logger = logging.getLogger(__name__)
 
-NORMALIZE = Sequential((FoldWeights(), NormalizeMatmuls()))
+NORMALIZE = Sequential((FoldWeights(), NormalizeContractions(), NormalizeMatmuls()))
 """From a traced graph to one that a plan can be made of."""
 
 

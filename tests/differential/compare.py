@@ -17,7 +17,7 @@ from lobcq_fx.errors import CallError, ConfigError, TraceError
 from lobcq_fx.format import decode, encode, universal_codebooks
 from lobcq_fx.storage.graph_json import operators
 from lobcq_fx.tracing.names import usable_name
-from tests.differential.modules import WIDTH, Generated
+from tests.differential.modules import WIDTH, Generated, as_matrix
 
 CONFIG = LobcqConfig(mode="w4a16")
 """Activations in float: a rounding difference cannot flip a code, so that outputs agree to rounding."""
@@ -68,11 +68,21 @@ def decoded(model: nn.Module, q: nn.Module) -> nn.Module:
     stored = q.state_dict()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if f"{usable_name(name)}.codes" not in stored:
+            if weight.dim() < 2:
                 continue
+            matrix = as_matrix(name, weight.detach())
+            packed = [part for part in _parts(usable_name(name)) if f"{part}.codes" in stored]
+            rows = [len(stored[f"{part}.codes"]) for part in packed]
+            assert sum(rows) in (0, len(matrix)), name
             books = universal_codebooks(spec.num_codebooks)
-            weight.copy_(decode(encode(weight.detach(), spec, books, search_scales=True)))
+            for part in matrix.split(rows) if rows else ():
+                part.copy_(decode(encode(part, spec, books, search_scales=True)))
     return model
+
+
+def _parts(name: str) -> list[str]:
+    """What a weight may be packed as: whole, or in parts, those of queries, and of keys and values."""
+    return [name, f"{name}_part", f"{name}_part_1"]
 
 
 def _saved_and_loaded(q: lobcq_fx.QuantizedModel) -> lobcq_fx.QuantizedModel:

@@ -26,7 +26,15 @@ NAMES = (
 )
 """Of submodules: some are names of FX's own, Python's, or none of Python's at all."""
 
+HEADS = "heads"
+"""What the names of weights of heads [heads, D, K] start with."""
+
 Step = Callable[[nn.Module, Tensor], Tensor]
+
+
+def as_matrix(name: str, weight: Tensor) -> Tensor:
+    """A weight as rows of K: of heads that of all, of a convolution each channel's."""
+    return weight.flatten(0, 1) if name.startswith(HEADS) else weight.flatten(1)
 
 
 class Generated(nn.Module):
@@ -57,6 +65,12 @@ class Generated(nn.Module):
             return self.rng.choice(old)
         self.linears.append(self.add(nn.Linear(inputs, WIDTH, bias=self.rng.random() < 0.7)))
         return self.linears[-1]
+
+    def add_parameter(self, name: str, *shape: int) -> str:
+        """Register a parameter; what it is called."""
+        name = f"{name}{len(self._parameters)}"
+        self.register_parameter(name, nn.Parameter(0.2 * torch.randn(shape)))
+        return name
 
     def _step(self) -> Step:
         make = self.rng.choice(STEPS)
@@ -98,6 +112,44 @@ def norm(m: Generated, rng: Random) -> Step:
 def convolution(m: Generated, rng: Random) -> Step:
     layer = m.add(nn.Conv1d(WIDTH, WIDTH, 1))
     return lambda m, x: layer(x.transpose(1, 2)).transpose(1, 2)
+
+
+def viewed_convolution(m: Generated, rng: Random) -> Step:
+    """Its result is contiguous, of which the view makes use."""
+    layer = m.add(nn.Conv1d(WIDTH, WIDTH, 1, bias=rng.random() < 0.5))
+    pairs = WIDTH // 2
+    return lambda m, x: layer(x.transpose(1, 2)).view(x.shape[0], pairs, -1).unflatten(2, (2, -1)).flatten(1, 2).mT
+
+
+def patches(m: Generated, rng: Random) -> Step:
+    size = rng.choice((1, 2, 3))
+    layer = m.add(nn.Conv1d(WIDTH, WIDTH, size, stride=size + rng.randrange(2)))
+    return lambda m, x: layer(x.transpose(1, 2)).transpose(1, 2)
+
+
+def heads(m: Generated, rng: Random) -> Step:
+    """Projections by einsum, tensordot and bmm; see `as_matrix`."""
+    name = m.add_parameter(HEADS, 4, WIDTH // 4, WIDTH)
+    project = rng.choice((
+        lambda x, w: torch.einsum("btk,hdk->bthd", x, w).flatten(2),
+        lambda x, w: torch.einsum("hdk,...k->h...d", w, x).permute(1, 2, 0, 3).reshape(x.shape),
+        lambda x, w: torch.tensordot(x, w, dims=([2], [2])).flatten(2),
+        lambda x, w: torch.bmm(x, w.view(1, WIDTH, WIDTH).transpose(1, 2).expand(x.shape[0], -1, -1)),
+    ))  # fmt: skip
+    return lambda m, x: x + project(x, getattr(m, name))
+
+
+def cross_attention(m: Generated, rng: Random) -> Step:
+    wide = rng.random() < 0.5
+    layer = m.add(nn.MultiheadAttention(WIDTH, 2, batch_first=True, **({"kdim": 32, "vdim": 32} if wide else {})))
+    weights = rng.random() < 0.5
+
+    def step(m: nn.Module, x: Tensor) -> Tensor:
+        memory = x.flip(1)[:, :3]
+        memory = torch.cat((memory, memory), -1) if wide else memory
+        return layer(x, memory, memory, need_weights=weights)[0]
+
+    return step
 
 
 def attention(m: Generated, rng: Random) -> Step:
@@ -251,7 +303,8 @@ def remembered(m: Generated, rng: Random) -> Step:
 
 
 STEPS: tuple[Callable[[Generated, Random], Step], ...] = (
-    linear, mlp, norm, convolution, attention, fused_attention, encoder, positions, branch, branch, branch, windows,
-    padded_if_needed, pairs, flattened, chunked, sliced, shortened, with_first, with_mean, weighted, averaged, divided,
-    rounded, squeezed, rolled, loop, counted, remembered,
+    linear, mlp, norm, convolution, viewed_convolution, patches, heads, cross_attention, attention, fused_attention,
+    encoder, positions, branch, branch, branch, windows, padded_if_needed, pairs, flattened, chunked, sliced,
+    shortened, with_first, with_mean, weighted, averaged, divided, rounded, squeezed, rolled, loop, counted,
+    remembered,
 )  # fmt: skip

@@ -15,7 +15,7 @@ W = {"w": parameter(64, 32)}
 FORM = "its constant operand is not a 2-D weight on the right"
 ADDMM = "addmm with a bias that is not one value per output, or with beta or alpha other than 1"
 PRODUCT = "activation x activation, no constant weight"
-CONVOLUTION = "a convolution, not a matmul"
+INDICES = "its indices are not those of rows [..., K] times one constant matrix [N, K]"
 
 REFUSED = {
     "beta": (lambda m, x: torch.addmm(m.b, x, m.w, beta=2), {**W, "b": parameter(32)}, "addmm", ADDMM),
@@ -35,13 +35,22 @@ REFUSED = {
         lambda m, x: nn.functional.linear(x, m.w.t() * 2), W, "linear",
         "its weight is computed in the graph, not constant",
     ),
-    "einsum": (
-        lambda m, x: torch.einsum("mk,kn->mn", x, m.w), W, "einsum",
-        "einsum is not a supported form; write it as a matmul",
+    "einsum of a matrix for each index": (
+        lambda m, x: torch.einsum("mk,mkn->mn", x, m.w), {"w": parameter(4, 64, 32)}, "einsum", INDICES,
     ),
-    "convolution": (lambda m, x: m.c(x[:, None]), {"c": nn.Conv1d(1, 2, 3)}, "conv1d", CONVOLUTION),
+    "einsum of activations": (lambda m, x: torch.einsum("mk,nk->mn", x, x), {}, "einsum", PRODUCT),
+    "tensordot of activations": (lambda m, x: torch.tensordot(x, x, dims=([1], [1])), {}, "tensordot", PRODUCT),
+    "convolution": (
+        lambda m, x: m.c(x[:, None]), {"c": nn.Conv1d(1, 2, 3)}, "conv1d",
+        "a convolution whose windows overlap, not a matmul",
+    ),
+    "convolution of a computed weight": (
+        lambda m, x: nn.functional.conv1d(x[None], m.w * 2), {"w": parameter(8, 4, 1)}, "conv1d",
+        "a convolution, not a matmul",
+    ),
     "transposed convolution": (
-        lambda m, x: m.c(x[:, None]), {"c": nn.ConvTranspose1d(1, 2, 3)}, "conv_transpose1d", CONVOLUTION,
+        lambda m, x: m.c(x[:, None]), {"c": nn.ConvTranspose1d(1, 2, 3)}, "conv_transpose1d",
+        "a transposed convolution, not a matmul",
     ),
     "bilinear": (
         lambda m, x: m.b(x, x), {"b": nn.Bilinear(64, 64, 8)}, "bilinear", "a bilinear form of two activations",

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import lobcq_fx
 from lobcq_fx import LobcqConfig, LobcqQuantizationConfig
 from lobcq_fx.errors import CalibrationError, CheckpointError, ConfigError
+from lobcq_fx.modules.lobcq_convolution import LobcqConvolution
 from lobcq_fx.modules.lobcq_linear import LobcqLinear
 from tests.integrations.models import GREEDY, IDS, bert, causal_lm, opened, results, saved
 from tests.sweeps import sweep
@@ -189,11 +190,28 @@ def test_a_model_whose_tensors_have_other_names_in_files(tmp_path):
     q = lobcq_fx.quantize(vit())
     q.save_pretrained(tmp_path / "graph")
     model.save_pretrained(tmp_path / "modules")
-    assert len(layers(model)) == 6
+    assert len(layers(model)) == 7, "six linears and the patch embedding"
     expected = q(pixel_values=pixels).logits
     assert torch.equal(model(pixels).logits, expected)
     for folder in ("graph", "modules"):
         assert torch.equal(opened(tmp_path / folder, kind)(pixels).logits, expected), folder
+
+
+@torch.no_grad()
+def test_a_patch_embedding_is_asked_for_the_dtype_of_its_images(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = transformers.CLIPVisionConfig(**sizes, image_size=32, patch_size=8)
+    float_model = transformers.CLIPVisionModel(config).eval().bfloat16()
+    float_model.save_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 32, 32)
+    expected = lobcq_fx.quantize(float_model)(pixel_values=pixels.bfloat16())[0]
+    model = quantized_as_read(tmp_path, kind=transformers.CLIPVisionModel, dtype=torch.bfloat16)
+    assert torch.equal(model(pixel_values=pixels)[0], expected)
+    assert torch.equal(lobcq_fx.optimize(model)(pixel_values=pixels.bfloat16())[0], expected)
+    embedding = next(module for module in model.modules() if isinstance(module, LobcqConvolution))
+    assert embedding.weight.dtype == torch.bfloat16
+    assert embedding.float().weight.dtype == torch.float32
 
 
 def test_saved_modules_in_many_files(llama, tmp_path):

@@ -99,3 +99,13 @@ def test_what_needs_float_weights_is_refused(tmp_path):
     for settings in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
         with pytest.raises(LobcqError, match="Remedy: plain LoRA"):
             with_adapters(packed(tmp_path), **settings)
+
+
+def test_a_packed_convolution_takes_no_adapters(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    transformers.CLIPVisionModel(config).save_pretrained(tmp_path)
+    settings = {"quantization_config": LobcqQuantizationConfig()}
+    model = opened(tmp_path, transformers.CLIPVisionModel, **settings)
+    with pytest.raises(LobcqError, match=r"not made for packed convolutions.*target_modules"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["patch_embedding"]))

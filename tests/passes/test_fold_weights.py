@@ -12,6 +12,7 @@ from tests.passes.graphs import (
     Function,
     assert_metadata,
     assert_unchanged,
+    decoded,
     graph_of,
     linear,
     names,
@@ -93,12 +94,12 @@ def test_one_weight_for_all_that_read_it():
 
 
 class Cross(nn.Module):
-    def __init__(self):
+    def __init__(self, **settings):
         super().__init__()
-        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True, **settings)
 
-    def forward(self, x, memory):
-        return self.attention(x, memory, memory, need_weights=False)[0]
+    def forward(self, x, memory, need_weights=False):
+        return self.attention(x, memory, memory, need_weights=need_weights)[0]
 
 
 @torch.no_grad()
@@ -113,3 +114,37 @@ def test_cross_attention_is_quantized_whole_saved_and_loaded(tmp_path):
     q.save_pretrained(tmp_path / "q")
     assert torch.equal(lobcq_fx.load(tmp_path / "q")(*call), q(*call))
     lobcq_fx.quantize(model, example_inputs=call, inplace=True)
+
+
+@torch.no_grad()
+def test_attention_to_keys_of_another_width_is_quantized_whole():
+    torch.manual_seed(0)
+    model, call = Cross(kdim=32, vdim=32).eval(), (values(2, 3, 64), values(2, 7, 32, seed=5), True)
+    model.attention.in_proj_bias.normal_()  # zeros at first
+    q = lobcq_fx.quantize(model, example_inputs=call, config=lobcq_fx.LobcqConfig(mode="w4a16"))
+    names_ = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+    layers = [record.layer for record in q.inventory.quantized]
+    assert layers == [f"attention.{name.removesuffix('.weight')}" for name in names_]
+    for name in names_:
+        weight = model.attention.get_parameter(name)
+        weight.copy_(decoded(weight))
+    torch.testing.assert_close(q(*call), model(*call), rtol=1e-4, atol=1e-4)
+
+
+BIASES = {
+    "a part": (lambda m, x: functional.linear(x, m.w, m.b.chunk(2)[1]), {"b": parameter(192)}),
+    "a part of both": (lambda m, x: torch.addmm(m.b[:48], x[0], m.w[:48].t()), {"b": parameter(96)}),
+}
+
+
+@pytest.mark.parametrize("case", BIASES)
+def test_computed_biases_become_constants(case):
+    """A kernel takes the bias of a layer that it has laid out as a constant."""
+    function, members = BIASES[case]
+    model = Function(function, **WIDE, **members)
+    q = lobcq_fx.quantize(model, example_inputs=values(2, 3, 64), config=lobcq_fx.LobcqConfig(mode="w4a16"))
+    assert "b_part" in q.state_dict()
+    x = values(2, 5, 64)
+    without = Function(function, **WIDE, b=nn.Parameter(torch.zeros_like(model.b)))
+    difference = q(x) - lobcq_fx.quantize(without, example_inputs=x, config=q.lobcq_config)(x)
+    torch.testing.assert_close(difference, model(x) - without(x), rtol=1e-4, atol=1e-4)

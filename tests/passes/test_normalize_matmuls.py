@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lobcq_fx.graph.matmuls import find_matmuls
 from lobcq_fx.graph.operands import constant_weight, operation_name
 from lobcq_fx.passes.infra import PassResult
 from lobcq_fx.passes.normalize_matmuls import NormalizeMatmuls
@@ -111,7 +112,38 @@ def test_one_transpose_serves_all_and_is_moved_before_the_first():
     torch.testing.assert_close(run(graph_module, x), model(x))
 
 
+def test_a_stack_with_something_added_is_a_grouped_product():
+    members = {"w": parameter(4, 64, 32), "b": parameter(4, 1, 32)}
+    model = Function(lambda m, x: torch.baddbmm(m.b, x.view(4, -1, 64), m.w), **members)
+    graph_module = graph_of(model, values(4, 3, 64))
+    assert aten.baddbmm.default in targets(graph_module)
+    assert NormalizeMatmuls()(graph_module).modified
+    (matmul,) = find_matmuls(graph_module)
+    assert (matmul.grouped, matmul.obstacle, matmul.shape) == (True, None, (4, 32, 64))
+    assert operation_name(matmul.node) == "baddbmm"
+    assert_metadata(graph_module, values(4, 3, 64))
+    torch.testing.assert_close(run(graph_module, values(4, 5, 64)), model(values(4, 5, 64)))
+    assert_unchanged(NormalizeMatmuls(), graph_module)
+
+
+@pytest.mark.parametrize("tokens", [4, 9])
+def test_token_mixing_is_copied_where_a_view_needs_it(tokens):
+    """The product of columns lies otherwise than that which it replaces."""
+    model = Function(lambda m, x: (m.w @ x).relu().view(x.shape[0], -1), **WIDE)
+    graph_module = graph_of(model, values(2, 64, 5))
+    NormalizeMatmuls()(graph_module)
+    assert targets(graph_module).count(aten.contiguous.default) == 1
+    x = values(3, 64, tokens)
+    torch.testing.assert_close(run(graph_module, x), model(x))
+    assert_metadata(graph_module, x)
+
+
 NEAR_MISSES = {
+    "baddbmm with a factor": (
+        lambda m, x: torch.baddbmm(m.b, x[None], m.w, beta=2),
+        {"w": parameter(1, 64, 32), "b": parameter(32)},
+        aten.baddbmm.default,
+    ),
     "beta": (lambda m, x: torch.addmm(m.b, x, m.w, beta=2), B, aten.addmm.default),
     "alpha": (lambda m, x: torch.addmm(m.b, x, m.w, alpha=0.5), B, aten.addmm.default),
     "2-D bias": (lambda m, x: torch.addmm(m.b, x, m.w), {**W, "b": parameter(4, 32)}, aten.addmm.default),
