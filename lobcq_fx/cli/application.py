@@ -18,6 +18,7 @@ from lobcq_fx.cli.failures import EXIT_CODES, explain, is_ours_to_explain
 from lobcq_fx.cli.generate import generate
 from lobcq_fx.cli.quantize import quantize
 from lobcq_fx.cli.report import report
+from lobcq_fx.cli.serve import serve
 from lobcq_fx.cli.verify import verify
 
 HELP = "LO-BCQ for PyTorch models: 4.5 bits a scalar for weights and activations."
@@ -63,6 +64,8 @@ for name, command in (
     ("bench", bench),
 ):
     app.command(name, epilog=EXIT_CODES)(command)
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command("serve", epilog=EXIT_CODES, context_settings=PASSED_ON)(serve)
 export = typer.Typer(help="Write a quantized model for other runtimes.", no_args_is_help=True, rich_markup_mode="rich")
 export.command("onnx", epilog=EXIT_CODES)(onnx)
 export.callback()(lambda: None)  # keeps `onnx` a command of its own while there is only one

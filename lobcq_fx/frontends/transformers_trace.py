@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.utils import logging
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from lobcq_fx.errors import CallError, TraceError
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
@@ -222,6 +223,10 @@ def trace_static_cache(model: PreTrainedModel, causal: CausalLMCall) -> TracedMo
     )
 
 
+OUTPUTS = ("output_hidden_states", "output_attentions")
+"""What a call may say that the graph has to have been traced with."""
+
+
 def trace_pretrained(
     model: PreTrainedModel, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> TracedModel:
@@ -230,7 +235,8 @@ def trace_pretrained(
     Args:
         model: the model.
         args, kwargs: an example call; None makes one up from the model's configuration. An attention mask of ones gets
-            one zero, since export would otherwise drop it from the graph.
+            one zero, since export would otherwise drop it from the graph. What it says of outputs becomes part of the
+            graph.
 
     Raises:
         TraceError: the model cannot be captured, or no example can be made up.
@@ -243,16 +249,21 @@ def trace_pretrained(
         )
     given = kwargs if kwargs is not None else made_up_inputs(model)
     names, bound = bind_arguments(model, args, given)
+    said = {name: bound.pop(name) for name in OUTPUTS if name in bound}
+    flags = traced_flags(model) | said
+    maybe_install_capturing_hooks(model)  # within an export it is forgotten that they are there: they would be twice
     bound = widen_batch(bound)
     mask = bound.get("attention_mask")
     if isinstance(mask, Tensor) and bool(mask.all()):
         bound["attention_mask"] = mask.clone()
         bound["attention_mask"][0, -1] = 0
     with tracing(model), torch.no_grad(), SizeDecisions(TRUSTED) as decisions:
-        program = export(model, {**bound, **traced_flags(model)}, pytree.tree_map(_batch_and_length, bound))
+        program = export(model, {**bound, **flags}, pytree.tree_map(_batch_and_length, bound))
     graph_module, calling = flatten_program(program, bound, names, Structure(program.call_spec.out_spec))
     fills = {name: fill for name, fill in TOKEN_DEFAULTS.items() if name in bound} if "input_ids" in bound else {}
-    return TracedModel(graph_module, replace(calling, fills=fills, guards=decisions.guards(graph_module)))
+    guards = decisions.guards(graph_module)
+    settings = {name: bool(getattr(model.config, name)) for name in OUTPUTS} | flags
+    return TracedModel(graph_module, replace(calling, fills=fills, guards=guards, settings=settings))
 
 
 def traced_flags(model: PreTrainedModel) -> dict[str, bool]:

@@ -56,7 +56,8 @@ class ModuleCall(CallingConvention):
     value that was baked into the graph. outputs: structure of what forward returned. shapes: of the tensors, in order,
     None where a dimension is dynamic; a graph gives wrong results, not errors, for sizes it was not traced for. fills:
     arguments that a call may leave out, as an int64 tensor of this number in the shape of the first traced argument.
-    guards: what the trace assumed of dynamic sizes.
+    guards: what the trace assumed of dynamic sizes. settings: flags that the graph was traced with, {name: value}: a
+    call may say so, and nothing else.
     """
 
     kind: ClassVar[str] = "module"
@@ -68,11 +69,19 @@ class ModuleCall(CallingConvention):
     shapes: tuple[tuple[int | None, ...], ...]
     fills: Mapping[str, int] = field(default_factory=dict)
     guards: SizeGuards = field(default_factory=SizeGuards)
+    settings: Mapping[str, bool] = field(default_factory=dict)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The tensors among the arguments, in traced order."""
         traced = self.inputs.spec.context
         given = self._bind(args, kwargs)
+        for name, value in self.settings.items():
+            said = given.pop(name, value)
+            if said != value:
+                raise CallError(
+                    f"argument {name!r} is {said!r}; the graph was traced with {value}, which is part of it: leave it"
+                    " out, or quantize again with it in example_inputs"
+                )
         for name in given:
             if name not in traced:
                 raise CallError(f"argument {name!r} was not in the traced call, which takes {', '.join(traced)}")
@@ -148,11 +157,12 @@ class ModuleCall(CallingConvention):
             "shapes": [list(shape) for shape in self.shapes],
             "fills": dict(self.fills),
             "guards": self.guards.to_list(),
+            "settings": dict(self.settings),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModuleCall:
-        """Inverse of `to_dict`; earlier releases wrote no guards.
+        """Inverse of `to_dict`; earlier releases wrote no guards and no settings.
 
         Raises:
             KeyError, TypeError, ValueError: it is damaged, or its parts do not fit each other.
@@ -167,6 +177,7 @@ class ModuleCall(CallingConvention):
             tuple(tuple(shape) for shape in values["shapes"]),
             {str(name): int(fill) for name, fill in values["fills"].items()},
             guards,
+            {str(name): bool(value) for name, value in values.get("settings", {}).items()},
         )
         call._validate()
         return call

@@ -188,3 +188,32 @@ def test_labels_are_ignored_in_calibration_data():
     assert torch.equal(q(**plain[0]).logits, expected(**plain[0]).logits)
     with pytest.raises(CallError, match="argument 'labels' was not in the traced call"):
         q(**labelled[0])
+
+
+def test_a_call_may_say_what_the_graph_was_traced_with(case):
+    _, q, inputs = case
+    call = inputs(2, 5)
+    expected = q(**call)
+    said = q(**call, return_dict=True, output_hidden_states=False, output_attentions=None)
+    assert type(said) is type(expected)
+    assert torch.equal(said[0], expected[0])
+    for other in ({"return_dict": False}, {"output_hidden_states": True}, {"output_attentions": True}):
+        with pytest.raises(CallError, match=f"argument {next(iter(other))!r} is .*traced with"):
+            q(**call, **other)
+
+
+def test_what_the_example_says_is_part_of_the_graph(tmp_path):
+    q = lobcq_fx.quantize(bert().eval(), example_inputs={**tokens(2, 5), "output_hidden_states": True})
+    q.save_pretrained(tmp_path)
+    loaded = lobcq_fx.load(tmp_path)
+    states = loaded(**tokens(2, 5), output_hidden_states=True, return_dict=True).hidden_states
+    assert len(states) == BERT["num_hidden_layers"] + 1
+    with pytest.raises(CallError, match="'output_hidden_states' is False"):
+        loaded(**tokens(2, 5), output_hidden_states=False)
+
+
+def test_tracing_leaves_what_the_float_model_returns():
+    model = bert().eval()
+    call = {**tokens(2, 5), "output_hidden_states": True}
+    lobcq_fx.quantize(model, example_inputs=call)
+    assert len(model(**call).hidden_states) == BERT["num_hidden_layers"] + 1
