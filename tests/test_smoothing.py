@@ -52,6 +52,37 @@ class PostNorm(PreNorm):
         return h + self.down(nn.functional.gelu(self.up(h)))
 
 
+class Parts(PreNorm):
+    """One linear makes the gate and what it gates."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__(both=nn.Linear(K, 256, bias=bias))
+        del self.gate, self.up
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.both(self.norm(x)).chunk(2, dim=-1)
+        return self.down(nn.functional.silu(gate) * up)
+
+
+class Routed(PreNorm):
+    """A linear that stays in float reads the norm too, in rows of another shape."""
+
+    def __init__(self) -> None:
+        super().__init__(router=nn.Linear(K, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        scores = self.router(h.view(-1, K)).softmax(-1).amax(-1)
+        return self.down(nn.functional.silu(self.gate(h)) * self.up(h)) * scores.view(*x.shape[:-1], 1)
+
+
+class RoutedByOthers(Routed):
+    """Something else reads that linear's weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.router.weight.mean()
+
+
 class Relu(PreNorm):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.relu(self.up(self.norm(x))))
@@ -75,7 +106,10 @@ def smoothed_graph(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model", [PreNorm(), PreNorm(nn.LayerNorm), Relu()], ids=["rms", "layer norm", "relu"])
+@pytest.mark.parametrize(
+    "model", [PreNorm(), PreNorm(nn.LayerNorm), Relu(), Parts(), Routed()],
+    ids=["rms", "layer norm", "relu", "one linear in parts", "a linear in float"],
+)  # fmt: skip
 def test_the_folded_float_model_is_the_same_to_the_last_bit(model: nn.Module) -> None:
     x, before = data(), deepcopy(model.state_dict())
     expected = model(x)
@@ -91,6 +125,18 @@ def test_the_folded_float_model_is_the_same_to_the_last_bit(model: nn.Module) ->
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, scaled.get(name, before[name]))
     assert not any(one.input_scale for one in quantized)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model", "left"),
+    [(Parts(bias=True), {"down"}), (RoutedByOthers(), {"gate", "up"}), (Routed().half(), {"gate", "up"})],
+    ids=["a bias in parts", "a weight that others read", "no room in fp16"],
+)
+def test_near_misses_are_not_folded(model: nn.Module, left: set[str]) -> None:
+    x = data().to(next(model.parameters()).dtype)
+    _, _, result, quantized = smoothed_graph(model, x, "folded")
+    assert {one.layer for one in quantized} - {one.layer for one in result.matmuls} == left
 
 
 @torch.no_grad()
