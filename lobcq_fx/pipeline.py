@@ -344,15 +344,19 @@ def _warn_of_leftovers(inventory: Inventory) -> None:
 def _warn_of_unreached(inventory: Inventory) -> None:
     """Say which mixtures have experts that got no token, or few: what was seen of all stands for them."""
     for record in inventory.quantized:
-        few = max(record.unreached or 0, record.undersampled or 0)
-        if few:
-            assert record.shape is not None
-            experts, _, columns = record.shape
-            logger.warning(
-                "%d of %d experts of %s got no token of the calibration data, %d fewer than %d: what all of them got"
-                " stands for these. Remedy: more calibration data",
-                record.unreached, experts, record.layer, few, prior_rows(columns),
-            )  # fmt: skip
+        count = record.undersampled or record.unreached
+        if not count:
+            continue
+        assert record.shape is not None
+        experts, _, columns = record.shape
+        few = (
+            f"fewer than {prior_rows(columns)} tokens ({record.unreached} none)" if record.undersampled else "no token"
+        )
+        logger.warning(
+            "%d of %d experts of %s got %s of the calibration data: what all of them got stands for these."
+            " Remedy: more calibration data",
+            count, experts, record.layer, few,
+        )  # fmt: skip
 
 
 def _reasons(plan: QuantizationPlan) -> str:

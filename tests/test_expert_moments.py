@@ -114,7 +114,7 @@ def test_weights_are_encoded_by_them_and_experts_of_few_tokens_are_reported(capl
         assert (nearest.codes == one.codes).float().mean() < 0.95
     (record,) = q.inventory.quantized
     assert (record.unreached, record.undersampled) == (1, 2)
-    assert "1 of 4 experts of w got no token of the calibration data, 2 fewer than 16" in caplog.text
+    assert "2 of 4 experts of w got fewer than 16 tokens (1 none) of the calibration data" in caplog.text
 
 
 def test_rows_of_zeros_are_of_other_experts() -> None:
@@ -149,7 +149,7 @@ def test_statistics_of_groups(split: bool, monkeypatch: pytest.MonkeyPatch) -> N
 
 def check_divided(statistics: ActivationStatistics, data: list[tuple[Tensor, Tensor]]) -> None:
     """By scales of each group: as if the rows had been divided before they were seen."""
-    scale = torch.exp2((torch.arange(EXPERTS * K).view(EXPERTS, K) * 7 % 5 - 2.0))
+    scale = torch.exp2(torch.arange(EXPERTS * K).view(EXPERTS, K) * 7 % 5 - 2.0)
     divided, seen = statistics.divided(scale), ActivationStatistics("layer", FormatSpec(8, 16))
     for x, ends in data:
         numbers = torch.bucketize(torch.arange(len(x)), ends.long(), right=True)

@@ -113,9 +113,9 @@ class ActivationStatistics:
     @property
     def undersampled(self) -> int | None:
         """How many groups have fewer rows than prior ones; None where there are no groups."""
-        if self.group_rows is None or self._square_sums is None:
+        if self.group_rows is None or not self.seen:
             return None
-        return int((self.group_rows < prior_rows(self._square_sums.shape[1])).sum())
+        return int((self.group_rows < prior_rows(self.num_scalars // self.num_rows)).sum())
 
     @property
     def shares(self) -> list[float]:

@@ -80,6 +80,7 @@ def test_smoothing_and_rotation_lower_it_each() -> None:
     rotated, of_rotated = error(mode="w4a4", rotation="hadamard")
     assert [record.smoothing for record in of_smoothed] == ["folded", "folded"]
     assert any(record.rotated for record in of_rotated)
+    assert [record.undersampled for record in of_smoothed + of_rotated] == [0, 0, None, None]
     assert smoothed < 0.9 * plain
     assert rotated < 0.9 * plain
 

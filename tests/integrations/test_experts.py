@@ -12,6 +12,7 @@ import transformers
 import lobcq_fx
 from lobcq_fx import LobcqConfig, LobcqQuantizationConfig
 from lobcq_fx.errors import CheckpointError, ConfigError, LobcqError
+from lobcq_fx.format import rotate
 from lobcq_fx.modules.lobcq_grouped_linear import LobcqGroupedLinear
 from tests.frontends.test_experts import float_model
 from tests.integrations.models import GREEDY, IDS, opened, results, saved
@@ -76,6 +77,15 @@ def test_treated_experts_give_the_graphs_logits(tmp_path, mode, monkeypatch):
     prepacked = up(x, ends)
     up.unpack()
     torch.testing.assert_close(up(x, ends), prepacked, rtol=1e-4, atol=1e-4)
+    for module, columns in ((up, 64), (down, 172)):
+        x = torch.randn(9, columns, requires_grad=True)
+        (gradient,) = torch.autograd.grad(module(x, ends).square().sum() / 2, x)
+        read = x if module.input_scale is None else x * module.input_scale
+        read = rotate(read, 64) if module.settings.rotated else read
+        weights = [w[:, :columns] for w in module.matrices(module.codebooks)]
+        parts = zip(read.split([2, 0, 3, 4]), weights, strict=True)
+        (straight,) = torch.autograd.grad(torch.cat([a @ w.T for a, w in parts]), x, module(x, ends).detach())
+        torch.testing.assert_close(gradient, straight, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_saved_is_opened_again(mixtral, tmp_path):
