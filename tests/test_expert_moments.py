@@ -42,13 +42,18 @@ class Stack(nn.Module):
 
 
 class WrittenLater(Stack):
-    """What the experts read is another by the time that their weights are encoded."""
+    """What the experts read is another by the time that their weights are encoded: a layer comes after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(N, 32)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         h = torch.tanh(x)
         out = self.product(h, ends)
         h.zero_()
-        return out + h.sum()
+        result: Tensor = self.last(out + h.sum())
+        return result
 
 
 class ReadTwice(Stack):
@@ -93,7 +98,7 @@ def test_they_are_those_of_each_expert(kind: type[Stack], weight: int) -> None:
     for call in calls():
         graph_module(*call)
     moments = SecondMoments(graph_module, plan, calls())
-    ((stack, found),) = moments.of_weights(observed(graph_module, plan))
+    stack, found = next(moments.of_weights(observed(graph_module, plan)))
     assert stack.source == "w"
     assert isinstance(found, GroupMoments)
     for index, one in enumerate(expected(weight)):
