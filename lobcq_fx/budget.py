@@ -222,16 +222,18 @@ class _Rounded(PastObservers):
         return super().call_function(n.target, (*operands, *rest), kwargs)
 
     def _weight(self, planned: PlannedMatmul, weight: Tensor) -> Tensor:
-        """[N, K] rounded; of experts [E, K, N]."""
         key = planned.weight
         assert key is not None
         if key not in self._rounded:
-            if planned.grouped:
-                rounded = torch.stack([rounded_weight(one, planned.config.format) for one in weight.mT]).mT
-            else:
-                rounded = rounded_weight(weight, planned.config.format)
-            self._rounded[key] = rounded.to(weight.dtype)
+            self._rounded[key] = rounded_operand(weight, planned.config.format)
         return self._rounded[key]
+
+
+def rounded_operand(weight: Tensor, spec: FormatSpec) -> Tensor:
+    """A weight as matmuls read it, [N, K] or of experts [E, K, N], rounded to the nearest along K."""
+    if weight.dim() == 3:
+        return torch.stack([rounded_weight(one, spec) for one in weight.mT]).mT.to(weight.dtype)
+    return rounded_weight(weight, spec).to(weight.dtype)
 
 
 def rounded_activation(x: Tensor, config: LobcqConfig) -> Tensor:
