@@ -42,19 +42,19 @@ def of_bytes() -> transformers.PreTrainedModel:
     return model
 
 
-def read(first: int, count: int) -> list[Tensor]:
-    """Parts of a text, one call each."""
+def read(first: int, count: int) -> Tensor:
+    """Parts of a text, one after the other."""
     ids = torch.tensor(list(TEXT.read_bytes()), dtype=torch.int64)
-    return list(ids[first * LENGTH :][: count * LENGTH].view(count, 1, LENGTH))
+    return ids[first * LENGTH :][: count * LENGTH].view(count, LENGTH)
 
 
 @cache
 @torch.no_grad()
 def error(**settings: str) -> tuple[float, list[MatmulRecord]]:
     """Of the results on a part of the text that was not calibrated with, where experts alone are quantized."""
-    model, held_out = of_bytes(), torch.cat(read(40, 8))
+    model, held_out = of_bytes(), read(40, 8)
     config = LobcqConfig(exclude=(*LobcqConfig().exclude, "*self_attn*"), **settings)
-    q = lobcq_fx.quantize(model, read(0, 40), config, static_cache=False)
+    q = lobcq_fx.quantize(model, read(0, 40).split(10), config, static_cache=False)
     records = list(q.inventory.quantized)
     assert [record.layer.rpartition(".")[2] for record in records] == ["gate_up_proj", "down_proj"]
     return float((q(held_out).logits - model(held_out).logits).square().mean()), records
