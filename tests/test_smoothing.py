@@ -78,6 +78,17 @@ class Routed(PreNorm):
         return self.down(nn.functional.silu(self.gate(h)) * self.up(h)) * scores.view(*x.shape[:-1], 1)
 
 
+class OneForAll(PreNorm):
+    """What gates is one number for each row: no scale for each column can be taken off it."""
+
+    def __init__(self) -> None:
+        super().__init__(up=nn.Linear(K, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+
+
 class RoutedByOthers(Routed):
     """Something else reads that linear's weight."""
 
@@ -133,8 +144,13 @@ def test_the_folded_float_model_is_the_same_to_the_last_bit(model: nn.Module) ->
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("model", "left"),
-    [(Parts(bias=True), {"down"}), (RoutedByOthers(), {"gate", "up"}), (Routed().half(), {"gate", "up"})],
-    ids=["a bias in parts", "a weight that others read", "no room in fp16"],
+    [
+        (Parts(bias=True), {"down"}),
+        (OneForAll(), {"down"}),
+        (RoutedByOthers(), {"gate", "up"}),
+        (Routed().half(), {"gate", "up"}),
+    ],
+    ids=["a bias in parts", "one number for a row", "a weight that others read", "no room in fp16"],
 )
 def test_near_misses_are_not_folded(model: nn.Module, left: set[str]) -> None:
     x = data().to(next(model.parameters()).dtype)

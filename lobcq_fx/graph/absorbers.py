@@ -50,11 +50,16 @@ def absorber_of(activation: fx.Node, linears: Linears) -> Absorber | None:
     if activation.target is aten.mul.Tensor and not activation.kwargs:
         for factor in reversed(activation.args):  # of gate and up it is up, which comes second
             found = _of_linear(factor, linears)
-            if found is not None:
+            if found is not None and _columns(factor) == _columns(activation):
                 return found
     if activation.target is aten.relu.default:
         return _of_linear(activation.args[0], linears)
     return None
+
+
+def _columns(node: Any) -> Any:
+    """K of [..., K]."""
+    return node.meta["val"].shape[-1]
 
 
 def _of_linear(node: Any, linears: Linears) -> Absorber | None:
