@@ -12,7 +12,7 @@ import glob
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from math import prod
 from typing import Any
@@ -72,8 +72,7 @@ class Option:
 class Group:
     """Layers that get the same settings, since they read one activation or one weight.
 
-    keys: what they share with others. free: no override of the settings names one of them, all saw data, and none is
-        of experts, which keep what the settings say.
+    keys: what they share with others. free: no override of the settings names one of them, and all saw data.
     """
 
     matmuls: tuple[PlannedMatmul, ...]
@@ -198,7 +197,7 @@ def _groups(
         keys = frozenset((id(statistics[one]), one.layer, one.weight.source))
         joined = [group for group in groups if group.keys & keys]
         matmuls = (*(matmul for group in joined for matmul in group.matmuls), one)
-        free = one.config is config and statistics[one].seen and not one.weight.stacked
+        free = one.config is config and statistics[one].seen
         free = free and all(group.free for group in joined)
         merged = Group(matmuls, keys.union(*(group.keys for group in joined)), free)
         groups = [group for group in groups if group not in joined] + [merged]
@@ -211,16 +210,30 @@ class _Rounded(PastObservers):
     def __init__(self, graph_module: fx.GraphModule, matmuls: Mapping[fx.Node, PlannedMatmul]) -> None:
         super().__init__(graph_module)
         self._matmuls = matmuls
-        self._weight = cache(rounded_weight)
+        self._rounded: dict[PlannedWeight, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """A matmul of the group on rounded operands, anything else as it is."""
         if n not in self._matmuls:
             return super().run_node(n)
-        config = self._matmuls[n].config
-        (x, weight, *bias), kwargs = self.fetch_args_kwargs_from_env(n)
-        operands = rounded_activation(x, config), self._weight(weight, config.format).to(weight.dtype)
-        return super().call_function(n.target, (*operands, *bias), kwargs)
+        planned = self._matmuls[n]
+        (x, weight, *rest), kwargs = self.fetch_args_kwargs_from_env(n)
+        operands = rounded_activation(x, planned.config), self._weight(planned, weight)
+        return super().call_function(n.target, (*operands, *rest), kwargs)
+
+    def _weight(self, planned: PlannedMatmul, weight: Tensor) -> Tensor:
+        key = planned.weight
+        assert key is not None
+        if key not in self._rounded:
+            self._rounded[key] = rounded_operand(weight, planned.config.format)
+        return self._rounded[key]
+
+
+def rounded_operand(weight: Tensor, spec: FormatSpec) -> Tensor:
+    """A weight as matmuls read it, [N, K] or of experts [E, K, N], rounded to the nearest along K."""
+    if weight.dim() == 3:
+        return torch.stack([rounded_weight(one, spec) for one in weight.mT]).mT.to(weight.dtype)
+    return rounded_weight(weight, spec).to(weight.dtype)
 
 
 def rounded_activation(x: Tensor, config: LobcqConfig) -> Tensor:
@@ -277,14 +290,16 @@ def _options(
     config = group.matmuls[0].config
     if not group.free:
         return [Option(None, (config.format.bits_per_scalar, _activation_bits(config.mode, config.activations)))]
-    pairs = [(statistics[one], weights(one.weight)) for one in group.matmuls if one.weight is not None]
+    pairs = [
+        (statistics[one], partial(weights.matrices, one.weight)) for one in group.matmuls if one.weight is not None
+    ]
     read: dict[ActivationStatistics, list[Tensor]] = {}
-    for seen, weight in pairs:
-        read.setdefault(seen, []).append(column_power(weight))
+    for seen, matrices in pairs:
+        read.setdefault(seen, []).append(column_power(seen, matrices))
 
     @cache
     def of_weights(spec: FormatSpec) -> float:
-        return sum(weight_error(seen, weight, spec) for seen, weight in pairs)
+        return sum(weight_error(seen, matrices, spec) for seen, matrices in pairs)
 
     @cache
     def of_activation(mode: str, spec: FormatSpec) -> float:

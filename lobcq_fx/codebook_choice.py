@@ -41,6 +41,8 @@ HELD_OUT = 8
 
 Progress = Callable[[str, int, int | None], None]
 
+MatricesOf = Callable[[PlannedWeight], Iterable[Tensor]]
+
 Statistics = Mapping[PlannedMatmul, ActivationStatistics]
 
 
@@ -69,7 +71,7 @@ class ModelFit:
 
 def choose_codebooks(
     plan: QuantizationPlan,
-    read_weight: Callable[[PlannedWeight], Tensor],
+    matrices_of: MatricesOf,
     statistics: Statistics,
     config: LobcqConfig,
     progress: Progress,
@@ -78,7 +80,7 @@ def choose_codebooks(
 
     Args:
         plan: what is to be encoded.
-        read_weight: gives a weight as it is encoded, [N, K] or [E, N, K].
+        matrices_of: gives the matrices [N, K] of a weight as they are encoded, one if it is no stack.
         statistics: what was seen of the activations.
         config: which codebooks.
         progress: called with ("fit codebooks", iteration, None).
@@ -89,7 +91,7 @@ def choose_codebooks(
     """
     if config.codebooks != "fitted":
         return given_codebooks(config, plan.formats)
-    fitted = {spec: fit_to_model(plan, read_weight, statistics, spec, progress).codebooks for spec in plan.formats}
+    fitted = {spec: fit_to_model(plan, matrices_of, statistics, spec, progress).codebooks for spec in plan.formats}
     return CodebookSets(fitted, fitted)
 
 
@@ -126,7 +128,7 @@ def read_codebooks(path: Path, spec: FormatSpec) -> Tensor:
 
 def fit_to_model(
     plan: QuantizationPlan,
-    read_weight: Callable[[PlannedWeight], Tensor],
+    matrices_of: MatricesOf,
     statistics: Statistics,
     spec: FormatSpec,
     progress: Progress,
@@ -141,7 +143,7 @@ def fit_to_model(
     matmuls = [matmul for matmul in plan.quantized if matmul.config.format == spec]
     encoded = [one for one in plan.quantized if one.config.activations == spec and one.config.mode == "w4a4"]
     samples = [
-        _sampled(_weight_arrays([matmul.weight for matmul in matmuls if matmul.weight], read_weight)),
+        _sampled(_weight_arrays([matmul.weight for matmul in matmuls if matmul.weight], matrices_of)),
         _sampled(_activation_arrays(encoded, statistics)),
     ]
     samples = [sample for sample in samples if len(sample)]
@@ -182,14 +184,11 @@ def _sampled(arrays: Iterator[Tensor]) -> Tensor:
     return sample.rows() if sample.num_seen else torch.empty(0, dtype=torch.float32, device="cpu")
 
 
-def _weight_arrays(
-    weights: Iterable[PlannedWeight], read_weight: Callable[[PlannedWeight], Tensor]
-) -> Iterator[Tensor]:
+def _weight_arrays(weights: Iterable[PlannedWeight], matrices_of: MatricesOf) -> Iterator[Tensor]:
     """Block arrays [n, L_A] of each distinct weight, divided by its tensor scale."""
     distinct = {weight.source: weight for weight in reversed(list(weights))}
     for weight in reversed(distinct.values()):
-        read = read_weight(weight)
-        for rows in read if weight.stacked else [read]:
+        for rows in matrices_of(weight):
             arrays = block_arrays(rows, weight.spec).flatten(0, 1)
             yield (arrays / absmax_tensor_scale(rows)).cpu()
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.calibration.compensate import decoded_weight
 from lobcq_fx.calibration.encode_weight import encode_stacked_weight, encode_weight
+from lobcq_fx.calibration.groups import GroupMoments, Moments
 from lobcq_fx.calibration.rounding_error import encoded_sample
 from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.float_weights import FloatWeights
@@ -35,7 +36,7 @@ def encode_weights(
     plan: QuantizationPlan,
     weights: FloatWeights,
     codebooks: CodebookSets,
-    moments: Iterable[tuple[PlannedWeight, Tensor | None]] | None = None,
+    moments: Iterable[tuple[PlannedWeight, Moments | None]] | None = None,
     release_from: nn.Module | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[PlannedWeight, EncodedWeight]:
@@ -46,8 +47,8 @@ def encode_weights(
         weights: the float ones. Their graph module gets the packed ones and the codebooks; its graph goes on naming
             float weights that are gone until `Emit` has run.
         codebooks: the sets to encode with.
-        moments: each weight of the plan once, in the order to encode them, with the second moments fp32 [K, K] by which
-            its errors are compensated, or None. Without any, all are rounded to the nearest, in execution order.
+        moments: each weight of the plan once, in the order to encode them, with the second moments by which its errors
+            are compensated, or None. Without any, all are rounded to the nearest, in execution order.
         release_from: the float model, whose weights are freed as they are encoded; None keeps them.
         progress: called with (weights encoded, weights in all).
 
@@ -72,21 +73,25 @@ def _encode(
     planned: PlannedWeight,
     weights: FloatWeights,
     codebooks: CodebookSets,
-    second_moments: Tensor | None,
+    moments: Moments | None,
     release_from: nn.Module | None,
 ) -> EncodedWeight:
-    graph_module, weight = weights.graph_module, weights(planned)
+    graph_module = weights.graph_module
     used = planned.spec, codebooks.weights[planned.spec], planned.source
     encoded: Encoded | EncodedStack
     if planned.stacked:
-        encoded = encode_stacked_weight(weight, *used)
-        noise = sqnr_db_of_all(((one, encoded.matrix(index)) for index, one in enumerate(weight)), decoded_weight)
+        assert not isinstance(moments, Tensor)
+        encoded = encode_stacked_weight(weights.matrices(planned), *used, moments)
+        matrices = enumerate(weights.matrices(planned))
+        noise = sqnr_db_of_all(((one, encoded.matrix(index)) for index, one in matrices), decoded_weight)
     else:
-        encoded = encode_weight(weight, *used, second_moments)
+        assert not isinstance(moments, GroupMoments)
+        weight = weights(planned)
+        encoded = encode_weight(weight, *used, moments)
         noise = sqnr_db(weight, encoded, decoded_weight)
+        del weight
     let_go = 0 if planned.keeps_float else get_attribute(graph_module, planned.source).nbytes
     result = EncodedWeight(let_go, encoded.nbytes, noise)
-    del weight
     if not planned.keeps_float:
         delete_attribute(graph_module, planned.source)
         if release_from is not None and has_attribute(release_from, planned.source):  # else it was computed from others
@@ -147,6 +152,7 @@ def records_of(
                 activation_sqnr_db=_activation_sqnr_db(matmul, codebooks, statistics.get(matmul)),
                 multiply_adds=matmul.multiply_adds,
                 unreached=_unreached(statistics.get(matmul)),
+                undersampled=_undersampled(matmul, statistics.get(matmul)),
             )
         )
     return tuple(records)
@@ -156,6 +162,11 @@ def _unreached(statistics: ActivationStatistics | None) -> int | None:
     if statistics is None or statistics.group_rows is None:
         return None
     return int((statistics.group_rows == 0).sum())
+
+
+def _undersampled(matmul: PlannedMatmul, statistics: ActivationStatistics | None) -> int | None:
+    by_expert = matmul.compensated or matmul.config.smoothing != "none"
+    return statistics.undersampled if by_expert and statistics is not None else None
 
 
 def left_alone(matmul: PlannedMatmul) -> MatmulRecord:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
@@ -16,6 +16,7 @@ from lobcq_fx.plan import PlannedWeight
 class WeightScales:
     """Powers of two that a weight is multiplied with, each fp32, None for none: rows [N], columns [K].
 
+    Those of a stack are for all its matrices, or [E, N] and [E, K] for each.
     rotation: how many columns are rotated together then, each time; 0 for none.
     """
 
@@ -32,14 +33,26 @@ class FloatWeights:
     scales: Mapping[PlannedWeight, WeightScales] = field(default_factory=dict)
 
     def __call__(self, planned: PlannedWeight) -> Tensor:
-        """The weight, [N, K] or [E, N, K]; in fp32 where it has scales, which are exact in it, or is rotated."""
+        """A weight that is no stack, [N, K]; in fp32 where it has scales, which are exact in it, or is rotated."""
+        (weight,) = self.matrices(planned)
+        return weight
+
+    def matrices(self, planned: PlannedWeight) -> Iterator[Tensor]:
+        """The matrices [N, K] of a stack, or the one that another weight is, made one after the other."""
         weight: Tensor = get_attribute(self.graph_module, planned.source).detach()
-        weight = weight.mT if planned.flipped else weight
+        for index, matrix in enumerate(weight if planned.stacked else [weight]):
+            yield self._as_encoded(matrix.mT if planned.flipped else matrix, planned, index)
+
+    def _as_encoded(self, matrix: Tensor, planned: PlannedWeight, index: int) -> Tensor:
         scales = self.scales.get(planned, WeightScales())
         if scales.rows is not None:
-            weight = weight.float() * scales.rows.to(weight.device)[:, None]
+            matrix = matrix.float() * _of_matrix(scales.rows, index).to(matrix.device)[:, None]
         if scales.columns is not None:
-            weight = weight.float() * scales.columns.to(weight.device)
+            matrix = matrix.float() * _of_matrix(scales.columns, index).to(matrix.device)
         if scales.rotation:
-            weight = rotate(weight.float(), scales.rotation, "weight")
-        return weight
+            matrix = rotate(matrix.float(), scales.rotation, "weight")
+        return matrix
+
+
+def _of_matrix(scale: Tensor, index: int) -> Tensor:
+    return scale[index] if scale.dim() > 1 else scale

@@ -31,6 +31,8 @@ class MatmulRecord:
     smoothing: where the division of its activation by scales went, "folded" or "multiplied"; None without one.
     rotated: whether the columns of its block arrays are rotated.
     unreached: of a mixture, how many experts got no token of the calibration data; None where that was not counted.
+    undersampled: how many got so few, or none, that they were smoothed or compensated by what all experts of the layer
+        got more than by their own. None where experts were neither.
     """
 
     layer: str
@@ -49,6 +51,7 @@ class MatmulRecord:
     smoothing: str | None = None
     rotated: bool = False
     unreached: int | None = None
+    undersampled: int | None = None
 
     @property
     def quantized(self) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lobcq_fx.budget import MEASURED_CALLS, OBSERVED_CALLS, within_budget
+from lobcq_fx.calibration.groups import prior_rows
 from lobcq_fx.codebook_choice import ModelFit, choose_codebooks, fit_to_model
 from lobcq_fx.config import CALIBRATED, LobcqConfig
 from lobcq_fx.encoding import encode_weights, records_of, register_static_scales
@@ -213,7 +214,7 @@ def quantize_graphs(
     root = graph_modules[MAIN]
     smoothed, rotation = _prepared(plan, graph_modules)
     statistics, weights = rotation.statistics, rotation.weights
-    codebooks = choose_codebooks(plan, weights, statistics, config, report)
+    codebooks = choose_codebooks(plan, weights.matrices, statistics, config, report)
     by_weight = None if moments is None else moments.of_weights(statistics)
     encoded = encode_weights(plan, weights, codebooks, by_weight, release_from, partial(report, "encode"))
     register_static_scales(plan, root, statistics)
@@ -274,7 +275,7 @@ def fit_shared_codebooks(
     plan, _ = make_plan(traced.graph_modules, config, front_end.roles(model))
     _calibrate(traced.graphs[MAIN], plan, data or (), report)
     _, rotation = _prepared(plan, traced.graph_modules)
-    return fit_to_model(plan, rotation.weights, rotation.statistics, spec, report)
+    return fit_to_model(plan, rotation.weights.matrices, rotation.statistics, spec, report)
 
 
 def _config_of(config: LobcqConfig | None, recipe: str | None) -> LobcqConfig:
@@ -341,14 +342,21 @@ def _warn_of_leftovers(inventory: Inventory) -> None:
 
 
 def _warn_of_unreached(inventory: Inventory) -> None:
-    """Say which mixtures have experts that calibration gave no token: what was seen of the others stands for them."""
+    """Say which mixtures have experts that got no token, or few: what was seen of all stands for them."""
     for record in inventory.quantized:
-        if record.unreached:
-            assert record.shape is not None
-            logger.warning(
-                "%d of %d experts of %s got no token of the calibration data: what the others got stands for them",
-                record.unreached, record.shape[0], record.layer,
-            )  # fmt: skip
+        count = record.undersampled or record.unreached
+        if not count:
+            continue
+        assert record.shape is not None
+        experts, _, columns = record.shape
+        few = (
+            f"fewer than {prior_rows(columns)} tokens ({record.unreached} none)" if record.undersampled else "no token"
+        )
+        logger.warning(
+            "%d of %d experts of %s got %s of the calibration data: what all of them got stands for these."
+            " Remedy: more calibration data",
+            count, experts, record.layer, few,
+        )  # fmt: skip
 
 
 def _reasons(plan: QuantizationPlan) -> str:

@@ -43,7 +43,7 @@ class PlannedWeight:
 
     @property
     def stacked(self) -> bool:
-        """Whether it is a stack [E, N, K], whose matrices are encoded each for itself, to the nearest."""
+        """Whether it is a stack [E, N, K], whose matrices are encoded each for itself."""
         return len(self.shape) == 3
 
 
@@ -79,8 +79,8 @@ class PlannedMatmul:
 
     @property
     def compensated(self) -> bool:
-        """Whether its weight is to be encoded with second moments of what it meets. Those of experts are not."""
-        return self.weight is not None and not self.weight.stacked and self.config.rounding == "compensated"
+        """Whether its weight is to be encoded with second moments of what it meets."""
+        return self.weight is not None and self.config.rounding == "compensated"
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,10 @@ class _Choice:
     def static(self) -> bool:
         return self.config.activation_scale == "static" and self.config.mode != "w4a16"
 
-    def smoothed_everywhere(self, matmul: Matmul) -> bool:
-        """Whether its activation may be multiplied by a scale for each column. That of experts is not."""
-        return self.config.smoothing == "everywhere" and not matmul.grouped
+    @property
+    def smoothed_everywhere(self) -> bool:
+        """Whether its activation may be multiplied by a scale for each column."""
+        return self.config.smoothing == "everywhere"
 
 
 # What a weight is encoded for: its attribute, whether it is transposed, and the format.
@@ -236,7 +237,7 @@ def _planned(
         multiply_adds=counted.multiply_adds(matmul),
         grouped=matmul.grouped,
         static_scale=names.new(matmul.layer, "activation_scale") if quantized and choice.static else None,
-        input_scale=names.of_input(matmul) if quantized and choice.smoothed_everywhere(matmul) else None,
+        input_scale=names.of_input(matmul) if quantized and choice.smoothed_everywhere else None,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lobcq_fx.calibration.rounding_error import expected_error
 from lobcq_fx.calibration.statistics import ActivationStatistics
@@ -53,13 +54,13 @@ def rotate(plan: QuantizationPlan, weights: FloatWeights, statistics: Statistics
         size = seen.spec.array_size
         alike = len({(one.config.activations, one.config.mode) for one in readers}) == 1
         wanted = all(one.config.rotation == "hadamard" for one in readers)
-        if not (wanted and alike) or any(times_read[one] > 1 or one.stacked or one.columns % size for one in read):
+        if not (wanted and alike) or any(times_read[one] > 1 or one.columns % size for one in read):
             continue
         changed = {one: replace(scales.get(one, WeightScales()), rotation=size) for one in read}
         tried = seen.rotated(size)
         before, after = (
-            expected_error(one, ((float_weight(w), w.spec) for w in read), readers[0].config.mode)
-            for one, float_weight in ((seen, weights), (tried, FloatWeights(weights.graph_module, changed)))
+            expected_error(one, ((partial(of.matrices, w), w.spec) for w in read), readers[0].config.mode)
+            for one, of in ((seen, weights), (tried, FloatWeights(weights.graph_module, changed)))
         )
         if after < (1 - LEAST_GAIN) * before:
             scales |= changed

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lobcq_fx.calibration.groups import GroupMoments, Groups, Moments, second_moments
 from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.graph.aliasing import writes_inputs, written_attributes, written_between
 from lobcq_fx.graph.attributes import get_attribute
@@ -21,21 +22,28 @@ from lobcq_fx.graph.dead_code import has_effects
 from lobcq_fx.passes.insert_observers import PastObservers, unobserved
 from lobcq_fx.plan import PlannedMatmul, PlannedWeight, QuantizationPlan
 
-ROWS = 4096
-"""Rows that one product sums."""
-
 
 @dataclass(frozen=True)
 class _Gate:
     """Where all calls wait for one another: an activation, before the first matmul that reads it.
 
+    grouped: its rows are of groups. offsets: where these end, None where group e is [e, :].
+    changes: something writes to the activation later on.
     place: in what is run, of the first that comes after it.
     """
 
     activation: fx.Node
     reader: fx.Node
     matmuls: tuple[PlannedMatmul, ...]
+    grouped: bool = False
+    offsets: fx.Node | None = None
+    changes: bool = False
     place: int = 0
+
+    @property
+    def read(self) -> list[fx.Node]:
+        """What has to be there."""
+        return [self.activation] if self.offsets is None else [self.activation, self.offsets]
 
 
 class SecondMoments:
@@ -70,8 +78,8 @@ class SecondMoments:
 
     def of_weights(
         self, statistics: Mapping[PlannedMatmul, ActivationStatistics]
-    ) -> Iterator[tuple[PlannedWeight, Tensor | None]]:
-        """Every weight of the plan once, with the sums of x^T x over all x it meets, fp32 [K, K], as they are encoded.
+    ) -> Iterator[tuple[PlannedWeight, Moments | None]]:
+        """Every weight of the plan once, with the sums of x^T x over all x it meets, as they are encoded.
 
         Weights that are not compensated come first, with None; then each as soon as all that it meets was seen.
 
@@ -80,35 +88,37 @@ class SecondMoments:
         """
         waiting = Counter(matmul.weight for gate in self._gates for matmul in gate.matmuls)
         yield from ((weight, None) for weight in self._plan.weights if weight not in waiting)
-        sums: dict[PlannedWeight, Tensor] = {}
-        for matmuls, moments in self._in_order():
-            encoded: dict[int, Tensor] = {}  # for each of the statistics, of which siblings have the same
+        sums: dict[PlannedWeight, Any] = {}
+        for matmuls, seen in self._in_order():
+            encoded: dict[int, Moments] = {}  # for each of the statistics, of which siblings have the same
             for matmul in matmuls:
-                weight, seen = matmul.weight, statistics[matmul]
+                weight, of_matmul = matmul.weight, statistics[matmul]
                 assert weight is not None
-                if id(seen) not in encoded:
-                    encoded[id(seen)] = seen.encoded_moments(moments)
-                found = encoded[id(seen)]
+                if id(of_matmul) not in encoded:
+                    encoded[id(of_matmul)] = _encoded(seen, of_matmul)
+                found = encoded[id(of_matmul)]
                 sums[weight] = sums[weight] + found if weight in sums else found
                 waiting[weight] -= 1
                 if not waiting[weight]:
                     yield weight, sums.pop(weight)
 
-    def _in_order(self) -> Iterator[tuple[tuple[PlannedMatmul, ...], Tensor]]:
-        """Of each activation, once all calls have gone on to the next one."""
+    def _in_order(self) -> Iterator[tuple[tuple[PlannedMatmul, ...], Tensor | list[Groups]]]:
+        """Of each activation the moments, or its groups in each call, once all calls have gone on to the next one."""
         if not self._gates:
             return
         for call in self._calls:
             self._run(call, 0, self._gates[0].place)
         ends = [gate.place for gate in self._gates[1:]] + [len(self._order)]
         for gate, end in zip(self._gates, ends, strict=True):
-            total = None
+            seen: Tensor | list[Groups]
+            if gate.grouped:
+                seen = [_groups(gate, call) for call in self._calls]
+            else:
+                seen = second_moments(call.env[gate.activation] for call in self._calls)
             for call in self._calls:
-                total = _added(total, call.env[gate.activation])
                 self._run(call, gate.place, end)
             self._forget(end)
-            assert total is not None
-            yield gate.matmuls, total
+            yield gate.matmuls, seen
 
     @torch.inference_mode()
     def _run(self, call: _Call, first: int, end: int) -> None:
@@ -124,14 +134,17 @@ class SecondMoments:
             del self._values[name]
 
 
-@torch.no_grad()
-def _added(total: Tensor | None, x: Tensor) -> Tensor:
-    """The sum so far and x^T x, over the rows of x [..., K]."""
-    for rows in x.reshape(x.shape[:-1].numel(), x.shape[-1]).split(ROWS):
-        product = rows.float().t() @ rows.float()
-        total = product if total is None else total.add_(product)
-    assert total is not None
-    return total
+def _groups(gate: _Gate, call: _Call) -> Groups:
+    """Of an activation in a call, as it is now."""
+    x = call.env[gate.activation]
+    offsets = None if gate.offsets is None else call.env[gate.offsets]
+    return Groups.of(x.clone() if gate.changes else x, offsets)
+
+
+def _encoded(seen: Tensor | list[Groups], statistics: ActivationStatistics) -> Moments:
+    if isinstance(seen, Tensor):
+        return statistics.encoded_moments(seen)
+    return GroupMoments(seen, statistics.encoded_moments)
 
 
 class _Call(PastObservers):
@@ -157,13 +170,15 @@ def _gates(plan: QuantizationPlan, graph_module: fx.GraphModule) -> list[_Gate]:
     """In execution order; one for all matmuls that read an activation with the same values in it."""
     gates: list[_Gate] = []
     open_gates: dict[fx.Node, int] = {}
+    (end,) = graph_module.graph.find_nodes(op="output")
     for matmul, planned in plan.pair(graph_module):
         if not planned.compensated:
             continue
         x, known = matmul.activation, open_gates.get(matmul.activation)
         if known is None or written_between(gates[known].reader, matmul.node, [unobserved(graph_module, x)]):
             open_gates[x] = len(gates)
-            gates.append(_Gate(x, matmul.node, (planned,)))
+            changes = written_between(matmul.node, end, [unobserved(graph_module, x)])
+            gates.append(_Gate(x, matmul.node, (planned,), matmul.grouped, matmul.offsets, changes))
         else:
             gates[known] = replace(gates[known], matmuls=(*gates[known].matmuls, planned))
     return gates
@@ -173,7 +188,7 @@ def _order(nodes: Sequence[fx.Node], gates: Sequence[_Gate]) -> list[fx.Node]:
     """What has to run before the last gate, and what changes what others see; attributes before their first reader."""
     last = gates[-1].reader if gates else None
     before = nodes[: nodes.index(last)] if last is not None else []
-    needed = {gate.activation for gate in gates}
+    needed = {node for gate in gates for node in gate.read}
     for node in reversed(before):
         if node in needed or node.op == "placeholder" or has_effects(node):
             needed.update((node, *node.all_input_nodes))
@@ -201,7 +216,7 @@ def _dying(order: Sequence[fx.Node], gates: Sequence[_Gate]) -> dict[int, list[f
         last[node] = place
         last.update(dict.fromkeys(node.all_input_nodes, place))
     for gate in gates:
-        last[gate.activation] = max(last[gate.activation], gate.place)
+        last.update({node: max(last[node], gate.place) for node in gate.read})
     dying: dict[int, list[fx.Node]] = {}
     for node, place in last.items():
         dying.setdefault(place, []).append(node)

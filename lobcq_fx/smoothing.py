@@ -14,16 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, takewhile
 
 import torch
 from torch import Tensor, fx, nn
 
 from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.float_weights import FloatWeights, WeightScales
-from lobcq_fx.graph.absorbers import absorber_of
+from lobcq_fx.graph.absorbers import Absorber, absorber_of
 from lobcq_fx.graph.attributes import delete_attribute, get_attribute, has_attribute, register_attribute
+from lobcq_fx.graph.columns import CASTS, same_columns, with_these_columns
 from lobcq_fx.graph.matmuls import Matmul
+from lobcq_fx.graph.operands import readers
 from lobcq_fx.passes.insert_observers import unobserved
 from lobcq_fx.plan import PlannedMatmul, PlannedWeight, QuantizationPlan
 from lobcq_fx.tracing.trace import MAIN
@@ -49,15 +51,27 @@ class Smoothed:
 
 @dataclass(frozen=True)
 class _Group:
-    """The matmuls that read one activation, and what can absorb a division of it, in every graph alike.
+    """The matmuls that read what one absorber makes, in every graph alike; or one activation that has none.
 
-    parameters: names, to be divided. rows_of: so are its rows. free: nothing has to be multiplied.
+    readings: by the activation that they read, which may have rows of it in another order.
+    absorber: what has to be divided; None where nothing can be.
+    rows_of: the weight whose rows are to be, those of `rows`.
+    floats: names of weights that stay in float and are multiplied, and whether they are [K, N].
+    by_group: each matrix of a stack has a scale of its own, by which rows of its group are divided.
     """
 
-    matmuls: tuple[PlannedMatmul, ...]
+    readings: tuple[tuple[PlannedMatmul, ...], ...]
     parameters: tuple[str, ...] = ()
     rows_of: PlannedWeight | None = None
+    rows: tuple[int, int] = (0, 0)
+    floats: tuple[tuple[str, bool], ...] = ()
+    by_group: bool = False
     free: bool = False
+
+    @property
+    def matmuls(self) -> tuple[PlannedMatmul, ...]:
+        """All of them."""
+        return tuple(chain(*self.readings))
 
 
 def smooth(plan: QuantizationPlan, graph_modules: Mapping[str, fx.GraphModule], statistics: Statistics) -> Smoothed:
@@ -74,30 +88,59 @@ def smooth(plan: QuantizationPlan, graph_modules: Mapping[str, fx.GraphModule], 
     others = [(_groups(plan, one), one) for name, one in graph_modules.items() if name != MAIN]
     times_read = plan.times_read
     for place, group in enumerate(groups):
-        weights = [one.weight for one in group.matmuls if one.weight is not None]
-        seen = next((statistics[one] for one in group.matmuls if one in statistics), None)
-        wanted = {one.config.smoothing for one in group.matmuls if one.weight is not None}
-        if seen is None or not wanted or "none" in wanted:
-            continue
-        if any(times_read[weight] > 1 or weight.stacked for weight in weights):
-            continue
         free = group.free and all(_alike(group, place, *other) for other in others)
         free = free and (group.rows_of is None or times_read[group.rows_of] == 1)
-        if not free and wanted != {"everywhere"}:
-            continue
-        scale = balanced_scale(seen.mean_squares(), map(FloatWeights(root), weights))
-        if free:
-            _divide(root, group, scale, result.scales)
-        else:
-            _register_input_scale(root, group, scale)
-        divided = seen.divided(scale)
-        for one in group.matmuls:
-            if one.weight is not None:
-                known = result.scales.get(one.weight, WeightScales())
-                result.scales[one.weight] = replace(known, columns=scale)
-                result.statistics[one] = divided
-                result.matmuls[one] = "folded" if free else "multiplied"
+        free = free and _may_be_smoothed(group.matmuls, statistics, times_read)
+        for matmuls in [group.matmuls] if free else group.readings:
+            wanted = {one.config.smoothing for one in matmuls if one.weight is not None}
+            if not _may_be_smoothed(matmuls, statistics, times_read) or (not free and wanted != {"everywhere"}):
+                continue
+            scale = _scale(matmuls, statistics, FloatWeights(root), free and group.by_group)
+            if free:
+                _divide(root, group, scale, result.scales)
+            else:
+                _register_input_scale(root, matmuls, scale)
+            _note(matmuls, scale, "folded" if free else "multiplied", result)
     return result
+
+
+def _may_be_smoothed(
+    matmuls: Iterable[PlannedMatmul], statistics: Statistics, times_read: Mapping[PlannedWeight, int]
+) -> bool:
+    """Whether the settings of all that are quantized want it, data were seen, and no weight meets anything else."""
+    quantized = [one for one in matmuls if one.weight is not None]
+    return bool(quantized) and all(
+        one.config.smoothing != "none" and one in statistics and times_read[one.weight] == 1
+        for one in quantized
+        if one.weight is not None
+    )
+
+
+def _scale(matmuls: Iterable[PlannedMatmul], statistics: Statistics, weights: FloatWeights, by_group: bool) -> Tensor:
+    """For all activations of some matmuls, fp32 [K]; or for each group of one that has groups, [E, K]."""
+    read = [(one.weight, statistics[one]) for one in matmuls if one.weight is not None]
+    if by_group:
+        ((stack, seen),) = read
+        matrices = zip(seen.mean_squares_of_groups(), weights.matrices(stack), strict=True)
+        return torch.stack([balanced_scale(mean_squares, [matrix]) for mean_squares, matrix in matrices])
+    distinct = {id(seen): seen.mean_squares() for _, seen in read}
+    mean_squares = torch.stack(list(distinct.values())).mean(0)
+    return balanced_scale(mean_squares, chain.from_iterable(weights.matrices(weight) for weight, _ in read))
+
+
+def _note(matmuls: Iterable[PlannedMatmul], scale: Tensor, where: str, result: Smoothed) -> None:
+    """That weights and statistics of these have been scaled."""
+    divided: dict[int, ActivationStatistics] = {}
+    for one in matmuls:
+        if one.weight is None:
+            continue
+        seen = result.statistics[one]
+        if id(seen) not in divided:
+            divided[id(seen)] = seen.divided(scale)
+        known = result.scales.get(one.weight, WeightScales())
+        result.scales[one.weight] = replace(known, columns=scale)
+        result.statistics[one] = divided[id(seen)]
+        result.matmuls[one] = where
 
 
 def balanced_scale(mean_squares: Tensor, weights: Iterable[Tensor]) -> Tensor:
@@ -120,54 +163,112 @@ def balanced_scale(mean_squares: Tensor, weights: Iterable[Tensor]) -> Tensor:
 
 def _groups(plan: QuantizationPlan, graph_module: fx.GraphModule) -> list[_Group]:
     """The groups of a graph, in execution order."""
-    pairs = plan.pair(graph_module)
+    pairs = [(matmul, planned) for matmul, planned in plan.pair(graph_module) if matmul.obstacle is None]
+    linears = {matmul.node: matmul for matmul, _ in pairs}
     planned_of = {matmul.node: planned for matmul, planned in pairs}
-    reading: dict[fx.Node, list[tuple[Matmul, PlannedMatmul]]] = {}
-    for matmul, planned in pairs:
-        if matmul.obstacle is None:
-            reading.setdefault(unobserved(graph_module, matmul.activation), []).append((matmul, planned))
-    return [_group(activation, members, planned_of, graph_module) for activation, members in reading.items()]
+    sources: dict[fx.Node, tuple[Absorber | None, list[Matmul]]] = {}
+    for matmul, _ in pairs:
+        activation = unobserved(graph_module, matmul.activation)
+        source, absorber = _absorbed(activation, linears)
+        sources.setdefault(source, (absorber, []))[1].append(matmul)
+    return [_group(source, *found, planned_of, linears, graph_module) for source, found in sources.items()]
+
+
+def _absorbed(activation: fx.Node, linears: Mapping[fx.Node, Matmul]) -> tuple[fx.Node, Absorber | None]:
+    """What an activation's columns come from, and can be divided there; itself, and None, where they cannot."""
+    for node in with_these_columns(activation):
+        absorber = absorber_of(node, linears)
+        if absorber is not None:
+            return node, absorber
+    return activation, None
 
 
 def _group(
-    activation: fx.Node,
-    members: list[tuple[Matmul, PlannedMatmul]],
+    source: fx.Node,
+    absorber: Absorber | None,
+    members: list[Matmul],
     planned_of: Mapping[fx.Node, PlannedMatmul],
+    linears: Mapping[fx.Node, Matmul],
     graph_module: fx.GraphModule,
 ) -> _Group:
-    matmuls = tuple(planned for _, planned in members)
-    absorber = absorber_of(activation)
-    nodes = {matmul.node for matmul, _ in members}
-    observers = {user for user in activation.users if unobserved(graph_module, user) is not user}
-    readers = set(chain(activation.users, *(observer.users for observer in observers))) - observers
-    if absorber is None or readers != nodes or any(one.weight is None for one in matmuls):
-        return _Group(matmuls)
+    reading: dict[fx.Node, list[PlannedMatmul]] = {}
+    for one in members:
+        reading.setdefault(unobserved(graph_module, one.activation), []).append(planned_of[one.node])
+    readings = tuple(map(tuple, reading.values()))
+    floats = [one for one in members if planned_of[one.node].weight is None]
+    alone = {one.node for one in members} == _readers(source, graph_module)
+    if absorber is None or not alone or not all(map(_can_be_multiplied, floats)):
+        return _Group(readings)
+    names = tuple((str(one.weight.target), one.flipped) for one in floats if one.weight is not None)
     if absorber.linear is None:
-        return _Group(matmuls, absorber.parameters, free=True)
-    linear = planned_of.get(absorber.linear)
-    if linear is None or linear.weight is None:
-        return _Group(matmuls)
-    return _Group(matmuls, absorber.parameters, linear.weight, free=True)
+        return _Group(readings, absorber.parameters, floats=names, free=True)
+    divided = planned_of[absorber.linear].weight
+    if divided is None or (
+        divided.stacked and not _in_its_groups(source, linears[absorber.linear], members, graph_module)
+    ):
+        return _Group(readings)
+    return _Group(readings, absorber.parameters, divided, absorber.rows, names, divided.stacked, free=True)
+
+
+def _readers(source: fx.Node, graph_module: fx.GraphModule) -> set[fx.Node]:
+    """What reads the columns of a node, behind observers and operators that leave them alone."""
+    found: set[fx.Node] = set()
+    waiting = [source]
+    while waiting:
+        node = waiting.pop()
+        for user in node.users:
+            if same_columns(user) is node or unobserved(graph_module, user) is not user:
+                waiting.append(user)
+            else:
+                found.add(user)
+    return found
+
+
+def _can_be_multiplied(matmul: Matmul) -> bool:
+    """Whether the columns of a weight that stays in float can be: nothing else reads it, and its dtype has the room."""
+    assert matmul.weight is not None
+    nodes = matmul.node.graph.find_nodes(op="get_attr", target=matmul.weight.target)
+    read = set(chain.from_iterable(map(readers, nodes)))
+    return read == {matmul.node} and matmul.weight.meta["val"].dtype in (torch.float32, torch.bfloat16)
+
+
+def _in_its_groups(source: fx.Node, stack: Matmul, members: list[Matmul], graph_module: fx.GraphModule) -> bool:
+    """Whether one matmul alone reads what a stack gives, its rows grouped as they were."""
+    (reader, *others) = members
+    if others or not reader.grouped or reader.offsets is not stack.offsets:
+        return False
+    moves = takewhile(lambda node: node is not source, with_these_columns(unobserved(graph_module, reader.activation)))
+    return all(node.target in CASTS for node in moves)
 
 
 def _alike(group: _Group, place: int, others: list[_Group], graph_module: fx.GraphModule) -> bool:
     """Whether another graph has the same group at its place, on the tensors of the main graph."""
-    own = any(has_attribute(graph_module, name) for name in group.parameters)
+    names = (*group.parameters, *(name for name, _ in group.floats))
+    own = any(has_attribute(graph_module, name) for name in names)
     return not own and place < len(others) and others[place] == group
 
 
 def _divide(root: fx.GraphModule, group: _Group, scale: Tensor, scales: dict[PlannedWeight, WeightScales]) -> None:
     for name in group.parameters:
-        parameter = get_attribute(root, name)
-        divided = parameter.detach() / scale.to(parameter)
-        delete_attribute(root, name)  # the float model's stays as it is
-        register_attribute(root, name, nn.Parameter(divided, requires_grad=False))
+        _replace(root, name, get_attribute(root, name).detach() / scale.to(get_attribute(root, name)))
+    for name, flipped in group.floats:
+        columns = scale[:, None] if flipped else scale
+        _replace(root, name, get_attribute(root, name).detach() * columns.to(get_attribute(root, name)))
     if group.rows_of is not None:
-        scales[group.rows_of] = replace(scales.get(group.rows_of, WeightScales()), rows=1 / scale)
+        known = scales.get(group.rows_of, WeightScales())
+        rows = torch.ones((*scale.shape[:-1], group.rows_of.shape[-2]), dtype=scale.dtype, device=scale.device)
+        rows[..., slice(*group.rows)] = 1 / scale
+        scales[group.rows_of] = replace(known, rows=rows if known.rows is None else rows * known.rows)
 
 
-def _register_input_scale(root: fx.GraphModule, group: _Group, scale: Tensor) -> None:
-    first = next(one for one in group.matmuls if one.weight is not None)
+def _replace(root: fx.GraphModule, name: str, value: Tensor) -> None:
+    """The float model's stays as it is."""
+    delete_attribute(root, name)
+    register_attribute(root, name, nn.Parameter(value, requires_grad=False))
+
+
+def _register_input_scale(root: fx.GraphModule, matmuls: Iterable[PlannedMatmul], scale: Tensor) -> None:
+    first = next(one for one in matmuls if one.weight is not None)
     assert first.weight is not None
     assert first.input_scale is not None
     register_attribute(root, first.input_scale, (1 / scale).to(get_attribute(root, first.weight.source)))

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import lobcq_fx
 from lobcq_fx import LobcqConfig
-from lobcq_fx.budget import Option, rounded_activation, spend
+from lobcq_fx.budget import Option, rounded_activation, rounded_operand, spend
 from lobcq_fx.config import RECIPES
 from lobcq_fx.errors import CalibrationError, ConfigError
 from lobcq_fx.export.transformers_quantizer import LobcqQuantizer
-from lobcq_fx.format import FormatSpec
+from lobcq_fx.format import FormatSpec, decode, decode_stack, encode, encode_stack, universal_codebooks
 from lobcq_fx.pipeline import fit_shared_codebooks
 from tests.families import causal_lm
 
@@ -65,6 +65,16 @@ def test_both_budgets_are_kept_and_used(bits: float, activation_bits: float | No
     assert other <= (activation_bits or bits) + 1e-6
     # Any of the three could still take another codebook for at most a third of an eighth of a bit.
     assert own > min(bits, 4.625) - 1 / 24 - 1e-6 or other > (activation_bits or bits) - 1 / 24 - 1e-6
+
+
+def test_weights_are_rounded_along_what_is_summed() -> None:
+    """Experts too, which matmuls read the other way round."""
+    spec, stack = FormatSpec(4, 32), torch.randn(3, 48, 64, generator=torch.Generator().manual_seed(0))
+    books = universal_codebooks(4)
+    experts = decode_stack(encode_stack(stack, spec, books, search_scales=True))
+    torch.testing.assert_close(rounded_operand(stack.mT, spec).mT, experts)
+    one = decode(encode(stack[0], spec, books, search_scales=True))
+    torch.testing.assert_close(rounded_operand(stack[0], spec), one)
 
 
 def test_bits_go_where_the_results_need_them() -> None:

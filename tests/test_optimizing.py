@@ -13,7 +13,7 @@ from lobcq_fx.graph.stored_linear import stored_linears
 from tests.frontends.test_experts import float_model
 from tests.integrations.models import GREEDY, IDS, batches, bert, causal_lm, opened, results, saved, uneven
 
-UNLIKE = ("weight_sqnr_db", "activation_sqnr_db", "operation", "unreached", "smoothing")
+UNLIKE = ("weight_sqnr_db", "activation_sqnr_db", "operation", "unreached", "undersampled", "smoothing")
 """What an optimized model's records do not know, or call by another name."""
 
 

@@ -55,13 +55,15 @@ def test_expected_error_is_that_of_rounding_both() -> None:
     x[:3], x[3:6, :64] = 0, 0  # a padding token's row, an array that a ReLU left nothing of
     statistics = ActivationStatistics("layer", spec)
     statistics.update(x)
-    expected = expected_error(statistics, [(w, spec)], "w4a4")
+    expected = expected_error(statistics, [(lambda: [w], spec)], "w4a4")
     codebooks = universal_codebooks(8)
     activation = torch.cat([row - decode(encode(row, spec, codebooks)) for row in x.split(1)])
     weight = w - decode(encode(w, spec, codebooks))
     products = ((activation @ w.T).square().sum() + (x @ weight.T).square().sum()) / len(x)
     assert expected == pytest.approx(float(products), rel=0.15)  # columns' errors taken as independent, scales searched
-    float_activation, int8_activation = (expected_error(statistics, [(w, spec)], mode) for mode in ("w4a16", "w4a8"))
+    float_activation, int8_activation = (
+        expected_error(statistics, [(lambda: [w], spec)], mode) for mode in ("w4a16", "w4a8")
+    )
     assert float_activation < int8_activation < expected
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+import transformers.integrations.moe  # noqa: F401  (registers the grouped product)
 from torch import Tensor, fx, nn
 
 import lobcq_fx
@@ -52,6 +54,48 @@ class PostNorm(PreNorm):
         return h + self.down(nn.functional.gelu(self.up(h)))
 
 
+class Parts(PreNorm):
+    """One linear makes the gate and what it gates."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__(both=nn.Linear(K, 256, bias=bias))
+        del self.gate, self.up
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.both(self.norm(x)).chunk(2, dim=-1)
+        return self.down(nn.functional.silu(gate) * up)
+
+
+class Routed(PreNorm):
+    """A linear that stays in float reads the norm too, in rows of another shape."""
+
+    def __init__(self) -> None:
+        super().__init__(router=nn.Linear(K, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        scores = self.router(h.view(-1, K)).softmax(-1).amax(-1)
+        return self.down(nn.functional.silu(self.gate(h)) * self.up(h)) * scores.view(*x.shape[:-1], 1)
+
+
+class OneForAll(PreNorm):
+    """What gates is one number for each row: no scale for each column can be taken off it."""
+
+    def __init__(self) -> None:
+        super().__init__(up=nn.Linear(K, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+
+
+class RoutedByOthers(Routed):
+    """Something else reads that linear's weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.router.weight.mean()
+
+
 class Relu(PreNorm):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(torch.relu(self.up(self.norm(x))))
@@ -64,18 +108,22 @@ def data(seed: int = 1, rows: int = 40) -> Tensor:
 
 
 def smoothed_graph(
-    model: nn.Module, x: Tensor, smoothing: str
+    model: nn.Module, x: Tensor | tuple[Tensor, ...], smoothing: str
 ) -> tuple[fx.GraphModule, QuantizationPlan, Smoothed, list[PlannedMatmul]]:
-    graph_module = trace_module(model, (x,)).graph_module
+    inputs = x if isinstance(x, tuple) else (x,)
+    graph_module = trace_module(model, inputs).graph_module
     plan, _ = make_plan({MAIN: graph_module}, LobcqConfig(smoothing=smoothing))
     InsertObservers(plan)(graph_module)
-    graph_module(x)
+    graph_module(*inputs)
     result = smooth(plan, {MAIN: graph_module}, observed(graph_module, plan))
     return graph_module, plan, result, list(plan.quantized)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model", [PreNorm(), PreNorm(nn.LayerNorm), Relu()], ids=["rms", "layer norm", "relu"])
+@pytest.mark.parametrize(
+    "model", [PreNorm(), PreNorm(nn.LayerNorm), Relu(), Parts(), Routed()],
+    ids=["rms", "layer norm", "relu", "one linear in parts", "a linear in float"],
+)  # fmt: skip
 def test_the_folded_float_model_is_the_same_to_the_last_bit(model: nn.Module) -> None:
     x, before = data(), deepcopy(model.state_dict())
     expected = model(x)
@@ -91,6 +139,70 @@ def test_the_folded_float_model_is_the_same_to_the_last_bit(model: nn.Module) ->
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, scaled.get(name, before[name]))
     assert not any(one.input_scale for one in quantized)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model", "left"),
+    [
+        (Parts(bias=True), {"down"}),
+        (OneForAll(), {"down"}),
+        (RoutedByOthers(), {"gate", "up"}),
+        (Routed().half(), {"gate", "up"}),
+    ],
+    ids=["a bias in parts", "one number for a row", "a weight that others read", "no room in fp16"],
+)
+def test_near_misses_are_not_folded(model: nn.Module, left: set[str]) -> None:
+    x = data().to(next(model.parameters()).dtype)
+    _, _, result, quantized = smoothed_graph(model, x, "folded")
+    assert {one.layer for one in quantized} - {one.layer for one in result.matmuls} == left
+
+
+class Stacks(nn.Module):
+    """Experts that are given the groups of their rows, those of the second stack apart."""
+
+    def __init__(self, move: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.move = nn.RMSNorm(K, eps=1e-6), move
+        self.up, self.down = nn.Parameter(torch.randn(3, 128, K)), nn.Parameter(torch.randn(3, K, 64))
+
+    def forward(self, x: Tensor, ends: Tensor, other: Tensor | None = None) -> Tensor:
+        product = torch.ops.transformers.grouped_mm_fallback
+        gate, up = product(self.norm(x), self.up.mT, ends).chunk(2, dim=-1)
+        h = nn.functional.silu(gate) * up
+        h = h if self.move is None else self.move(h)
+        out: Tensor = product(h, self.down.mT, ends if other is None else other)
+        return out
+
+
+ENDS = torch.tensor([20, 21, 40], dtype=torch.int32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model", "groups", "folded"),
+    [
+        (Stacks(), (ENDS,), True),
+        (Stacks(), (ENDS, ENDS.flip(0).cumsum(0, dtype=torch.int32)), False),
+        (Stacks(lambda h: h[torch.arange(40).flip(0)]), (ENDS,), False),
+        (Stacks(lambda h: h.reshape(2, 20, 64).reshape(40, 64)), (ENDS,), False),
+    ],
+    ids=["the same groups", "other groups", "rows in another order", "rows in another shape"],
+)
+def test_experts_divide_the_rows_of_their_own_groups_alone(
+    model: Stacks, groups: tuple[Tensor, ...], folded: bool
+) -> None:
+    _, _, result, quantized = smoothed_graph(model, (data()[0], *groups), "folded")
+    found = {one.layer: result.scales.get(one.weight) for one in quantized if one.weight is not None}
+    assert found["up"] is not None
+    assert (found["down"] is not None) == folded
+    if folded:
+        assert found["down"] is not None
+        assert found["down"].columns is not None
+        assert found["up"].rows is not None
+        assert torch.equal(found["up"].rows[:, 64:], 1 / found["down"].columns)
+        assert torch.equal(found["up"].rows[:, :64], torch.ones(3, 64))
 
 
 @torch.no_grad()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 import lobcq_fx.ops  # noqa: F401  (registers the op that encodes)
 from lobcq_fx.calibration.compensate import compensate
+from lobcq_fx.calibration.groups import GroupMoments
 from lobcq_fx.errors import LobcqError
 from lobcq_fx.format import Encoded, EncodedStack, FormatSpec
 
@@ -38,12 +41,20 @@ def encode_weight(
     return compensate(weight, second_moments, nearest) if second_moments is not None and weight.numel() else nearest
 
 
-def encode_stacked_weight(weights: Tensor, spec: FormatSpec, codebooks: Tensor, name: str) -> EncodedStack:
-    """Round each matrix of a stack [E, N, K] to the nearest of the format under searched scales.
+def encode_stacked_weight(
+    matrices: Iterable[Tensor],
+    spec: FormatSpec,
+    codebooks: Tensor,
+    name: str,
+    moments: GroupMoments | None = None,
+) -> EncodedStack:
+    """Encode each matrix [N, K] of a stack as `encode_weight` does, by what it meets where errors are compensated.
 
     Raises:
         LobcqError: a matrix holds NaN or infinity (names it and the first bad index).
     """
-    return EncodedStack.of(
-        [encode_weight(weight, spec, codebooks, f"{name}[{index}]") for index, weight in enumerate(weights)]
-    )
+    encoded = []
+    for index, matrix in enumerate(matrices):
+        of_matrix = None if moments is None else moments.of_group(index)
+        encoded.append(encode_weight(matrix, spec, codebooks, f"{name}[{index}]", of_matrix))
+    return EncodedStack.of(encoded)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -18,22 +18,34 @@ SMALLEST = torch.finfo(torch.float32).tiny
 """Divides what is 0."""
 
 
-def expected_error(statistics: ActivationStatistics, weights: Iterable[tuple[Tensor, FormatSpec]], mode: str) -> float:
+Matrices = Callable[[], Iterable[Tensor]]
+"""Makes the matrices [N, K] of a weight, one unless it is a stack; called whenever they are needed."""
+
+
+def expected_error(
+    statistics: ActivationStatistics, weights: Iterable[tuple[Matrices, FormatSpec]], mode: str
+) -> float:
     """What rounding both operands costs, in the squares of a token's results: each error alone, to first order.
 
     Args:
         statistics: of the activation.
-        weights: [N_i, K] and its format, those that are multiplied with it.
+        weights: each that it is multiplied with, and its format.
         mode: of these layers.
     """
-    of_weights = [(column_power(weight), weight_error(statistics, weight, spec)) for weight, spec in weights]
-    lost = sum(error for _, error in of_weights)
-    return lost + activation_error(statistics, [power for power, _ in of_weights], statistics.spec, mode)
+    read = list(weights)
+    lost = sum(weight_error(statistics, matrices, spec) for matrices, spec in read)
+    powers = [column_power(statistics, matrices) for matrices, _ in read]
+    return lost + activation_error(statistics, powers, statistics.spec, mode)
 
 
-def column_power(weight: Tensor) -> Tensor:
-    """Sums of squares of a weight's columns: [N, K] -> fp64 [K], on the CPU."""
-    return weight.double().square().sum(0).cpu()
+def column_power(statistics: ActivationStatistics, matrices: Matrices) -> Tensor:
+    """Sums of squares of a weight's columns, fp64 [K] on the CPU: of a stack's the mean, by how many rows meet each."""
+    total: Tensor | None = None
+    for share, matrix in zip(statistics.shares, matrices(), strict=True):
+        power = matrix.double().square().sum(0).cpu() * share
+        total = power if total is None else total + power
+    assert total is not None
+    return total
 
 
 def rounded_weight(weight: Tensor, spec: FormatSpec) -> Tensor:
@@ -41,10 +53,10 @@ def rounded_weight(weight: Tensor, spec: FormatSpec) -> Tensor:
     return decoded_weight(encode_weight(weight, spec, universal_codebooks(spec.num_codebooks), "a weight"))
 
 
-def weight_error(statistics: ActivationStatistics, weight: Tensor, spec: FormatSpec) -> float:
-    """The part of `expected_error` that rounding a weight [N, K] costs."""
+def weight_error(statistics: ActivationStatistics, matrices: Matrices, spec: FormatSpec) -> float:
+    """The part of `expected_error` that rounding a weight costs."""
     power = _column_means(statistics, statistics.sample())
-    lost = column_power(weight.float() - rounded_weight(weight, spec))
+    lost = column_power(statistics, lambda: (one.float() - rounded_weight(one, spec) for one in matrices()))
     return float((power[: len(lost)] * lost).sum())
 
 

@@ -83,6 +83,9 @@ def _totals(inventory: Inventory, result: dict[str, Any]) -> Table:
     unreached = sum(record.unreached or 0 for record in inventory.quantized)
     if unreached:
         table.add_row("Experts without calibration data", str(unreached))
+    undersampled = sum(record.undersampled or 0 for record in inventory.quantized)
+    if undersampled > unreached:
+        table.add_row("Experts with too little calibration data", str(undersampled))
     shrunk = result["float_bytes"] / max(1, result["packed_bytes"])
     sizes = f"{readable_size(result['float_bytes'])} → {readable_size(result['packed_bytes'])}"
     table.add_row("All parameters", f"{sizes} ({shrunk:.1f}x smaller)")

@@ -184,7 +184,8 @@ class StackPlace(Place):
     def replace(self, settings: LinearSettings) -> LobcqGroupedLinear:
         """The packed stack takes the name of the parameter."""
         experts, name, (count, rows, columns) = self._experts, self.layer.rpartition(".")[2], self.shape
-        packed = LobcqGroupedLinear((count, rows, columns), settings, weight_layout, device=self.weight.device)
+        dtype, device = self.weight.dtype, self.weight.device
+        packed = LobcqGroupedLinear((count, rows, columns), settings, weight_layout, dtype=dtype, device=device)
         _mark_initialized(packed)
         setattr(experts, "_is_hf_initialized", True)  # noqa: B010  (transformers would fill its weights)
         delattr(experts, name)

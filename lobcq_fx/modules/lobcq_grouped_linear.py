@@ -24,7 +24,13 @@ class LobcqGroupedLinear(PackedProduct, PackedWeight):
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], settings: LinearSettings, layout_of: LayoutOf, *, device: torch.device
+        self,
+        shape: tuple[int, int, int],
+        settings: LinearSettings,
+        layout_of: LayoutOf,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """A stack without content, for tensors to be put in.
 
@@ -32,12 +38,13 @@ class LobcqGroupedLinear(PackedProduct, PackedWeight):
             shape: (E, N, K).
             settings: how it computes.
             layout_of: of a device, how its kernels want weights.
+            dtype: of the input scale.
             device: of all tensors.
         """
         PackedWeight.__init__(self, empty_weight(shape, settings.spec, device))
         self.settings, self.layout_of = settings, layout_of
         self.num_experts, self.out_features, self.in_features = shape
-        self._add_constants(torch.float32, device)  # nothing scales or rotates what experts read
+        self._add_constants(dtype, device)
 
     @property
     def packed(self) -> PackedWeight:
@@ -59,8 +66,14 @@ class LobcqGroupedLinear(PackedProduct, PackedWeight):
             OperandError: an operand is none, or a row does not exist.
         """
         self._check(x)
-        product = self._stored if self.layout is None else self._prepacked
-        return through(x, lambda x: product(x, offsets, rows), lambda out: self._to_input(out, offsets, rows, len(x)))
+        return through(
+            x, lambda x: self._products(x, offsets, rows), lambda out: self._to_input(out, offsets, rows, len(x))
+        )
+
+    def _products(self, x: Tensor, offsets: Tensor, rows: Tensor | None) -> Tensor:
+        if self.input_scale is not None:
+            x = x * self.input_scale
+        return self._stored(x, offsets, rows) if self.layout is None else self._prepacked(x, offsets, rows)
 
     def _to_input(self, gradient: Tensor, offsets: Tensor, rows: Tensor | None, count: int) -> Tensor:
         """count: T."""
@@ -68,6 +81,10 @@ class LobcqGroupedLinear(PackedProduct, PackedWeight):
         out = torch.zeros((len(gradient), self.in_features), dtype=torch.float32, device=gradient.device)
         for (start, stop), weight in zip(bounds, self.matrices(self.codebooks), strict=True):
             out[start:stop] = gradient[start:stop].float() @ weight[:, : self.in_features]
+        if self.settings.rotated:  # the rotation is its own inverse
+            out = ops.rotate(out, self.settings.activations.array_size)
+        if self.input_scale is not None:
+            out = out * self.input_scale
         if rows is None:
             return out
         return out.new_zeros((count, self.in_features)).index_add_(0, rows, out)
@@ -81,26 +98,29 @@ class LobcqGroupedLinear(PackedProduct, PackedWeight):
     def _stored(self, x: Tensor, offsets: Tensor, rows: Tensor | None) -> Tensor:
         weight = (*(getattr(self, part) for part in PARTS), self.codebooks, offsets, rows)
         mode, size, arrays = self.settings.mode, self.settings.spec.array_size, self.settings.activations.array_size
+        read = ops.rotate(x, arrays) if self.settings.rotated else x
         out: Tensor
         if mode == "w4a16":
-            out = ops.grouped_linear.float_activation(x, *weight, size)
+            out = ops.grouped_linear.float_activation(read.to(x.dtype), *weight, size)
         elif mode == "w4a8":
-            encoded = ops.quantize_activation_int8(x, size, self.activation_scale)
+            encoded = ops.quantize_activation_int8(read, size, self.activation_scale)
             out = ops.grouped_linear.int8_activation(*encoded, *weight, self.in_features, size, x.dtype)
         else:
-            encoded = ops.quantize_activation(x, self.activation_codebooks, arrays, self.activation_scale)
+            encoded = ops.quantize_activation(read, self.activation_codebooks, arrays, self.activation_scale)
             tail = (self.in_features, size, x.dtype, arrays)
             out = ops.grouped_linear(*encoded, self.activation_codebooks, *weight, *tail)
         return out
 
     def _prepacked(self, x: Tensor, offsets: Tensor, rows: Tensor | None) -> Tensor:
-        arrays = self.settings.activations.array_size
+        rotated, arrays = self.settings.rotated, self.settings.activations.array_size
         stack = (self.prepacked, self.tensor_scale, self.codebook_tables, offsets, rows, self.out_features, arrays)
         out: Tensor
         if self.settings.mode == "w4a16":
-            out = ops.grouped_linear_prepacked.float_activation(x, *stack)
+            read = ops.rotate(x, arrays).to(x.dtype) if rotated else x
+            out = ops.grouped_linear_prepacked.float_activation(read, *stack)
         else:
-            out = ops.grouped_linear_prepacked(x, self.activation_tables, self.activation_scale, *stack, x.dtype)
+            encoder = self.activation_tables, self.activation_scale
+            out = ops.grouped_linear_prepacked(x, *encoder, *stack, x.dtype, rotated)
         return out
 
     def __getitem__(self, expert: object) -> NoReturn:

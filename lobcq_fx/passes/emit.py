@@ -36,6 +36,10 @@ aten = torch.ops.aten
 ops = torch.ops.lobcq
 
 
+Prepared = dict[tuple[fx.Node, str | None, int, bool], fx.Node]
+"""Activations as they are read, by what they were, the scale that they got, the rotation, and whether in float."""
+
+
 @dataclass(frozen=True)
 class Emit(GraphPass):
     """Write the ops of the format into a graph. Nothing is encoded; several graphs can be on the same tensors.
@@ -60,7 +64,7 @@ class Emit(GraphPass):
             TraceError: the graph does not run the matmuls of the plan; nothing was changed.
         """
         pairs = [(matmul, planned) for matmul, planned in self.plan.pair(graph_module) if planned.weight is not None]
-        prepared: dict[fx.Node, fx.Node] = {}
+        prepared: Prepared = {}
         for matmul, planned in pairs:
             self._replace(graph_module, matmul, planned, prepared)
         for weight in dict.fromkeys(matmul.weight for matmul, _ in pairs):
@@ -69,21 +73,20 @@ class Emit(GraphPass):
         return bool(pairs)
 
     def _replace(
-        self, graph_module: fx.GraphModule, matmul: Matmul, planned: PlannedMatmul, prepared: dict[fx.Node, fx.Node]
+        self, graph_module: fx.GraphModule, matmul: Matmul, planned: PlannedMatmul, prepared: Prepared
     ) -> None:
-        """prepared: activations as they are encoded, by what they were."""
         graph, node, spec, weight = graph_module.graph, matmul.node, planned.config.format, planned.weight
         assert weight is not None
         x = unobserved(graph_module, matmul.activation)
         packed = [get_attr_node(graph_module, f"{weight.stored}.{part}") for part in PARTS]
         packed.append(get_attr_node(graph_module, self.codebooks.name_of(self.codebooks.weights[spec])))
         with graph.inserting_before(node):
-            x = self._prepared(graph_module, node, x, planned, prepared)
             packet: Any = ops.linear
             of_call: tuple[fx.Node | None, ...] = (matmul.bias,)
             if matmul.grouped:
                 x, rows = before_dispatch(x, node)
                 packet, of_call = ops.grouped_linear, (matmul.offsets, rows)
+            x = self._prepared(graph_module, node, x, planned, prepared)
             if planned.config.mode == "w4a16":
                 target, args = packet.float_activation, (x, *packed, *of_call, spec.array_size)
             else:
@@ -116,7 +119,7 @@ class Emit(GraphPass):
         node: fx.Node,
         x: fx.Node,
         planned: PlannedMatmul,
-        prepared: dict[fx.Node, fx.Node],
+        prepared: Prepared,
     ) -> fx.Node:
         """x scaled and rotated where it is to be, once for all that read one value of it; at the insertion point."""
         scale, rotated = planned.input_scale, planned in self.rotated
@@ -124,12 +127,14 @@ class Emit(GraphPass):
             scale = None
         if scale is None and not rotated:
             return x
-        if x not in prepared or written_between(prepared[x], node, [x]):
+        size = planned.config.activations.array_size if rotated else 0
+        key = x, scale, size, planned.config.mode == "w4a16"
+        if key not in prepared or written_between(prepared[key], node, [x]):
             y = x
             if scale is not None:
                 y = add_call(graph_module.graph, aten.mul.Tensor, (y, get_attr_node(graph_module, scale)), like=node)
-            prepared[x] = self._rotated(graph_module.graph, node, y, planned) if rotated else y
-        return prepared[x]
+            prepared[key] = self._rotated(graph_module.graph, node, y, planned) if rotated else y
+        return prepared[key]
 
     def _rotated(self, graph: fx.Graph, node: fx.Node, x: fx.Node, planned: PlannedMatmul) -> fx.Node:
         """x rotated, at the insertion point: in fp32 for an encoder; in x's dtype where it is multiplied as it is."""

@@ -27,9 +27,10 @@ class Observer(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         """x [..., K] unchanged; offsets: where the groups of its rows end, one for each expert."""
-        self.statistics.update(x)
         if self.grouped:
             self.statistics.update_groups(x, offsets)
+        else:
+            self.statistics.update(x)
         return x
 
 

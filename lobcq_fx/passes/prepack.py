@@ -98,7 +98,7 @@ class Prepack(GraphPass):
             encoded = named_arguments(encoder)
             tables = self._tables(graph_module, encoded["codebooks"]) if "codebooks" in encoded else None
             target = ops.linear_prepacked.default
-            x, rotated = _to_encode(encoder)
+            x, rotated = _to_encode(encoder, encoder)
             args = (x, tables, encoded.get("static_scale"), *rest, linear.arguments["dtype"], rotated)
         with graph.inserting_before(encoder or node):
             call = add_call(graph, target, args, like=node)
@@ -121,7 +121,8 @@ class Prepack(GraphPass):
         if encoder is not None:
             target, encoded = ops.grouped_linear_prepacked.default, named_arguments(encoder)
             tables = self._tables(graph_module, encoded["codebooks"]) if "codebooks" in encoded else None
-            args = (tables, encoded.get("static_scale"), *args, linear.arguments["dtype"])
+            x, rotated = _to_encode(encoder, node)
+            args = (tables, encoded.get("static_scale"), *args, linear.arguments["dtype"], rotated)
         with graph.inserting_before(node):
             call = add_call(graph, target, (x, *args), like=node)
         node.replace_all_uses_with(call)
@@ -183,15 +184,18 @@ def _register_transient(graph_module: fx.GraphModule, name: str, value: Tensor) 
     module.register_buffer(last, value, persistent=False)
 
 
-def _to_encode(encoder: fx.Node) -> tuple[fx.Node, bool]:
-    """What stands before an encoder, or before the rotation of its block arrays; and whether that has to be rotated."""
+def _to_encode(encoder: fx.Node, place: fx.Node) -> tuple[fx.Node, bool]:
+    """What stands before an encoder, or before the rotation of its block arrays; and whether that has to be rotated.
+
+    place: where it is encoded from now on.
+    """
     encoded = named_arguments(encoder)
     x: fx.Node = encoded["x"]
     if x.target is not ops.rotate.default:
         return x, False
     source, array_size = x.args
     assert isinstance(source, fx.Node)
-    if array_size != encoded["array_size"] or written_between(x, encoder, [source]):
+    if array_size != encoded["array_size"] or written_between(x, place, [source]):
         return x, False
     return source, True
 

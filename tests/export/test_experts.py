@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
+
 import lobcq_fx
 from tests.frontends.test_experts import float_model
 
 
-def test_grouped_linears_run_in_onnx_runtime(tmp_path):
-    q = lobcq_fx.quantize(float_model("mixtral"), static_cache=False)
+def test_treated_experts_run_in_onnx_runtime(tmp_path, monkeypatch):
+    """Smoothed, rotated and compensated."""
+    monkeypatch.setattr("lobcq_fx.rotation.LEAST_GAIN", -math.inf)
+    data = [torch.randint(3, 90, (2, 16), generator=torch.Generator().manual_seed(0))]
+    q = lobcq_fx.quantize(float_model("mixtral"), data, recipe="best", static_cache=False)
+    experts = [record for record in q.inventory.quantized if ".experts." in record.layer]
+    assert [(record.smoothing, record.rotated) for record in experts] == [("folded", True), ("folded", False)]
     summary = lobcq_fx.export_onnx(q, tmp_path / "exported")
     assert summary.nodes["lobcq::GroupedLinear"] == 2
     assert summary.differences.functions < 1e-3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import transformers
 import lobcq_fx
 from lobcq_fx import LobcqConfig, LobcqQuantizationConfig
 from lobcq_fx.errors import CheckpointError, ConfigError, LobcqError
+from lobcq_fx.format import rotate
 from lobcq_fx.modules.lobcq_grouped_linear import LobcqGroupedLinear
 from tests.frontends.test_experts import float_model
 from tests.integrations.models import GREEDY, IDS, opened, results, saved
@@ -56,6 +58,34 @@ def test_static_scales(tmp_path):
     model, q = opened(folder), lobcq_fx.load(folder)
     assert all(module.settings.static_scale for module in model.modules() if isinstance(module, LobcqGroupedLinear))
     assert torch.equal(results(model), results(q))
+
+
+@pytest.mark.parametrize("mode", ["w4a4", "w4a16"])
+def test_treated_experts_give_the_graphs_logits(tmp_path, mode, monkeypatch):
+    """Tokens are rotated before the first stack, and multiplied before the second, which nothing can be folded into."""
+    monkeypatch.setattr("lobcq_fx.rotation.LEAST_GAIN", -math.inf)
+    data = [{"input_ids": torch.randint(1, 60, (2, 16), generator=torch.Generator().manual_seed(0))}]
+    folder = saved(float_model("gpt_oss"), tmp_path / "q", LobcqConfig.of_recipe("best", mode=mode), data)
+    model, q = opened(folder), lobcq_fx.load(folder)
+    experts = model.model.layers[0].mlp.experts
+    up, down = experts.gate_up_proj, experts.down_proj
+    assert (up.settings.rotated, up.settings.input_scale) == (True, False)
+    assert (down.settings.rotated, down.settings.input_scale) == (False, True)  # K is no multiple of an array
+    assert down.input_scale.unique().numel() > 1
+    assert torch.equal(results(model), results(q))
+    x, ends = torch.randn(9, 64), torch.tensor([2, 2, 5, 9], dtype=torch.int32)
+    prepacked = up(x, ends)
+    up.unpack()
+    torch.testing.assert_close(up(x, ends), prepacked, rtol=1e-4, atol=1e-4)
+    for module, columns in ((up, 64), (down, 172)):
+        x = torch.randn(9, columns, requires_grad=True)
+        (gradient,) = torch.autograd.grad(module(x, ends).square().sum() / 2, x)
+        read = x if module.input_scale is None else x * module.input_scale
+        read = rotate(read, 64) if module.settings.rotated else read
+        weights = [w[:, :columns] for w in module.matrices(module.codebooks)]
+        parts = zip(read.split([2, 0, 3, 4]), weights, strict=True)
+        (straight,) = torch.autograd.grad(torch.cat([a @ w.T for a, w in parts]), x, module(x, ends).detach())
+        torch.testing.assert_close(gradient, straight, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_saved_is_opened_again(mixtral, tmp_path):

@@ -8,8 +8,10 @@ from torch import nn
 
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.config import LobcqConfig
+from lobcq_fx.encoding import encode_weights
+from lobcq_fx.float_weights import FloatWeights, WeightScales
 from lobcq_fx.format import absmax_row_scale, encode, encode_int8, encode_stack, grouped_matmul, universal_codebooks
-from lobcq_fx.graph.attributes import named_arguments
+from lobcq_fx.graph.attributes import named_arguments, register_attribute
 from lobcq_fx.graph.matmuls import find_matmuls
 from lobcq_fx.kernels.bind import weight_layout
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
@@ -98,6 +100,37 @@ def test_tokens_are_encoded_before_they_are_dispatched(flipped, mode):
     plan = QuantizationPlan.of(graph_of(model), config)
     assert plan.quantized
     assert not Emit(plan, CodebookSets.universal({config.format}))(graph_module).modified
+
+
+@pytest.mark.parametrize("mode", ["w4a4", "w4a8", "w4a16"])
+def test_tokens_are_scaled_and_rotated_before_they_are_dispatched(mode):
+    """With the weight's columns to match the product stays what it was; every row of it is rotated once."""
+    weight = parameter(EXPERTS, N, 128).detach()
+    scale = torch.exp2(torch.arange(128) % 3 - 1.0).bfloat16()
+    model = Experts(nn.Parameter(weight.clone()))
+    model.router = parameter(EXPERTS, 128, seed=3)
+    config = LobcqConfig(exclude=["router"], mode=mode, smoothing="everywhere", rotation="hadamard")
+    graph_module = normalized(model.bfloat16(), values(TOKENS, 128).bfloat16())
+    plan = QuantizationPlan.of(graph_module, config)
+    (planned,) = plan.quantized
+    codebooks = CodebookSets.universal({config.format})
+    register_attribute(graph_module, planned.input_scale, scale)
+    weights = FloatWeights(graph_module, {planned.weight: WeightScales(columns=1 / scale.float(), rotation=64)})
+    encode_weights(plan, weights, codebooks)
+    Emit(plan, codebooks, {planned})(graph_module)
+    EliminateDeadCode()(graph_module)
+    (rotation,) = nodes(graph_module, lobcq.rotate.default)
+    assert rotation.args[0].target is aten.mul.Tensor
+    assert aten.index.Tensor not in targets(graph_module)
+    x = values(11, 128, seed=11).bfloat16()
+    stored, exact = run(graph_module, x), model(x)
+    assert (stored - exact).float().norm() < 0.2 * exact.float().norm()
+    layout = weight_layout(torch.device("cpu"))
+    if layout is None:
+        return
+    Prepack(layout)(graph_module)
+    assert (not nodes(graph_module, lobcq.rotate.default)) == (mode != "w4a16")  # else the kernel does it
+    torch.testing.assert_close(run(graph_module, x).float(), stored.float(), rtol=1e-2, atol=1e-2)
 
 
 def test_rows_that_may_count_from_the_end_are_gathered_first():
