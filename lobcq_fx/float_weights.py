@@ -33,8 +33,7 @@ class FloatWeights:
 
     def __call__(self, planned: PlannedWeight) -> Tensor:
         """The weight, [N, K] or [E, N, K]; in fp32 where it has scales, which are exact in it, or is rotated."""
-        weight: Tensor = get_attribute(self.graph_module, planned.source).detach()
-        weight = weight.mT if planned.flipped else weight
+        weight = rows_of(get_attribute(self.graph_module, planned.source).detach(), planned)
         scales = self.scales.get(planned, WeightScales())
         if scales.rows is not None:
             weight = weight.float() * scales.rows.to(weight.device)[:, None]
@@ -43,3 +42,8 @@ class FloatWeights:
         if scales.rotation:
             weight = rotate(weight.float(), scales.rotation, "weight")
         return weight
+
+
+def rows_of(attribute: Tensor, planned: PlannedWeight) -> Tensor:
+    """The weight that an attribute holds, [N, K] or [E, N, K]."""
+    return attribute.mT if planned.flipped else attribute

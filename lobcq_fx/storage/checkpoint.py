@@ -11,19 +11,16 @@ tokenizer files, generation_config.json where the model has them
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 
 from lobcq_fx.config import LobcqConfig
@@ -36,9 +33,10 @@ from lobcq_fx.modules.packed_weight import PARTS
 from lobcq_fx.storage.atomic_folder import replace_folder
 from lobcq_fx.storage.files import check_regular, json_object, read_bytes
 from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
-from lobcq_fx.storage.index import INDEX, FolderIndex, described, differing, digest_of, digests_of
-from lobcq_fx.storage.rehearse import rehearse
+from lobcq_fx.storage.index import INDEX, FolderIndex, TensorDigest, described, differing, digest_of, digests_of
+from lobcq_fx.storage.rehearse import META, rehearse
 from lobcq_fx.storage.validate import check_parameters, restore_packed_weights
+from lobcq_fx.storage.weights_file import check_room, weights_file
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.trace import MAIN, TracedModel
 
@@ -63,7 +61,8 @@ NOTICE = (
 LAYERS = "layers"
 """Key of a `quantization_config` whose folder has a model's modules, and no graph: transformers wrote it."""
 
-DESCRIPTIONS = ("config.json", "graph.json", "inventory.json")
+INVENTORY = "inventory.json"
+DESCRIPTIONS = ("config.json", "graph.json", INVENTORY)
 
 OWN = (*DESCRIPTIONS, WEIGHTS, INDEX, WEIGHTS_OF_VERSION_1)
 """Files that belong to a model, and go with it when it is replaced; others are the user's."""
@@ -148,17 +147,31 @@ def saved_folder(
         The folder that is not in place yet, and what it holds.
     """
     tensors = stored_tensors(checkpoint.root, [one.graph for one in checkpoint.graphs.values()])
-    values = (_config(checkpoint), _graph(checkpoint), checkpoint.inventory.to_dict())
-    descriptions = {name: _json(value) for name, value in zip(DESCRIPTIONS, values, strict=True)}
-    index = FolderIndex({name: digest_of(content) for name, content in descriptions.items()}, digests_of(tensors))
     with replace_folder(directory, is_checkpoint, OWN) as folder:
-        _write_weights(tensors, folder / WEIGHTS)
-        for name, content in descriptions.items():
-            (folder / name).write_bytes(content)
-        for one in companions:
-            one.save_pretrained(folder)
-        index.write(folder)
+        digests = digests_of(tensors)
+        check_room(folder, digests)
+        with weights_file(folder / WEIGHTS, digests) as file:
+            for name, tensor in tensors.items():
+                file.write(name, tensor)
+        write_descriptions(folder, descriptions(checkpoint), companions, digests)
         yield folder, load_checkpoint(folder)
+
+
+def descriptions(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """What stands beside the weights, by the names of the files."""
+    values = (_config(checkpoint), _graph(checkpoint), checkpoint.inventory.to_dict())
+    return {name: json_bytes(value) for name, value in zip(DESCRIPTIONS, values, strict=True)}
+
+
+def write_descriptions(
+    folder: Path, contents: Mapping[str, bytes], companions: Sequence[Any], tensors: Mapping[str, TensorDigest]
+) -> None:
+    """Write all but the weights; the index, which has the digests of the rest, comes last."""
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    for one in companions:
+        one.save_pretrained(folder)
+    FolderIndex({name: digest_of(content) for name, content in contents.items()}, tensors).write(folder)
 
 
 def load_checkpoint(directory: Path, *, verify: bool = True) -> Checkpoint:
@@ -215,7 +228,63 @@ def _generation(directory: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
+@dataclass(frozen=True)
+class _Described:
+    """What the files beside the weights say. parameters: names of the tensors that are parameters."""
+
+    graphs: Mapping[str, StoredGraph]
+    refused: Mapping[str, str]
+    lobcq_config: LobcqConfig
+    inventory: Inventory
+    config: dict[str, Any] | None
+    parameters: set[str]
+    index: FolderIndex | None
+
+    @property
+    def fx_graphs(self) -> list[fx.Graph]:
+        return [one.graph for one in self.graphs.values()]
+
+    def checkpoint(self, root: fx.GraphModule) -> Checkpoint:
+        return Checkpoint(root, self.graphs, self.refused, self.lobcq_config, self.inventory, self.config)
+
+
+def check_written(directory: Path, digest: Callable[[str], str]) -> Checkpoint:
+    """Read a folder that was written just now back, but for its weights, and check those against the index.
+
+    Args:
+        directory: the folder.
+        digest: BLAKE3 of a tensor, by its name, as its file has it.
+
+    Returns:
+        What the folder holds, its tensors without content: for those who read the rest.
+
+    Raises:
+        CheckpointError: names the file or tensor, and what is wrong with it.
+    """
+    found = _described(directory)
+    assert found.index is not None
+    tensors = {}
+    with _open_weights(directory / WEIGHTS) as file:
+        for name in stored_names(found.fx_graphs):
+            part = file.get_slice(name)
+            dtype = getattr(torch, found.index.tensors[name].dtype)
+            tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device=META)
+    problems = differing(found.index.tensors, {n: replace(described(t), blake3=digest(n)) for n, t in tensors.items()})
+    if problems:
+        raise CheckpointError(f"{directory / WEIGHTS} does not read back as it was written: {problems[0]}")
+    rehearse(found.fx_graphs, tensors)
+    return found.checkpoint(_root_of(tensors, found.fx_graphs, found.parameters))
+
+
 def _load(directory: Path, *, verify: bool) -> Checkpoint:
+    found = _described(directory)
+    tensors = _read_tensors(directory, found.fx_graphs)
+    if found.index is not None:
+        _check_tensors(weights_path(directory), tensors, found.index, verify=verify)
+    return found.checkpoint(_validated_root(tensors, found.fx_graphs, found.parameters))
+
+
+def _described(directory: Path) -> _Described:
     content = read_bytes(directory / "config.json", FILE_LIMIT)
     config = json_object(content, directory / "config.json")
     settings = config.pop("quantization_config", None)
@@ -242,16 +311,12 @@ def _load(directory: Path, *, verify: bool) -> Checkpoint:
         for name, entry in saved.get("variants", {}).items():
             graphs[name] = StoredGraph(graph_from_json(entry["nodes"]), entry["calling"])
         refused = {str(name): str(reason) for name, reason in saved.get("refused_variants", {}).items()}
-        inventory = Inventory.from_dict(read("inventory.json"))
+        inventory = Inventory.from_dict(read(INVENTORY))
         lobcq_config = LobcqConfig.from_dict(settings["lobcq_config"])
         parameters = set(saved["parameters"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory} is damaged: {type(error).__name__}: {error}") from None
-    tensors = _read_tensors(directory, [one.graph for one in graphs.values()])
-    if index is not None:
-        _check_tensors(weights_file(directory), tensors, index, verify=verify)
-    root = _validated_root(tensors, [one.graph for one in graphs.values()], parameters)
-    return Checkpoint(root, graphs, refused, lobcq_config, inventory, config or None)
+    return _Described(graphs, refused, lobcq_config, inventory, config or None, parameters, index)
 
 
 def _validated_root(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
@@ -260,12 +325,13 @@ def _validated_root(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], param
     # it mapped, and resident.
     tensors = {name: tensor if name.endswith(MAPPED) else tensor.clone() for name, tensor in tensors.items()}
     check_parameters({name: tensor for name, tensor in tensors.items() if name in parameters})
-    root = _root(tensors, graphs, parameters)
+    root = _root_of(tensors, graphs, parameters)
+    restore_packed_weights(root, graphs)
     rehearse(graphs, tensors)
     return root
 
 
-def _root(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
+def _root_of(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
     """A module that runs the first graph, with the tensors of all of them."""
     module = nn.Module()
     for name, tensor in tensors.items():
@@ -275,7 +341,6 @@ def _root(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: set
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if not has_attribute(root, name):  # the line above copies what its own graph reads
             register_attribute(root, name, tensor)
-    restore_packed_weights(root, graphs)  # packed weights are modules, which it would not copy
     return root
 
 
@@ -288,7 +353,7 @@ def is_checkpoint(directory: Path) -> bool:
         return False
 
 
-def weights_file(directory: Path) -> Path:
+def weights_path(directory: Path) -> Path:
     """The file with a folder's weights, of whichever version it is."""
     old = directory / WEIGHTS_OF_VERSION_1
     return directory / WEIGHTS if (directory / WEIGHTS).exists() or not old.exists() else old
@@ -299,7 +364,7 @@ def stored_tensors(module: nn.Module, graphs: Sequence[fx.Graph]) -> dict[str, T
     state = module.state_dict()
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name in _names(graphs):
+    for name in stored_names(graphs):
         tensor = state[name].cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if storage in seen else tensor
@@ -307,7 +372,7 @@ def stored_tensors(module: nn.Module, graphs: Sequence[fx.Graph]) -> dict[str, T
     return tensors
 
 
-def _names(graphs: Sequence[fx.Graph]) -> list[str]:
+def stored_names(graphs: Sequence[fx.Graph]) -> list[str]:
     """What the graphs refer to, each once, in the order of the nodes."""
     return list(dict.fromkeys(str(node.target) for graph in graphs for node in graph.find_nodes(op="get_attr")))
 
@@ -367,8 +432,8 @@ def _index(directory: Path, version: int) -> FolderIndex | None:
 
 def _read_tensors(directory: Path, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
     """What the graphs refer to, mapped from the file."""
-    wanted = set(_names(graphs))
-    path = weights_file(directory)
+    wanted = set(stored_names(graphs))
+    path = weights_path(directory)
     with _open_weights(path) as file:
         missing = wanted - set(file.keys())
         if missing:
@@ -403,16 +468,6 @@ def _open_weights(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"cannot read {path}: {error}") from None
 
 
-def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free", str(path.parent))
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
-
-
-def _json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """A file's content."""
     return (json.dumps(value, indent=1) + "\n").encode()
