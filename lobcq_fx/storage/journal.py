@@ -40,7 +40,7 @@ class Journal:
             _check_same(path, lines[0], work)
         else:
             lines, size = [], 0
-        self.entries = {str(line[NAME]): line for line in lines[1:]}
+        self.entries = _named(lines)
         self._descriptor, self._size = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), size
         os.ftruncate(self._descriptor, size)
         if not lines:
@@ -69,9 +69,13 @@ class Journal:
         self._size += len(line)
 
 
-def has_entries(path: Path) -> bool:
-    """Whether anything is finished, by a journal that may not exist."""
-    return len(_whole_lines(path)[0]) > 1
+def entries_of(path: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a journal, of whichever work; none where there is no such file."""
+    return _named(_whole_lines(path)[0])
+
+
+def _named(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {str(line[NAME]): line for line in lines[1:]}
 
 
 def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -26,7 +26,7 @@ from lobcq_fx.storage.checkpoint import (
     write_descriptions,
 )
 from lobcq_fx.storage.index import TensorDigest, digest_of, digested
-from lobcq_fx.storage.journal import Journal, has_entries
+from lobcq_fx.storage.journal import Journal, entries_of
 from lobcq_fx.storage.weights_file import WeightsFile, check_room, weights_file
 from lobcq_fx.streaming.emission import Emission, emit
 from lobcq_fx.streaming.float_folder import FloatFolder, changed
@@ -96,7 +96,7 @@ def quantize_folder(
     gc.collect()  # graphs refer to themselves, and to the memory of their parameters
     work = {"release": lobcq_fx.__version__, "settings": config.to_dict(), "dtype": dtype, **fingerprint}
     work["graphs and codebooks"] = _digest_of(emission)
-    with resumed_folder(Path(output), is_checkpoint, OWN, lambda found: has_entries(found / JOURNAL)) as place:
+    with resumed_folder(Path(output), is_checkpoint, OWN, lambda found: bool(entries_of(found / JOURNAL))) as place:
         journal = Journal(place / JOURNAL, work)
         try:
             _check_disk(place / MODEL, emission)

@@ -7,7 +7,8 @@ parameter once it is made of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,15 @@ Take = Callable[[PreTrainedModel, Mapping[str, Tensor]], dict[str, Tensor]]
 """Gets parameters as the model would have them, by their names in it; returns what it is to have, if anything."""
 
 
-def model_class_of(architecture: str | None) -> Any:
-    """The class of transformers that a configuration names; its automatic one where it names none.
+def model_class_of(config: Mapping[str, Any]) -> Any:
+    """The class of transformers that a configuration, as JSON values, names; its automatic one where it names none.
 
     Raises:
         CheckpointError: there is no such class.
     """
-    if architecture is None:
+    if not config.get("architectures"):
         return transformers.AutoModel
+    architecture = str(config["architectures"][0])
     found = getattr(transformers, architecture, None)
     if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
@@ -65,26 +67,22 @@ def load_through(
         CheckpointError: the folder's model is unknown, or not to be read like this.
     """
     _check(folder)
-    architectures = folder.config.get("architectures")
-    model_class = model_class_of(str(architectures[0]) if architectures else None)
-    config = _config(model_class, folder.path)
-    if model_class is transformers.AutoModel:
-        model_class = transformers.MODEL_MAPPING[type(config)]
-    stored = {name: _Stored(folder, name, read) for name in folder}
-    taken = _Taken(take)
+    model_class = model_class_of(folder.config)
+    ours: list[Exception] = []
+    stored = {name: _Stored(folder, name, read, ours) for name in folder}
     try:
-        model, found = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=stored,
-            dtype=dtype,
-            quantization_config=_Settings(taken),
-            output_loading_info=True,
-        )
-    except RuntimeError:
-        if taken.error is not None:
-            raise taken.error from None
+        config = _config(model_class, folder.path)
+        if model_class is transformers.AutoModel:
+            model_class = transformers.MODEL_MAPPING[type(config)]
+        settings = {"dtype": dtype, "quantization_config": _Settings(_Taken(take, ours)), "output_loading_info": True}
+        model, found = model_class.from_pretrained(None, config=config, state_dict=stored, **settings)
+    except MemoryError:
         raise
+    except Exception as error:  # of many kinds: transformers' own are about what is in the folder
+        if ours:
+            raise ours[0] from None
+        text = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"cannot load {folder.path} ({model_class.__name__}): {text}") from error
     model.hf_quantizer.remove_quantization_config(model)
     model.config.name_or_path = folder.path
     if model.can_generate():
@@ -99,9 +97,11 @@ class _Stored:
     folder: FloatFolder
     name: str
     read: Read
+    errors: list[Exception]
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.read(self.name)[index]
+        with _noted(self.errors):
+            return self.read(self.name)[index]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -114,9 +114,8 @@ class _Stored:
 class _Taken(ConversionOps):  # type: ignore[misc]
     """The operation that transformers calls with the tensors of a parameter in the place of quantizing them."""
 
-    def __init__(self, take: Take) -> None:
-        self.take = take
-        self.error: Exception | None = None
+    def __init__(self, take: Take, errors: list[Exception]) -> None:
+        self.take, self.errors = take, errors
 
     def convert(
         self, input_dict: dict[str, Any], *, model: PreTrainedModel, missing_keys: set[str], **_: Any
@@ -124,11 +123,18 @@ class _Taken(ConversionOps):  # type: ignore[misc]
         """Hand the parameters on."""
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
         missing_keys.difference_update(tensors)
-        try:
+        with _noted(self.errors):
             return self.take(model, tensors)
-        except Exception as error:  # transformers would go on, and raise one of its own at the end
-            self.error = self.error or error
-            raise
+
+
+@contextmanager
+def _noted(errors: list[Exception]) -> Iterator[None]:
+    """Keep an error, for which transformers may raise one of its own at the end."""
+    try:
+        yield
+    except Exception as error:
+        errors.append(error)
+        raise
 
 
 @register_quantization_config(METHOD)
