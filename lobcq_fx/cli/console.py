@@ -34,7 +34,6 @@ TITLES = {
     "weigh layers": "Weigh layers",
     "fit codebooks": "Fit codebooks",
     "encode": "Encode weights",
-    "stream": "Encode and write, MiB",
     "save": "Save and verify",
     "convert": "Convert to ONNX",
     "check": "Compare with torch",

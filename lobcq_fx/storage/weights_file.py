@@ -33,8 +33,8 @@ _ALIGNMENT = 8
 class WeightsFile:
     """The places of tensors in a file of a known size."""
 
-    def __init__(self, descriptor: int, tensors: Mapping[str, TensorDigest]) -> None:
-        self._descriptor = descriptor
+    def __init__(self, path: Path, descriptor: int, tensors: Mapping[str, TensorDigest]) -> None:
+        self._path, self._descriptor = path, descriptor
         self._header, self._places = _laid_out(tensors)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -46,7 +46,8 @@ class WeightsFile:
         begin, end = self._places[name]
         content = memoryview(bytes_of(tensor)).cast("B")
         assert len(content) == end - begin, f"{name} has {len(content)} bytes, not {end - begin}"
-        write_all(self._descriptor, content, begin)
+        with _naming(self._path):
+            write_all(self._descriptor, content, begin)
 
     def digest(self, name: str) -> str:
         """BLAKE3 of what is in a tensor's place, read piece by piece.
@@ -59,7 +60,8 @@ class WeightsFile:
 
     def sync(self) -> None:
         """Flush what was written to the disk."""
-        os.fsync(self._descriptor)
+        with _naming(self._path):
+            os.fsync(self._descriptor)
 
     def lay_out(self) -> None:
         """Write the header and reserve the room for all tensors; those that are there already stay.
@@ -68,8 +70,9 @@ class WeightsFile:
             OSError: the disk is full, or fails.
         """
         size = max((end for _, end in self._places.values()), default=len(self._header))
-        _reserve(self._descriptor, size)
-        write_all(self._descriptor, memoryview(self._header), 0)
+        with _naming(self._path):
+            _reserve(self._descriptor, size)
+            write_all(self._descriptor, memoryview(self._header), 0)
 
 
 @contextmanager
@@ -81,11 +84,8 @@ def weights_file(path: Path, tensors: Mapping[str, TensorDigest]) -> Iterator[We
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
     try:
-        file = WeightsFile(descriptor, tensors)
-        try:
-            file.lay_out()
-        except OSError as error:
-            raise _named(error, path) from None
+        file = WeightsFile(path, descriptor, tensors)
+        file.lay_out()
         yield file
     finally:
         os.close(descriptor)
@@ -149,5 +149,10 @@ def write_all(descriptor: int, content: memoryview, at: int) -> None:
         content, at = content[written:], at + written
 
 
-def _named(error: OSError, path: Path) -> OSError:
-    return OSError(error.errno, error.strerror, str(path))
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of calls that know a file by its number alone say which it is."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,8 @@ class FloatFolder:
         Raises:
             CheckpointError: its file cannot be read.
         """
-        return self._read(name, ...)
+        # A slice of all of it would be there twice while it is read.
+        return self._reading(name, lambda file: file.get_tensor(name))
 
     def digest(self, name: str) -> str:
         """BLAKE3 of a tensor's content, read piece by piece.
@@ -95,8 +96,12 @@ class FloatFolder:
         if not shape:
             return digest_of(bytes_of(self.read(name)))
         rows = max(1, PIECE * shape[0] // max(1, self.size(name)))
-        parts = (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
-        return digest_of_pieces(bytes_of(self._read(name, part)) for part in parts)
+
+        def part(start: int) -> Tensor:
+            rows_of_it = slice(start, min(start + rows, shape[0]))
+            return self._reading(name, lambda file: file.get_slice(name)[rows_of_it])
+
+        return digest_of_pieces(bytes_of(part(start)) for start in range(0, shape[0], rows))
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells whether the folder is the same later: of each file of weights its size, its time and a digest of
@@ -114,9 +119,9 @@ class FloatFolder:
     def _slice(self, name: str) -> Any:
         return self._files[self._homes[name]].get_slice(name)
 
-    def _read(self, name: str, part: Any) -> Tensor:
+    def _reading(self, name: str, read: Callable[[Any], Tensor]) -> Tensor:
         try:
-            tensor: Tensor = self._slice(name)[part]
+            tensor = read(self._files[self._homes[name]])
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(
                 f"cannot read {name} of {self._homes[name]}: {error}. Remedy: copy or download the file again"

@@ -89,7 +89,9 @@ def quantize_folder(
     check_target(Path(output), is_checkpoint, Path(folder))
     source = FloatFolder(Path(folder))
     fingerprint = source.fingerprint()
+    report("load", 0, 1)
     skeleton = Skeleton.of(source, dtype)
+    report("load", 1, 1)
     provenance = skeleton.provenance
     emission = emit(skeleton, config, example_inputs, static_cache=static_cache, progress=report)
     del skeleton
@@ -105,11 +107,13 @@ def quantize_folder(
                 different = changed(fingerprint, source.fingerprint())
                 if different:
                     raise CheckpointError(f"{folder} was changed while it was read: {', '.join(different)}")
+                report("save", 0, 1)
                 inventory = _inventory(emission, done)
                 companions = [ModelCard(inventory, config, emission.config, Path(output)), emission.generation_config]
                 _complete(place / MODEL, emission, done, inventory, [*companions, tokenizer], file)
         finally:
             journal.close()
+    report("save", 1, 1)
     return inventory
 
 

@@ -29,8 +29,6 @@ from lobcq_fx.streaming.workers import Workers
 LEAST_LIMIT = 2**28
 """Bytes under way, or twice those of the largest parameter, if that is more."""
 
-MIB = 2**20
-
 
 @dataclass(frozen=True)
 class Finished:
@@ -108,7 +106,6 @@ class _Transfer:
         self._folder, self._provenance, self._emission = folder, provenance, emission
         self._file, self._journal, self._progress, self._done = file, journal, progress, done
         self._left = emission.uses.keys() - done.keys()
-        self._total = sum(emission.sizes.values())
         self._workers = Workers(max(LEAST_LIMIT, 2 * max(emission.sizes.values())))
 
     def __enter__(self) -> _Transfer:
@@ -155,5 +152,5 @@ class _Transfer:
         self._done[name] = finished
 
     def _report(self) -> None:
-        stored = sum(self._emission.sizes[name] for name in tuple(self._done))
-        self._progress("stream", stored // MIB, self._total // MIB)
+        encoded = sum(len(self._emission.uses[name].weights) for name in tuple(self._done))
+        self._progress("encode", encoded, len(self._emission.plan.weights))

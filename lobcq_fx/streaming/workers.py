@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
 WORKERS = 2
@@ -43,13 +43,17 @@ class Workers:
         """Run a job that holds so many bytes."""
         with self._changed:
             self._under_way += size
-        self._pool.submit(job).add_done_callback(lambda done: self._finished(size, done))
+        self._pool.submit(self._run, size, [job])
 
-    def _finished(self, size: int, done: Future[None]) -> None:
+    def _run(self, size: int, job: list[Callable[[], None]]) -> None:
+        error: BaseException | None = None
+        try:
+            job.pop()()  # nobody else has it: what it holds goes before its bytes are given back
+        except BaseException as raised:
+            error = raised
         with self._changed:
             self._under_way -= size
-            if not done.cancelled() and self._error is None:
-                self._error = done.exception()
+            self._error = self._error or error
             self._changed.notify_all()
 
     def _raise(self) -> None:

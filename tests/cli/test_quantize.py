@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import lobcq_fx
 from lobcq_fx.config import DEFAULT_EXCLUDE
+from lobcq_fx.errors import NotStreamedError
 from tests.cli.conftest import Run
 from tests.cli.test_application import start
 
@@ -114,6 +115,18 @@ def test_json_is_all_that_standard_output_holds(llama: Path, tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["layers_quantized"] == 14
     assert "Encode weights" in result.stderr
+
+
+def test_a_model_that_is_read_whole_is_said_to_be(
+    lobcq: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise NotStreamedError("some/folder has no [norm.weight]")
+
+    monkeypatch.setattr(lobcq_fx, "quantize_folder", refuse)
+    result = lobcq("quantize", llama, "-o", tmp_path / "q")
+    assert "some/folder has no [norm.weight]: the whole model is loaded" in " ".join(result.stderr.split())
+    assert (tmp_path / "q" / "lobcq.safetensors").is_file()
 
 
 def test_an_encoder_takes_what_its_tokenizer_returns(quantized_bert: Path) -> None:

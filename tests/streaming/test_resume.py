@@ -20,7 +20,6 @@ from lobcq_fx import LobcqConfig
 from lobcq_fx.errors import CheckpointError, LobcqError
 from lobcq_fx.storage.atomic_folder import MODEL, resumed_folder, unfinished
 from lobcq_fx.storage.journal import Journal, entries_of
-from lobcq_fx.storage.weights_file import WeightsFile
 from lobcq_fx.streaming.transfer import _Transfer
 from tests.fuzz.streaming import SETTINGS, contents, float_model, traced_once
 
@@ -157,10 +156,10 @@ def test_a_weight_that_is_no_number_is_named(source: Path, shard: Path) -> None:
 
 
 def test_a_disk_that_is_full_at_once_leaves_nothing(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: WeightsFile) -> None:
+    def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(WeightsFile, "lay_out", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match=r"No space left on device: .*lobcq.safetensors"):
         lobcq_fx.quantize_folder(source, source.with_name("q"), **SETTINGS)
     assert [one.name for one in source.parent.iterdir()] == ["float"]
