@@ -8,7 +8,6 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -30,8 +29,9 @@ from lobcq_fx.graph.attributes import device_of
 from lobcq_fx.graph.graph_module import LobcqGraphModule, copied
 from lobcq_fx.graph.shared_tensors import drop_shared, share
 from lobcq_fx.graph.written import kept, state_of
-from lobcq_fx.inventory import Inventory, MatmulRecord
+from lobcq_fx.inventory import MatmulRecord
 from lobcq_fx.kernels.bind import bind_cpu_core
+from lobcq_fx.leftovers import inventory_of
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.insert_observers import InsertObservers, observed
@@ -47,9 +47,6 @@ from lobcq_fx.tracing.trace import MAIN, TracedModel
 from lobcq_fx.tracing.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
-
-LARGE_SHARE = 0.05
-"""Of bytes or multiply-adds: what is left in float without being excluded is worth a warning from here on."""
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (step, done, total); total is None where it is not known."""
@@ -366,41 +363,6 @@ def size_of(parameters: Iterable[Tensor]) -> tuple[int, int]:
     """(scalars, bytes)."""
     sizes = [(p.numel(), p.numel() * p.element_size()) for p in parameters]
     return sum(n for n, _ in sizes), sum(b for _, b in sizes)
-
-
-def inventory_of(records: tuple[MatmulRecord, ...], scalars: int, float_bytes: int) -> Inventory:
-    """What became of a model of so many parameters; the log has what is worth a warning in it."""
-    saved = sum(record.float_bytes - record.packed_bytes for record in records)
-    inventory = Inventory(records, scalars, float_bytes, float_bytes - saved)
-    _warn_of_leftovers(inventory)
-    _warn_of_unreached(inventory)
-    return inventory
-
-
-def _warn_of_leftovers(inventory: Inventory) -> None:
-    """Say loudly what stays in float although no pattern asked for it."""
-    left = [r for r in inventory.left_alone if r.float_bytes and not r.excluded]
-    share = sum(record.float_bytes for record in left) / max(1, inventory.model_float_bytes)
-    coverage = inventory.asked_coverage
-    if share <= LARGE_SHARE and coverage >= 1 - LARGE_SHARE:
-        return
-    left.sort(key=lambda record: (record.macs, record.float_bytes), reverse=True)
-    reasons = "; ".join(dict.fromkeys(f"{record.layer or record.operation}: {record.reason}" for record in left))
-    logger.warning(
-        "%.0f %% of the model's bytes, and %.0f %% of its multiply-adds, stay in float, unasked: %s",
-        100 * share, 100 * (1 - coverage), shorten(reasons, 300, placeholder=" ..."),
-    )  # fmt: skip
-
-
-def _warn_of_unreached(inventory: Inventory) -> None:
-    """Say which mixtures have experts that calibration gave no token: what was seen of the others stands for them."""
-    for record in inventory.quantized:
-        if record.unreached:
-            assert record.shape is not None
-            logger.warning(
-                "%d of %d experts of %s got no token of the calibration data: what the others got stands for them",
-                record.unreached, record.shape[0], record.layer,
-            )  # fmt: skip
 
 
 def _reasons(plan: QuantizationPlan) -> str:

@@ -76,7 +76,7 @@ def test_links_to_files_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", ["readme", "accuracy", "gpu_kernels", "families", "reliability", "experts"])
+@pytest.mark.parametrize("page", ["readme", "accuracy", "gpu_kernels", "families", "reliability", "experts", "scaling"])
 def test_the_pages_show_the_results(page):
     command = [sys.executable, "-m", f"benchmarks.pages.{page}", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

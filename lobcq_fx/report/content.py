@@ -16,7 +16,8 @@ from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.model import QuantizedModel
-from lobcq_fx.storage.checkpoint import is_checkpoint, weights_path
+from lobcq_fx.storage.checkpoint import is_checkpoint
+from lobcq_fx.storage.stored_tensors import weights_path
 
 CODEBOOKS = f"{MODULE}.codebooks"
 

@@ -20,22 +20,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, fx, nn
+from torch import fx
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CheckpointError
-from lobcq_fx.graph.attributes import has_attribute, register_attribute
-from lobcq_fx.graph.graph_module import LobcqGraphModule
 from lobcq_fx.graph.shared_tensors import SharingGraphModule
 from lobcq_fx.inventory import Inventory
-from lobcq_fx.modules.packed_weight import PARTS
 from lobcq_fx.storage.atomic_folder import replace_folder
-from lobcq_fx.storage.files import check_regular, json_object, read_bytes
+from lobcq_fx.storage.files import json_object, read_bytes
 from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
 from lobcq_fx.storage.index import INDEX, FolderIndex, TensorDigest, described, differing, digest_of, digests_of
 from lobcq_fx.storage.rehearse import META, rehearse
-from lobcq_fx.storage.validate import check_parameters, restore_packed_weights
+from lobcq_fx.storage.stored_tensors import (
+    WEIGHTS,
+    WEIGHTS_OF_VERSION_1,
+    check_tensors,
+    open_weights,
+    read_tensors,
+    root_of,
+    stored_names,
+    stored_tensors,
+    validated_root,
+    weights_path,
+)
 from lobcq_fx.storage.weights_file import check_room, weights_file
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.trace import MAIN, TracedModel
@@ -48,8 +55,6 @@ FORMAT_VERSION = 2
 
 READABLE_VERSIONS = (1, 2)
 """Version 1 had the weights in `model.safetensors`, where transformers takes them for a float model's."""
-
-WEIGHTS, WEIGHTS_OF_VERSION_1 = "lobcq.safetensors", "model.safetensors"
 
 NOTICE_START = "a LO-BCQ model"
 NOTICE = (
@@ -67,16 +72,11 @@ DESCRIPTIONS = ("config.json", "graph.json", INVENTORY)
 OWN = (*DESCRIPTIONS, WEIGHTS, INDEX, WEIGHTS_OF_VERSION_1)
 """Files that belong to a model, and go with it when it is replaced; others are the user's."""
 
-SMALL = 4096
-"""Bytes of tensors that are always compared with their digests: tensor scales and biases tell two saves apart."""
-
 FILE_LIMIT = 64 * 2**20
 """Bytes of a JSON file. The graphs of an 80-layer Llama take five million."""
 
 TRIES = 5
 """Times a folder may be replaced while it is read."""
-
-MAPPED = tuple(f".{part}" for part in PARTS if part != "tensor_scale")
 
 
 Callings = Mapping[str, Callable[[dict[str, Any]], CallingConvention]]
@@ -212,7 +212,7 @@ def verify_folder(directory: Path) -> tuple[FolderIndex, list[str]]:
         except CheckpointError as error:
             problems.append(str(error))
     try:
-        with _open_weights(directory / WEIGHTS) as file:
+        with open_weights(directory / WEIGHTS) as file:
             found = digests_of({name: file.get_tensor(name) for name in sorted(file.keys())})
     except CheckpointError as error:
         return index, [*problems, str(error)]
@@ -264,7 +264,7 @@ def check_written(directory: Path, digest: Callable[[str], str]) -> Checkpoint:
     found = _described(directory)
     assert found.index is not None
     tensors = {}
-    with _open_weights(directory / WEIGHTS) as file:
+    with open_weights(directory / WEIGHTS) as file:
         for name in stored_names(found.fx_graphs):
             part = file.get_slice(name)
             dtype = getattr(torch, found.index.tensors[name].dtype)
@@ -273,15 +273,15 @@ def check_written(directory: Path, digest: Callable[[str], str]) -> Checkpoint:
     if problems:
         raise CheckpointError(f"{directory / WEIGHTS} does not read back as it was written: {problems[0]}")
     rehearse(found.fx_graphs, tensors)
-    return found.checkpoint(_root_of(tensors, found.fx_graphs, found.parameters))
+    return found.checkpoint(root_of(tensors, found.fx_graphs, found.parameters))
 
 
 def _load(directory: Path, *, verify: bool) -> Checkpoint:
     found = _described(directory)
-    tensors = _read_tensors(directory, found.fx_graphs)
+    tensors = read_tensors(directory, found.fx_graphs)
     if found.index is not None:
-        _check_tensors(weights_path(directory), tensors, found.index, verify=verify)
-    return found.checkpoint(_validated_root(tensors, found.fx_graphs, found.parameters))
+        check_tensors(weights_path(directory), tensors, found.index, verify=verify)
+    return found.checkpoint(validated_root(tensors, found.fx_graphs, found.parameters))
 
 
 def _described(directory: Path) -> _Described:
@@ -319,31 +319,6 @@ def _described(directory: Path) -> _Described:
     return _Described(graphs, refused, lobcq_config, inventory, config or None, parameters, index)
 
 
-def _validated_root(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
-    """`_root`, once its tensors and graphs are known to be such as can run."""
-    # These look into the mapped file. Weights leave it when they are repacked; one tensor that stays would keep all of
-    # it mapped, and resident.
-    tensors = {name: tensor if name.endswith(MAPPED) else tensor.clone() for name, tensor in tensors.items()}
-    check_parameters({name: tensor for name, tensor in tensors.items() if name in parameters})
-    root = _root_of(tensors, graphs, parameters)
-    restore_packed_weights(root, graphs)
-    rehearse(graphs, tensors)
-    return root
-
-
-def _root_of(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
-    """A module that runs the first graph, with the tensors of all of them."""
-    module = nn.Module()
-    for name, tensor in tensors.items():
-        is_parameter = name in parameters and tensor.is_floating_point()
-        register_attribute(module, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
-    root = LobcqGraphModule(module, graphs[0], class_name="LobcqGraph")
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if not has_attribute(root, name):  # the line above copies what its own graph reads
-            register_attribute(root, name, tensor)
-    return root
-
-
 def is_checkpoint(directory: Path) -> bool:
     """Whether the folder looks like one of ours."""
     try:
@@ -351,30 +326,6 @@ def is_checkpoint(directory: Path) -> bool:
         return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def weights_path(directory: Path) -> Path:
-    """The file with a folder's weights, of whichever version it is."""
-    old = directory / WEIGHTS_OF_VERSION_1
-    return directory / WEIGHTS if (directory / WEIGHTS).exists() or not old.exists() else old
-
-
-def stored_tensors(module: nn.Module, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
-    """Every tensor that graphs on stored weights refer to, by name; names that share memory get a copy each."""
-    state = module.state_dict()
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name in stored_names(graphs):
-        tensor = state[name].cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return tensors
-
-
-def stored_names(graphs: Sequence[fx.Graph]) -> list[str]:
-    """What the graphs refer to, each once, in the order of the nodes."""
-    return list(dict.fromkeys(str(node.target) for graph in graphs for node in graph.find_nodes(op="get_attr")))
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -428,44 +379,6 @@ def _index(directory: Path, version: int) -> FolderIndex | None:
         directory,
     )
     return None
-
-
-def _read_tensors(directory: Path, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
-    """What the graphs refer to, mapped from the file."""
-    wanted = set(stored_names(graphs))
-    path = weights_path(directory)
-    with _open_weights(path) as file:
-        missing = wanted - set(file.keys())
-        if missing:
-            raise CheckpointError(f"{path} lacks {sorted(missing)[0]} and {len(missing) - 1} more tensors")
-        return {name: file.get_tensor(name) for name in sorted(wanted)}
-
-
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], index: FolderIndex, *, verify: bool) -> None:
-    """Against their digests; without `verify`, those of large ones are taken for right if dtypes and shapes are."""
-    expected = {name: one for name, one in index.tensors.items() if name in tensors}
-    read = {name: tensor for name, tensor in tensors.items() if verify or tensor.nbytes <= SMALL}
-    found = digests_of(read) | {
-        name: replace(described(tensor), blake3=expected[name].blake3)
-        for name, tensor in tensors.items()
-        if name not in read and name in expected
-    }
-    problems = differing(expected, found)
-    if problems:
-        more = f", and {len(problems) - 1} more tensors differ" if len(problems) > 1 else ""
-        raise CheckpointError(
-            f"{path} is not what was saved: {problems[0]}{more}. Remedy: get the folder again; `lobcq verify` lists all"
-        )
-
-
-@contextmanager
-def _open_weights(path: Path) -> Iterator[Any]:
-    check_regular(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch, which maps it, raises the second
-        raise CheckpointError(f"cannot read {path}: {error}") from None
 
 
 def json_bytes(value: Any) -> bytes:

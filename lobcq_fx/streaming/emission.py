@@ -21,8 +21,9 @@ from lobcq_fx.model import ModelParts
 from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
 from lobcq_fx.pipeline import Progress, emit_graphs, size_of, trace_and_plan
 from lobcq_fx.plan import PlannedWeight, QuantizationPlan
-from lobcq_fx.storage.checkpoint import descriptions, stored_names
+from lobcq_fx.storage.checkpoint import descriptions
 from lobcq_fx.storage.index import TensorDigest, described
+from lobcq_fx.storage.stored_tensors import stored_names
 from lobcq_fx.streaming.skeleton import Skeleton
 from lobcq_fx.tracing.trace import MAIN
 

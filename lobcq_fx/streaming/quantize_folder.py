@@ -13,13 +13,13 @@ from lobcq_fx.config import CALIBRATED, LobcqConfig
 from lobcq_fx.encoding import EncodedWeight, records_of
 from lobcq_fx.errors import CalibrationError, CheckpointError
 from lobcq_fx.inventory import Inventory
+from lobcq_fx.leftovers import inventory_of
 from lobcq_fx.model_card import ModelCard
-from lobcq_fx.pipeline import Progress, inventory_of, settings_of, silent
+from lobcq_fx.pipeline import Progress, settings_of, silent
 from lobcq_fx.storage.atomic_folder import MODEL, check_target, resumed_folder
 from lobcq_fx.storage.checkpoint import (
     INVENTORY,
     OWN,
-    WEIGHTS,
     check_written,
     is_checkpoint,
     json_bytes,
@@ -27,6 +27,7 @@ from lobcq_fx.storage.checkpoint import (
 )
 from lobcq_fx.storage.index import TensorDigest, digest_of, digested
 from lobcq_fx.storage.journal import Journal, entries_of
+from lobcq_fx.storage.stored_tensors import WEIGHTS
 from lobcq_fx.storage.weights_file import WeightsFile, check_room, weights_file
 from lobcq_fx.streaming.emission import Emission, emit
 from lobcq_fx.streaming.float_folder import FloatFolder, changed

@@ -19,8 +19,8 @@ import transformers
 
 import lobcq_fx
 from lobcq_fx.storage.atomic_folder import MODEL, unfinished
-from lobcq_fx.storage.checkpoint import WEIGHTS
 from lobcq_fx.storage.journal import entries_of
+from lobcq_fx.storage.stored_tensors import WEIGHTS
 from lobcq_fx.storage.weights_file import weights_file
 from lobcq_fx.streaming import quantize_folder as whole
 from lobcq_fx.streaming.emission import Emission
