@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 import lobcq_fx
 from lobcq_fx.errors import CheckpointError
-from lobcq_fx.storage import checkpoint
-from lobcq_fx.storage.checkpoint import FILE_LIMIT, WEIGHTS
+from lobcq_fx.storage import checkpoint, stored_tensors
+from lobcq_fx.storage.checkpoint import FILE_LIMIT
 from lobcq_fx.storage.index import INDEX, digest_of, digests_of
+from lobcq_fx.storage.stored_tensors import WEIGHTS
 from tests.fuzz.flips import FILES, flip
 from tests.fuzz.readers import read
 from tests.fuzz.small import X, quantized
@@ -70,7 +71,7 @@ def test_no_changed_byte_is_computed_with(models, folder, name):
 
 
 def test_swapped_tensors_are_noticed_and_those_of_another_dtype_without_reading_them(models, folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SMALL", 16)
+    monkeypatch.setattr(stored_tensors, "SMALL", 16)
     expected = models[0](X)
     tensors = load_file(folder / WEIGHTS)
     one, other = "0.weight.codes", "2.weight.codes"
