@@ -119,12 +119,14 @@ class _Transfer:
 
     def read(self, name: str) -> Tensor:
         """A stored tensor; no content where nothing of it is left to do."""
-        parameters = self._provenance.parameters_of(name) & self._left
-        if not parameters:
+        parameters = self._provenance.parameters_of(name)
+        size, whole = self._folder.size(name), sum(self._emission.sizes.get(one, 0) for one in parameters)
+        if size != whole:  # what is cast, or put together of others, is there twice for as long as that takes
+            self._workers.wait_for_room(max(size, whole) + whole)
+        elif parameters & self._left:
+            self._workers.wait_for_room(whole)
+        if not parameters & self._left:
             return torch.zeros((), dtype=self._folder.dtype(name), device="cpu").expand(self._folder.shape(name))
-        # What is cast, or put together of others, is there twice for as long as that takes.
-        size, whole = self._folder.size(name), sum(self._emission.sizes[one] for one in parameters)
-        self._workers.wait_for_room(whole if size == whole else size + whole)
         return self._folder.read(name)
 
     def take(self, model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

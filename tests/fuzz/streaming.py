@@ -30,6 +30,9 @@ from lobcq_fx.streaming.workers import WORKERS
 from tests.fuzz.results import options, report
 
 SETTINGS = {"static_cache": False}
+COUNTS = ("kills", "lost", "done again", "different", "finished", "gone on")
+"""Kills; parameters of a journal that are not in its file; kills that left more to do again than there are workers;
+folders that are not what they should be; kills that came too late; and those that left something to go on with."""
 
 
 def main() -> None:
@@ -38,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         counts = crash(Path(folder), given.kills, given.seed)
     lost = counts["lost"] + counts["done again"] + counts["different"]
-    report("streaming", tried=counts["kills"], lost=lost, record=given.record, finished=counts["finished"])
+    report("streaming", tried=counts["kills"], lost=lost, record=given.record, gone_on=counts["gone on"])
 
 
 def float_model(folder: Path) -> Path:
@@ -77,7 +80,7 @@ def crash(folder: Path, kills: int, seed: int) -> Counter[str]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     source, expected, target = float_model(folder / "float"), folder / "expected", folder / "q"
-    rng, counts = Random(seed), Counter({"kills": 0, "lost": 0, "done again": 0, "different": 0, "finished": 0})
+    rng, counts = Random(seed), Counter(dict.fromkeys(COUNTS, 0))
     with traced_once():
         started = time.perf_counter()
         lobcq_fx.quantize_folder(source, expected, **SETTINGS)
@@ -86,12 +89,13 @@ def crash(folder: Path, kills: int, seed: int) -> Counter[str]:
         seconds = time.perf_counter() - started
         emission = whole.emit()
         while counts["kills"] < kills:
-            begun = kill(source, target, rng.uniform(0, seconds), rng.choice([signal.SIGKILL, signal.SIGTERM]))
+            begun = kill(source, target, rng.uniform(0, 1.5 * seconds), rng.choice([signal.SIGKILL, signal.SIGTERM]))
             counts["kills"] += 1
             if target.exists():
                 counts["finished"] += 1
             else:
                 kept = _kept(target, emission)
+                counts["gone on"] += bool(kept)
                 counts["lost"] += sum(not there for there in kept.values())
                 counts["done again"] += len(begun - kept.keys()) > WORKERS
             if target.exists() or rng.random() < 0.2:
