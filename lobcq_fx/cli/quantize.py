@@ -183,7 +183,7 @@ def _check(config: LobcqConfig, folder: ModelFolder, output: Path, calibrate: Pa
     if config.codebooks not in CODEBOOKS:
         for spec in (config.format, config.activations):
             read_codebooks(Path(config.codebooks), spec)
-    needed = _least_size(folder, config)
+    needed = _least_size(folder, config) - _begun(output)
     check_folder(output, overwrite=overwrite, needed_bytes=needed, replaceable=is_checkpoint, source=folder.path)
 
 
@@ -238,6 +238,13 @@ def _override(given: str) -> tuple[str, dict[str, str]]:
     if not (pattern and colon) or any(not (name and equals and value) for name, equals, value in pairs):
         raise typer.BadParameter(f"--override {given!r}: write it as '*down_proj:mode=w4a8,format=16x64'")
     return pattern, {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _begun(output: Path) -> int:
+    """Bytes that a command that was interrupted has left to go on with."""
+    from lobcq_fx.storage.atomic_folder import unfinished
+
+    return sum(file.stat().st_size for file in unfinished(output).rglob("*") if file.is_file())
 
 
 def _least_size(folder: ModelFolder, config: LobcqConfig) -> int:

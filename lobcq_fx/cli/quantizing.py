@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from lobcq_fx.cli.texts import CalibrationText, example_call
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import NotStreamedError
 from lobcq_fx.inventory import Inventory
+from lobcq_fx.storage.atomic_folder import unfinished
 from lobcq_fx.streaming.float_folder import has_safetensors
 
 
@@ -37,14 +40,28 @@ def quantized_folder(
     example = None if made_up else example_call(tokenizer)
     if text is None and has_safetensors(folder.path):
         try:
-            inventory = lobcq_fx.quantize_folder(
-                folder.path, output, config, example, dtype=dtype.value, tokenizer=tokenizer, progress=progress
-            )
+            with _saying_what_is_kept(output):
+                inventory = lobcq_fx.quantize_folder(
+                    folder.path, output, config, example, dtype=dtype.value, tokenizer=tokenizer, progress=progress
+                )
         except NotStreamedError as error:
             messages.print(f"[dim]{escape(str(error))}: the whole model is loaded[/]")
         else:
             return inventory, config
     return _in_memory(folder, output, config, text, dtype, progress, tokenizer, example)
+
+
+@contextmanager
+def _saying_what_is_kept(output: Path) -> Iterator[None]:
+    """However it ends."""
+    try:
+        yield
+    except BaseException:
+        if unfinished(output).exists():
+            messages.print(
+                f"[dim]What is done is in {escape(str(unfinished(output)))}: the same command goes on with it[/]"
+            )
+        raise
 
 
 def _in_memory(

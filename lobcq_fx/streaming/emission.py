@@ -98,10 +98,9 @@ def emit(
 
 def _check_tensors(graph_module: fx.GraphModule, skeleton: Skeleton) -> None:
     """That no parameter was computed of others, or copied because it is written to: a stand-in has no content."""
-    taken = skeleton.provenance.aliases
     parameters = dict(graph_module.named_parameters())
     for name, tensor in {**parameters, **dict(graph_module.named_buffers())}.items():
-        if tensor.numel() and (name in parameters or name in taken) and not skeleton.owns(tensor):
+        if tensor.numel() and (name in parameters or skeleton.reads(name)) and not skeleton.owns(tensor):
             raise NotStreamedError(f"{name} is computed of the model's weights, or written to by it")
 
 

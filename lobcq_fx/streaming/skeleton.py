@@ -43,6 +43,7 @@ class Skeleton:
 
     model: PreTrainedModel
     provenance: Provenance
+    _taken: frozenset[str]
     _names: Mapping[int, str]
     _real: frozenset[int]
 
@@ -66,14 +67,18 @@ class Skeleton:
         for name, one in large.items():
             one.data = stand_ins[name]
         _check_real(folder, {name: one for name, one in tensors.items() if aliases[name] not in large})
-        taken = {aliases[name] for name in loading.taken}
+        taken = frozenset(aliases[name] for name in loading.taken)
         names = {tensors[name].data_ptr(): name for name in taken if tensors[name].numel()}
         real = frozenset(one.data_ptr() for name, one in tensors.items() if aliases[name] not in taken)
-        return cls(model.eval(), Provenance(loading.sources, aliases), names, real)
+        return cls(model.eval(), Provenance(loading.sources, aliases), taken, names, real)
 
     def name_of(self, tensor: Tensor) -> str | None:
         """The parameter that a tensor is, or looks at, of those that are made of stored ones; None for others."""
         return self._names.get(tensor.data_ptr())
+
+    def reads(self, name: str) -> bool:
+        """Whether a parameter, by any of its names, is made of stored tensors."""
+        return self.provenance.aliases.get(name) in self._taken
 
     def size_of(self, name: str) -> int:
         """Bytes of a parameter."""

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 import lobcq_fx
 from lobcq_fx.config import DEFAULT_EXCLUDE
 from lobcq_fx.errors import NotStreamedError
+from lobcq_fx.storage.journal import Journal
 from tests.cli.conftest import Run
 from tests.cli.test_application import start
 
@@ -127,6 +130,25 @@ def test_a_model_that_is_read_whole_is_said_to_be(
     result = lobcq("quantize", llama, "-o", tmp_path / "q")
     assert "some/folder has no [norm.weight]: the whole model is loaded" in " ".join(result.stderr.split())
     assert (tmp_path / "q" / "lobcq.safetensors").is_file()
+
+
+def test_the_same_command_goes_on_after_a_full_disk(
+    lobcq: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, full = Journal.add, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def adding(self: Journal, name: str, entry: Mapping[str, Any]) -> None:
+        if len(self.entries) == 3:
+            raise full
+        add(self, name, entry)
+
+    monkeypatch.setattr(Journal, "add", adding)
+    message = lobcq.refused("quantize", llama, "-o", tmp_path / "q", code=4)
+    assert "the disk is full" in message
+    assert re.search(r"What is done is in \S*/ ?\.q\.unfinished: the same command goes on with it", message)
+    monkeypatch.setattr(Journal, "add", add)
+    assert lobcq.json("quantize", llama, "-o", tmp_path / "q")["layers_quantized"] == 14
+    assert [one.name for one in tmp_path.iterdir()] == ["q"]
 
 
 def test_an_encoder_takes_what_its_tokenizer_returns(quantized_bert: Path) -> None:
