@@ -79,6 +79,7 @@ reliability: crash fuzz
 # Processes that save are killed at random moments, or their calls to the system fail.
 crash: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz.crash --kills 60 --record
+	$(BIN)/python -m tests.fuzz.streaming --kills 60 --record
 	$(BIN)/python -m tests.fuzz.faults --record
 
 # Random inputs, most of them broken, which have to be right or refused.

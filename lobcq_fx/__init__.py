@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lobcq_fx.model import QuantizedModel
     from lobcq_fx.optimizing import optimize
     from lobcq_fx.pipeline import quantize
+    from lobcq_fx.streaming.quantize_folder import quantize_folder
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "optimize",
     "quantize",
+    "quantize_folder",
 ]
 
 _HOMES = {
@@ -53,6 +55,7 @@ _HOMES = {
     "load": "lobcq_fx.loading",
     "optimize": "lobcq_fx.optimizing",
     "quantize": "lobcq_fx.pipeline",
+    "quantize_folder": "lobcq_fx.streaming.quantize_folder",
 }
 
 

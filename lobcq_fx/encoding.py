@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, fx, nn
 
@@ -57,48 +58,64 @@ def encode_weights(
         CalibrationError: second moments hold NaN or infinity.
     """
     graph_module = weights.graph_module
-    device = device_of(graph_module)
-    for name, tensor in codebooks.named().items():
-        if not has_attribute(graph_module, name):
-            register_attribute(graph_module, name, tensor.to(device))
+    register_codebooks(graph_module, codebooks)
     done: dict[PlannedWeight, EncodedWeight] = {}
     for weight, seen in moments if moments is not None else ((one, None) for one in plan.weights):
-        done[weight] = _encode(weight, weights, codebooks, seen, release_from)
+        encoded, noise = encode_planned(weight, partial(weights.matrices, weight), codebooks, seen)
+        let_go = let_go_of(weight, graph_module, release_from)
+        register_attribute(graph_module, weight.stored, PackedWeight(encoded))
+        done[weight] = EncodedWeight(let_go, encoded.nbytes, noise)
         if progress is not None:
             progress(len(done), len(plan.weights))
     return done
 
 
-def _encode(
+def encode_planned(
     planned: PlannedWeight,
-    weights: FloatWeights,
+    matrices: Callable[[], Iterator[Tensor]],
     codebooks: CodebookSets,
-    moments: Moments | None,
-    release_from: nn.Module | None,
-) -> EncodedWeight:
-    graph_module = weights.graph_module
+    moments: Moments | None = None,
+) -> tuple[Encoded | EncodedStack, float]:
+    """Encode one weight of a plan; and how well it is kept, in dB.
+
+    matrices: gives those of a stack, [N, K] each, or the one that another weight is.
+
+    Raises:
+        LobcqError, CalibrationError: as `encode_weights`.
+    """
     used = planned.spec, codebooks.weights[planned.spec], planned.source
-    encoded: Encoded | EncodedStack
     if planned.stacked:
         assert not isinstance(moments, Tensor)
-        encoded = encode_stacked_weight(weights.matrices(planned), *used, moments)
-        matrices = enumerate(weights.matrices(planned))
-        noise = sqnr_db_of_all(((one, encoded.matrix(index)) for index, one in matrices), decoded_weight)
-    else:
-        assert not isinstance(moments, GroupMoments)
-        weight = weights(planned)
-        encoded = encode_weight(weight, *used, moments)
-        noise = sqnr_db(weight, encoded, decoded_weight)
-        del weight
-    let_go = 0 if planned.keeps_float else get_attribute(graph_module, planned.source).nbytes
-    result = EncodedWeight(let_go, encoded.nbytes, noise)
-    if not planned.keeps_float:
-        delete_attribute(graph_module, planned.source)
-        if release_from is not None and has_attribute(release_from, planned.source):  # else it was computed from others
-            owned = get_attribute(release_from, planned.source)
-            owned.data = owned.data.new_empty(0)
-    register_attribute(graph_module, planned.stored, PackedWeight(encoded))
-    return result
+        stack = encode_stacked_weight(matrices(), *used, moments)
+        pairs = ((one, stack.matrix(index)) for index, one in enumerate(matrices()))
+        return stack, sqnr_db_of_all(pairs, decoded_weight)
+    assert not isinstance(moments, GroupMoments)
+    (weight,) = matrices()
+    encoded = encode_weight(weight, *used, moments)
+    return encoded, sqnr_db(weight, encoded, decoded_weight)
+
+
+def register_codebooks(graph_module: fx.GraphModule, codebooks: CodebookSets) -> None:
+    """Put the sets into a graph module, where `Emit` reads them."""
+    device = device_of(graph_module)
+    for name, tensor in codebooks.named().items():
+        if not has_attribute(graph_module, name):
+            register_attribute(graph_module, name, tensor.to(device))
+
+
+def let_go_of(planned: PlannedWeight, graph_module: fx.GraphModule, release_from: nn.Module | None = None) -> int:
+    """Take a float weight out of its graph module, if nothing else reads it; how many bytes that are.
+
+    release_from: has it too, and loses its memory.
+    """
+    if planned.keeps_float:
+        return 0
+    size: int = get_attribute(graph_module, planned.source).nbytes
+    delete_attribute(graph_module, planned.source)
+    if release_from is not None and has_attribute(release_from, planned.source):  # else it was computed from others
+        owned = get_attribute(release_from, planned.source)
+        owned.data = owned.data.new_empty(0)
+    return size
 
 
 def register_static_scales(

@@ -29,6 +29,10 @@ class CheckpointError(LobcqError):
     """A saved folder is incomplete, damaged, of another version, or would be overwritten."""
 
 
+class NotStreamedError(LobcqError):
+    """A model cannot be quantized weight by weight, but can be in memory."""
+
+
 class ExportError(LobcqError):
     """A model cannot be exported as asked, or the exported one computes something else."""
 

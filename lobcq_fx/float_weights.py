@@ -40,8 +40,8 @@ class FloatWeights:
     def matrices(self, planned: PlannedWeight) -> Iterator[Tensor]:
         """The matrices [N, K] of a stack, or the one that another weight is, made one after the other."""
         weight: Tensor = get_attribute(self.graph_module, planned.source).detach()
-        for index, matrix in enumerate(weight if planned.stacked else [weight]):
-            yield self._as_encoded(matrix.mT if planned.flipped else matrix, planned, index)
+        for index, matrix in enumerate(matrices_of(weight, planned)):
+            yield self._as_encoded(matrix, planned, index)
 
     def _as_encoded(self, matrix: Tensor, planned: PlannedWeight, index: int) -> Tensor:
         scales = self.scales.get(planned, WeightScales())
@@ -52,6 +52,12 @@ class FloatWeights:
         if scales.rotation:
             matrix = rotate(matrix.float(), scales.rotation, "weight")
         return matrix
+
+
+def matrices_of(attribute: Tensor, planned: PlannedWeight) -> Iterator[Tensor]:
+    """The matrices [N, K] of the stack that an attribute holds, or the one that another weight is."""
+    for matrix in attribute if planned.stacked else [attribute]:
+        yield matrix.mT if planned.flipped else matrix
 
 
 def _of_matrix(scale: Tensor, index: int) -> Tensor:

@@ -64,6 +64,13 @@ class ModelParts:
     config: Any = None
     generation_config: Any = None
 
+    def checkpoint(self) -> Checkpoint:
+        """What a folder holds of them."""
+        root = self.graphs[MAIN].graph_module
+        graphs = {name: StoredGraph(one.graph_module.graph, one.calling.to_dict()) for name, one in self.graphs.items()}
+        config = saved_config(self.config, dtype_of(root))
+        return Checkpoint(root, graphs, self.refused_graphs, self.lobcq_config, self.inventory, config)
+
 
 class Reader(Protocol):
     """What a model needs of its front end (`lobcq_fx.frontends`)."""
@@ -209,9 +216,7 @@ class QuantizedModel(NotPickled):
     def checkpoint(self) -> Checkpoint:
         """What a folder holds of the model."""
         graphs = {name: StoredGraph(one.stored, one.calling.to_dict()) for name, one in self.graphs.items()}
-        config = None if self.config is None else json.loads(self.config.to_json_string(use_diff=False))
-        if config is not None:  # a model cast after it was made has another one there, which from_pretrained would read
-            config["dtype"] = str(self.dtype).removeprefix("torch.")
+        config = saved_config(self.config, self.dtype)
         return Checkpoint(self.graph_module, graphs, self.refused_graphs, self.lobcq_config, self.inventory, config)
 
     @property
@@ -227,7 +232,7 @@ class QuantizedModel(NotPickled):
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the parameters that stayed in float."""
-        return next((p.dtype for p in self.graph_module.parameters() if p.dtype.is_floating_point), torch.float32)
+        return dtype_of(self.graph_module)
 
     def to(self, *args: Any, **kwargs: Any) -> QuantizedModel:
         """Move to a device.
@@ -291,6 +296,21 @@ class QuantizedModel(NotPickled):
         """Format, mode and how many matmuls run in it."""
         config, inventory = self.lobcq_config, self.inventory
         return f"{config.format.name}, {config.mode}, {len(inventory.quantized)} of {len(inventory.records)} matmuls"
+
+
+def dtype_of(root: nn.Module) -> torch.dtype:
+    """Floating-point type of the parameters that stayed in float."""
+    return next((p.dtype for p in root.parameters() if p.dtype.is_floating_point), torch.float32)
+
+
+def saved_config(config: Any, dtype: torch.dtype) -> dict[str, Any] | None:
+    """A Hugging Face configuration as it is saved.
+
+    A model that was cast after it was made has another dtype there, which `from_pretrained` would read.
+    """
+    if config is None:
+        return None
+    return {**json.loads(config.to_json_string(use_diff=False)), "dtype": str(dtype).removeprefix("torch.")}
 
 
 def _refuse_cast(dtype: torch.dtype) -> NoReturn:

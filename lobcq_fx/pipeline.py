@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import replace
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from lobcq_fx.budget import MEASURED_CALLS, OBSERVED_CALLS, within_budget
-from lobcq_fx.calibration.groups import prior_rows
+from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.codebook_choice import ModelFit, choose_codebooks, fit_to_model
 from lobcq_fx.config import CALIBRATED, LobcqConfig
 from lobcq_fx.encoding import encode_weights, records_of, register_static_scales
@@ -29,13 +29,14 @@ from lobcq_fx.graph.attributes import device_of
 from lobcq_fx.graph.graph_module import LobcqGraphModule, copied
 from lobcq_fx.graph.shared_tensors import drop_shared, share
 from lobcq_fx.graph.written import kept, state_of
-from lobcq_fx.inventory import Inventory, MatmulRecord
+from lobcq_fx.inventory import MatmulRecord
 from lobcq_fx.kernels.bind import bind_cpu_core
+from lobcq_fx.leftovers import inventory_of
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.insert_observers import InsertObservers, observed
 from lobcq_fx.passes.order import NORMALIZE, emitting
-from lobcq_fx.plan import QuantizationPlan
+from lobcq_fx.plan import PlannedMatmul, QuantizationPlan
 from lobcq_fx.rotation import Rotated, rotate
 from lobcq_fx.second_moments import SecondMoments
 from lobcq_fx.smoothing import Smoothed, smooth
@@ -46,9 +47,6 @@ from lobcq_fx.tracing.trace import MAIN, TracedModel
 from lobcq_fx.tracing.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
-
-LARGE_SHARE = 0.05
-"""Of bytes or multiply-adds: what is left in float without being excluded is worth a warning from here on."""
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (step, done, total); total is None where it is not known."""
@@ -93,38 +91,62 @@ def quantize(
         ConfigError: the settings leave nothing to quantize, or are not for this kind of model.
         LobcqError: a weight holds NaN or infinity.
     """
-    config = _config_of(config, recipe)
-    report = progress or _silent
+    config = settings_of(config, recipe)
+    report = progress or silent
     if config.needs_calibration and calibration_data is None:
         raise CalibrationError(f"{CALIBRATED} need calibration_data: pass an iterable of inputs")
     model = unwrapped(model)
+    example_inputs, data = _example(front_end_of(model), example_inputs, calibration_data)
+    size = size_of(model.parameters())
+    planned = trace_and_plan(model, config, example_inputs, static_cache=static_cache, report=report)
+    tried, plan, main = planned.tried, planned.plan, planned.tried.traced.graphs[MAIN]
+    unlike = planned.unlike
+    if config.bits is not None:
+        data = list(data or ())
+        config = _decided(main, plan, config, tried.front_end, data, report)
+        plan, others = _planned(tried.traced.graph_modules, config, planned.roles)
+        unlike = {**tried.unlike, **others}
+    moments = None
+    if data is not None:
+        moments = _calibrate(main, plan, data, report)
+    alike = tried.graphs_without(unlike)
+    emitted, records = quantize_graphs(alike, plan, config, report, model if inplace else None, moments)
+    inventory = inventory_of(records, *size)
+    return tried.build(emitted, unlike, config, inventory)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model whose graphs were traced, compared with it, and planned.
+
+    unlike: why a graph besides the main one is not to go on, by name. roles: what layers are to the model.
+    """
+
+    tried: Tried
+    plan: QuantizationPlan
+    unlike: dict[str, str]
+    roles: Mapping[str, str]
+
+
+def trace_and_plan(
+    model: nn.Module, config: LobcqConfig, example_inputs: Any, *, static_cache: bool, report: Progress
+) -> Planned:
+    """The first half of quantizing a model, for which its weights need not be its own.
+
+    Raises:
+        TraceError, CallError, ConfigError: as `quantize`.
+    """
     bind_cpu_core()
     front_end = front_end_of(model)
     refusal = front_end.refusal(model, config)
     if refusal is not None:
         raise ConfigError(refusal)
-    example_inputs, data = _example(front_end, example_inputs, calibration_data)
-    count, float_bytes = _size(model.parameters())
     with counted_calls(model, partial(report, "trace")):
         traced = front_end.trace(model, example_inputs, static_cache=static_cache)
     tried = Tried.of(front_end, model, example_inputs, traced)
     roles = front_end.roles(model)
     plan, others = make_plan(traced.graph_modules, config, roles)
-    if config.bits is not None:
-        data = list(data or ())
-        config = _decided(traced.graphs[MAIN], plan, config, front_end, data, report)
-        plan, others = _planned(traced.graph_modules, config, roles)
-    unlike = {**tried.unlike, **others}
-    moments = None
-    if data is not None:
-        moments = _calibrate(traced.graphs[MAIN], plan, data, report)
-    alike = tried.graphs_without(unlike)
-    emitted, records = quantize_graphs(alike, plan, config, report, model if inplace else None, moments)
-    saved = sum(record.float_bytes - record.packed_bytes for record in records)
-    inventory = Inventory(records, count, float_bytes, float_bytes - saved)
-    _warn_of_leftovers(inventory)
-    _warn_of_unreached(inventory)
-    return tried.build(emitted, unlike, config, inventory)
+    return Planned(tried, plan, {**tried.unlike, **others}, roles)
 
 
 def make_plan(
@@ -209,7 +231,7 @@ def quantize_graphs(
         LobcqError: a weight holds NaN or infinity.
         CalibrationError: a layer that needs calibration data saw none.
     """
-    report = progress or _silent
+    report = progress or silent
     assert moments is not None or not plan.compensates, "second moments are needed: observe(graph, plan, calls)"
     root = graph_modules[MAIN]
     smoothed, rotation = _prepared(plan, graph_modules)
@@ -218,11 +240,23 @@ def quantize_graphs(
     by_weight = None if moments is None else moments.of_weights(statistics)
     encoded = encode_weights(plan, weights, codebooks, by_weight, release_from, partial(report, "encode"))
     register_static_scales(plan, root, statistics)
+    emitted = emit_graphs(graph_modules, plan, codebooks, rotation.matmuls)
+    return emitted, records_of(plan, encoded, codebooks, statistics, smoothed.matmuls, rotation.matmuls)
+
+
+def emit_graphs(
+    graph_modules: Mapping[str, fx.GraphModule],
+    plan: QuantizationPlan,
+    codebooks: CodebookSets,
+    rotated: AbstractSet[PlannedMatmul] = frozenset(),
+) -> dict[str, fx.GraphModule]:
+    """Write the ops of the format into every graph, on the tensors of the main one, which has the packed weights."""
+    root = graph_modules[MAIN]
     emitted = {name: root if name == MAIN else share(one, root) for name, one in graph_modules.items()}
     for graph_module in emitted.values():
-        emitting(plan, codebooks, rotation.matmuls)(graph_module)
+        emitting(plan, codebooks, rotated)(graph_module)
     EliminateDeadCode(tuple(one for one in emitted.values() if one is not root))(root)
-    return emitted, records_of(plan, encoded, codebooks, statistics, smoothed.matmuls, rotation.matmuls)
+    return emitted
 
 
 def _prepared(plan: QuantizationPlan, graph_modules: Mapping[str, fx.GraphModule]) -> tuple[Smoothed, Rotated]:
@@ -266,7 +300,7 @@ def fit_shared_codebooks(
     """
     config = replace(config or LobcqConfig(), format=spec)
     config.require_decided()
-    report = progress or _silent
+    report = progress or silent
     model = unwrapped(model)
     front_end = front_end_of(model)
     example_inputs, data = _example(front_end, example_inputs, calibration_data)
@@ -278,7 +312,12 @@ def fit_shared_codebooks(
     return fit_to_model(plan, rotation.weights.matrices, rotation.statistics, spec, report)
 
 
-def _config_of(config: LobcqConfig | None, recipe: str | None) -> LobcqConfig:
+def settings_of(config: LobcqConfig | None, recipe: str | None) -> LobcqConfig:
+    """The settings, or those of a recipe.
+
+    Raises:
+        ConfigError: both are given, or there is no such recipe.
+    """
     if recipe is None:
         return config or LobcqConfig()
     if config is not None:
@@ -286,7 +325,7 @@ def _config_of(config: LobcqConfig | None, recipe: str | None) -> LobcqConfig:
     return LobcqConfig.of_recipe(recipe)
 
 
-def _silent(step: str, done: int, total: int | None) -> None:
+def silent(step: str, done: int, total: int | None) -> None:
     """Progress that nobody asked for."""
 
 
@@ -320,43 +359,10 @@ def _calibrate(traced: TracedModel, plan: QuantizationPlan, data: Iterable[Any],
     return moments
 
 
-def _size(parameters: Iterable[Tensor]) -> tuple[int, int]:
+def size_of(parameters: Iterable[Tensor]) -> tuple[int, int]:
     """(scalars, bytes)."""
     sizes = [(p.numel(), p.numel() * p.element_size()) for p in parameters]
     return sum(n for n, _ in sizes), sum(b for _, b in sizes)
-
-
-def _warn_of_leftovers(inventory: Inventory) -> None:
-    """Say loudly what stays in float although no pattern asked for it."""
-    left = [r for r in inventory.left_alone if r.float_bytes and not r.excluded]
-    share = sum(record.float_bytes for record in left) / max(1, inventory.model_float_bytes)
-    coverage = inventory.asked_coverage
-    if share <= LARGE_SHARE and coverage >= 1 - LARGE_SHARE:
-        return
-    left.sort(key=lambda record: (record.macs, record.float_bytes), reverse=True)
-    reasons = "; ".join(dict.fromkeys(f"{record.layer or record.operation}: {record.reason}" for record in left))
-    logger.warning(
-        "%.0f %% of the model's bytes, and %.0f %% of its multiply-adds, stay in float, unasked: %s",
-        100 * share, 100 * (1 - coverage), shorten(reasons, 300, placeholder=" ..."),
-    )  # fmt: skip
-
-
-def _warn_of_unreached(inventory: Inventory) -> None:
-    """Say which mixtures have experts that got no token, or few: what was seen of all stands for them."""
-    for record in inventory.quantized:
-        count = record.undersampled or record.unreached
-        if not count:
-            continue
-        assert record.shape is not None
-        experts, _, columns = record.shape
-        few = (
-            f"fewer than {prior_rows(columns)} tokens ({record.unreached} none)" if record.undersampled else "no token"
-        )
-        logger.warning(
-            "%d of %d experts of %s got %s of the calibration data: what all of them got stands for these."
-            " Remedy: more calibration data",
-            count, experts, record.layer, few,
-        )  # fmt: skip
 
 
 def _reasons(plan: QuantizationPlan) -> str:

@@ -98,7 +98,7 @@ def test_links_to_files_lead_somewhere(page):
 
 
 @pytest.mark.parametrize(
-    "page", ["readme", "accuracy", "gpu_kernels", "families", "reliability", "experts", "integrations"]
+    "page", ["readme", "accuracy", "gpu_kernels", "families", "reliability", "experts", "integrations", "scaling"]
 )
 def test_the_pages_show_the_results(page):
     command = [sys.executable, "-m", f"benchmarks.pages.{page}", "--check"]

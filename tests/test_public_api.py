@@ -20,6 +20,7 @@ PUBLIC = {
     "load",
     "optimize",
     "quantize",
+    "quantize_folder",
 }
 
 

@@ -18,6 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 TRIALS = {
     "crash": ("A save that is killed leaves the old model or the new one, whole.", "kills at random moments"),
+    "streaming": ("A killed `quantize_folder` loses no more than was under way.", "kills, each gone on from"),
     "faults": ("A save that the system fails leaves the old model or the new one.", "system calls, each failed once"),
     "readers": ("Who loads while another saves gets one of the models.", "loads beside a thread that saves"),
     "flips": ("What is damaged is refused, or computes what was saved.", "damaged files"),

@@ -20,8 +20,10 @@ from transformers.models.auto.modeling_auto import (
 
 import lobcq_fx
 from lobcq_fx.cli.failures import InputError
+from lobcq_fx.errors import LobcqError
 from lobcq_fx.evaluation.data_files import whole_text
 from lobcq_fx.storage.checkpoint import QUANT_METHOD
+from lobcq_fx.streaming.transformers_loading import model_class_of
 
 DEFAULT = "default"
 """What stands for the folder of the embedded model on the command line."""
@@ -129,8 +131,8 @@ def load_float_model(folder: ModelFolder, dtype: str = "auto") -> nn.Module:
     _be_quiet()
     try:
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-        model = _class_of(folder).from_pretrained(folder.path, dtype=wanted, local_files_only=True)
-    except MemoryError:
+        model = model_class_of(folder.config).from_pretrained(folder.path, dtype=wanted, local_files_only=True)
+    except (LobcqError, MemoryError):
         raise
     except Exception as error:  # of many kinds, and all of them about what is in the folder
         where = _damaged_weights(folder.path) or f"{folder.path} ({folder.architecture})"
@@ -193,18 +195,6 @@ def read_text(given: Path | None) -> tuple[str, str]:
     """
     text = whole_text(given or lobcq_fx.default_model_path() / HELDOUT)
     return text, str(given) if given else f"embedded {HELDOUT}"
-
-
-def _class_of(folder: ModelFolder) -> Any:
-    if not folder.config.get("architectures"):
-        return transformers.AutoModel
-    found = getattr(transformers, folder.architecture, None)
-    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-        return found
-    raise InputError(
-        f"unsupported architecture {folder.architecture}: transformers {transformers.__version__} has no such class"
-        " (models that bring their own code are not supported)"
-    )
 
 
 def _names(mapping: Mapping[str, Any]) -> set[str]:

@@ -29,11 +29,8 @@ from lobcq_fx.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from lobcq_fx.cli.console import ProgressBars
     from lobcq_fx.cli.inputs import ModelFolder
-    from lobcq_fx.cli.texts import CalibrationText
     from lobcq_fx.config import LobcqConfig
-    from lobcq_fx.model import QuantizedModel
 
 
 def quantize(
@@ -130,10 +127,12 @@ def quantize(
 ) -> None:
     """Quantize a model and save it with its tokenizer.
 
-    Without a calibration text nothing needs calibrating: codebooks are universal, each token gets its own scale.
+    Without a calibration text nothing needs calibrating: codebooks are universal, each token gets its own scale. The
+    model may then be larger than memory, and the same command goes on with what one that was interrupted has done.
     """
     from lobcq_fx.cli.console import ProgressBars, print_json
     from lobcq_fx.cli.inputs import model_folder, read_text
+    from lobcq_fx.cli.quantizing import quantized_folder
     from lobcq_fx.cli.summary import print_summary, summary
     from lobcq_fx.cli.texts import CalibrationText, check_calibration
 
@@ -162,14 +161,14 @@ def quantize(
     text = CalibrationText(read_text(calibrate)[0], calibration_samples, calibration_length) if calibrate else None
     started = time.perf_counter()
     with ProgressBars() as progress:
-        quantized = _run(folder, output, config, text, dtype, progress)
-    result = summary(quantized.inventory, quantized.lobcq_config, output, time.perf_counter() - started)
+        inventory, decided = quantized_folder(folder, output, config, text, dtype, progress)
+    result = summary(inventory, decided, output, time.perf_counter() - started)
     if json:
         print_json({"model": model, **result})
     else:
         generates = folder.is_causal_lm or folder.is_text_to_text
         measured = not folder.is_encoder_decoder
-        print_summary(quantized.inventory, result, model, generates=generates, measured=measured)
+        print_summary(inventory, result, model, generates=generates, measured=measured)
 
 
 def _check(config: LobcqConfig, folder: ModelFolder, output: Path, calibrate: Path | None, *, overwrite: bool) -> None:
@@ -184,7 +183,7 @@ def _check(config: LobcqConfig, folder: ModelFolder, output: Path, calibrate: Pa
     if config.codebooks not in CODEBOOKS:
         for spec in (config.format, config.activations):
             read_codebooks(Path(config.codebooks), spec)
-    needed = _least_size(folder, config)
+    needed = _least_size(folder, config) - _begun(output)
     check_folder(output, overwrite=overwrite, needed_bytes=needed, replaceable=is_checkpoint, source=folder.path)
 
 
@@ -241,32 +240,11 @@ def _override(given: str) -> tuple[str, dict[str, str]]:
     return pattern, {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def _run(
-    folder: ModelFolder,
-    output: Path,
-    config: LobcqConfig,
-    text: CalibrationText | None,
-    dtype: Dtype,
-    progress: ProgressBars,
-) -> QuantizedModel:
-    import lobcq_fx
-    from lobcq_fx.cli.inputs import load_float_model, load_tokenizer
-    from lobcq_fx.cli.outputs import writing
-    from lobcq_fx.cli.texts import example_call
+def _begun(output: Path) -> int:
+    """Bytes that a command that was interrupted has left to go on with."""
+    from lobcq_fx.storage.atomic_folder import unfinished
 
-    tokenizer = load_tokenizer(folder, required=text is not None)
-    progress("load", 0, 1)
-    model = load_float_model(folder, dtype.value)
-    progress("load", 1, 1)
-    data = None if text is None else text.batches(tokenizer, causal=folder.is_causal_lm)
-    made_up = folder.is_causal_lm or folder.is_encoder_decoder or tokenizer is None
-    example = None if made_up else example_call(tokenizer)
-    quantized = lobcq_fx.quantize(model, data, config, example, inplace=True, progress=progress)
-    progress("save", 0, 1)
-    with writing(output):
-        quantized.save_pretrained(output, tokenizer)
-    progress("save", 1, 1)
-    return quantized
+    return sum(file.stat().st_size for file in unfinished(output).rglob("*") if file.is_file())
 
 
 def _least_size(folder: ModelFolder, config: LobcqConfig) -> int:

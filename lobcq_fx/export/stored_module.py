@@ -15,7 +15,7 @@ from lobcq_fx.model import QuantizedModel
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.passes.infra import Sequential
 from lobcq_fx.passes.real_arithmetic import RealArithmetic
-from lobcq_fx.storage.checkpoint import stored_tensors
+from lobcq_fx.storage.stored_tensors import stored_tensors
 
 
 def stored_module(q: QuantizedModel, *, last_logits_only: bool = False) -> fx.GraphModule:

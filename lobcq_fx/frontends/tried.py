@@ -64,11 +64,20 @@ class Tried:
         Raises:
             LobcqError: it fails, or gives another structure, NaN or infinity where the model gives numbers.
         """
-        graphs = {name: TracedModel(one, self.traced.graphs[name].calling) for name, one in emitted.items()}
-        graphs |= self.front_end.parts(graphs[MAIN])
-        refused = {**self.traced.refusals, **unlike}
-        configs = self.front_end.configs(self.model)
-        q = self.front_end.build(ModelParts(graphs, refused, config, inventory, **configs))
+        q = self.front_end.build(self.parts(emitted, unlike, config, inventory))
         for name in emitted:
             check_quantized(q, q.graphs[name].graph_module, self.trials[name], self.expected)
         return q
+
+    def parts(
+        self,
+        emitted: Mapping[str, fx.GraphModule],
+        unlike: Mapping[str, str],
+        config: LobcqConfig,
+        inventory: Inventory,
+    ) -> ModelParts:
+        """What `build` makes the model of."""
+        graphs = {name: TracedModel(one, self.traced.graphs[name].calling) for name, one in emitted.items()}
+        graphs |= self.front_end.parts(graphs[MAIN])
+        configs = self.front_end.configs(self.model)
+        return ModelParts(graphs, {**self.traced.refusals, **unlike}, config, inventory, **configs)

@@ -17,7 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CalibrationError, CheckpointError, ConfigError
 from lobcq_fx.modules.packed_product import LinearSettings
-from lobcq_fx.storage.checkpoint import FORMAT_VERSION, LAYERS, NOTICE_START, QUANT_METHOD, WEIGHTS, check_version
+from lobcq_fx.storage.checkpoint import FORMAT_VERSION, LAYERS, NOTICE_START, QUANT_METHOD, check_version
+from lobcq_fx.storage.stored_tensors import WEIGHTS
 
 
 @register_quantization_config(QUANT_METHOD)

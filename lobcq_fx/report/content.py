@@ -16,7 +16,8 @@ from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.model import QuantizedModel
-from lobcq_fx.storage.checkpoint import is_checkpoint, weights_file
+from lobcq_fx.storage.checkpoint import is_checkpoint
+from lobcq_fx.storage.stored_tensors import weights_path
 
 CODEBOOKS = f"{MODULE}.codebooks"
 
@@ -56,7 +57,7 @@ class ReportContent:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             settings = LobcqConfig.from_dict(config["quantization_config"]["lobcq_config"])
             inventory = Inventory.from_dict(json.loads((folder / "inventory.json").read_text(encoding="utf-8")))
-            with safe_open(weights_file(folder), framework="pt") as file:
+            with safe_open(weights_path(folder), framework="pt") as file:
                 codebooks = {key: file.get_tensor(key) for key in sorted(file.keys()) if key.startswith(CODEBOOKS)}
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(f"{folder} is damaged: {type(error).__name__}: {error}") from None

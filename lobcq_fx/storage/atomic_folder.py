@@ -24,6 +24,12 @@ logger = logging.getLogger(__name__)
 PARTIAL, OLD = ".partial", ".old"
 """Ends of the names of what is not yet in place, and of what was, for as long as it takes to put the new one there."""
 
+UNFINISHED = ".unfinished"
+"""The same of what is to be gone on with."""
+
+MODEL = "model"
+"""In a folder that is gone on with, the one that will be put in place."""
+
 
 @contextmanager
 def replace_folder(target: Path, is_ours: Callable[[Path], bool], own: Container[str] = ()) -> Iterator[Path]:
@@ -53,17 +59,67 @@ def replace_folder(target: Path, is_ours: Callable[[Path], bool], own: Container
             locks.enter_context(_locked(fresh))
         try:
             yield fresh
-            _give_permissions(fresh)
-            if target.is_dir():
-                _keep_the_rest(target, fresh, own)
-            _sync(fresh)
-            with _locked(target.parent):  # nor takes a model that makes way for abandoned
-                _put_in_place(fresh, target)
+            _finish(fresh, target, own)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
             with suppress(OSError):  # from the innermost out, up to one that holds something
                 for folder in new:
                     folder.rmdir()
+
+
+@contextmanager
+def resumed_folder(
+    target: Path, is_ours: Callable[[Path], bool], own: Container[str], worth: Callable[[Path], bool]
+) -> Iterator[Path]:
+    """Yield a folder beside `target` that outlives a block that does not end well, and is there again the next time.
+
+    In it, `MODEL` is the folder that becomes `target` when the block ends well; as in `replace_folder`, at once, with
+    whatever else an old one holds. The rest says how far the block has come, and goes then. SIGTERM and SIGHUP end the
+    block as an exception would.
+
+    Args:
+        target, is_ours, own: as in `replace_folder`.
+        worth: whether the folder has anything to go on with; without, it goes when the block fails.
+
+    Raises:
+        CheckpointError: `target` cannot be written, is not ours, or another process is writing it like this.
+        OSError: the disk is full, or fails.
+    """
+    check_target(target, is_ours)
+    target = target.resolve()
+    work = unfinished(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with terminations_unwind(), ExitStack() as locks:
+        with _locked(target.parent):
+            clear_leftovers(target)
+            work.mkdir(mode=0o700, exist_ok=True)
+            if not _lock_at_once(work, locks):
+                raise CheckpointError(f"another process is writing {target}: wait for it, or choose another folder")
+        try:
+            (work / MODEL).mkdir(mode=0o700, exist_ok=True)
+            yield work
+            _finish(work / MODEL, target, own)
+        except BaseException:
+            if not worth(work):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def unfinished(target: Path) -> Path:
+    """Where `resumed_folder` keeps what is not in place yet."""
+    target = target.resolve()
+    return target.parent / f".{target.name}{UNFINISHED}"
+
+
+def _finish(fresh: Path, target: Path, own: Container[str]) -> None:
+    """Put a folder that is complete in place."""
+    _give_permissions(fresh)
+    if target.is_dir():
+        _keep_the_rest(target, fresh, own)
+    _sync(fresh)
+    with _locked(target.parent):  # no other save takes a model that makes way for abandoned
+        _put_in_place(fresh, target)
 
 
 def check_target(target: Path, is_ours: Callable[[Path], bool], source: Path | None = None) -> Path:
@@ -133,6 +189,16 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock_at_once(folder: Path, locks: ExitStack) -> bool:
+    """Lock a folder until `locks` are let go; False where another process has it."""
+    if sys.platform == "win32":
+        return True
+    if _is_locked(folder):
+        return False
+    locks.enter_context(_locked(folder))
+    return True
 
 
 def _is_locked(folder: Path) -> bool:

@@ -11,34 +11,39 @@ tokenizer files, generation_config.json where the model has them
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, fx, nn
+import torch
+from torch import fx
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CheckpointError
-from lobcq_fx.graph.attributes import has_attribute, register_attribute
-from lobcq_fx.graph.graph_module import LobcqGraphModule
 from lobcq_fx.graph.shared_tensors import SharingGraphModule
 from lobcq_fx.inventory import Inventory
-from lobcq_fx.modules.packed_weight import PARTS
 from lobcq_fx.storage.atomic_folder import replace_folder
-from lobcq_fx.storage.files import check_regular, json_object, read_bytes
+from lobcq_fx.storage.files import json_object, read_bytes
 from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
-from lobcq_fx.storage.index import INDEX, FolderIndex, described, differing, digest_of, digests_of
-from lobcq_fx.storage.rehearse import rehearse
-from lobcq_fx.storage.validate import check_parameters, restore_packed_weights
+from lobcq_fx.storage.index import INDEX, FolderIndex, TensorDigest, described, differing, digest_of, digests_of
+from lobcq_fx.storage.rehearse import META, rehearse
+from lobcq_fx.storage.stored_tensors import (
+    WEIGHTS,
+    WEIGHTS_OF_VERSION_1,
+    check_tensors,
+    open_weights,
+    read_tensors,
+    root_of,
+    stored_names,
+    stored_tensors,
+    validated_root,
+    weights_path,
+)
+from lobcq_fx.storage.weights_file import check_room, weights_file
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.trace import MAIN, TracedModel
 
@@ -51,8 +56,6 @@ FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 """Version 1 had the weights in `model.safetensors`, where transformers takes them for a float model's."""
 
-WEIGHTS, WEIGHTS_OF_VERSION_1 = "lobcq.safetensors", "model.safetensors"
-
 NOTICE_START = "a LO-BCQ model"
 NOTICE = (
     f"{NOTICE_START}, which transformers does not open by itself: import lobcq_fx first, or call"
@@ -63,21 +66,17 @@ NOTICE = (
 LAYERS = "layers"
 """Key of a `quantization_config` whose folder has a model's modules, and no graph: transformers wrote it."""
 
-DESCRIPTIONS = ("config.json", "graph.json", "inventory.json")
+INVENTORY = "inventory.json"
+DESCRIPTIONS = ("config.json", "graph.json", INVENTORY)
 
 OWN = (*DESCRIPTIONS, WEIGHTS, INDEX, WEIGHTS_OF_VERSION_1)
 """Files that belong to a model, and go with it when it is replaced; others are the user's."""
-
-SMALL = 4096
-"""Bytes of tensors that are always compared with their digests: tensor scales and biases tell two saves apart."""
 
 FILE_LIMIT = 64 * 2**20
 """Bytes of a JSON file. The graphs of an 80-layer Llama take five million."""
 
 TRIES = 5
 """Times a folder may be replaced while it is read."""
-
-MAPPED = tuple(f".{part}" for part in PARTS if part != "tensor_scale")
 
 
 Callings = Mapping[str, Callable[[dict[str, Any]], CallingConvention]]
@@ -148,17 +147,31 @@ def saved_folder(
         The folder that is not in place yet, and what it holds.
     """
     tensors = stored_tensors(checkpoint.root, [one.graph for one in checkpoint.graphs.values()])
-    values = (_config(checkpoint), _graph(checkpoint), checkpoint.inventory.to_dict())
-    descriptions = {name: _json(value) for name, value in zip(DESCRIPTIONS, values, strict=True)}
-    index = FolderIndex({name: digest_of(content) for name, content in descriptions.items()}, digests_of(tensors))
     with replace_folder(directory, is_checkpoint, OWN) as folder:
-        _write_weights(tensors, folder / WEIGHTS)
-        for name, content in descriptions.items():
-            (folder / name).write_bytes(content)
-        for one in companions:
-            one.save_pretrained(folder)
-        index.write(folder)
+        digests = digests_of(tensors)
+        check_room(folder, digests)
+        with weights_file(folder / WEIGHTS, digests) as file:
+            for name, tensor in tensors.items():
+                file.write(name, tensor)
+        write_descriptions(folder, descriptions(checkpoint), companions, digests)
         yield folder, load_checkpoint(folder)
+
+
+def descriptions(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """What stands beside the weights, by the names of the files."""
+    values = (_config(checkpoint), _graph(checkpoint), checkpoint.inventory.to_dict())
+    return {name: json_bytes(value) for name, value in zip(DESCRIPTIONS, values, strict=True)}
+
+
+def write_descriptions(
+    folder: Path, contents: Mapping[str, bytes], companions: Sequence[Any], tensors: Mapping[str, TensorDigest]
+) -> None:
+    """Write all but the weights; the index, which has the digests of the rest, comes last."""
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    for one in companions:
+        one.save_pretrained(folder)
+    FolderIndex({name: digest_of(content) for name, content in contents.items()}, tensors).write(folder)
 
 
 def load_checkpoint(directory: Path, *, verify: bool = True) -> Checkpoint:
@@ -199,7 +212,7 @@ def verify_folder(directory: Path) -> tuple[FolderIndex, list[str]]:
         except CheckpointError as error:
             problems.append(str(error))
     try:
-        with _open_weights(directory / WEIGHTS) as file:
+        with open_weights(directory / WEIGHTS) as file:
             found = digests_of({name: file.get_tensor(name) for name in sorted(file.keys())})
     except CheckpointError as error:
         return index, [*problems, str(error)]
@@ -215,7 +228,63 @@ def _generation(directory: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
+@dataclass(frozen=True)
+class _Described:
+    """What the files beside the weights say. parameters: names of the tensors that are parameters."""
+
+    graphs: Mapping[str, StoredGraph]
+    refused: Mapping[str, str]
+    lobcq_config: LobcqConfig
+    inventory: Inventory
+    config: dict[str, Any] | None
+    parameters: set[str]
+    index: FolderIndex | None
+
+    @property
+    def fx_graphs(self) -> list[fx.Graph]:
+        return [one.graph for one in self.graphs.values()]
+
+    def checkpoint(self, root: fx.GraphModule) -> Checkpoint:
+        return Checkpoint(root, self.graphs, self.refused, self.lobcq_config, self.inventory, self.config)
+
+
+def check_written(directory: Path, digest: Callable[[str], str]) -> Checkpoint:
+    """Read a folder that was written just now back, but for its weights, and check those against the index.
+
+    Args:
+        directory: the folder.
+        digest: BLAKE3 of a tensor, by its name, as its file has it.
+
+    Returns:
+        What the folder holds, its tensors without content: for those who read the rest.
+
+    Raises:
+        CheckpointError: names the file or tensor, and what is wrong with it.
+    """
+    found = _described(directory)
+    assert found.index is not None
+    tensors = {}
+    with open_weights(directory / WEIGHTS) as file:
+        for name in stored_names(found.fx_graphs):
+            part = file.get_slice(name)
+            dtype = getattr(torch, found.index.tensors[name].dtype)
+            tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device=META)
+    problems = differing(found.index.tensors, {n: replace(described(t), blake3=digest(n)) for n, t in tensors.items()})
+    if problems:
+        raise CheckpointError(f"{directory / WEIGHTS} does not read back as it was written: {problems[0]}")
+    rehearse(found.fx_graphs, tensors)
+    return found.checkpoint(root_of(tensors, found.fx_graphs, found.parameters))
+
+
 def _load(directory: Path, *, verify: bool) -> Checkpoint:
+    found = _described(directory)
+    tensors = read_tensors(directory, found.fx_graphs)
+    if found.index is not None:
+        check_tensors(weights_path(directory), tensors, found.index, verify=verify)
+    return found.checkpoint(validated_root(tensors, found.fx_graphs, found.parameters))
+
+
+def _described(directory: Path) -> _Described:
     content = read_bytes(directory / "config.json", FILE_LIMIT)
     config = json_object(content, directory / "config.json")
     settings = config.pop("quantization_config", None)
@@ -242,41 +311,12 @@ def _load(directory: Path, *, verify: bool) -> Checkpoint:
         for name, entry in saved.get("variants", {}).items():
             graphs[name] = StoredGraph(graph_from_json(entry["nodes"]), entry["calling"])
         refused = {str(name): str(reason) for name, reason in saved.get("refused_variants", {}).items()}
-        inventory = Inventory.from_dict(read("inventory.json"))
+        inventory = Inventory.from_dict(read(INVENTORY))
         lobcq_config = LobcqConfig.from_dict(settings["lobcq_config"])
         parameters = set(saved["parameters"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory} is damaged: {type(error).__name__}: {error}") from None
-    tensors = _read_tensors(directory, [one.graph for one in graphs.values()])
-    if index is not None:
-        _check_tensors(weights_file(directory), tensors, index, verify=verify)
-    root = _validated_root(tensors, [one.graph for one in graphs.values()], parameters)
-    return Checkpoint(root, graphs, refused, lobcq_config, inventory, config or None)
-
-
-def _validated_root(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
-    """`_root`, once its tensors and graphs are known to be such as can run."""
-    # These look into the mapped file. Weights leave it when they are repacked; one tensor that stays would keep all of
-    # it mapped, and resident.
-    tensors = {name: tensor if name.endswith(MAPPED) else tensor.clone() for name, tensor in tensors.items()}
-    check_parameters({name: tensor for name, tensor in tensors.items() if name in parameters})
-    root = _root(tensors, graphs, parameters)
-    rehearse(graphs, tensors)
-    return root
-
-
-def _root(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
-    """A module that runs the first graph, with the tensors of all of them."""
-    module = nn.Module()
-    for name, tensor in tensors.items():
-        is_parameter = name in parameters and tensor.is_floating_point()
-        register_attribute(module, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
-    root = LobcqGraphModule(module, graphs[0], class_name="LobcqGraph")
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if not has_attribute(root, name):  # the line above copies what its own graph reads
-            register_attribute(root, name, tensor)
-    restore_packed_weights(root, graphs)  # packed weights are modules, which it would not copy
-    return root
+    return _Described(graphs, refused, lobcq_config, inventory, config or None, parameters, index)
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -286,30 +326,6 @@ def is_checkpoint(directory: Path) -> bool:
         return bool(config["quantization_config"]["quant_method"] == QUANT_METHOD)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def weights_file(directory: Path) -> Path:
-    """The file with a folder's weights, of whichever version it is."""
-    old = directory / WEIGHTS_OF_VERSION_1
-    return directory / WEIGHTS if (directory / WEIGHTS).exists() or not old.exists() else old
-
-
-def stored_tensors(module: nn.Module, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
-    """Every tensor that graphs on stored weights refer to, by name; names that share memory get a copy each."""
-    state = module.state_dict()
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name in _names(graphs):
-        tensor = state[name].cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return tensors
-
-
-def _names(graphs: Sequence[fx.Graph]) -> list[str]:
-    """What the graphs refer to, each once, in the order of the nodes."""
-    return list(dict.fromkeys(str(node.target) for graph in graphs for node in graph.find_nodes(op="get_attr")))
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -365,54 +381,6 @@ def _index(directory: Path, version: int) -> FolderIndex | None:
     return None
 
 
-def _read_tensors(directory: Path, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
-    """What the graphs refer to, mapped from the file."""
-    wanted = set(_names(graphs))
-    path = weights_file(directory)
-    with _open_weights(path) as file:
-        missing = wanted - set(file.keys())
-        if missing:
-            raise CheckpointError(f"{path} lacks {sorted(missing)[0]} and {len(missing) - 1} more tensors")
-        return {name: file.get_tensor(name) for name in sorted(wanted)}
-
-
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor], index: FolderIndex, *, verify: bool) -> None:
-    """Against their digests; without `verify`, those of large ones are taken for right if dtypes and shapes are."""
-    expected = {name: one for name, one in index.tensors.items() if name in tensors}
-    read = {name: tensor for name, tensor in tensors.items() if verify or tensor.nbytes <= SMALL}
-    found = digests_of(read) | {
-        name: replace(described(tensor), blake3=expected[name].blake3)
-        for name, tensor in tensors.items()
-        if name not in read and name in expected
-    }
-    problems = differing(expected, found)
-    if problems:
-        more = f", and {len(problems) - 1} more tensors differ" if len(problems) > 1 else ""
-        raise CheckpointError(
-            f"{path} is not what was saved: {problems[0]}{more}. Remedy: get the folder again; `lobcq verify` lists all"
-        )
-
-
-@contextmanager
-def _open_weights(path: Path) -> Iterator[Any]:
-    check_regular(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch, which maps it, raises the second
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-
-
-def _write_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free", str(path.parent))
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
-
-
-def _json(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """A file's content."""
     return (json.dumps(value, indent=1) + "\n").encode()

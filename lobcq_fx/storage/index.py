@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +22,9 @@ from lobcq_fx.errors import CheckpointError
 from lobcq_fx.storage.files import json_object
 
 INDEX = "lobcq.index.json"
+
+PIECE = 16 * 2**20
+"""Bytes that are read at a time where only their digest is wanted."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,22 @@ def described(tensor: Tensor) -> TensorDigest:
     return TensorDigest(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), "")
 
 
+def digested(tensor: Tensor) -> TensorDigest:
+    """The same of a tensor on the CPU, with its digest."""
+    return replace(described(tensor), blake3=digest_of(bytes_of(tensor)))
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """A tensor's content, row by row, as a buffer of bytes."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def digests_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorDigest]:
     """Of tensors on the CPU, in as many threads as there are cores."""
 
     def one(item: tuple[str, Tensor]) -> tuple[str, TensorDigest]:
         name, tensor = item
-        content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return name, replace(described(tensor), blake3=digest_of(content.data))
+        return name, digested(tensor)
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         largest_first = sorted(tensors.items(), key=lambda item: -item[1].nbytes)
@@ -121,3 +133,11 @@ def differing(expected: Mapping[str, TensorDigest], found: Mapping[str, TensorDi
 def digest_of(content: Any) -> str:
     """BLAKE3 of bytes, in hex: cryptographic, and as fast as memory is read."""
     return blake3.blake3(content).hexdigest()
+
+
+def digest_of_pieces(pieces: Iterable[Any]) -> str:
+    """The same of bytes that come one after the other."""
+    digest = blake3.blake3()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()

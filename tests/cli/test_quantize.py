@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 import lobcq_fx
 from lobcq_fx.config import DEFAULT_EXCLUDE
+from lobcq_fx.errors import NotStreamedError
+from lobcq_fx.storage.journal import Journal
 from tests.cli.conftest import Run
 from tests.cli.test_application import start
 
@@ -114,6 +118,37 @@ def test_json_is_all_that_standard_output_holds(llama: Path, tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["layers_quantized"] == 14
     assert "Encode weights" in result.stderr
+
+
+def test_a_model_that_is_read_whole_is_said_to_be(
+    lobcq: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise NotStreamedError("some/folder has no [norm.weight]")
+
+    monkeypatch.setattr(lobcq_fx, "quantize_folder", refuse)
+    result = lobcq("quantize", llama, "-o", tmp_path / "q")
+    assert "some/folder has no [norm.weight]: the whole model is loaded" in " ".join(result.stderr.split())
+    assert (tmp_path / "q" / "lobcq.safetensors").is_file()
+
+
+def test_the_same_command_goes_on_after_a_full_disk(
+    lobcq: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, full = Journal.add, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def adding(self: Journal, name: str, entry: Mapping[str, Any]) -> None:
+        if len(self.entries) == 3:
+            raise full
+        add(self, name, entry)
+
+    monkeypatch.setattr(Journal, "add", adding)
+    message = lobcq.refused("quantize", llama, "-o", tmp_path / "q", code=4)
+    assert "the disk is full" in message
+    assert re.search(r"What is done is in \S*/ ?\.q\.unfinished: the same command goes on with it", message)
+    monkeypatch.setattr(Journal, "add", add)
+    assert lobcq.json("quantize", llama, "-o", tmp_path / "q")["layers_quantized"] == 14
+    assert [one.name for one in tmp_path.iterdir()] == ["q"]
 
 
 def test_an_encoder_takes_what_its_tokenizer_returns(quantized_bert: Path) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from lobcq_fx.storage.checkpoint import WEIGHTS
 from lobcq_fx.storage.index import FolderIndex, digest_of, digests_of
+from lobcq_fx.storage.stored_tensors import WEIGHTS
 
 
 def reindex(folder: Path) -> None:

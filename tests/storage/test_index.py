@@ -12,14 +12,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import lobcq_fx
 from lobcq_fx.errors import CheckpointError
-from lobcq_fx.storage import checkpoint
-from lobcq_fx.storage.checkpoint import FILE_LIMIT, WEIGHTS
+from lobcq_fx.storage import checkpoint, stored_tensors
+from lobcq_fx.storage.checkpoint import FILE_LIMIT
 from lobcq_fx.storage.index import INDEX, digest_of, digests_of
+from lobcq_fx.storage.stored_tensors import WEIGHTS
 from tests.fuzz.flips import FILES, flip
 from tests.fuzz.readers import read
 from tests.fuzz.small import X, quantized
@@ -71,7 +71,7 @@ def test_no_changed_byte_is_computed_with(models, folder, name):
 
 
 def test_swapped_tensors_are_noticed_and_those_of_another_dtype_without_reading_them(models, folder, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SMALL", 16)
+    monkeypatch.setattr(stored_tensors, "SMALL", 16)
     expected = models[0](X)
     tensors = load_file(folder / WEIGHTS)
     one, other = "0.weight.codes", "2.weight.codes"
@@ -150,11 +150,11 @@ def test_a_disk_that_fills_up_is_an_os_error_and_the_old_model_stays(models, fol
 
 
 def test_a_full_disk_has_its_number(models, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match="No space left") as caught:
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*lobcq.safetensors") as caught:
         models[0].save_pretrained(tmp_path / "q")
     assert caught.value.errno == errno.ENOSPC
 

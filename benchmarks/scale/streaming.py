@@ -1,0 +1,158 @@
+"""Peak memory and processor time of `quantize_folder`: a Llama-shaped checkpoint of random bf16 weights (Linux only).
+
+python -m benchmarks.scale.streaming                              # 16 GB: the shape of Llama 3 8B
+python -m benchmarks.scale.streaming --gigabytes 4 --in-memory    # and `quantize` and `save_pretrained` beside it
+python -m benchmarks.scale.streaming --folder /a/large/disk
+
+Each way runs in a process of its own, whose peak is its VmHWM, what Python and torch take included. What both write is
+compared byte for byte. The results of each size go into benchmarks/results/streaming.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lobcq_fx
+from benchmarks.model.memory import status_mib
+from lobcq_fx.benchmarking.machine import machine
+from lobcq_fx.storage.checkpoint import verify_folder
+from lobcq_fx.storage.index import described
+from lobcq_fx.storage.weights_file import check_room, weights_file
+
+RESULT = Path(__file__).parents[1] / "results" / "streaming.json"
+SHARD = 2**32
+GIB = 2**30
+FIXED_GIB, LARGEST_TENSORS = 1.5, 2
+"""What the peak must stay below: so much, and so many times the largest tensor."""
+
+
+def main() -> None:
+    """Make a checkpoint, measure, compare, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=16)
+    parser.add_argument("--in-memory", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--folder", type=Path, help="where there is room for the float model and the packed one")
+    parser.add_argument("--worker", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        print(json.dumps(measure(*given.worker, given.threads)))
+        return
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        folder = Path(name)
+        source = make_checkpoint(folder / "float", given.gigabytes)
+        ways = ("streamed", "in memory") if given.in_memory else ("streamed",)
+        found = {way: run(way, folder, given.threads) for way in ways}
+        result = source | {"threads": given.threads, "ways": found} | compared(folder, ways)
+    results = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"sizes": {}}
+    results |= {"machine": machine(), "transformers": version("transformers")}
+    results["sizes"][f"{given.gigabytes:g}"] = result
+    print(json.dumps(result, indent=1))
+    RESULT.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    peak, bound = found["streamed"]["peak_gib"], result["bound_gib"]
+    if peak > bound:
+        sys.exit(f"the peak is {peak:.2f} GiB, more than {bound:.2f}")
+
+
+def make_checkpoint(folder: Path, gigabytes: float) -> dict[str, Any]:
+    """A model of the shapes of Llama 3 8B, with as many layers as make so many bytes, written tensor by tensor."""
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=1, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, pad_token_id=0, dtype="bfloat16",
+    )  # fmt: skip
+    with torch.device("meta"):
+        sizes = {name: one.numel() for name, one in LlamaForCausalLM(config).named_parameters()}
+    layer = sum(size for name, size in sizes.items() if ".layers." in name)
+    config.num_hidden_layers = max(1, round((gigabytes * 5e8 - sum(sizes.values())) / layer) + 1)
+    config.architectures = ["LlamaForCausalLM"]
+    with torch.device("meta"):
+        tensors = {name: one.bfloat16() for name, one in LlamaForCausalLM(config).named_parameters()}
+    check_room(folder.parent, {name: described(one) for name, one in tensors.items()})
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, one in tensors.items():
+        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + one.nbytes > SHARD:
+            shards.append({})
+        shards[-1][name] = one
+    folder.mkdir()
+    names = [f"model-{place:05}-of-{len(shards):05}.safetensors" for place in range(1, len(shards) + 1)]
+    generator = torch.Generator().manual_seed(0)
+    for file_name, shard in zip(names, shards, strict=True):
+        with weights_file(folder / file_name, {name: described(one) for name, one in shard.items()}) as file:
+            for name, one in shard.items():
+                values = torch.empty(one.shape, dtype=one.dtype)
+                values.fill_(1) if one.dim() == 1 else values.normal_(0, 0.02, generator=generator)
+                file.write(name, values)
+    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config.save_pretrained(folder)
+    largest = max(one.nbytes for one in tensors.values())
+    return {
+        "layers": config.num_hidden_layers,
+        "parameters": sum(one.numel() for one in tensors.values()),
+        "float_gib": sum(one.nbytes for one in tensors.values()) / GIB,
+        "largest_tensor_gib": largest / GIB,
+        "bound_gib": FIXED_GIB + LARGEST_TENSORS * largest / GIB,
+    }
+
+
+def run(way: str, folder: Path, threads: int) -> dict[str, Any]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.scale.streaming", "--threads", str(threads)]
+    done = subprocess.run([*command, "--worker", way, str(folder)], stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(way: str, folder: str, threads: int) -> dict[str, Any]:
+    """Quantize one way, and say what it took."""
+    torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
+    source, output = Path(folder) / "float", Path(folder) / way
+    imported, steps = status_mib("VmHWM"), dict[str, float]()
+    start = time.process_time()
+
+    def note(step: str, done: int, total: int | None) -> None:
+        steps[step] = status_mib("VmHWM") / 1024
+
+    if way == "streamed":
+        lobcq_fx.quantize_folder(source, output, progress=note)
+    else:
+        model = LlamaForCausalLM.from_pretrained(source, dtype="auto").eval()
+        lobcq_fx.quantize(model, inplace=True, progress=note).save_pretrained(output)
+    return {
+        "processor_seconds": time.process_time() - start,
+        "peak_gib": status_mib("VmHWM") / 1024,
+        "imported_gib": imported / 1024,
+        "peak_gib_after": steps,
+    }
+
+
+def compared(folder: Path, ways: tuple[str, ...]) -> dict[str, Any]:
+    """That what was written is whole, and the same whichever way; its bytes."""
+    first, *others = (folder / way for way in ways)
+    _, problems = verify_folder(first)
+    if problems:
+        sys.exit(f"{first} is not whole: {problems[0]}")
+    for other in others:
+        for file in first.iterdir():
+            subprocess.run(["cmp", file, other / file.name], check=True)
+    return {
+        "packed_gib": sum(file.stat().st_size for file in first.iterdir()) / GIB,
+        "same_bytes": bool(others) or None,
+    }
+
+
+if __name__ == "__main__":
+    main()

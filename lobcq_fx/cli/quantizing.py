@@ -1,0 +1,86 @@
+"""What `lobcq quantize` does: weight by weight where no text has to be run through the model, else in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+import lobcq_fx
+from lobcq_fx.cli.console import ProgressBars, messages
+from lobcq_fx.cli.inputs import ModelFolder, load_float_model, load_tokenizer
+from lobcq_fx.cli.options import Dtype
+from lobcq_fx.cli.outputs import writing
+from lobcq_fx.cli.texts import CalibrationText, example_call
+from lobcq_fx.config import LobcqConfig
+from lobcq_fx.errors import NotStreamedError
+from lobcq_fx.inventory import Inventory
+from lobcq_fx.storage.atomic_folder import unfinished
+from lobcq_fx.streaming.float_folder import has_safetensors
+
+
+def quantized_folder(
+    folder: ModelFolder,
+    output: Path,
+    config: LobcqConfig,
+    text: CalibrationText | None,
+    dtype: Dtype,
+    progress: ProgressBars,
+) -> tuple[Inventory, LobcqConfig]:
+    """Quantize a folder's model into another folder.
+
+    Returns:
+        What became of every matmul, and the settings that were decided on.
+    """
+    tokenizer = load_tokenizer(folder, required=text is not None)
+    made_up = folder.is_causal_lm or folder.is_encoder_decoder or tokenizer is None
+    example = None if made_up else example_call(tokenizer)
+    if text is None and has_safetensors(folder.path):
+        try:
+            with _saying_what_is_kept(output):
+                inventory = lobcq_fx.quantize_folder(
+                    folder.path, output, config, example, dtype=dtype.value, tokenizer=tokenizer, progress=progress
+                )
+        except NotStreamedError as error:
+            messages.print(f"[dim]{escape(str(error))}: the whole model is loaded[/]")
+        else:
+            return inventory, config
+    return _in_memory(folder, output, config, text, dtype, progress, tokenizer, example)
+
+
+@contextmanager
+def _saying_what_is_kept(output: Path) -> Iterator[None]:
+    """However it ends."""
+    try:
+        yield
+    except BaseException:
+        if unfinished(output).exists():
+            messages.print(
+                f"[dim]What is done is in {escape(str(unfinished(output)))}: the same command goes on with it[/]"
+            )
+        raise
+
+
+def _in_memory(
+    folder: ModelFolder,
+    output: Path,
+    config: LobcqConfig,
+    text: CalibrationText | None,
+    dtype: Dtype,
+    progress: ProgressBars,
+    tokenizer: Any,
+    example: Any,
+) -> tuple[Inventory, LobcqConfig]:
+    progress("load", 0, 1)
+    model = load_float_model(folder, dtype.value)
+    progress("load", 1, 1)
+    data = None if text is None else text.batches(tokenizer, causal=folder.is_causal_lm)
+    quantized = lobcq_fx.quantize(model, data, config, example, inplace=True, progress=progress)
+    progress("save", 0, 1)
+    with writing(output):
+        quantized.save_pretrained(output, tokenizer)
+    progress("save", 1, 1)
+    return quantized.inventory, quantized.lobcq_config

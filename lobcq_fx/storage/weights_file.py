@@ -1,0 +1,158 @@
+"""A safetensors file whose tensors come in any order: each is written to the place that the header has for it.
+
+The bytes are those that `safetensors.torch.save_file` writes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lobcq_fx.storage.index import PIECE, TensorDigest, bytes_of, digest_of_pieces
+
+_DTYPES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "float8_e5m2": "F8_E5M2", "float8_e4m3fn": "F8_E4M3", "int16": "I16",
+    "uint16": "U16", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "uint32": "U32", "float32": "F32",
+    "complex64": "C64", "float64": "F64", "int64": "I64", "uint64": "U64",
+}  # fmt: skip
+"""torch's names and the format's, in the order of the format: tensors of the last ones come first in a file."""
+
+_ALIGNMENT = 8
+
+
+class WeightsFile:
+    """The places of tensors in a file of a known size."""
+
+    def __init__(self, path: Path, descriptor: int, tensors: Mapping[str, TensorDigest]) -> None:
+        self._path, self._descriptor = path, descriptor
+        self._header, self._places = _laid_out(tensors)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor, on the CPU, in its place.
+
+        Raises:
+            OSError: the disk is full, or fails.
+        """
+        begin, end = self._places[name]
+        content = memoryview(bytes_of(tensor)).cast("B")
+        assert len(content) == end - begin, f"{name} has {len(content)} bytes, not {end - begin}"
+        with _naming(self._path):
+            write_all(self._descriptor, content, begin)
+
+    def digest(self, name: str) -> str:
+        """BLAKE3 of what is in a tensor's place, read piece by piece.
+
+        Raises:
+            OSError: the disk fails.
+        """
+        begin, end = self._places[name]
+        return digest_of_pieces(os.pread(self._descriptor, min(PIECE, end - at), at) for at in range(begin, end, PIECE))
+
+    def sync(self) -> None:
+        """Flush what was written to the disk."""
+        with _naming(self._path):
+            os.fsync(self._descriptor)
+
+    def lay_out(self) -> None:
+        """Write the header and reserve the room for all tensors; those that are there already stay.
+
+        Raises:
+            OSError: the disk is full, or fails.
+        """
+        size = max((end for _, end in self._places.values()), default=len(self._header))
+        with _naming(self._path):
+            _reserve(self._descriptor, size)
+            write_all(self._descriptor, memoryview(self._header), 0)
+
+
+@contextmanager
+def weights_file(path: Path, tensors: Mapping[str, TensorDigest]) -> Iterator[WeightsFile]:
+    """Open a file for tensors of these dtypes and shapes, new or as it was left.
+
+    Raises:
+        OSError: there is no room for it, or the disk fails.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        file = WeightsFile(path, descriptor, tensors)
+        file.lay_out()
+        yield file
+    finally:
+        os.close(descriptor)
+
+
+def check_room(folder: Path, tensors: Mapping[str, TensorDigest], there: int = 0) -> None:
+    """That the disk has room for tensors.
+
+    Args:
+        folder: where they will be written.
+        tensors: what they are.
+        there: bytes of them that are reserved already.
+
+    Raises:
+        OSError: it has not.
+    """
+    needed, free = sum(size_of(one) for one in tensors.values()) - there, shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free", str(folder))
+
+
+def _laid_out(tensors: Mapping[str, TensorDigest]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The header, and where each tensor begins and ends."""
+    order = list(_DTYPES)
+    names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name.encode()))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset, offsets = 0, {}
+    for name in names:
+        one = tensors[name]
+        offsets[name] = (offset, offset + size_of(one))
+        header[name] = {"dtype": _DTYPES[one.dtype], "shape": list(one.shape), "data_offsets": list(offsets[name])}
+        offset += size_of(one)
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    start = 8 + len(text)
+    places = {name: (start + begin, start + end) for name, (begin, end) in offsets.items()}
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def size_of(one: TensorDigest) -> int:
+    """Bytes of a tensor."""
+    dtype: torch.dtype = getattr(torch, one.dtype)
+    return torch.Size(one.shape).numel() * dtype.itemsize
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """So that the disk is full now, or not at all."""
+    os.ftruncate(descriptor, size)
+    if sys.platform == "linux" and size:
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # of file systems that reserve nothing
+                raise
+
+
+def write_all(descriptor: int, content: memoryview, at: int) -> None:
+    """Write all of a buffer to a place in a file."""
+    while content:
+        written = os.pwrite(descriptor, content[: 1 << 30], at)
+        content, at = content[written:], at + written
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of calls that know a file by its number alone say which it is."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -1,0 +1,145 @@
+"""A skeleton, traced, planned and emitted: what will be stored, and of which parameters it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lobcq_fx.calibration.codebook_sets import CodebookSets
+from lobcq_fx.codebook_choice import given_codebooks
+from lobcq_fx.config import LobcqConfig
+from lobcq_fx.encoding import let_go_of, register_codebooks
+from lobcq_fx.errors import NotStreamedError
+from lobcq_fx.frontends.base import FrontEnd
+from lobcq_fx.graph.attributes import get_attribute, register_attribute
+from lobcq_fx.inventory import Inventory
+from lobcq_fx.model import ModelParts
+from lobcq_fx.modules.packed_weight import PARTS, PackedWeight
+from lobcq_fx.pipeline import Progress, emit_graphs, size_of, trace_and_plan
+from lobcq_fx.plan import PlannedWeight, QuantizationPlan
+from lobcq_fx.storage.checkpoint import descriptions
+from lobcq_fx.storage.index import TensorDigest, described
+from lobcq_fx.storage.stored_tensors import stored_names
+from lobcq_fx.streaming.skeleton import Skeleton
+from lobcq_fx.tracing.trace import MAIN
+
+
+@dataclass(frozen=True)
+class Use:
+    """What becomes of one parameter.
+
+    weights: what it is encoded as, each with the bytes of float that this takes the place of.
+    kept: the names under which it is stored as it is.
+    """
+
+    weights: tuple[tuple[PlannedWeight, int], ...] = ()
+    kept: tuple[str, ...] = ()
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The names of all that is stored of it."""
+        return (*self.kept, *(f"{weight.stored}.{part}" for weight, _ in self.weights for part in PARTS))
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What a folder will hold, and nothing with the memory of a weight.
+
+    front_end: of the model. config: as it is saved. generation_config: None where the model has none.
+    descriptions: the files beside the weights, as yet without an inventory.
+    tensors: each stored tensor's dtype and shape, by name. ready: those that are known already.
+    uses: of each parameter that has to be read. sizes: their bytes. size: scalars and bytes of the float model.
+    """
+
+    front_end: FrontEnd
+    config: dict[str, Any]
+    generation_config: Any
+    descriptions: Mapping[str, bytes]
+    plan: QuantizationPlan
+    codebooks: CodebookSets
+    tensors: Mapping[str, TensorDigest]
+    ready: Mapping[str, Tensor]
+    uses: Mapping[str, Use]
+    sizes: Mapping[str, int]
+    size: tuple[int, int]
+
+
+def emit(
+    skeleton: Skeleton, config: LobcqConfig, example_inputs: Any, *, static_cache: bool, progress: Progress
+) -> Emission:
+    """Trace, plan and emit a skeleton by the code that does it for models.
+
+    Raises:
+        TraceError, CallError, ConfigError: as `quantize`.
+        NotStreamedError: a weight is computed of others.
+    """
+    size = size_of(skeleton.model.parameters())
+    planned = trace_and_plan(skeleton.model, config, example_inputs, static_cache=static_cache, report=progress)
+    tried, plan = planned.tried, planned.plan
+    graph_modules = tried.graphs_without(planned.unlike)
+    for graph_module in graph_modules.values():
+        _check_tensors(graph_module, skeleton)
+    codebooks = given_codebooks(config, plan.formats)
+    encoded = _reserve(graph_modules[MAIN], plan, codebooks, skeleton)
+    emitted = emit_graphs(graph_modules, plan, codebooks)
+    parts = tried.parts(emitted, planned.unlike, config, Inventory((), *size, size[1]))
+    tensors, ready, uses = _stored(parts, encoded, skeleton)
+    checkpoint = parts.checkpoint()
+    assert checkpoint.config is not None, "a model of transformers has a configuration"
+    return Emission(
+        tried.front_end, checkpoint.config, parts.generation_config, descriptions(checkpoint), plan, codebooks,
+        tensors, ready, uses, {name: skeleton.size_of(name) for name in uses}, size,
+    )  # fmt: skip
+
+
+def _check_tensors(graph_module: fx.GraphModule, skeleton: Skeleton) -> None:
+    """That no parameter was computed of others, or copied because it is written to: a stand-in has no content."""
+    parameters = dict(graph_module.named_parameters())
+    for name, tensor in {**parameters, **dict(graph_module.named_buffers())}.items():
+        if tensor.numel() and (name in parameters or skeleton.reads(name)) and not skeleton.owns(tensor):
+            raise NotStreamedError(f"{name} is computed of the model's weights, or written to by it")
+
+
+def _reserve(
+    root: fx.GraphModule, plan: QuantizationPlan, codebooks: CodebookSets, skeleton: Skeleton
+) -> dict[str, tuple[tuple[PlannedWeight, int], ...]]:
+    """Put packed weights of no content, whose memory is never touched, in place of the float ones.
+
+    Returns:
+        What each parameter is encoded as, with the bytes of float that it takes the place of.
+    """
+    register_codebooks(root, codebooks)
+    names = {weight: skeleton.name_of(get_attribute(root, weight.source)) for weight in plan.weights}
+    encoded: dict[str, tuple[tuple[PlannedWeight, int], ...]] = {}
+    for weight, name in names.items():
+        if name is None:
+            raise NotStreamedError(f"{weight.source} is of another dtype than the model")
+        encoded[name] = (*encoded.get(name, ()), (weight, let_go_of(weight, root)))
+        register_attribute(root, weight.stored, PackedWeight.empty(weight.shape, weight.spec, torch.device("cpu")))
+    return encoded
+
+
+def _stored(
+    parts: ModelParts, encoded: Mapping[str, tuple[tuple[PlannedWeight, int], ...]], skeleton: Skeleton
+) -> tuple[dict[str, TensorDigest], dict[str, Tensor], dict[str, Use]]:
+    """The tensors that the graphs refer to, those of them that are known, and what becomes of each parameter."""
+    root = parts.graphs[MAIN].graph_module
+    uses = {name: Use(weights) for name, weights in encoded.items()}
+    packed = {name for use in uses.values() for name in use.stored}
+    tensors, ready = {}, {}
+    for name in stored_names([one.graph_module.graph for one in parts.graphs.values()]):
+        tensor = get_attribute(root, name)
+        tensors[name] = described(tensor)
+        parameter = skeleton.name_of(tensor)
+        if name in packed:
+            continue
+        if parameter is None:
+            ready[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        else:
+            use = uses.get(parameter, Use())
+            uses[parameter] = Use(use.weights, (*use.kept, name))
+    return tensors, ready, uses

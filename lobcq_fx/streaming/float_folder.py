@@ -1,0 +1,181 @@
+"""A folder of a float model whose weights are safetensors, read tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lobcq_fx.errors import CheckpointError
+from lobcq_fx.storage.files import check_regular, json_object, read_bytes
+from lobcq_fx.storage.index import PIECE, bytes_of, digest_of, digest_of_pieces
+
+SINGLE, SHARDED = "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+
+LONGEST_HEADER = 100_000_000
+"""Bytes, as the library that reads the files has it."""
+
+INDEX_LIMIT = 256 * 2**20
+"""Bytes of the file that says which shard has which tensor."""
+
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+class FloatFolder:
+    """The tensors of a folder, as they are stored there.
+
+    path: the folder. config: what its config.json holds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open every file of weights, none of whose tensors is read yet.
+
+        Raises:
+            CheckpointError: there is no model, or none in safetensors, or a file is missing or not whole.
+        """
+        self.path = path
+        self.config = json_object(read_bytes(path / CONFIG, INDEX_LIMIT), path / CONFIG)
+        self._files: dict[Path, Any] = {}
+        self._homes: dict[str, Path] = {}
+        for file in _weight_files(path):
+            self._files[file] = _opened(file)
+            # In the order of the file, in which transformers looks for the first of floats.
+            self._homes |= dict.fromkeys(self._files[file].offset_keys(), file)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._homes
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that a tensor is stored in.
+
+        Raises:
+            CheckpointError: one that holds no plain numbers.
+        """
+        stored = self._slice(name).get_dtype()
+        if stored not in _DTYPES:
+            raise CheckpointError(f"{name} of {self._homes[name]} is stored as {stored}: pass a float model's folder")
+        return _DTYPES[stored]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return tuple(self._slice(name).get_shape())
+
+    def size(self, name: str) -> int:
+        """Bytes of a tensor."""
+        return self.dtype(name).itemsize * torch.Size(self.shape(name)).numel()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, in memory of its own.
+
+        Raises:
+            CheckpointError: its file cannot be read.
+        """
+        # A slice of all of it would be there twice while it is read.
+        return self._reading(name, lambda file: file.get_tensor(name))
+
+    def digest(self, name: str) -> str:
+        """BLAKE3 of a tensor's content, read piece by piece.
+
+        Raises:
+            CheckpointError: its file cannot be read.
+        """
+        shape = self.shape(name)
+        if not shape:
+            return digest_of(bytes_of(self.read(name)))
+        rows = max(1, PIECE * shape[0] // max(1, self.size(name)))
+
+        def part(start: int) -> Tensor:
+            rows_of_it = slice(start, min(start + rows, shape[0]))
+            return self._reading(name, lambda file: file.get_slice(name)[rows_of_it])
+
+        return digest_of_pieces(bytes_of(part(start)) for start in range(0, shape[0], rows))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells whether the folder is the same later: of each file of weights its size, its time and a digest of
+        its header; of the configurations a digest.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        found: dict[str, Any] = {file.name: _state_of(file) for file in self._files}
+        for name in (CONFIG, GENERATION_CONFIG):
+            with suppress(FileNotFoundError):
+                found[name] = digest_of((self.path / name).read_bytes())
+        return found
+
+    def _slice(self, name: str) -> Any:
+        return self._files[self._homes[name]].get_slice(name)
+
+    def _reading(self, name: str, read: Callable[[Any], Tensor]) -> Tensor:
+        try:
+            tensor = read(self._files[self._homes[name]])
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(
+                f"cannot read {name} of {self._homes[name]}: {error}. Remedy: copy or download the file again"
+            ) from None
+        return tensor
+
+
+def has_safetensors(path: Path) -> bool:
+    """Whether a folder's weights are safetensors under the names that transformers reads."""
+    return (path / SINGLE).is_file() or (path / SHARDED).is_file()
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of the files that two fingerprints differ in."""
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    if (path / SHARDED).is_file():
+        index = json_object(read_bytes(path / SHARDED, INDEX_LIMIT), path / SHARDED)
+        try:
+            names = {str(name) for name in index["weight_map"].values()}
+        except (AttributeError, KeyError, TypeError):
+            raise CheckpointError(f"{path / SHARDED} has no weight_map: copy or download the file again") from None
+        if not names or any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{path / SHARDED} names no files beside itself: copy or download the file again")
+        return [path / name for name in sorted(names)]
+    others = sorted(
+        file.name for pattern in ("*.bin", "*.safetensors", "*.gguf", "*.pt") for file in path.glob(pattern)
+    )
+    raise CheckpointError(
+        f"{path} has neither {SINGLE} nor {SHARDED}, but {', '.join(others[:3]) or 'no weights'}: only safetensors are"
+        " read tensor by tensor. Remedy: load the model, and call lobcq_fx.quantize(model).save_pretrained(folder); or"
+        " save it as safetensors first, with model.save_pretrained(folder)"
+    )
+
+
+def _opened(file: Path) -> Any:
+    check_regular(file)
+    try:
+        # Not mapped: what is mapped, and was read, stays resident until memory runs short.
+        return safe_open(file, framework="pt", backend="pread")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is not whole, copy or download it again: {error}") from None
+
+
+def _state_of(file: Path) -> list[Any]:
+    try:
+        found = file.stat()
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = opened.read(min(length, LONGEST_HEADER))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from None
+    return [found.st_size, found.st_mtime_ns, digest_of(header)]

@@ -1,0 +1,160 @@
+"""Parameters from a folder of floats to a file of packed weights, each noted in a journal once it is on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lobcq_fx.encoding import encode_planned
+from lobcq_fx.errors import CheckpointError
+from lobcq_fx.float_weights import matrices_of
+from lobcq_fx.modules.packed_weight import PARTS
+from lobcq_fx.pipeline import Progress
+from lobcq_fx.plan import PlannedWeight
+from lobcq_fx.storage.index import TensorDigest, described, digested
+from lobcq_fx.storage.journal import Journal
+from lobcq_fx.storage.weights_file import WeightsFile, size_of
+from lobcq_fx.streaming.emission import Emission
+from lobcq_fx.streaming.float_folder import FloatFolder
+from lobcq_fx.streaming.skeleton import Provenance
+from lobcq_fx.streaming.transformers_loading import load_through
+from lobcq_fx.streaming.workers import Workers
+
+LEAST_LIMIT = 2**28
+"""Bytes under way, or twice those of the largest parameter, if that is more."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What was stored of a parameter.
+
+    size: bytes of the parameter. tensors: with their digests, by their names. noise: of each packed weight, in dB.
+    """
+
+    size: int
+    tensors: Mapping[str, TensorDigest]
+    noise: Mapping[str, float]
+
+    def packed_bytes(self, weight: PlannedWeight) -> int:
+        """Of a weight."""
+        return sum(size_of(self.tensors[f"{weight.stored}.{part}"]) for part in PARTS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a journal."""
+        return {"size": self.size, "tensors": {n: asdict(t) for n, t in self.tensors.items()}, "noise": self.noise}
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Finished:
+        """Inverse of `to_dict`."""
+        tensors = {
+            name: TensorDigest(one["dtype"], tuple(one["shape"]), one["blake3"])
+            for name, one in entry["tensors"].items()
+        }
+        return cls(entry["size"], tensors, entry["noise"])
+
+
+def transfer(
+    folder: FloatFolder,
+    dtype: torch.dtype | str,
+    provenance: Provenance,
+    emission: Emission,
+    file: WeightsFile,
+    journal: Journal,
+    progress: Progress,
+) -> dict[str, Finished]:
+    """Encode and write every parameter that the journal has not, or that is not on the disk as it says.
+
+    Raises:
+        CheckpointError: the folder cannot be read, or is not what it was.
+        LobcqError: a weight holds NaN or infinity.
+        OSError: the disk is full, or fails.
+    """
+    found = {name: Finished.from_dict(entry) for name, entry in journal.entries.items()}
+    done = {name: one for name, one in found.items() if _is_there(one, file)}
+    if done.keys() != emission.uses.keys():
+        with _Transfer(folder, provenance, emission, file, journal, progress, done) as under_way:
+            load_through(folder, dtype, under_way.read, under_way.take)
+    missing = sorted(emission.uses.keys() - done.keys())
+    if missing:
+        raise CheckpointError(f"{folder.path} gave no {missing[0]}, and {len(missing) - 1} more parameters")
+    return done
+
+
+def _is_there(one: Finished, file: WeightsFile) -> bool:
+    return all(file.digest(name) == tensor.blake3 for name, tensor in one.tensors.items())
+
+
+class _Transfer:
+    """Reads in the caller's thread; encodes, writes and notes in others."""
+
+    def __init__(
+        self,
+        folder: FloatFolder,
+        provenance: Provenance,
+        emission: Emission,
+        file: WeightsFile,
+        journal: Journal,
+        progress: Progress,
+        done: dict[str, Finished],
+    ) -> None:
+        self._folder, self._provenance, self._emission = folder, provenance, emission
+        self._file, self._journal, self._progress, self._done = file, journal, progress, done
+        self._left = emission.uses.keys() - done.keys()
+        self._workers = Workers(max(LEAST_LIMIT, 2 * max(emission.sizes.values())))
+
+    def __enter__(self) -> _Transfer:
+        self._workers.__enter__()
+        self._report()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._workers.__exit__(*error)
+        self._report()
+
+    def read(self, name: str) -> Tensor:
+        """A stored tensor; no content where nothing of it is left to do."""
+        parameters = self._provenance.parameters_of(name)
+        size, whole = self._folder.size(name), sum(self._emission.sizes.get(one, 0) for one in parameters)
+        if size != whole:  # what is cast, or put together of others, is there twice for as long as that takes
+            self._workers.wait_for_room(max(size, whole) + whole)
+        elif parameters & self._left:
+            self._workers.wait_for_room(whole)
+        if not parameters & self._left:
+            return torch.zeros((), dtype=self._folder.dtype(name), device="cpu").expand(self._folder.shape(name))
+        return self._folder.read(name)
+
+    def take(self, model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Pass what is left to do on."""
+        for alias, tensor in parameters.items():
+            name = self._provenance.aliases[alias]
+            if name in self._left:
+                self._left.discard(name)
+                self._workers.submit(tensor.nbytes, partial(self._store, name, tensor))
+        self._report()
+        return {}
+
+    def _store(self, name: str, parameter: Tensor) -> None:
+        use, tensors, noise = self._emission.uses[name], dict.fromkeys(self._emission.uses[name].kept, parameter), {}
+        for weight, _ in use.weights:
+            encoded, noise[weight.stored] = encode_planned(
+                weight, partial(matrices_of, parameter, weight), self._emission.codebooks
+            )
+            tensors |= {f"{weight.stored}.{part}": getattr(encoded, part) for part in PARTS}
+        for stored, tensor in tensors.items():
+            if described(tensor) != self._emission.tensors[stored]:
+                raise CheckpointError(f"{self._folder.path} gave a {tensor.dtype} {list(tensor.shape)} for {stored}")
+            self._file.write(stored, tensor)
+        finished = Finished(parameter.nbytes, {stored: digested(tensor) for stored, tensor in tensors.items()}, noise)
+        self._file.sync()
+        self._journal.add(name, finished.to_dict())
+        self._done[name] = finished
+
+    def _report(self) -> None:
+        encoded = sum(len(self._emission.uses[name].weights) for name in tuple(self._done))
+        self._progress("encode", encoded, len(self._emission.plan.weights))
