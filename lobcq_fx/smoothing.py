@@ -73,7 +73,7 @@ def smooth(plan: QuantizationPlan, graph_modules: Mapping[str, fx.GraphModule], 
     groups = _groups(plan, graph_modules[MAIN])
     others = [(_groups(plan, one), one) for name, one in graph_modules.items() if name != MAIN]
     times_read = plan.times_read
-    for place, group in enumerate(groups):
+    for group in groups:
         weights = [one.weight for one in group.matmuls if one.weight is not None]
         seen = next((statistics[one] for one in group.matmuls if one in statistics), None)
         wanted = {one.config.smoothing for one in group.matmuls if one.weight is not None}
@@ -81,7 +81,7 @@ def smooth(plan: QuantizationPlan, graph_modules: Mapping[str, fx.GraphModule], 
             continue
         if any(times_read[weight] > 1 or weight.stacked for weight in weights):
             continue
-        free = group.free and all(_alike(group, place, *other) for other in others)
+        free = group.free and all(_alike(group, *other) for other in others)
         free = free and (group.rows_of is None or times_read[group.rows_of] == 1)
         if not free and wanted != {"everywhere"}:
             continue
@@ -150,10 +150,11 @@ def _group(
     return _Group(matmuls, absorber.parameters, linear.weight, free=True)
 
 
-def _alike(group: _Group, place: int, others: list[_Group], graph_module: fx.GraphModule) -> bool:
-    """Whether another graph has the same group at its place, on the tensors of the main graph."""
+def _alike(group: _Group, others: list[_Group], graph_module: fx.GraphModule) -> bool:
+    """Whether another graph that runs any of the matmuls has the same group, on the tensors of the main graph."""
     own = any(has_attribute(graph_module, name) for name in group.parameters)
-    return not own and place < len(others) and others[place] == group
+    met = [other for other in others if not set(group.matmuls).isdisjoint(other.matmuls)]
+    return not own and all(other == group for other in met)
 
 
 def _divide(root: fx.GraphModule, group: _Group, scale: Tensor, scales: dict[PlannedWeight, WeightScales]) -> None:

@@ -271,7 +271,8 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         graph = self.graphs[MAIN] if graph is None else graph
         key = (graph.calling.kind, cache_format)
         if key not in self._quantized_caches:
-            calling, static = self.calling, isinstance(graph.calling, StaticCacheCall)
+            static = isinstance(graph.calling, StaticCacheCall)
+            calling = self.calling if static else graph.calling
             assert isinstance(calling, CausalLMCall)
             if isinstance(calling, RecurrentCall):
                 raise CallError(f"past_key_values is a LobcqCache, but {NO_QUANTIZED_CACHE}")
