@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 import lobcq_fx
+from lobcq_fx.frontends.multimodal_positions import positions_by
 from tests.more_families import GROUPED, TINY, Family, LanguageModel, _linear, families, noise, unmasked
 
 IMAGE, VIDEO = 90, 91
@@ -46,7 +48,9 @@ class VisionLanguage(LanguageModel):
         return AutoModelForImageTextToText.from_config(self.config)
 
     def quantized(self, model: PreTrainedModel) -> lobcq_fx.QuantizedModel:
-        return lobcq_fx.quantize(model, static_cache=False)
+        q = lobcq_fx.quantize(model, static_cache=False)
+        of_linears(model)  # for what it is compared with
+        return q
 
     def images(self) -> tuple[dict[str, Tensor], list[int]]:
         """What a processor makes of them, and how many tokens each becomes."""
@@ -54,7 +58,11 @@ class VisionLanguage(LanguageModel):
 
     def call(self, model: PreTrainedModel) -> dict[str, Tensor]:
         images, (a, b, c) = self.images()
-        rows = [[5, *[IMAGE] * a, 7, 9, 11, 8], [3, *[IMAGE] * b, 8, *[IMAGE] * c, 6, 4, 5, 7, 9], [4, 9, 3, 6, 8, 5, 7]]
+        rows = [
+            [5, *[IMAGE] * a, 7, 9, 11, 8],
+            [3, *[IMAGE] * b, 8, *[IMAGE] * c, 6, 4, 5, 7, 9],
+            [4, 9, 3, 6, 8, 5, 7],
+        ]
         length = max(map(len, rows))
         ids, mask = (
             torch.tensor([[0] * (length - len(row)) + (row if tokens else [1] * len(row)) for row in rows])
@@ -67,7 +75,16 @@ class VisionLanguage(LanguageModel):
         return {}
 
     def results(self, called: nn.Module, call: Mapping[str, Tensor]) -> Tensor:
+        if isinstance(called, OptimizedModule):
+            return unmasked(called(**self.encoded(called._orig_mod, call)).logits, call)
         return unmasked(called(**call).logits, call)
+
+    def encoded(self, q: nn.Module, call: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The call with its images encoded, and positions counted, which both depend on values."""
+        images = {name: one for name, one in call.items() if name in self.images()[0]}
+        rest = {name: one for name, one in call.items() if name not in images and name != "mm_token_type_ids"}
+        positions = {"position_ids": positions_by(q.model, call)} if "mm_token_type_ids" in call else {}
+        return {**rest, **positions, "image_features": q.image_features_of(**images)}
 
     def results_by_steps(self, q: nn.Module, call: Mapping[str, Tensor]) -> Tensor:
         """The same by a prompt with all images, and then token by token on its cache."""
@@ -77,7 +94,10 @@ class VisionLanguage(LanguageModel):
         out = q(**prompt, use_cache=True)
         logits = [out.logits]
         for stop in range(length - STEPS + 1, length + 1):
-            step = {"input_ids": call["input_ids"][:, stop - 1 : stop], "attention_mask": call["attention_mask"][:, :stop]}
+            step = {
+                "input_ids": call["input_ids"][:, stop - 1 : stop],
+                "attention_mask": call["attention_mask"][:, :stop],
+            }
             out = q(**step, past_key_values=out[q.calling.cache_name], use_cache=True)
             logits.append(out.logits)
         return unmasked(torch.cat(logits, dim=1), call)
@@ -111,7 +131,9 @@ class Patches(VisionLanguage):
     def images(self) -> tuple[dict[str, Tensor], list[int]]:
         grid = torch.tensor(GRIDS)
         counts = grid.prod(dim=1)
-        return {"pixel_values": noise(int(counts.sum()), 3 * 2 * PATCH**2), "image_grid_thw": grid}, (counts // 4).tolist()
+        return {"pixel_values": noise(int(counts.sum()), 3 * 2 * PATCH**2), "image_grid_thw": grid}, (
+            counts // 4
+        ).tolist()
 
     def types(self, of_images: Tensor) -> dict[str, Tensor]:
         return {"mm_token_type_ids": of_images}
@@ -144,9 +166,31 @@ def _qwen(**vision: Any) -> dict[str, Any]:
 
 
 VISION_LANGUAGE: dict[str, Family] = {
-    **families(VisionLanguage, "llava", text_config={"model_type": "llama", **TEXT}, vision_config={"model_type": "clip_vision_model", **SQUARE, "num_hidden_layers": 2}),
-    **families(TypedPrefix, "paligemma", projection_dim=64, text_config={"model_type": "gemma", **TEXT}, vision_config={"model_type": "siglip_vision_model", **SQUARE, "vision_use_head": False}),
-    **families(TypedTokens, "gemma3", mm_tokens_per_image=4, text_config={**TEXT, "num_hidden_layers": 2, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}, vision_config={**SQUARE, "patch_size": PATCH, "vision_use_head": False}),
+    **families(
+        VisionLanguage,
+        "llava",
+        text_config={"model_type": "llama", **TEXT},
+        vision_config={"model_type": "clip_vision_model", **SQUARE, "num_hidden_layers": 2},
+    ),
+    **families(
+        TypedPrefix,
+        "paligemma",
+        projection_dim=64,
+        text_config={"model_type": "gemma", **TEXT},
+        vision_config={"model_type": "siglip_vision_model", **SQUARE, "vision_use_head": False},
+    ),
+    **families(
+        TypedTokens,
+        "gemma3",
+        mm_tokens_per_image=4,
+        text_config={
+            **TEXT,
+            "num_hidden_layers": 2,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        vision_config={**SQUARE, "patch_size": PATCH, "vision_use_head": False},
+    ),
     **families(Tiles, "idefics3 smolvlm", **{**TILES, "text_config": {"model_type": "llama", **TEXT}}),
     **families(Patches, "qwen2_vl", **_qwen(embed_dim=64, mlp_ratio=2)),
     **families(Patches, "qwen2_5_vl", **_qwen(window_size=16, fullatt_block_indexes=[1])),

@@ -69,7 +69,7 @@ class ImageInputs(ABC):
         """The pixels of a call, of a shape in which None stands for any size, in the dtype of the vision tower."""
         value = call[PIXELS]
         fits = isinstance(value, Tensor) and value.dim() == len(shape) and value.is_floating_point()
-        if not fits or any(want not in (None, have) for want, have in zip(shape, value.shape, strict=True)):
+        if not fits or any(want is not None and want != have for want, have in zip(shape, value.shape, strict=True)):
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             raise CallError(f"{PIXELS} is {described(value)}: pass a float tensor [{wanted}], {meaning}")
         pixels: Tensor = value.to(self.dtype)
