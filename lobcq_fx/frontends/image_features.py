@@ -26,7 +26,7 @@ FEATURES = "get_image_features"
 
 PERMUTE = "permute_input_for_window_attn"
 
-OPTIONAL = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes", "kwargs")
+OPTIONAL = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
 """Arguments of `get_image_features` that its models serve without."""
 
 
@@ -40,7 +40,8 @@ def image_inputs(model: PreTrainedModel) -> ImageInputs:
     if getattr(model.config, "image_token_id", None) is None or not hasattr(inner, FEATURES):
         raise TraceError(f"{name} has no {FEATURES} and image_token_id, by which images become a part of a prompt")
     parameters = inspect.signature(getattr(inner, FEATURES)).parameters
-    needed = {one for one in parameters if one not in OPTIONAL}
+    named = {name: one for name, one in parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
+    needed = {name for name, one in named.items() if name not in OPTIONAL or one.default is one.empty}
     for kind in (FixedImages, ImageTiles, ImagePatches):
         if needed == set(kind.arguments):
             return kind(config_of_class(model), model.dtype)

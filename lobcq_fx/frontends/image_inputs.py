@@ -60,6 +60,10 @@ class ImageInputs(ABC):
     def example(self, count: int, device: torch.device) -> dict[str, Tensor]:
         """What a call has of `count` made-up images."""
 
+    def apart(self, call: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """A call's images in parts that the vision graph takes one after the other, in their order."""
+        return [call]
+
     def shares(self, call: Mapping[str, Any], total: int) -> list[int]:
         """How many of the features of an example's images are of which."""
         count = self.tensors(call, call[PIXELS].device)[0].shape[0]
@@ -206,6 +210,15 @@ class ImagePatches(ImageInputs):
         merge = self.config.vision_config.spatial_merge_size
         grid = torch.tensor([[1, merge * (n + 1), merge * 2] for n in range(count)], dtype=torch.long, device=device)
         return {PIXELS: noise((int(grid.prod(dim=1).sum()), self._width), self.dtype, device), GRID: grid}
+
+    def apart(self, call: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """Image by image: a mask over the patches of all would grow with the square of their number."""
+        if call.get(PIXELS) is None:
+            return [call]
+        grid = self._grid(call)
+        self._pixels(call, (int(grid.prod(dim=1).sum()), self._width), f"the patches of {GRID}")
+        pixels = call[PIXELS].split(grid.prod(dim=1).tolist())
+        return [{**call, PIXELS: one, GRID: size} for one, size in zip(pixels, grid.split(1), strict=True)]
 
     def shares(self, call: Mapping[str, Any], total: int) -> list[int]:
         """See the base class."""

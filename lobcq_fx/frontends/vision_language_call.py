@@ -23,6 +23,9 @@ from lobcq_fx.frontends.multimodal_positions import image_positions, rows_of_pos
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.guards import SizeGuards
 
+IMAGES = "images"
+"""Name of the graph that serves prompts with images."""
+
 FEATURES = "image_features"
 """What a call has in the place of pixels: a list of the vision graph's results."""
 
@@ -45,9 +48,8 @@ class VisionCall(CallingConvention):
     guards: SizeGuards = field(default_factory=SizeGuards)
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """As `ImageInputs.tensors`; what else the call has is not looked at."""
-        device = next(value.device for value in kwargs.values() if isinstance(value, Tensor))
-        tensors = self.images.tensors(kwargs, device)
+        """As `ImageInputs.tensors`, on `kwargs["device"]`; what else the call has is not looked at."""
+        tensors = self.images.tensors(kwargs, kwargs["device"])
         if len(tensors[0]):
             self.guards.check(tensors, self.images.names.__getitem__)
         return tensors
@@ -96,7 +98,7 @@ class ImagesCall(CausalLMCall):
     token_type: what the graph takes for token_type_ids that a call leaves out; None where it cannot.
     """
 
-    kind: ClassVar[str] = "images"
+    kind: ClassVar[str] = IMAGES
 
     vision: VisionCall = field(kw_only=True)
     token_type: int | None = None
@@ -207,7 +209,7 @@ class WholeCall(CallingConvention):
         """The inputs of the vision graph; then those of the other but the features."""
         call = self._call(args, kwargs)
         ids = input_ids_of(call)
-        pixels = self.vision.flatten((), call)
+        pixels = self.vision.flatten((), {**call, "device": ids.device})
         past = self.images._past(call.get("past_key_values"), ids)
         return [*pixels, *self._language.inputs_of(call, ids, past[0]), *past]
 

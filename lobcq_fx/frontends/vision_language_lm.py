@@ -139,9 +139,8 @@ class QuantizedVisionLanguageLM(QuantizedCausalLM):
                 raise CallError(f"argument {name!r} is not supported: images come as {calling.images.arguments}")
         if images and PIXELS not in images:
             raise CallError(f"{PIXELS} is missing: {', '.join(images)} came without")
-        images.setdefault("device", torch.empty(0, dtype=torch.uint8, device=self.device))
-        features: list[Tensor] = self._call(graph, (), images)
-        return features
+        found = [self._call(graph, (), {**one, "device": self.device}) for one in calling.images.apart(images)]
+        return found[0] if len(found) == 1 else [torch.cat(one) for one in zip(*found, strict=True)]
 
     @property
     def _images(self) -> ImagesCall:

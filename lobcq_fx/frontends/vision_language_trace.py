@@ -35,14 +35,12 @@ from lobcq_fx.tracing.assumptions import SizeDecisions
 from lobcq_fx.tracing.part import part_of
 from lobcq_fx.tracing.sizes import fixed_size
 from lobcq_fx.tracing.trace import TracedModel, drop_constant_inputs, plain_graph_module, tracing
+from lobcq_fx.trial import TRACED, TRACED_NARROW
 
-IMAGES, OTHER_IMAGES = 3, 2
+COUNT, OTHER_COUNT = 3, 2
 """In the example, and in the calls on which graph and model are compared."""
 
 PADDING = 2
-
-TOLERANCE = 1e-3
-"""Relative RMS error that the graph's logits may have: rounding."""
 
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten.reshape.default)
 
@@ -62,7 +60,7 @@ def trace_vision_language(model: PreTrainedModel, causal: CausalLMCall) -> Trace
     """
     with tracing(model), torch.no_grad(), SizeDecisions(TRUSTED) as decisions:
         images = image_inputs(model)
-        prompt = example_prompt(model, images, IMAGES)
+        prompt = example_prompt(model, images, COUNT)
         vision = VisionCall(images, len(features_of(model, prompt)))
         token_type = _token_type(model)
         with plain_outputs(model):
@@ -199,11 +197,9 @@ def _token_type(model: PreTrainedModel) -> int | None:
         return None
     ids = torch.arange(2 * PAST, dtype=torch.long, device=model.device).view(2, PAST) % 7
     expected = model(input_ids=ids).logits
-    for kind in (0, 1):
-        logits = model(input_ids=ids, **{TOKEN_TYPES: torch.full_like(ids, kind)}).logits
-        if _error(logits, expected) < TOLERANCE:
-            return kind
-    return None
+    typed = (model(input_ids=ids, **{TOKEN_TYPES: torch.full_like(ids, kind)}).logits for kind in (0, 1))
+    error, kind = min((_error(logits, expected), kind) for kind, logits in enumerate(typed))
+    return kind if error < _tolerance(model) else None
 
 
 def _check(model: PreTrainedModel, traced: TracedModel) -> None:
@@ -214,7 +210,7 @@ def _check(model: PreTrainedModel, traced: TracedModel) -> None:
     """
     whole = traced.calling
     assert isinstance(whole, WholeCall)
-    prompt = example_prompt(model, whole.vision.images, OTHER_IMAGES)
+    prompt = example_prompt(model, whole.vision.images, OTHER_COUNT)
     ids, mask = prompt["input_ids"], prompt["attention_mask"]
     text = {"input_ids": ids[:, -PAST:] % 7, "attention_mask": torch.ones_like(ids[:, :PAST])}
     whole_mask = torch.cat((text["attention_mask"], mask), dim=1)
@@ -230,12 +226,17 @@ def _check(model: PreTrainedModel, traced: TracedModel) -> None:
         call = {**call, "past_key_values": own}
         logits = whole.unflatten(traced.graph_module(*whole.flatten((), call)), (), call).logits
         error = _error(logits[seen.bool()], expected[seen.bool()])
-        if not error < TOLERANCE:
+        if not error < _tolerance(model):
             raise TraceError(
                 f"the traced graph gives other logits than {type(model).__name__} does, for"
                 f" {'a prompt with images' if call.get(PIXELS) is not None else 'text'}: they differ by"
                 f" {100 * error:.3g} % (relative RMS)"
             )
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """Relative RMS error of logits that rounding may explain."""
+    return TRACED.get(model.dtype, TRACED_NARROW)
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

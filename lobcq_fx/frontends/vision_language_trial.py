@@ -11,14 +11,14 @@ from lobcq_fx.frontends.float_causal_lm import as_named_by, counted, new_cache, 
 from lobcq_fx.frontends.image_inputs import ImageInputs
 from lobcq_fx.frontends.output_types import CACHE_NAME
 from lobcq_fx.frontends.plain_outputs import FORM, plain_outputs
-from lobcq_fx.frontends.vision_language_trace import OTHER_IMAGES, example_prompt
+from lobcq_fx.frontends.vision_language_trace import OTHER_COUNT, example_prompt
 from lobcq_fx.trial import Callee, Outcome, Trial
 
 
 def with_images(model: PreTrainedModel, images: ImageInputs) -> Trial:
     """Positions of the prompt are left to the model."""
     with torch.no_grad():
-        prompt = example_prompt(model, images, OTHER_IMAGES)
+        prompt = example_prompt(model, images, OTHER_COUNT)
     mask = prompt["attention_mask"]
     longer = torch.nn.functional.pad(mask, (0, 1), value=1)
     step = {"input_ids": prompt["input_ids"][:, -1:], "attention_mask": longer}

@@ -16,7 +16,7 @@ from lobcq_fx.format import absmax_row_scale
 from lobcq_fx.frontends.vision_language_call import ImagesCall, VisionCall
 from tests.families import VOCABULARY, fake_quantized, quantized_layers
 from tests.more_families import agreement, linears_that_run
-from tests.vision_language import IMAGE, VISION_LANGUAGE, of_linears
+from tests.vision_language import IMAGE, VISION_LANGUAGE, VisionLanguage, of_linears
 
 IN_DEPTH = ("llava", "qwen2_5_vl")
 WAYS = {
@@ -152,7 +152,7 @@ def test_each_graph_compiles_whole(llava):
     ):
         torch._dynamo.reset()
         graph = llava.q.graphs[kind]
-        inputs = graph.calling.flatten((), dict(call))
+        inputs = graph.calling.flatten((), {**call, "device": llava.q.device} if kind == VisionCall.kind else call)
         compiled = torch.compile(graph.graph_module, fullgraph=True, dynamic=True, backend="aot_eager")
         for actual, expected in zip(compiled(*inputs), graph.graph_module(*inputs), strict=True):
             torch.testing.assert_close(actual, expected)
@@ -209,6 +209,24 @@ def test_what_is_not_served_is_refused_by_name(llava, case):
     call, message = REFUSALS[case]
     with pytest.raises(CallError, match=message), torch.no_grad():
         call(llava.q, llava.call)
+
+
+@torch.no_grad()
+def test_a_model_whose_images_are_not_served_serves_text_and_says_so(tmp_path):
+    """LLaVA-NeXT wants the images' sizes beside pixels."""
+    family = VisionLanguage("llava_next", VISION_LANGUAGE["llava"].changes)
+    model = family.model()
+    text = text_of(family.call(model))
+    q = family.quantized(model)
+    q.save_pretrained(tmp_path / "q")
+    for one in (q, lobcq_fx.load(tmp_path / "q")):
+        assert list(one.graphs) == ["main"]
+        with fake_quantized(model, quantized_layers(q), exact=True):
+            torch.testing.assert_close(one(**text).logits, model(**text).logits)
+        with pytest.raises(CallError, match=r"serves text alone: .*LlavaNextFor.* takes images by image_sizes"):
+            one(**text, pixel_values=torch.zeros(1, 5, 3, 16, 16))
+        with pytest.raises(ValueError, match="pixel_values"):
+            one.generate(**text, pixel_values=torch.zeros(1, 5, 3, 16, 16), max_new_tokens=2)
 
 
 def images_of(call):
