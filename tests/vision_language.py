@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ import lobcq_fx
 from lobcq_fx.frontends.multimodal_positions import positions_by
 from tests.more_families import GROUPED, TINY, Family, LanguageModel, _linear, families, noise, unmasked
 
-IMAGE, VIDEO = 90, 91
+IMAGE, VIDEO, START = 90, 91, 92
 SIDE, PATCH = 16, 4
 TEXT = {**TINY, **GROUPED}
 VISION = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -31,6 +31,7 @@ PATCHES = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
+SPECIAL = {"video_token_id": VIDEO, "vision_start_token_id": START}
 STEPS = 3
 GRIDS = [[1, 4, 4], [1, 8, 4], [1, 4, 6]]
 """Of three images: 4, 8 and 6 tokens."""
@@ -38,6 +39,8 @@ GRIDS = [[1, 4, 4], [1, 8, 4], [1, 4, 6]]
 
 class VisionLanguage(LanguageModel):
     """Called with three images: one in the first sequence, which is padded, two in the second, none in the third."""
+
+    before_images: ClassVar[tuple[int, ...]] = ()
 
     @property
     def config(self) -> Any:
@@ -58,11 +61,8 @@ class VisionLanguage(LanguageModel):
 
     def call(self, model: PreTrainedModel) -> dict[str, Tensor]:
         images, (a, b, c) = self.images()
-        rows = [
-            [5, *[IMAGE] * a, 7, 9, 11, 8],
-            [3, *[IMAGE] * b, 8, *[IMAGE] * c, 6, 4, 5, 7, 9],
-            [4, 9, 3, 6, 8, 5, 7],
-        ]
+        one, two, three = ([*self.before_images, *[IMAGE] * count] for count in (a, b, c))
+        rows = [[5, *one, 7, 9, 11, 8], [3, *two, 8, *three, 6, 4, 5, 7, 9], [4, 9, 3, 6, 8, 5, 7]]
         length = max(map(len, rows))
         ids, mask = (
             torch.tensor([[0] * (length - len(row)) + (row if tokens else [1] * len(row)) for row in rows])
@@ -128,6 +128,8 @@ class Tiles(VisionLanguage):
 
 
 class Patches(VisionLanguage):
+    before_images = (START,)
+
     def images(self) -> tuple[dict[str, Tensor], list[int]]:
         grid = torch.tensor(GRIDS)
         counts = grid.prod(dim=1)
@@ -162,7 +164,7 @@ def of_linears(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _qwen(**vision: Any) -> dict[str, Any]:
-    return {"text_config": {**TEXT, **ROTATED}, "vision_config": {**PATCHES, **vision}, "video_token_id": VIDEO}
+    return {"text_config": {**TEXT, **ROTATED}, "vision_config": {**PATCHES, **vision}, **SPECIAL}
 
 
 VISION_LANGUAGE: dict[str, Family] = {

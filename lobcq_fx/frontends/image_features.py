@@ -24,9 +24,9 @@ from lobcq_fx.frontends.saved_config import config_of_class
 
 FEATURES = "get_image_features"
 
-PERMUTE = "permute_input_for_window_attn"
+PERMUTE, DEEPSTACK = "permute_input_for_window_attn", "_deepstack_process"
 
-OPTIONAL = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
+OPTIONAL = ("vision_feature_layer", "vision_feature_select_strategy", "output_hidden_states", "image_sizes")
 """Arguments of `get_image_features` that its models serve without."""
 
 
@@ -40,8 +40,8 @@ def image_inputs(model: PreTrainedModel) -> ImageInputs:
     if getattr(model.config, "image_token_id", None) is None or not hasattr(inner, FEATURES):
         raise TraceError(f"{name} has no {FEATURES} and image_token_id, by which images become a part of a prompt")
     parameters = inspect.signature(getattr(inner, FEATURES)).parameters
-    named = {name: one for name, one in parameters.items() if one.kind is not inspect.Parameter.VAR_KEYWORD}
-    needed = {name for name, one in named.items() if name not in OPTIONAL or one.default is one.empty}
+    named = [one for one in parameters.values() if one.kind is not one.VAR_KEYWORD]
+    needed = {one.name for one in named if one.name not in OPTIONAL or one.default is one.empty}
     for kind in (FixedImages, ImageTiles, ImagePatches):
         if needed == set(kind.arguments):
             return kind(config_of_class(model), model.dtype)
@@ -77,12 +77,11 @@ def traceable_images(
     with ExitStack() as stack:
         stack.enter_context(_without_decisions(inner))
         stack.enter_context(_replaced(inner, FEATURES, get_image_features))
-        if isinstance(inputs, ImagePatches):
-            for module in inner.modules():
-                if hasattr(module, "qkv"):
-                    stack.enter_context(_replaced(module, "forward", _segmented(module)))
-                if hasattr(module, "_deepstack_process"):
-                    stack.enter_context(_replaced(module, "_deepstack_process", _add_where))
+        for module in inner.visual.modules() if isinstance(inputs, ImagePatches) else ():
+            if hasattr(module, "qkv"):
+                stack.enter_context(_replaced(module, "forward", _segmented(module)))
+        if hasattr(getattr(inner, "language_model", None), DEEPSTACK):
+            stack.enter_context(_replaced(inner.language_model, DEEPSTACK, _add_where))
         yield found
 
 
