@@ -175,6 +175,19 @@ VISION_LANGUAGE: dict[str, Family] = {
         vision_config={"model_type": "clip_vision_model", **SQUARE, "num_hidden_layers": 2},
     ),
     **families(
+        VisionLanguage,
+        "aya_vision",
+        downsample_factor=1,
+        text_config={"model_type": "cohere2", **TEXT},
+        vision_config={"model_type": "siglip_vision_model", **SQUARE, "vision_use_head": False},
+    ),
+    **families(
+        VisionLanguage,
+        "internvl",
+        text_config={"model_type": "qwen2", **TEXT},
+        vision_config={**VISION, "image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH]},
+    ),
+    **families(
         TypedPrefix,
         "paligemma",
         projection_dim=64,

@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from lobcq_fx.errors import TraceError
@@ -24,7 +24,7 @@ from lobcq_fx.frontends.static_cache_call import STATIC_CACHE
 from lobcq_fx.frontends.vision_language_call import ImagesCall, VisionCall, WholeCall
 from lobcq_fx.frontends.vision_language_lm import QuantizedVisionLanguageLM
 from lobcq_fx.frontends.vision_language_trace import parts_of, trace_vision_language
-from lobcq_fx.graph.matmuls import module_path
+from lobcq_fx.graph.matmuls import find_matmuls, module_path
 from lobcq_fx.model import ModelParts, QuantizedModel
 from lobcq_fx.storage.checkpoint import Callings, Checkpoint
 from lobcq_fx.tracing.trace import MAIN, TracedGraphs, TracedModel
@@ -49,14 +49,14 @@ class VisionLanguageFrontEnd(CausalLMFrontEnd):
             if has_states(model):
                 raise TraceError("its cache keeps states of a fixed size")
             whole = trace_vision_language(model, causal)
+            optional = _only_of_images(whole, text.graphs[MAIN])
         except TraceError as error:
             if needs_images(model):
                 raise
             logger.warning("the quantized model will take no images: %s", error)
             return TracedGraphs(text.graphs, {**text.refusals, ImagesCall.kind: str(error)})
         graphs = {MAIN: whole, TEXT: text.graphs.pop(MAIN), **text.graphs}
-        of_images = parts_of(whole.graph_module, whole.calling)[VisionCall.kind].graph_module.graph
-        return TracedGraphs(graphs, text.refusals, _paths(of_images) - _paths(graphs[TEXT].graph_module.graph))
+        return TracedGraphs(graphs, text.refusals, optional)
 
     def trials(self, model: nn.Module, example_inputs: Any, traced: TracedGraphs) -> dict[str, Trial]:
         """A prompt with images and a step; for the graphs for text a prompt without."""
@@ -105,6 +105,21 @@ class VisionLanguageFrontEnd(CausalLMFrontEnd):
         }
 
 
-def _paths(graph: fx.Graph) -> frozenset[str]:
-    """The modules that a graph runs."""
-    return frozenset(module_path(node) for node in graph.nodes if node.op == "call_function")
+def _only_of_images(whole: TracedModel, text: TracedModel) -> frozenset[str]:
+    """The modules that run in the vision graph, and not in that for text.
+
+    Raises:
+        TraceError: the language model runs other matmuls with images than without.
+    """
+    of_images = parts_of(whole.graph_module, whole.calling)[VisionCall.kind].graph_module.graph
+    only, others = (
+        {module_path(node) for node in graph.nodes if node.op == "call_function"}
+        for graph in (of_images, text.graph_module.graph)
+    )
+    only -= others
+    with_images, without = (
+        [module_path(matmul.node) for matmul in find_matmuls(one.graph_module)] for one in (whole, text)
+    )
+    if [path for path in with_images if path not in only] != without:
+        raise TraceError("with images the language model runs other matmuls than without")
+    return frozenset(only)

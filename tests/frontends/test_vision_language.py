@@ -229,6 +229,27 @@ def test_a_model_whose_images_are_not_served_serves_text_and_says_so(tmp_path):
             one.generate(**text, pixel_values=torch.zeros(1, 5, 3, 16, 16), max_new_tokens=2)
 
 
+DAMAGES = {
+    VisionCall.kind: {"images": "sound", "dtype": "load", "results": 0, "guards": [["==", ["size", 1, 0], 2]]},
+    ImagesCall.kind: {"inputs": ["input_ids"], "token_type": 7, "guards": [["==", ["size", 9, 0], 2]]},
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, one in DAMAGES.items() for name in one])
+def test_damaged_calling_conventions_are_refused(llava, kind, name):
+    calling, causal = llava.q.graphs[kind].calling, llava.q.calling
+    values = calling.to_dict()
+
+    def read(given):
+        if kind == VisionCall.kind:
+            return VisionCall.from_dict(given, llava.q.config)
+        return ImagesCall.beside(given, causal, calling.vision)
+
+    assert read(values).to_dict() == values
+    with pytest.raises(ValueError, match=r"images are|the vision graph has|inputs are|size guard"):
+        read({**values, name: DAMAGES[kind][name]})
+
+
 def images_of(call):
     return {name: one for name, one in call.items() if name in ("pixel_values", "image_grid_thw")}
 
