@@ -104,7 +104,7 @@ def quantize(
     if config.bits is not None:
         data = list(data or ())
         config = _decided(main, plan, config, tried.front_end, data, report)
-        plan, others = _planned(tried.traced.graph_modules, config, planned.roles)
+        plan, others = _planned(tried.traced.graph_modules, config, planned.roles, tried.traced.optional)
         unlike = {**tried.unlike, **others}
     moments = None
     if data is not None:
@@ -145,12 +145,15 @@ def trace_and_plan(
         traced = front_end.trace(model, example_inputs, static_cache=static_cache)
     tried = Tried.of(front_end, model, example_inputs, traced)
     roles = front_end.roles(model)
-    plan, others = make_plan(traced.graph_modules, config, roles)
+    plan, others = make_plan(traced.graph_modules, config, roles, traced.optional)
     return Planned(tried, plan, {**tried.unlike, **others}, roles)
 
 
 def make_plan(
-    graph_modules: Mapping[str, fx.GraphModule], config: LobcqConfig, roles: Mapping[str, str] | None = None
+    graph_modules: Mapping[str, fx.GraphModule],
+    config: LobcqConfig,
+    roles: Mapping[str, str] | None = None,
+    optional: frozenset[str] = frozenset(),
 ) -> tuple[QuantizationPlan, dict[str, str]]:
     """Normalize the traced graphs of a model, and decide what becomes of their matmuls.
 
@@ -158,6 +161,7 @@ def make_plan(
         graph_modules: by name, `MAIN` among them, changed in place: the others let go of the tensors that it has too.
         config: what to quantize and how.
         roles: module path -> what that layer is to the model.
+        optional: paths of modules that graphs beside the main one may leave out.
 
     Returns:
         The plan, and why it does not hold for a graph that runs other matmuls than the main one, by name.
@@ -167,7 +171,7 @@ def make_plan(
     """
     for graph_module in graph_modules.values():
         NORMALIZE(graph_module)
-    plan, unlike = _planned(graph_modules, config, roles)
+    plan, unlike = _planned(graph_modules, config, roles, optional)
     for name, graph_module in graph_modules.items():
         if name != MAIN:
             drop_shared(graph_module, graph_modules[MAIN])
@@ -175,10 +179,13 @@ def make_plan(
 
 
 def _planned(
-    graph_modules: Mapping[str, fx.GraphModule], config: LobcqConfig, roles: Mapping[str, str] | None
+    graph_modules: Mapping[str, fx.GraphModule],
+    config: LobcqConfig,
+    roles: Mapping[str, str] | None,
+    optional: frozenset[str],
 ) -> tuple[QuantizationPlan, dict[str, str]]:
     """The same of graphs that are normalized."""
-    plan = QuantizationPlan.of(graph_modules[MAIN], config, roles)
+    plan = QuantizationPlan.of(graph_modules[MAIN], config, roles, optional)
     if not plan.quantized:
         raise ConfigError(f"nothing to quantize in the model: {_reasons(plan)}")
     unlike: dict[str, str] = {}
@@ -306,7 +313,7 @@ def fit_shared_codebooks(
     example_inputs, data = _example(front_end, example_inputs, calibration_data)
     with counted_calls(model, partial(report, "trace")):
         traced = front_end.trace(model, example_inputs, static_cache=False)
-    plan, _ = make_plan(traced.graph_modules, config, front_end.roles(model))
+    plan, _ = make_plan(traced.graph_modules, config, front_end.roles(model), traced.optional)
     _calibrate(traced.graphs[MAIN], plan, data or (), report)
     _, rotation = _prepared(plan, traced.graph_modules)
     return fit_to_model(plan, rotation.weights.matrices, rotation.statistics, spec, report)

@@ -85,13 +85,21 @@ class PlannedMatmul:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """Every matmul of a model's graphs, which run the same ones in the same order."""
+    """Every matmul of a model's graphs, which run the same ones in the same order.
+
+    optional: paths of modules whose matmuls a graph may leave out, all of them.
+    """
 
     matmuls: tuple[PlannedMatmul, ...]
+    optional: frozenset[str] = frozenset()
 
     @classmethod
     def of(
-        cls, graph_module: fx.GraphModule, config: LobcqConfig, roles: Mapping[str, str] | None = None
+        cls,
+        graph_module: fx.GraphModule,
+        config: LobcqConfig,
+        roles: Mapping[str, str] | None = None,
+        optional: frozenset[str] = frozenset(),
     ) -> QuantizationPlan:
         """Decide for each matmul of a graph after `NormalizeMatmuls`.
 
@@ -99,6 +107,7 @@ class QuantizationPlan:
             graph_module: the graph.
             config: what to quantize and how.
             roles: module path -> what that layer is to the model, for patterns such as `@head`.
+            optional: see the class.
         """
         matmuls = find_matmuls(graph_module)
         choices = [_choose(matmul, config, (roles or {}).get(matmul.layer)) for matmul in matmuls]
@@ -110,7 +119,8 @@ class QuantizationPlan:
             tuple(
                 _planned(matmul, choice, weights, names, counted)
                 for matmul, choice in zip(matmuls, choices, strict=True)
-            )
+            ),
+            optional,
         )
 
     @property
@@ -142,20 +152,26 @@ class QuantizationPlan:
     def pair(self, graph_module: fx.GraphModule) -> list[tuple[Matmul, PlannedMatmul]]:
         """The matmuls of a graph that are not emitted yet, each with its plan.
 
+        Args:
+            graph_module: it runs the plan's matmuls, or all but those of `optional` modules.
+
         Raises:
-            TraceError: the graph does not run the matmuls of the plan; says where they differ.
+            TraceError: it does not; says where they differ.
         """
         matmuls = {matmul.node: matmul for matmul in find_matmuls(graph_module)}
         nodes = [node for node in graph_module.graph.nodes if node in matmuls or node.target in LINEARS]
-        if len(nodes) != len(self.matmuls):
-            raise TraceError(f"it has {len(nodes)} matmuls, the graph that it follows {len(self.matmuls)}")
-        for node, planned in zip(nodes, self.matmuls, strict=True):
+        followed = self.matmuls
+        if len(nodes) != len(followed):
+            followed = tuple(one for one in followed if one.path not in self.optional)
+        if len(nodes) != len(followed):
+            raise TraceError(f"it has {len(nodes)} matmuls, the graph that it follows {len(followed)}")
+        for node, planned in zip(nodes, followed, strict=True):
             if module_path(node) != planned.path:
                 raise TraceError(
                     f"it runs a matmul in {module_path(node)!r} where the graph that it follows runs one in"
                     f" {planned.path!r}"
                 )
-        pairs = [(matmuls[n], planned) for n, planned in zip(nodes, self.matmuls, strict=True) if n in matmuls]
+        pairs = [(matmuls[n], planned) for n, planned in zip(nodes, followed, strict=True) if n in matmuls]
         _check_weights(pairs)
         return pairs
 

@@ -87,8 +87,8 @@ def smooth(plan: QuantizationPlan, graph_modules: Mapping[str, fx.GraphModule], 
     groups = _groups(plan, graph_modules[MAIN])
     others = [(_groups(plan, one), one) for name, one in graph_modules.items() if name != MAIN]
     times_read = plan.times_read
-    for place, group in enumerate(groups):
-        free = group.free and all(_alike(group, place, *other) for other in others)
+    for group in groups:
+        free = group.free and all(_alike(group, *other) for other in others)
         free = free and (group.rows_of is None or times_read[group.rows_of] == 1)
         free = free and _may_be_smoothed(group.matmuls, statistics, times_read)
         for matmuls in [group.matmuls] if free else group.readings:
@@ -241,11 +241,12 @@ def _in_its_groups(source: fx.Node, stack: Matmul, members: list[Matmul], graph_
     return all(node.target in CASTS for node in moves)
 
 
-def _alike(group: _Group, place: int, others: list[_Group], graph_module: fx.GraphModule) -> bool:
-    """Whether another graph has the same group at its place, on the tensors of the main graph."""
+def _alike(group: _Group, others: list[_Group], graph_module: fx.GraphModule) -> bool:
+    """Whether another graph that runs any of the matmuls has the same group, on the tensors of the main graph."""
     names = (*group.parameters, *(name for name, _ in group.floats))
     own = any(has_attribute(graph_module, name) for name in names)
-    return not own and place < len(others) and others[place] == group
+    met = [other for other in others if not set(group.matmuls).isdisjoint(other.matmuls)]
+    return not own and all(other == group for other in met)
 
 
 def _divide(root: fx.GraphModule, group: _Group, scale: Tensor, scales: dict[PlannedWeight, WeightScales]) -> None:

@@ -95,7 +95,7 @@ def expected_of(model: nn.Module, trial: Trial, written: Collection[str] = ()) -
         ) from error
 
 
-def differing(traced: TracedGraphs, trials: Mapping[str, Trial], expected: Outcome) -> dict[str, str]:
+def differing(traced: TracedGraphs, trials: Mapping[str, Trial], expected: Mapping[str, Outcome]) -> dict[str, str]:
     """Run every traced graph; why those besides the main one do not compute what the model does, by name.
 
     Raises:
@@ -103,7 +103,7 @@ def differing(traced: TracedGraphs, trials: Mapping[str, Trial], expected: Outco
     """
     found = {}
     for name, one in traced.graphs.items():
-        reason = _difference_of_traced(one, trials[name], expected)
+        reason = _difference_of_traced(one, trials[name], expected[name])
         if reason is not None and name == MAIN:
             raise TraceError(
                 f"the traced graph is not the model: {reason}. Remedy: pass example_inputs that take the branch you"

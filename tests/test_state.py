@@ -10,6 +10,7 @@ from torch import nn
 
 import lobcq_fx
 from lobcq_fx import LobcqConfig
+from lobcq_fx.graph.written import module_kept
 from tests.families import fake_quantized
 from tests.passes.graphs import linear, values
 
@@ -130,3 +131,14 @@ def test_what_calls_wrote_is_saved(tmp_path):
     q.save_pretrained(tmp_path / "saved")
     loaded = lobcq_fx.load(tmp_path / "saved")
     assert torch.equal(loaded(values(2, 5, 64)), q(values(2, 5, 64)))
+
+
+def test_hooks_that_a_call_installs_are_gone_with_what_says_that_they_are_there():
+    """As transformers installs those that capture hidden states, once for a model."""
+    model = nn.Linear(4, 4)
+    hook = model.register_forward_hook(lambda *_: None)
+    with module_kept(model):
+        model.installed = True
+        model.register_forward_hook(lambda *_: None)
+    assert list(model._forward_hooks) == [hook.id]
+    assert not hasattr(model, "installed")

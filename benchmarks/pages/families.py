@@ -25,6 +25,11 @@ KINDS = {
     "SpeechEncoder": "speech encoder",
     "EncoderDecoder": "encoder-decoder",
     "Transcriber": "encoder-decoder of speech",
+    "VisionLanguage": "vision-language model",
+    "TypedTokens": "vision-language model",
+    "TypedPrefix": "vision-language model",
+    "Tiles": "vision-language model",
+    "Patches": "vision-language model",
 }
 CHECKS = ("saved", "compiled", "exported")
 

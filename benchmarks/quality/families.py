@@ -23,6 +23,7 @@ import transformers
 import lobcq_fx
 from lobcq_fx.storage.graph_json import operators
 from tests.more_families import FAMILIES, REFUSED, Family, agreement
+from tests.vision_language import VISION_LANGUAGE
 
 RESULT = Path(__file__).parents[1] / "results" / "families.json"
 COMPILED_TOLERANCE = 1e-3
@@ -38,7 +39,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    every = {**FAMILIES, **REFUSED}
+    every = {**FAMILIES, **VISION_LANGUAGE, **REFUSED}
     found = json.loads(arguments.output.read_text(encoding="utf-8")) if arguments.output.exists() else {"families": {}}
     for name in arguments.families or every:
         found["families"][name] = row = measure(every[name])

@@ -30,10 +30,11 @@ def front_end_of(model: nn.Module) -> FrontEnd:
     from lobcq_fx.frontends.causal_lm_front_end import CausalLMFrontEnd
     from lobcq_fx.frontends.encoder import EncoderFrontEnd
     from lobcq_fx.frontends.seq2seq_front_end import Seq2SeqFrontEnd
-    from lobcq_fx.frontends.transformers_trace import is_causal_lm, is_seq2seq_lm
+    from lobcq_fx.frontends.transformers_trace import is_causal_lm, is_seq2seq_lm, reads_images
+    from lobcq_fx.frontends.vision_language_front_end import VisionLanguageFrontEnd
 
     if is_causal_lm(model):
-        return CausalLMFrontEnd()
+        return VisionLanguageFrontEnd() if reads_images(model) else CausalLMFrontEnd()
     return Seq2SeqFrontEnd() if is_seq2seq_lm(model) else EncoderFrontEnd()
 
 
@@ -57,6 +58,10 @@ def front_end_for(saved: Checkpoint) -> FrontEnd:
             raise CheckpointError(f"a model of diffusers needs that package: {error}. Remedy: install it") from None
 
         return DiffusionFrontEnd()
+    if kind == "causal_lm" and "vision" in saved.graphs:
+        from lobcq_fx.frontends.vision_language_front_end import VisionLanguageFrontEnd
+
+        return VisionLanguageFrontEnd()
     if kind in ("causal_lm", "recurrent_causal_lm"):
         from lobcq_fx.frontends.causal_lm_front_end import CausalLMFrontEnd
 

@@ -14,7 +14,7 @@ from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.model import ModelParts, QuantizedModel
 from lobcq_fx.storage.checkpoint import Callings, Checkpoint
-from lobcq_fx.tracing.trace import TracedGraphs, TracedModel
+from lobcq_fx.tracing.trace import MAIN, TracedGraphs, TracedModel
 from lobcq_fx.trial import Trial
 
 
@@ -46,7 +46,7 @@ class FrontEnd(ABC):
     def trials(self, model: nn.Module, example_inputs: Any, traced: TracedGraphs) -> dict[str, Trial]:
         """For each traced graph, calls to compare it and the quantized model with the float model on.
 
-        All of them are to give what the one for the main graph gives of the float model.
+        Each is to give what that of its `reference` gives of the float model.
         """
 
     def distance(self, outputs: Sequence[Any], expected: Sequence[Any]) -> float:
@@ -59,9 +59,13 @@ class FrontEnd(ABC):
         powers = float(sum(other.square().sum() for _, other in pairs))
         return float(sum((one - other).square().sum() for one, other in pairs)) / max(powers, sys.float_info.min)
 
-    def parts(self, main: TracedModel) -> dict[str, TracedModel]:
-        """Graphs on the tensors of the emitted main one, of which each does a part of the work, by name."""
-        return {}
+    def reference(self, name: str, traced: TracedGraphs) -> str:
+        """Name of the graph whose trial, of the float model, says what a graph is to give."""
+        return MAIN
+
+    def graphs_of(self, emitted: dict[str, TracedModel]) -> dict[str, TracedModel]:
+        """The quantized model's graphs, of the emitted ones: parts of one may be graphs of their own."""
+        return emitted
 
     def roles(self, model: nn.Module) -> Mapping[str, str]:
         """Module path -> role, for patterns such as `@head`; nothing is known of a plain module."""
@@ -82,8 +86,8 @@ class FrontEnd(ABC):
             CheckpointError: what the folder says of the model is damaged, or not known here.
         """
         try:
-            graphs = saved.traced(self.callings(saved))
             configs = self.saved_configs(saved, directory)
+            graphs = saved.traced(self.callings(saved))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{directory}/graph.json: the calling convention is damaged: {error}") from None
         return ModelParts(graphs, saved.refused, saved.lobcq_config, saved.inventory, **configs)

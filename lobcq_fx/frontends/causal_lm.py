@@ -32,6 +32,7 @@ from lobcq_fx.frontends.static_cache_call import (
     is_static,
     static_cache,
 )
+from lobcq_fx.frontends.vision_language_call import IMAGES
 from lobcq_fx.frontends.whole_batches import WholeBatches
 from lobcq_fx.graph.graph_module import copied
 from lobcq_fx.graph.shared_tensors import SharingGraphModule
@@ -271,7 +272,8 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         graph = self.graphs[MAIN] if graph is None else graph
         key = (graph.calling.kind, cache_format)
         if key not in self._quantized_caches:
-            calling, static = self.calling, isinstance(graph.calling, StaticCacheCall)
+            static = isinstance(graph.calling, StaticCacheCall)
+            calling = self.calling if static else graph.calling
             assert isinstance(calling, CausalLMCall)
             if isinstance(calling, RecurrentCall):
                 raise CallError(f"past_key_values is a LobcqCache, but {NO_QUANTIZED_CACHE}")
@@ -303,6 +305,9 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         return self._quantized_caches[key]
 
     def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelGraph:
+        reason = self.refused_graphs.get(IMAGES)
+        if reason is not None and kwargs.get("pixel_values") is not None:
+            raise CallError(f"argument 'pixel_values' is not supported: the model serves text alone: {reason}")
         if isinstance(kwargs.get("past_key_values"), LobcqCache):
             return self._for_quantized_cache(kwargs["past_key_values"].format)
         if isinstance(kwargs.get("past_key_values"), LobcqStaticCache):

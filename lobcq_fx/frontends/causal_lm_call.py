@@ -54,11 +54,12 @@ class CausalLMCall(CallingConvention):
     inputs: the graph's tensor inputs before the cache, in order.
     cache_heads: for each layer, heads and the widths of a key and a value.
     cache_dtype: dtype of an empty cache, for example "float32".
-    positions_from_mask: default position_ids count along the mask instead of from 0 on.
+    positions_from_mask: default position_ids count along the mask instead of from `first_position` on.
     output_type: name of a class, as `lobcq_fx.frontends.output_types` finds it; output_class: the class.
     cache_name: what that class calls the cache.
     default_positions: False where the model counts by a rule of its own, so that calls have to pass position_ids.
     shifted_loss: labels give the cross-entropy with the next token, as they do by default.
+    first_position: 1 where the model counts from there on.
     guards: what the trace assumed of the sizes of `inputs` and of the first key.
     """
 
@@ -72,6 +73,7 @@ class CausalLMCall(CallingConvention):
     output_type: str
     default_positions: bool = True
     shifted_loss: bool = True
+    first_position: int = 0
     guards: SizeGuards = field(default_factory=SizeGuards)
     output_class: type[ModelOutput] = field(init=False, repr=False, compare=False)
     cache_name: str = field(init=False, repr=False, compare=False)
@@ -87,10 +89,18 @@ class CausalLMCall(CallingConvention):
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """input_ids, attention_mask, position_ids and logits_to_keep as the graph has them, then keys and values."""
-        call = call_arguments(args, kwargs)
+        call = self.arguments(args, kwargs)
         ids = input_ids_of(call)
         past = self._past(call.get("past_key_values"), ids)
         return self.inputs_of(call, ids, past[0]) + past
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The call as {name: value}.
+
+        Raises:
+            CallError: an argument that the graph does not serve.
+        """
+        return call_arguments(args, kwargs)
 
     def inputs_of(self, call: Mapping[str, Any], ids: Tensor, first_key: Tensor) -> list[Tensor]:
         """The graph's inputs before the cache, of which a tensor of the first key's shape [B, H, P, D] tells the sizes.
@@ -112,10 +122,15 @@ class CausalLMCall(CallingConvention):
             "attention_mask": mask,
             "position_ids": self._positions(call.get("position_ids"), mask, batch, query),
             "logits_to_keep": kept_positions(call.get("logits_to_keep"), query, ids.device),
+            **self._more_inputs(call, mask),
         }
         inputs = [values[name] for name in self.inputs]
         self.guards.check([*inputs, first_key], self.name_of)
         return inputs
+
+    def _more_inputs(self, call: Mapping[str, Any], mask: Tensor) -> dict[str, Tensor]:
+        """What the graph of another kind takes besides."""
+        return {}
 
     def name_of(self, place: int) -> str:
         """What a caller calls an input of the graph."""
@@ -123,7 +138,7 @@ class CausalLMCall(CallingConvention):
 
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output class with logits, the loss if labels were given, and the cache unless use_cache=False."""
-        call = call_arguments(args, kwargs)
+        call = self.arguments(args, kwargs)
         logits, *states = outputs
         cache = None if call.get("use_cache") is False else self._grown(call.get("past_key_values"), states)
         return self.output(logits, cache, call)
@@ -152,6 +167,8 @@ class CausalLMCall(CallingConvention):
         """JSON-ready values."""
         settings = asdict(self)
         del settings["output_class"], settings["cache_name"]  # what output_type names
+        if not self.first_position:
+            del settings["first_position"]  # which earlier releases do not know
         return {"kind": self.kind, **settings, "guards": self.guards.to_list()}
 
     @classmethod
@@ -182,6 +199,8 @@ class CausalLMCall(CallingConvention):
         settings["cache_heads"] = tuple((heads, key, value) for heads, key, value in settings["cache_heads"])
         settings["guards"] = guards_of(values, settings["inputs"])
         sizes = [settings["vocab_size"], *(size for layer in settings["cache_heads"] for size in layer)]
+        if settings.get("first_position", 0) not in (0, 1):
+            raise ValueError(f"first_position is {settings['first_position']!r}")
         if any(type(size) is not int or not 0 < size < LARGEST_SIZE for size in sizes):
             raise ValueError(f"vocab_size and cache_heads hold {sizes[:9]}, which are no sizes")
         return settings
@@ -230,8 +249,8 @@ class CausalLMCall(CallingConvention):
         self.check_default_positions()
         if self.positions_from_mask:
             return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -query:]
-        past = mask.shape[1] - query
-        return torch.arange(past, past + query, dtype=torch.long, device=mask.device).expand(batch, query)
+        first = mask.shape[1] - query + self.first_position
+        return torch.arange(first, first + query, dtype=torch.long, device=mask.device).expand(batch, query)
 
 
 def guards_of(values: Mapping[str, Any], inputs: tuple[str, ...]) -> SizeGuards:

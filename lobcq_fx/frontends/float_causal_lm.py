@@ -97,18 +97,27 @@ def counted(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def positions_from_mask(model: PreTrainedModel) -> bool:
-    """Whether the model, called without position_ids, counts positions along the mask (OPT does) or from 0 on."""
+def default_positions(model: PreTrainedModel) -> dict[str, Any]:
+    """How the model, called without position_ids, counts: along the mask (OPT does), or from 0 or 1 (PaliGemma) on.
+
+    Returns:
+        `positions_from_mask` and `first_position` of a `CausalLMCall`.
+    """
     if not takes(model, "position_ids"):
-        return False
+        return {"positions_from_mask": False}
     ids, mask = (value[:1, :PAST] for value in padded_prompt(model))
-    default = model(input_ids=ids, attention_mask=mask).logits
-    by_mask = model(input_ids=ids, attention_mask=mask, position_ids=counted(mask)).logits
-    by_index = model(
-        input_ids=ids, attention_mask=mask, position_ids=torch.arange(PAST, dtype=torch.long, device=ids.device)[None]
-    ).logits
-    last = (0, -1)
-    return bool((default[last] - by_mask[last]).abs().max() < (default[last] - by_index[last]).abs().max())
+    default = model(input_ids=ids, attention_mask=mask).logits[0, -1]
+    index = torch.arange(PAST, dtype=torch.long, device=ids.device)[None]
+
+    def distance(positions: Tensor) -> float:
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[0, -1]
+        return float((default - logits).abs().max())
+
+    from_0, from_1, by_mask = distance(index), distance(index + 1), distance(counted(mask))
+    return {
+        "positions_from_mask": by_mask < min(from_0, from_1),
+        "first_position": int(from_1 < min(from_0, by_mask)),
+    }
 
 
 def has_shifted_loss(model: PreTrainedModel, vocab_size: int) -> bool:

@@ -10,6 +10,7 @@ import transformers
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
@@ -23,6 +24,8 @@ GENERATION = frozenset(name for name in vars(GenerationMixin) if not name.starts
 """What `generate()` is made of. Masks are not: the graph makes its own, whatever the class has for static caches."""
 
 PREPARE = "prepare_inputs_for_generation"
+POSITIONS, UPDATE = "_prepare_position_ids_for_generation", "_update_model_kwargs_for_generation"
+EXPAND = "_expand_inputs_for_generation"
 
 DELEGATED: Mapping[str, frozenset[str]] = {
     # LongRoPE: beyond the original length the cache is computed anew, with the long factors.
@@ -31,6 +34,13 @@ DELEGATED: Mapping[str, frozenset[str]] = {
     "Phi4MultimodalForCausalLM": frozenset({PREPARE}),
     # Positions that count along a padded prompt of tokens heard before.
     "WhisperForConditionalGeneration": frozenset({PREPARE}),
+    # Which tokens are images, in a first call; positions from 1 on; and what a new token is.
+    "Gemma3ForConditionalGeneration": frozenset({PREPARE}),
+    "PaliGemmaForConditionalGeneration": frozenset({PREPARE, UPDATE}),
+    # Positions of images in time, height and width.
+    "Qwen2VLForConditionalGeneration": frozenset({POSITIONS}),
+    "Qwen2_5_VLForConditionalGeneration": frozenset({POSITIONS}),
+    "Qwen3VLForConditionalGeneration": frozenset({POSITIONS}),
 }
 """Methods that quantized models of these classes call, bound to themselves."""
 
@@ -43,9 +53,12 @@ HARMLESS: Mapping[str, frozenset[str]] = {
     # Cuts inputs of other names, which a quantized model refuses.
     "RoCBertForCausalLM": frozenset({PREPARE}),
     # Passes on which tokens are pictures, in a first call: of text alone it says nothing.
-    "Gemma3ForConditionalGeneration": frozenset({PREPARE}),
     "Gemma4ForConditionalGeneration": frozenset({PREPARE}),
     "Gemma4UnifiedForConditionalGeneration": frozenset({PREPARE}),
+    # Repeat pixels for beams, of which a quantized model repeats the features (transformers before 5.23).
+    "Qwen2VLForConditionalGeneration": frozenset({EXPAND}),
+    "Qwen2_5_VLForConditionalGeneration": frozenset({EXPAND}),
+    "Qwen3VLForConditionalGeneration": frozenset({EXPAND}),
     # Drop the mask of steps, of which the graph takes the last tokens alone.
     "MambaForCausalLM": frozenset({PREPARE}),
     "Mamba2ForCausalLM": frozenset({PREPARE}),
@@ -90,6 +103,11 @@ def check_overrides(model: PreTrainedModel) -> None:
         )
 
 
+def needs_images(model: PreTrainedModel) -> bool:
+    """Whether its class changes what a quantized model does only where it takes images."""
+    return not DELEGATED.get(type(model).__name__, frozenset()) <= {PREPARE}
+
+
 def delegated(model_type: str, name: str, owner: type) -> Callable[..., Any] | None:
     """The method with which a quantized model of `owner` stands in for `generate()`'s own; None if there is none.
 
@@ -116,5 +134,9 @@ def _kept(name: str, owner: type, model_type: str) -> bool:
 
 def _class_of(model_type: str) -> Any:
     """Name of the class that generates, of a kind of model."""
-    found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    return MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.get(model_type, found)
+    mappings = (
+        MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+    return next((one[model_type] for one in mappings if model_type in one), None)

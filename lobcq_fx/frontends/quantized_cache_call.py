@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lobcq_fx.frontends.causal_lm_call import CausalLMCall, call_arguments, input_ids_of
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall, input_ids_of
 from lobcq_fx.frontends.lobcq_cache import LobcqCache
 from lobcq_fx.frontends.lobcq_static_cache import LobcqStaticLayer
 from lobcq_fx.frontends.static_cache_call import StaticCacheCall
@@ -37,7 +37,7 @@ class QuantizedCacheCall(CallingConvention):
         Raises:
             CallError: the cache holds tokens of another model or batch.
         """
-        call = call_arguments(args, kwargs)
+        call = self.causal.arguments(args, kwargs)
         ids = input_ids_of(call)
         cache = call["past_key_values"]
         assert isinstance(cache, LobcqCache)
@@ -48,7 +48,7 @@ class QuantizedCacheCall(CallingConvention):
 
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As `CausalLMCall.unflatten`."""
-        call = call_arguments(args, kwargs)
+        call = self.causal.arguments(args, kwargs)
         logits, *rows = outputs
         cache = call["past_key_values"]
         result = self.causal.output(logits, cache, call)  # may refuse the labels: then the cache stays as it was

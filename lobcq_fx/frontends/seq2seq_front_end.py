@@ -42,9 +42,9 @@ class Seq2SeqFrontEnd(LanguageModelFrontEnd):
         assert isinstance(model, PreTrainedModel)
         return {MAIN: seq2seq_trial.by_steps(model, _main_input(model, example_inputs))}
 
-    def parts(self, main: TracedModel) -> dict[str, TracedModel]:
-        """Encoder, cross-attention and decoder."""
-        return parts_of(main)
+    def graphs_of(self, emitted: dict[str, TracedModel]) -> dict[str, TracedModel]:
+        """Encoder, cross-attention and decoder beside the whole."""
+        return emitted | parts_of(emitted[MAIN])
 
     def build(self, parts: ModelParts) -> QuantizedModel:
         """A model with `generate()`, its class's own for Whisper."""

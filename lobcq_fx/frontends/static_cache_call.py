@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
 from lobcq_fx.errors import CallError
-from lobcq_fx.frontends.causal_lm_call import CausalLMCall, call_arguments, guards_of, input_ids_of, kept_positions
+from lobcq_fx.frontends.causal_lm_call import CausalLMCall, guards_of, input_ids_of, kept_positions
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.guards import SizeGuards
 
@@ -47,12 +47,12 @@ class StaticCacheCall(CallingConvention):
         Raises:
             CallError: the cache is not one of `static_cache`, has another batch, or no room for the call's tokens.
         """
-        call = call_arguments(args, kwargs)
+        call = self.causal.arguments(args, kwargs)
         ids = input_ids_of(call)
         batch, query = ids.shape
-        layers = self._layers(call["past_key_values"], ids)
+        layers = self.layers_of(call["past_key_values"], ids)
         length = layers[0].keys.shape[self.length_dimension]
-        self._check_room(layers[0], length, query, call.get("attention_mask"))
+        self.check_room(layers[0], length, query, call.get("attention_mask"))
         positions = layers[0].cumulative_length + torch.arange(query, dtype=torch.long, device=ids.device)
         mask = cache_mask(call.get("attention_mask"), batch, length, ids.device)
         values = {
@@ -70,7 +70,7 @@ class StaticCacheCall(CallingConvention):
 
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As `CausalLMCall.unflatten`; the cache, which the graph has written to, counts the call's tokens."""
-        call = call_arguments(args, kwargs)
+        call = self.causal.arguments(args, kwargs)
         cache = call["past_key_values"]
         result = self.causal.output(outputs[0], cache, call)  # may refuse the labels: then nothing was counted
         torch._foreach_add_([layer.cumulative_length for layer in cache.layers], input_ids_of(call).shape[1])
@@ -94,7 +94,7 @@ class StaticCacheCall(CallingConvention):
         """
         return cls(causal, guards_of(values, causal.inputs))
 
-    def _layers(self, cache: Any, ids: Tensor) -> list[StaticLayer]:
+    def layers_of(self, cache: Any, ids: Tensor) -> list[StaticLayer]:
         """The cache's layers, with memory of the right sizes."""
         sizes, batch = self.causal.cache_heads, ids.shape[0]
         if len(cache.layers) != len(sizes):
@@ -125,7 +125,7 @@ class StaticCacheCall(CallingConvention):
         ]
         return getattr(torch, self.causal.cache_dtype), shapes, "[batch, heads, length, width]"
 
-    def _check_room(self, layer: StaticLayer, length: int, query: int, mask: Tensor | None) -> None:
+    def check_room(self, layer: StaticLayer, length: int, query: int, mask: Tensor | None) -> None:
         """That the call's tokens fit behind the cached ones, as far as that is known without waiting for a device."""
         if query > length:
             raise CallError(f"the cache has room for {length} tokens, the call has {query}: {REMEDY}, longer")
@@ -145,7 +145,7 @@ class StaticCacheCall(CallingConvention):
         self.causal.check_default_positions()
         if self.causal.positions_from_mask:
             return (mask.long().cumsum(-1) - 1).clamp(min=0).index_select(1, positions)
-        return positions.expand(batch, positions.shape[0])
+        return (positions + self.causal.first_position).expand(batch, positions.shape[0])
 
 
 def is_static(cache: Any) -> bool:

@@ -31,9 +31,9 @@ from lobcq_fx.frontends.float_causal_lm import (
     as_named_by,
     check_cache_layers,
     continuation,
+    default_positions,
     has_shifted_loss,
     has_states,
-    positions_from_mask,
 )
 from lobcq_fx.frontends.generation_overrides import check_overrides
 from lobcq_fx.frontends.graph_check import default_positions_hold
@@ -74,6 +74,11 @@ def is_causal_lm(model: object) -> bool:
     return isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
 
 
+def reads_images(model: PreTrainedModel) -> bool:
+    """Whether a language model has a part of its prompt from images."""
+    return getattr(model.config, "image_token_id", None) is not None and hasattr(model.base_model, "get_image_features")
+
+
 def is_seq2seq_lm(model: object) -> bool:
     """Whether `model` is a Hugging Face encoder-decoder whose decoder generates tokens."""
     if not isinstance(model, PreTrainedModel) or not model.can_generate() or not model.config.is_encoder_decoder:
@@ -111,7 +116,7 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
                     (layer.keys.shape[1], *(s.shape[3] for s in (layer.keys, layer.values))) for layer in attending
                 ),
                 "cache_dtype": str(attending[0].keys.dtype if attending else model.dtype).removeprefix("torch."),
-                "positions_from_mask": positions_from_mask(model),
+                **default_positions(model),
                 "vocab_size": vocab_size,
                 "output_type": output_type,
                 "shifted_loss": shifted_loss,

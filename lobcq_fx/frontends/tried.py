@@ -21,7 +21,7 @@ from lobcq_fx.trial import Outcome, Trial, check_quantized, differing, expected_
 class Tried:
     """Traced graphs that were compared with their model.
 
-    trials: the calls that they were compared on, by graph. expected: what the model gave.
+    trials: the calls that they were compared on, by graph. expected: what the model is to give in each.
     unlike: why a graph besides the main one does not compute what the model does, by name.
     """
 
@@ -29,7 +29,7 @@ class Tried:
     model: nn.Module
     traced: TracedGraphs
     trials: Mapping[str, Trial]
-    expected: Outcome
+    expected: Mapping[str, Outcome]
     unlike: dict[str, str]
 
     @classmethod
@@ -40,7 +40,12 @@ class Tried:
             TraceError: the model itself fails on the call, or its main graph gives something else.
         """
         trials = front_end.trials(model, example_inputs, traced)
-        expected = expected_of(model, trials[MAIN], written_attributes(traced.graphs[MAIN].graph_module.graph))
+        references = {name: front_end.reference(name, traced) for name in traced.graphs}
+        outcomes = {
+            name: expected_of(model, trials[name], written_attributes(traced.graphs[name].graph_module.graph))
+            for name in dict.fromkeys(references.values())
+        }
+        expected = {name: outcomes[reference] for name, reference in references.items()}
         return cls(front_end, model, traced, trials, expected, differing(traced, trials, expected))
 
     def graphs_without(self, unlike: Mapping[str, str]) -> dict[str, fx.GraphModule]:
@@ -66,7 +71,8 @@ class Tried:
         """
         q = self.front_end.build(self.parts(emitted, unlike, config, inventory))
         for name in emitted:
-            check_quantized(q, q.graphs[name].graph_module, self.trials[name], self.expected)
+            of_trial = q.graphs.get(name, q.graphs[MAIN]).graph_module
+            check_quantized(q, of_trial, self.trials[name], self.expected[name])
         return q
 
     def parts(
@@ -78,6 +84,6 @@ class Tried:
     ) -> ModelParts:
         """What `build` makes the model of."""
         graphs = {name: TracedModel(one, self.traced.graphs[name].calling) for name, one in emitted.items()}
-        graphs |= self.front_end.parts(graphs[MAIN])
+        graphs = self.front_end.graphs_of(graphs)
         configs = self.front_end.configs(self.model)
         return ModelParts(graphs, {**self.traced.refusals, **unlike}, config, inventory, **configs)

@@ -52,7 +52,8 @@ def module_kept(model: nn.Module, parameters: Collection[str] = ()) -> Iterator[
     """A model that is called or traced is afterwards as it was: attributes, mode, buffers, and the parameters named."""
     modules = list(model.modules())
     attributes = [vars(module) for module in modules]
-    attributes += [of for module in modules for of in (module._buffers, module._parameters, module._modules)]
+    # Buffers, parameters, submodules, and hooks, which transformers installs when outputs are first asked for.
+    attributes += [of for module in modules for of in vars(module).values() if isinstance(of, dict)]
     before = [dict(of) for of in attributes]
     tensors = [*model.buffers(), *(value for module in modules for value in vars(module).values() if _is_real(value))]
     tensors += [parameter for name, parameter in model.named_parameters() if name in parameters]

@@ -90,7 +90,11 @@ class SizeGuards:
     def without(self, place: int) -> SizeGuards:
         """For a graph without the input at `place`: conditions about it go, inputs behind it move up."""
         others = [tree for tree in self.conditions if all(one != place for one, _ in _sizes(tree))]
-        return SizeGuards(tuple(_moved_up(tree, place) for tree in others))
+        return SizeGuards(tuple(_moved(tree, place, -1) for tree in others))
+
+    def behind(self, count: int) -> SizeGuards:
+        """For a graph with `count` more inputs before these."""
+        return SizeGuards(tuple(_moved(tree, -1, count) for tree in self.conditions))
 
     def to_list(self) -> list[Any]:
         """JSON-ready conditions."""
@@ -128,13 +132,14 @@ def _check_extent(tree: Any) -> None:
             levels.extend((one, depth + 1) for one in part)
 
 
-def _moved_up(tree: Any, place: int) -> Any:
+def _moved(tree: Any, place: int, by: int) -> Any:
+    """A condition on inputs of which those behind `place` are elsewhere."""
     match tree:
         case int():
             return tree
         case [head, int(one), int(dim)] if head == SIZE:
-            return [head, one - (one > place), dim]
-    return [tree[0], *(_moved_up(part, place) for part in tree[1:])]
+            return [head, one + by * (one > place), dim]
+    return [tree[0], *(_moved(part, place, by) for part in tree[1:])]
 
 
 def describe(tree: Any, name: Callable[[int], str]) -> str:

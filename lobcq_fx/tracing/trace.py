@@ -51,10 +51,12 @@ class TracedGraphs:
     """The graphs of one model by name, `MAIN` first; each runs the same matmuls in the same order.
 
     refusals: graphs that could not be made, and why, by name.
+    optional: paths of modules that graphs beside the main one may leave out, all of them.
     """
 
     graphs: dict[str, TracedModel]
     refusals: dict[str, str] = field(default_factory=dict)
+    optional: frozenset[str] = frozenset()
 
     @property
     def graph_modules(self) -> dict[str, fx.GraphModule]:

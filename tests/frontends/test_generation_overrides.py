@@ -17,7 +17,8 @@ from lobcq_fx.frontends.causal_lm import CausalLMForward
 from lobcq_fx.frontends.generation_overrides import GENERATION, check_overrides, delegated, lost_overrides, overrides
 from tests.families import LLAMA, causal_lm, fake_quantized, quantized_layers
 
-PREPARE = "prepare_inputs_for_generation"
+PREPARE, UPDATE = "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"
+POSITIONS = "_prepare_position_ids_for_generation"
 # Read one by one. Whatever else a release overrides is refused, so that only this list may need to grow.
 ACCEPTED = {
     ("phi3", "Phi3ForCausalLM", PREPARE),
@@ -36,6 +37,11 @@ ACCEPTED = {
     ("nemotron_h", "NemotronHForCausalLM", PREPARE),
     ("zamba2", "Zamba2ForCausalLM", PREPARE),
     ("whisper", "WhisperForConditionalGeneration", PREPARE),
+    ("paligemma", "PaliGemmaForConditionalGeneration", PREPARE),
+    ("paligemma", "PaliGemmaForConditionalGeneration", UPDATE),
+    ("qwen2_vl", "Qwen2VLForConditionalGeneration", POSITIONS),
+    ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", POSITIONS),
+    ("qwen3_vl", "Qwen3VLForConditionalGeneration", POSITIONS),
 }
 
 
@@ -65,7 +71,7 @@ def test_every_override_of_transformers_is_accepted_by_name_or_refused():
         (refused if lost else accepted).add((folder, name, method))
     assert accepted == ACCEPTED
     assert ("musicgen", "MusicgenForCausalLM", "generate") in refused
-    assert ("paligemma", "PaliGemmaForConditionalGeneration", "_update_model_kwargs_for_generation") in refused
+    assert ("glm4v", "Glm4vForConditionalGeneration", POSITIONS) in refused
     assert len(refused) > 60
 
 

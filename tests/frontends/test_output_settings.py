@@ -80,35 +80,6 @@ def test_a_loss_that_settings_add_to_is_refused_and_routers_logits_are_left_out(
         call(traced, IDS, labels=IDS)
 
 
-def llava():
-    torch.manual_seed(0)
-    vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
-    return transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(
-            text_config=transformers.LlamaConfig(**LLAMA),
-            vision_config=transformers.CLIPVisionConfig(**vision, image_size=16, patch_size=8),
-            image_token_index=90,
-        )
-    ).eval()
-
-
-@torch.no_grad()
-def test_a_vision_language_model_serves_text_in_its_own_output_class_and_refuses_pictures(tmp_path):
-    model = llava()
-    q = lobcq_fx.quantize(model, static_cache=False)
-    q.save_pretrained(tmp_path / "q")
-    expected = model(IDS)
-    picture = {"pixel_values": torch.zeros(2, 3, 16, 16)}
-    for one in (q, lobcq_fx.load(tmp_path / "q")):
-        actual = one(IDS)
-        assert type(actual) is type(expected) is transformers.models.llava.modeling_llava.LlavaCausalLMOutputWithPast
-        assert (actual.logits - expected.logits).norm() < 0.5 * expected.logits.norm()
-        with pytest.raises(CallError, match="argument 'pixel_values'"):
-            one(IDS, **picture)
-        with pytest.raises((CallError, ValueError), match="pixel_values"):
-            one.generate(IDS, **picture, max_new_tokens=2)
-
-
 def test_a_model_with_outputs_that_would_be_lost_is_refused():
     class Talkative(transformers.LlamaForCausalLM):
         def forward(self, *args, **kwargs):

@@ -162,6 +162,23 @@ def test_graphs_that_differ_are_refused_and_left_as_they_are(case):
     assert targets(other) == before
 
 
+def test_a_graph_may_leave_out_all_matmuls_of_optional_modules_and_no_part_of_them():
+    cases = {
+        "all of them": (lambda m, x: m.b(torch.relu(x)) @ m.w, None),
+        "a part": (lambda m, x: m.b(m.a(x)) @ m.w, "it has 3 matmuls, the graph that it follows 2"),
+        "another": (lambda m, x: m.a(m.a(x)) @ m.w, "it has 3 matmuls, the graph that it follows 2"),
+    }
+    for second, message in cases.values():
+        root, other = normalized(Two(plain)), normalized(Two(second))
+        plan = QuantizationPlan.of(root, LobcqConfig(), optional=frozenset({"a"}))
+        if message is None:
+            assert [planned.path for _, planned in plan.pair(other)] == ["b", ""]
+            assert [planned.path for _, planned in plan.pair(root)] == ["a", "a", "b", ""]
+            continue
+        with pytest.raises(TraceError, match=message):
+            plan.pair(other)
+
+
 def test_a_tied_weight_that_stays_in_float_is_found_under_its_packed_name():
     model = Function(lambda m, x: m.a(x) + m.a.weight.sum(), a=linear(64, 64))
     root, other = normalized(model), normalized(model)

@@ -373,3 +373,9 @@ def test_a_loop_has_as_many_rounds_as_in_the_example(trusted):
     for rows in (4, 8):
         with pytest.raises(CallError, match=f"has size {rows} in dimension 0"):
             guards.check([torch.ones(rows, 3)], str)
+
+
+def test_guards_of_a_graph_with_more_inputs_before_are_about_those_behind():
+    about = (["==", ["size", 0, 1], ["*", 2, ["size", 1, 0]]], [">=", ["size", 2, 0], 3])
+    moved = SizeGuards(about).behind(2)
+    assert moved.conditions == (["==", ["size", 2, 1], ["*", 2, ["size", 3, 0]]], [">=", ["size", 4, 0], 3])
