@@ -134,9 +134,7 @@ def _inventory(emission: Emission, done: Mapping[str, Finished]) -> Inventory:
     results = {}
     for name, use in emission.uses.items():
         for weight, float_bytes in use.weights:
-            results[weight] = EncodedWeight(
-                float_bytes, done[name].packed_bytes(weight), done[name].noise[weight.stored]
-            )
+            results[weight] = EncodedWeight(float_bytes, *done[name].encoded[weight.stored])
     return inventory_of(records_of(emission.plan, results, emission.codebooks, {}), *emission.size)
 
 
