@@ -98,7 +98,7 @@ def quantize_folder(
     del skeleton
     gc.collect()  # graphs refer to themselves, and to the memory of their parameters
     work = {"release": lobcq_fx.__version__, "settings": config.to_dict(), "dtype": dtype, **fingerprint}
-    work["graphs and codebooks"] = _digest_of(emission)
+    work["configuration, graphs or codebooks"] = _digest_of(emission)
     with resumed_folder(Path(output), is_checkpoint, OWN, lambda found: bool(entries_of(found / JOURNAL))) as place:
         journal = Journal(place / JOURNAL, work)
         try:
