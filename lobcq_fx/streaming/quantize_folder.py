@@ -98,7 +98,7 @@ def quantize_folder(
     del skeleton
     gc.collect()  # graphs refer to themselves, and to the memory of their parameters
     work = {"release": lobcq_fx.__version__, "settings": config.to_dict(), "dtype": dtype, **fingerprint}
-    work["graphs and codebooks"] = _digest_of(emission)
+    work["configuration, graphs or codebooks"] = _digest_of(emission)
     with resumed_folder(Path(output), is_checkpoint, OWN, lambda found: bool(entries_of(found / JOURNAL))) as place:
         journal = Journal(place / JOURNAL, work)
         try:
@@ -134,9 +134,7 @@ def _inventory(emission: Emission, done: Mapping[str, Finished]) -> Inventory:
     results = {}
     for name, use in emission.uses.items():
         for weight, float_bytes in use.weights:
-            results[weight] = EncodedWeight(
-                float_bytes, done[name].packed_bytes(weight), done[name].noise[weight.stored]
-            )
+            results[weight] = EncodedWeight(float_bytes, *done[name].encoded[weight.stored])
     return inventory_of(records_of(emission.plan, results, emission.codebooks, {}), *emission.size)
 
 

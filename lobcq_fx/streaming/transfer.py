@@ -16,10 +16,9 @@ from lobcq_fx.errors import CheckpointError
 from lobcq_fx.float_weights import matrices_of
 from lobcq_fx.modules.packed_weight import PARTS
 from lobcq_fx.pipeline import Progress
-from lobcq_fx.plan import PlannedWeight
 from lobcq_fx.storage.index import TensorDigest, described, digested
 from lobcq_fx.storage.journal import Journal
-from lobcq_fx.storage.weights_file import WeightsFile, size_of
+from lobcq_fx.storage.weights_file import WeightsFile
 from lobcq_fx.streaming.emission import Emission
 from lobcq_fx.streaming.float_folder import FloatFolder
 from lobcq_fx.streaming.skeleton import Provenance
@@ -34,20 +33,15 @@ LEAST_LIMIT = 2**28
 class Finished:
     """What was stored of a parameter.
 
-    size: bytes of the parameter. tensors: with their digests, by their names. noise: of each packed weight, in dB.
+    tensors: with their digests, by name. encoded: of each packed weight its bytes, and how well it is kept in dB.
     """
 
-    size: int
     tensors: Mapping[str, TensorDigest]
-    noise: Mapping[str, float]
-
-    def packed_bytes(self, weight: PlannedWeight) -> int:
-        """Of a weight."""
-        return sum(size_of(self.tensors[f"{weight.stored}.{part}"]) for part in PARTS)
+    encoded: Mapping[str, tuple[int, float]]
 
     def to_dict(self) -> dict[str, Any]:
         """For a journal."""
-        return {"size": self.size, "tensors": {n: asdict(t) for n, t in self.tensors.items()}, "noise": self.noise}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Finished:
@@ -56,7 +50,7 @@ class Finished:
             name: TensorDigest(one["dtype"], tuple(one["shape"]), one["blake3"])
             for name, one in entry["tensors"].items()
         }
-        return cls(entry["size"], tensors, entry["noise"])
+        return cls(tensors, {name: (int(size), float(noise)) for name, (size, noise) in entry["encoded"].items()})
 
 
 def transfer(
@@ -140,17 +134,19 @@ class _Transfer:
         return {}
 
     def _store(self, name: str, parameter: Tensor) -> None:
-        use, tensors, noise = self._emission.uses[name], dict.fromkeys(self._emission.uses[name].kept, parameter), {}
+        use, encoded = self._emission.uses[name], dict[str, tuple[int, float]]()
+        tensors: dict[str, Tensor] = dict.fromkeys(use.kept, parameter)
         for weight, _ in use.weights:
-            encoded, noise[weight.stored] = encode_planned(
-                weight, partial(matrices_of, parameter, weight), self._emission.codebooks
-            )
-            tensors |= {f"{weight.stored}.{part}": getattr(encoded, part) for part in PARTS}
-        for stored, tensor in tensors.items():
-            if described(tensor) != self._emission.tensors[stored]:
-                raise CheckpointError(f"{self._folder.path} gave a {tensor.dtype} {list(tensor.shape)} for {stored}")
-            self._file.write(stored, tensor)
-        finished = Finished(parameter.nbytes, {stored: digested(tensor) for stored, tensor in tensors.items()}, noise)
+            matrices = partial(matrices_of, parameter, weight)
+            packed, noise = encode_planned(weight, matrices, self._emission.codebooks)
+            encoded[weight.stored] = packed.nbytes, noise
+            tensors |= {f"{weight.stored}.{part}": getattr(packed, part) for part in PARTS}
+        stored = {name: tensor for name, tensor in tensors.items() if name in self._emission.tensors}
+        for place, tensor in stored.items():
+            if described(tensor) != self._emission.tensors[place]:
+                raise CheckpointError(f"{self._folder.path} gave a {tensor.dtype} {list(tensor.shape)} for {place}")
+            self._file.write(place, tensor)
+        finished = Finished({place: digested(tensor) for place, tensor in stored.items()}, encoded)
         self._file.sync()
         self._journal.add(name, finished.to_dict())
         self._done[name] = finished
