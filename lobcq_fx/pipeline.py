@@ -67,8 +67,8 @@ def quantize(
     """Quantize a model's matmuls to LO-BCQ.
 
     Args:
-        model: any nn.Module, a Hugging Face encoder, decoder-only language model, or encoder-decoder that generates.
-            Not changed, unless `inplace`; what stays in float shares its memory.
+        model: any nn.Module, a Hugging Face encoder, decoder-only language model, with or without images, or
+            encoder-decoder that generates. Not changed, unless `inplace`; what stays in float shares its memory.
         calibration_data: model inputs, one call each: a tensor, a tuple of arguments, or a mapping of keyword arguments
             (a tokenizer's output, a DataLoader's batch). Not needed for the default settings.
         config: what to quantize and how; None means the defaults: W4A4, 4.5 bits a scalar, universal codebooks, a scale

@@ -79,7 +79,7 @@ def causal_lm(family: str, **changes: int) -> PreTrainedModel:
     return model
 
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 """What the parameters of routed experts are called."""
 
@@ -207,10 +207,13 @@ def _forward(
 
 
 def _convolution_forward(module: nn.Module, spec: FormatSpec, mode: str, exact: bool) -> Callable[[Tensor], Tensor]:
-    """A convolution in one or two dimensions whose windows do not overlap, a fake-quantized linear of each."""
+    """A convolution whose windows do not overlap, a fake-quantized linear of each; in three dimensions of one window."""
     linear = _forward(module.weight.detach().flatten(1), module.bias, spec, mode, exact)
 
     def forward(x: Tensor) -> Tensor:
+        if x.dim() == 5:
+            assert x.shape[2:] == module.kernel_size
+            return linear(x.flatten(1))[..., None, None, None]
         image = x if x.dim() == 4 else x[..., None]
         kernel, stride = ((*one, 1)[:2] for one in (module.kernel_size, module.stride))
         rows = nn.functional.unfold(image, kernel, stride=stride).transpose(1, 2)

@@ -18,7 +18,6 @@ from transformers.cache_utils import DynamicLayer
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.utils import logging
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from lobcq_fx.errors import CallError, TraceError
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
@@ -256,7 +255,6 @@ def trace_pretrained(
     names, bound = bind_arguments(model, args, given)
     said = {name: bound.pop(name) for name in OUTPUTS if name in bound}
     flags = traced_flags(model) | said
-    maybe_install_capturing_hooks(model)  # within an export it is forgotten that they are there: they would be twice
     bound = widen_batch(bound)
     mask = bound.get("attention_mask")
     if isinstance(mask, Tensor) and bool(mask.all()):

@@ -29,6 +29,9 @@ IMAGES = "images"
 FEATURES = "image_features"
 """What a call has in the place of pixels: a list of the vision graph's results."""
 
+HIDDEN = "image_hidden_states"
+"""What output classes that have a field for image features call it."""
+
 TOKEN_TYPES, MODALITIES = "token_type_ids", "mm_token_type_ids"
 
 MOST_FEATURES = 64
@@ -116,6 +119,15 @@ class ImagesCall(CausalLMCall):
         kept = {name: value for name, value in kwargs.items() if name in own}
         call = call_arguments(args, {name: value for name, value in kwargs.items() if name not in own})
         return call | kept
+
+    def output(self, logits: Tensor, cache: Any, call: Mapping[str, Any]) -> Any:
+        """As the base class; where the float model returns its image features too, with them."""
+        result, features = super().output(logits, cache, call), call.get(FEATURES)
+        if HIDDEN not in self.output_class.__dataclass_fields__ or not features or not len(features[0]):
+            return result
+        if isinstance(result, tuple):
+            return (*result, features[0])
+        return self.output_class(**result, **{HIDDEN: features[0]})
 
     def _more_inputs(self, call: Mapping[str, Any], mask: Tensor) -> dict[str, Tensor]:
         given = call.get(FEATURES)

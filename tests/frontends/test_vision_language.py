@@ -15,7 +15,7 @@ from lobcq_fx.errors import CallError
 from lobcq_fx.format import absmax_row_scale
 from lobcq_fx.frontends.vision_language_call import ImagesCall, VisionCall
 from tests.families import VOCABULARY, fake_quantized, quantized_layers
-from tests.more_families import agreement, linears_that_run
+from tests.more_families import agreement, linears_that_run, noise
 from tests.vision_language import IMAGE, VISION_LANGUAGE, VisionLanguage, of_linears
 
 IN_DEPTH = ("llava", "qwen2_5_vl")
@@ -82,6 +82,8 @@ def test_logits_and_loss_are_those_of_the_fake_quantized_model(pair):
     assert type(actual) is type(expected)
     torch.testing.assert_close(actual.logits[real], expected.logits[real])
     torch.testing.assert_close(actual.loss, expected.loss)
+    if "image_hidden_states" in expected:
+        torch.testing.assert_close(actual.image_hidden_states, expected.image_hidden_states)
     assert not torch.allclose(pair.q(**text_of(pair.call)).logits[real], actual.logits[real])  # images count
 
 
@@ -121,11 +123,10 @@ def test_saved_and_loaded_models_give_the_same_and_the_inventory_has_the_vision_
     ]
     assert len(of_images) > 6
     assert set(of_images) <= linears_that_run(pair.family, pair.model)
-    assert any("convolution" in record.reason for record in pair.q.inventory.left_alone)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["paligemma", "gemma3", "idefics3", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["paligemma", "idefics3", "qwen3_vl"])  # `make families` has the others too
 def test_a_family_computes_what_its_fake_quantized_original_does(name, tmp_path):
     pair = Pair(name)
     found = agreement(pair.family, pair.model, pair.q)
@@ -142,20 +143,13 @@ def test_a_family_computes_what_its_fake_quantized_original_does(name, tmp_path)
 
 
 @torch.no_grad()
-def test_each_graph_compiles_whole(llava):
-    for kind, call in (
-        (VisionCall.kind, llava.call),
-        (
-            ImagesCall.kind,
-            {**of_tokens(llava.call), "image_features": llava.q.image_features_of(**images_of(llava.call))},
-        ),
-    ):
-        torch._dynamo.reset()
-        graph = llava.q.graphs[kind]
-        inputs = graph.calling.flatten((), {**call, "device": llava.q.device} if kind == VisionCall.kind else call)
-        compiled = torch.compile(graph.graph_module, fullgraph=True, dynamic=True, backend="aot_eager")
-        for actual, expected in zip(compiled(*inputs), graph.graph_module(*inputs), strict=True):
-            torch.testing.assert_close(actual, expected)
+def test_the_vision_graph_compiles_whole_for_any_number_of_images(llava):
+    graph = llava.q.graphs[VisionCall.kind]
+    torch._dynamo.reset()
+    compiled = torch.compile(graph.graph_module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for count in (3, 2):
+        inputs = graph.calling.flatten((), {"pixel_values": noise(count, 3, 16, 16), "device": llava.q.device})
+        torch.testing.assert_close(compiled(*inputs), graph.graph_module(*inputs))
 
 
 @torch.no_grad()
@@ -248,14 +242,6 @@ def test_damaged_calling_conventions_are_refused(llava, kind, name):
     assert read(values).to_dict() == values
     with pytest.raises(ValueError, match=r"images are|the vision graph has|inputs are|size guard"):
         read({**values, name: DAMAGES[kind][name]})
-
-
-def images_of(call):
-    return {name: one for name, one in call.items() if name in ("pixel_values", "image_grid_thw")}
-
-
-def of_tokens(call):
-    return {name: one for name, one in call.items() if name not in images_of(call)}
 
 
 def text_of(call):
