@@ -38,6 +38,8 @@ NOT_FOLDED = "o_proj"
 ROTATED = 64
 """Columns that are mixed."""
 TREATMENTS = ("nearest", "smoothed and compensated", "smoothed, rotated and compensated")
+MEASURED = tuple(name for name in FORMATS if name != "INT4, groups of 128")
+"""Without the groups that rows of 576 scalars do not have."""
 SAMPLED = 8
 """Rows of each calibration window that the choice of rotations sees."""
 
@@ -74,7 +76,7 @@ class Treated:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("formats", nargs="*", help="of those in treated_formats.py; none means all")
+    parser.add_argument("formats", nargs="*", help=f"of {', '.join(MEASURED)}; none means all")
     parser.add_argument("--calibration-windows", type=int, default=128)
     parser.add_argument("--windows", type=int, default=12, help="to measure on")
     parser.add_argument("--output", type=Path, default=RESULT)
@@ -82,6 +84,8 @@ def main() -> None:
         "--observed", type=Path, help="keeps what calibration saw, which takes longest, for the next run"
     )
     arguments = parser.parse_args()
+    if unknown := set(arguments.formats) - set(MEASURED):
+        parser.error(f"no such format: {', '.join(sorted(unknown))}")
     transformers.utils.logging.set_verbosity_error()
     bind_cpu_core()
     model, tokenizer = smollm2.load()
@@ -103,7 +107,7 @@ def main() -> None:
             torch.save(seen, arguments.observed)
     found["rows"] = [row for row in found["rows"] if row["format"] not in arguments.formats]
     done = {(row["format"], row["treatment"], row["activations"]) for row in found["rows"]}
-    for name, treatment in product(arguments.formats or FORMATS, TREATMENTS):
+    for name, treatment in product(arguments.formats or MEASURED, TREATMENTS):
         missing = {key: one for key, one in activations_of(FORMATS[name]).items() if (name, treatment, key) not in done}
         if missing:
             tried = treat(layers, seen, FORMATS[name], treatment)
