@@ -47,13 +47,16 @@ def kept(tensors: Sequence[Tensor]) -> Iterator[None]:
                     tensor.copy_(old)
 
 
+_DICTIONARIES = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+"""Of every module: buffers, parameters, submodules, and hooks, which transformers adds once outputs are asked for."""
+
+
 @contextmanager
 def module_kept(model: nn.Module, parameters: Collection[str] = ()) -> Iterator[None]:
     """A model that is called or traced is afterwards as it was: attributes, mode, buffers, and the parameters named."""
     modules = list(model.modules())
     attributes = [vars(module) for module in modules]
-    # Buffers, parameters, submodules, and hooks, which transformers installs when outputs are first asked for.
-    attributes += [of for module in modules for of in vars(module).values() if isinstance(of, dict)]
+    attributes += [vars(module)[name] for module in modules for name in _DICTIONARIES if name in vars(module)]
     before = [dict(of) for of in attributes]
     tensors = [*model.buffers(), *(value for module in modules for value in vars(module).values() if _is_real(value))]
     tensors += [parameter for name, parameter in model.named_parameters() if name in parameters]
