@@ -207,7 +207,7 @@ def _forward(
 
 
 def _convolution_forward(module: nn.Module, spec: FormatSpec, mode: str, exact: bool) -> Callable[[Tensor], Tensor]:
-    """A convolution whose windows do not overlap, a fake-quantized linear of each; in three dimensions of one window."""
+    """A convolution whose windows do not overlap, a fake-quantized linear of each; one window in three dimensions."""
     linear = _forward(module.weight.detach().flatten(1), module.bias, spec, mode, exact)
 
     def forward(x: Tensor) -> Tensor:
