@@ -42,6 +42,11 @@ class PlannedWeight:
         return self.shape[-1]
 
     @property
+    def source_shape(self) -> tuple[int, ...]:
+        """Of the float attribute."""
+        return (*self.shape[:-2], *reversed(self.shape[-2:])) if self.flipped else self.shape
+
+    @property
     def stacked(self) -> bool:
         """Whether it is a stack [E, N, K], whose matrices are encoded each for itself."""
         return len(self.shape) == 3

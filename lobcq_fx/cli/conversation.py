@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from lobcq_fx.cli.failures import InputError
 from lobcq_fx.cli.inputs import ModelFolder
 from lobcq_fx.frontends.output_types import CACHE_NAME
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 def messages_of(prompt: str, system: str | None = None) -> list[Message]:
@@ -23,27 +24,28 @@ def _instructions(system: str | None) -> list[Message]:
     return [{"role": "system", "content": system}] if system else []
 
 
-def check_template(tokenizer: Any, folder: ModelFolder) -> None:
-    """See that a tokenizer knows how its model was taught to talk.
+def check_template(reader: Any, folder: ModelFolder) -> None:
+    """See that a tokenizer or processor knows how its model was taught to talk.
 
     Raises:
         InputError: it has no chat template.
     """
-    if not tokenizer.chat_template:
+    if not reader.chat_template:
         raise InputError(f"{folder.path} has no chat template: `lobcq generate --prompt TEXT` continues a text")
 
 
-def templated(tokenizer: Any, messages: list[Message]) -> Tensor:
-    """Token ids int64 [1, T] of a conversation, ready for the model's answer.
+def templated(reader: Any, messages: list[Message]) -> Mapping[str, Tensor]:
+    """What a tokenizer or processor makes of a conversation, input_ids [1, T] first, ready for the model's answer.
 
     Raises:
         InputError: the template refuses the messages, for example a system message that the model does not know.
     """
     try:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        found: Mapping[str, Tensor] = reader.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
+        )
     except Exception as error:  # whatever the template's author raises
         raise InputError(f"the chat template refuses this conversation: {error}") from error
-    found: Tensor = ids["input_ids"]
     return found
 
 
@@ -116,7 +118,7 @@ class Conversation:
         """The conversation's ids [1, T], the oldest turns dropped where the model cannot take all."""
         first = len(_instructions(self.system))
         while True:
-            ids = templated(self.tokenizer, self.messages)
+            ids = templated(self.tokenizer, self.messages)["input_ids"]
             needed = ids.shape[1] + self.settings["max_new_tokens"]
             if self.max_length is None or needed <= self.max_length:
                 return ids

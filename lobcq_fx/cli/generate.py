@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -35,6 +37,10 @@ def generate(
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help=f"Text to continue, or question; {STDIN!r} reads standard input.")
     ] = STDIN,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Image that the prompt is about, of a vision-language model; repeatable."),
+    ] = None,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -62,11 +68,13 @@ def generate(
 ) -> None:
     """Continue or answer a prompt with a float, quantized or exported model; the text appears as it is made.
 
-    An encoder-decoder translates or summarizes it, whatever it was trained for.
+    An encoder-decoder translates or summarizes it, whatever it was trained for. A vision-language model is shown images
+    with it: before the prompt in a chat, else in the places of the image tokens that the prompt has.
     """
     from lobcq_fx.cli.console import messages, print_json
     from lobcq_fx.cli.conversation import check_template
-    from lobcq_fx.cli.inputs import generating_folder, load_model, load_tokenizer
+    from lobcq_fx.cli.inputs import generating_folder, load_model, load_processor, load_reader
+    from lobcq_fx.cli.prompts import model_inputs, read_image, tokenizer_of
 
     folder = generating_folder(model)
     if folder.is_text_to_text and (onnx or kv_cache is not None):
@@ -75,34 +83,41 @@ def generate(
             f"{option}: {folder.architecture} is an encoder-decoder, which runs in PyTorch, with keys and values in"
             " float: leave it out"
         )
-    tokenizer = load_tokenizer(folder)
+    if image and not folder.takes_images:
+        raise typer.BadParameter(f"--image: {folder.architecture} takes no images: leave it out")
+    if image and onnx:
+        raise typer.BadParameter("--image: an exported model reads text alone: leave out --onnx")
+    reader = load_processor(folder) if image else load_reader(folder)
     if chat:
-        check_template(tokenizer, folder)
-    chat = bool(tokenizer.chat_template) if chat is None else chat
+        check_template(reader, folder)
+    chat = bool(reader.chat_template) if chat is None else chat
     if system is not None and not chat:
         raise typer.BadParameter("--system: there are instructions in a chat alone")
     if kv_cache is not None and onnx:
         raise typer.BadParameter("--kv-cache: an exported model keeps keys and values in float: leave out --onnx")
     given = cache_arguments(kv_cache, attention)
     prompt = _given(prompt)
+    inputs = model_inputs(reader, prompt, [read_image(path) for path in image or ()], system, chat=chat)
+    tokenizer = tokenizer_of(reader)
     cache = {} if given is None else _cache(given)
     with messages.status("Loading the model"):
         language_model = _onnx_model(folder) if onnx else load_model(folder)
     settings = {"max_new_tokens": max_new_tokens, **sampling(sample, temperature, top_p), **cache}
     if stop:
         settings |= {"stop_strings": stop, "tokenizer": tokenizer}
-    ids = _ids(tokenizer, prompt, system, chat=chat)
     if not json and not chat and not folder.is_text_to_text:
         typer.echo(prompt, nl=False)
-    begun = 1 if folder.is_text_to_text else ids.shape[1]
-    tokens, seconds = _run(language_model, tokenizer, ids, begun, settings, seed, stream=not json)
+    prompt_tokens = inputs["input_ids"].shape[1]
+    begun = 1 if folder.is_text_to_text else prompt_tokens
+    tokens, seconds = _run(language_model, tokenizer, inputs, begun, settings, seed, stream=not json)
     if json:
         print_json(
             {
                 "prompt": prompt,
+                "images": [str(path) for path in image or ()],
                 "chat": chat,
                 "text": tokenizer.decode(tokens, skip_special_tokens=True),
-                "prompt_tokens": ids.shape[1],
+                "prompt_tokens": prompt_tokens,
                 "tokens": tokens,
                 "seconds": round(seconds, 3),
             }
@@ -123,16 +138,6 @@ def _given(prompt: str) -> str:
     return prompt
 
 
-def _ids(tokenizer: Any, prompt: str, system: str | None, *, chat: bool) -> Tensor:
-    """Token ids [1, T]."""
-    from lobcq_fx.cli.conversation import messages_of, templated
-
-    if chat:
-        return templated(tokenizer, messages_of(prompt, system))
-    ids: Tensor = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)["input_ids"]
-    return ids
-
-
 def _cache(arguments: dict[str, Any]) -> dict[str, Any]:
     """The argument of `model.generate` that gives it a quantized cache."""
     from lobcq_fx import LobcqCache
@@ -148,7 +153,14 @@ def _onnx_model(folder: ModelFolder) -> nn.Module:
 
 
 def _run(
-    model: nn.Module, tokenizer: Any, ids: Tensor, begun: int, settings: dict[str, Any], seed: int, *, stream: bool
+    model: nn.Module,
+    tokenizer: Any,
+    inputs: Mapping[str, Tensor],
+    begun: int,
+    settings: dict[str, Any],
+    seed: int,
+    *,
+    stream: bool,
 ) -> tuple[list[int], float]:
     """The new tokens, behind `begun` others, and seconds."""
     import torch
@@ -156,9 +168,9 @@ def _run(
 
     if stream:
         settings = {**settings, "streamer": TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)}
-    ids = ids.to(model.device)  # type: ignore[arg-type]
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}  # type: ignore[arg-type]
     torch.manual_seed(seed)
     started = time.perf_counter()
-    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)  # type: ignore[operator]
+    output = model.generate(**inputs, **settings)  # type: ignore[operator]
     seconds = time.perf_counter() - started
     return output[0, begun:].tolist(), seconds

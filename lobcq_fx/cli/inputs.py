@@ -14,6 +14,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
@@ -58,6 +59,17 @@ class ModelFolder:
     def is_encoder_decoder(self) -> bool:
         """The same, or a recording."""
         return self.is_text_to_text or self.architecture in _names(MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the model continues a prompt that has images in it."""
+        elsewhere = self.is_causal_lm or self.is_text_to_text or self.config.get("is_encoder_decoder")
+        return not elsewhere and self.architecture in _names(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+
+    @property
+    def generates_text(self) -> bool:
+        """Whether the model continues or answers a text."""
+        return self.is_causal_lm or self.is_text_to_text or self.takes_images
 
     @property
     def max_length(self) -> int | None:
@@ -109,13 +121,13 @@ def generating_folder(given: str) -> ModelFolder:
     """The same of a model that continues or answers a text.
 
     Raises:
-        InputError: as `model_folder`, or the model is none of either kind.
+        InputError: as `model_folder`, or the model is of another kind.
     """
     folder = model_folder(given)
-    if not folder.is_causal_lm and not folder.is_text_to_text:
+    if not folder.generates_text:
         raise InputError(
-            f"{folder.architecture} cannot generate text from text: pass a causal language model, or an encoder-decoder"
-            " for conditional generation"
+            f"{folder.architecture} cannot generate text from text: pass a causal language model, a vision-language"
+            " model, or an encoder-decoder for conditional generation"
         )
     return folder
 
@@ -136,7 +148,7 @@ def load_float_model(folder: ModelFolder, dtype: str = "auto") -> nn.Module:
         raise
     except Exception as error:  # of many kinds, and all of them about what is in the folder
         where = _damaged_weights(folder.path) or f"{folder.path} ({folder.architecture})"
-        raise InputError(f"cannot load {where}: {_first_line(error)}") from error
+        raise InputError(f"cannot load {where}: {first_line(error)}") from error
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -169,7 +181,39 @@ def load_tokenizer(folder: ModelFolder, *, required: bool = True) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # the tokenizers library raises nothing more particular
-        raise InputError(f"cannot load the tokenizer of {folder.path}: {_first_line(error)}") from error
+        raise InputError(f"cannot load the tokenizer of {folder.path}: {first_line(error)}") from error
+
+
+def load_processor(folder: ModelFolder, *, required: bool = True) -> Any:
+    """The folder's processor of images and text; None where there is none and none is required.
+
+    Raises:
+        InputError: there is none, or it cannot be read: it may need a package that is not installed.
+    """
+    _be_quiet()
+    if not any((folder.path / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        if not required:
+            return None
+        raise InputError(
+            f"{folder.path} has no processor: copy the float model's processor files (processor_config.json,"
+            " preprocessor_config.json, chat_template.jinja, ...) there"
+        )
+    try:
+        return transformers.AutoProcessor.from_pretrained(folder.path, local_files_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # of many kinds, as those of its parts
+        raise InputError(f"cannot load the processor of {folder.path}: {first_line(error)}") from error
+
+
+def load_reader(folder: ModelFolder, *, required: bool = True) -> Any:
+    """What reads a prompt for the folder's model: a processor where it takes images and has one, else a tokenizer.
+
+    Raises:
+        InputError: as `load_processor` and `load_tokenizer`.
+    """
+    processor = load_processor(folder, required=False) if folder.takes_images else None
+    return load_tokenizer(folder, required=required) if processor is None else processor
 
 
 def _damaged_weights(folder: Path) -> str:
@@ -183,7 +227,8 @@ def _damaged_weights(folder: Path) -> str:
     return ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, for a message of one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -125,7 +125,7 @@ def quantize(
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Quantize a model and save it with its tokenizer.
+    """Quantize a model and save it with its tokenizer, or with its processor where it takes images.
 
     Without a calibration text nothing needs calibrating: codebooks are universal, each token gets its own scale. The
     model may then be larger than memory, and the same command goes on with what one that was interrupted has done.
@@ -166,9 +166,8 @@ def quantize(
     if json:
         print_json({"model": model, **result})
     else:
-        generates = folder.is_causal_lm or folder.is_text_to_text
-        measured = not folder.is_encoder_decoder
-        print_summary(inventory, result, model, generates=generates, measured=measured)
+        measured = not folder.is_encoder_decoder and not folder.takes_images
+        print_summary(inventory, result, model, generates=folder.generates_text, measured=measured)
 
 
 def _check(config: LobcqConfig, folder: ModelFolder, output: Path, calibrate: Path | None, *, overwrite: bool) -> None:

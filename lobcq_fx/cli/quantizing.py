@@ -11,7 +11,7 @@ from rich.markup import escape
 
 import lobcq_fx
 from lobcq_fx.cli.console import ProgressBars, messages
-from lobcq_fx.cli.inputs import ModelFolder, load_float_model, load_tokenizer
+from lobcq_fx.cli.inputs import ModelFolder, load_float_model, load_reader
 from lobcq_fx.cli.options import Dtype
 from lobcq_fx.cli.outputs import writing
 from lobcq_fx.cli.texts import CalibrationText, example_call
@@ -35,20 +35,20 @@ def quantized_folder(
     Returns:
         What became of every matmul, and the settings that were decided on.
     """
-    tokenizer = load_tokenizer(folder, required=text is not None)
-    made_up = folder.is_causal_lm or folder.is_encoder_decoder or tokenizer is None
-    example = None if made_up else example_call(tokenizer)
+    reader = load_reader(folder, required=text is not None)
+    made_up = folder.generates_text or folder.is_encoder_decoder or reader is None
+    example = None if made_up else example_call(reader)
     if text is None and has_safetensors(folder.path):
         try:
             with _saying_what_is_kept(output):
                 inventory = lobcq_fx.quantize_folder(
-                    folder.path, output, config, example, dtype=dtype.value, tokenizer=tokenizer, progress=progress
+                    folder.path, output, config, example, dtype=dtype.value, tokenizer=reader, progress=progress
                 )
         except NotStreamedError as error:
             messages.print(f"[dim]{escape(str(error))}: the whole model is loaded[/]")
         else:
             return inventory, config
-    return _in_memory(folder, output, config, text, dtype, progress, tokenizer, example)
+    return _in_memory(folder, output, config, text, dtype, progress, reader, example)
 
 
 @contextmanager
@@ -71,16 +71,16 @@ def _in_memory(
     text: CalibrationText | None,
     dtype: Dtype,
     progress: ProgressBars,
-    tokenizer: Any,
+    reader: Any,
     example: Any,
 ) -> tuple[Inventory, LobcqConfig]:
     progress("load", 0, 1)
     model = load_float_model(folder, dtype.value)
     progress("load", 1, 1)
-    data = None if text is None else text.batches(tokenizer, causal=folder.is_causal_lm)
+    data = None if text is None else text.batches(reader, causal=folder.is_causal_lm)
     quantized = lobcq_fx.quantize(model, data, config, example, inplace=True, progress=progress)
     progress("save", 0, 1)
     with writing(output):
-        quantized.save_pretrained(output, tokenizer)
+        quantized.save_pretrained(output, reader)
     progress("save", 1, 1)
     return quantized.inventory, quantized.lobcq_config

@@ -64,6 +64,11 @@ def check_calibration(folder: ModelFolder) -> None:
             f"{folder.architecture} is an encoder-decoder, which is calibrated on inputs with their answers: call"
             ' lobcq_fx.quantize(model, [{"input_ids": ..., "labels": ...}, ...], config) in Python'
         )
+    if folder.takes_images:
+        raise InputError(
+            f"{folder.architecture} is a vision-language model, which is calibrated on prompts with images: call"
+            ' lobcq_fx.quantize(model, [processor(images=..., text=..., return_tensors="pt"), ...], config) in Python'
+        )
 
 
 def example_call(tokenizer: Any) -> dict[str, Tensor]:

@@ -97,11 +97,18 @@ def emit(
 
 
 def _check_tensors(graph_module: fx.GraphModule, skeleton: Skeleton) -> None:
-    """That no parameter was computed of others, or copied because it is written to: a stand-in has no content."""
+    """That each is a parameter, whole and row by row: none was computed of others, or copied because it is written to.
+
+    Stand-ins have no content. Of what has another shape than its parameter, such as the matrix of a patch embedding,
+    the shape alone is known.
+    """
     parameters = dict(graph_module.named_parameters())
     for name, tensor in {**parameters, **dict(graph_module.named_buffers())}.items():
         if tensor.numel() and (name in parameters or skeleton.reads(name)) and not skeleton.owns(tensor):
             raise NotStreamedError(f"{name} is computed of the model's weights, or written to by it")
+        parameter = skeleton.name_of(tensor)
+        if parameter and not (tensor.is_contiguous() and tensor.nbytes == skeleton.size_of(parameter)):
+            raise NotStreamedError(f"{name} is a part of {parameter}, or has its scalars in another order")
 
 
 def _reserve(

@@ -135,9 +135,9 @@ class _Transfer:
 
     def _store(self, name: str, parameter: Tensor) -> None:
         use, encoded = self._emission.uses[name], dict[str, tuple[int, float]]()
-        tensors: dict[str, Tensor] = dict.fromkeys(use.kept, parameter)
+        tensors = {place: parameter.reshape(self._emission.tensors[place].shape) for place in use.kept}
         for weight, _ in use.weights:
-            matrices = partial(matrices_of, parameter, weight)
+            matrices = partial(matrices_of, parameter.reshape(weight.source_shape), weight)
             packed, noise = encode_planned(weight, matrices, self._emission.codebooks)
             encoded[weight.stored] = packed.nbytes, noise
             tensors |= {f"{weight.stored}.{part}": getattr(packed, part) for part in PARTS}

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from torch import fx
 
 import lobcq_fx
 from lobcq_fx import LobcqConfig
 from lobcq_fx.errors import CalibrationError, CheckpointError, NotStreamedError
 from lobcq_fx.storage.atomic_folder import unfinished
 from lobcq_fx.streaming import skeleton
+from lobcq_fx.streaming.emission import _check_tensors
 from lobcq_fx.streaming.float_folder import FloatFolder
 from tests.families import ONE_LAYER, TOKENS
 
@@ -139,3 +142,29 @@ def test_a_damaged_shard_is_named(folders: Path, tmp_path: Path, damage: str) ->
         shard.write_bytes(shard.read_bytes()[: -1 if damage == "cut" else 5])
     with pytest.raises(CheckpointError, match=rf"{shard.name} (is not whole, copy|is missing)"):
         lobcq_fx.quantize_folder(tmp_path / "copy", tmp_path / "q")
+
+
+@pytest.mark.parametrize("exclude", [(), ("*patch_embeddings*",)], ids=["packed", "in float"])
+def test_a_patch_embedding_is_the_matrix_of_its_convolution(tmp_path: Path, exclude: tuple[str, ...]) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(
+        tmp_path / "float"
+    )
+    model = transformers.ViTModel.from_pretrained(tmp_path / "float").eval()
+    config, image = LobcqConfig(exclude=exclude), {"pixel_values": torch.randn(1, 3, 16, 16)}
+    lobcq_fx.quantize_folder(tmp_path / "float", tmp_path / "streamed", config, image)
+    lobcq_fx.quantize(model, config=config, example_inputs=image).save_pretrained(tmp_path / "memory")
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "memory")
+
+
+@pytest.mark.parametrize("look", [lambda weight: weight.t(), lambda weight: weight[:2]], ids=["transposed", "a part"])
+def test_what_looks_at_a_weight_otherwise_is_refused(
+    folders: Path, look: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    bone = skeleton.Skeleton.of(FloatFolder(folders / "qwen2-tied"), "auto")
+    weight = bone.model.model.layers[0].mlp.up_proj.weight
+    root = fx.GraphModule({}, fx.Graph())
+    root.register_parameter("weight", torch.nn.Parameter(look(weight.detach()), requires_grad=False))
+    with pytest.raises(NotStreamedError, match=r"weight is a part of model\.layers\.0\.mlp\.up_proj\.weight, or has"):
+        _check_tensors(root, bone)
