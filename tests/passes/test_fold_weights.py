@@ -63,7 +63,7 @@ WHOLE = {
 }
 CAST = {
     "cast": lambda m, x: functional.linear(x.double(), m.w.double()),
-    "behind a transpose": lambda m, x: x.double() @ m.w.double().t(),
+    "cast behind a transpose": lambda m, x: x.double() @ m.w.double().t(),
     "cast twice": lambda m, x: functional.linear(x.double(), m.w.double()) + functional.linear(
         2 * x.double(), m.w.to(torch.float64)
     ),
@@ -71,14 +71,14 @@ CAST = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("function", "cast"), [(f, f in CAST.values()) for f in (*WHOLE.values(), *CAST.values())])
-def test_a_whole_constant_keeps_its_name(function, cast):
+@pytest.mark.parametrize("case", WHOLE | CAST)
+def test_a_whole_constant_keeps_its_name(case):
     """By which the model's class finds it; the model's own parameter is left alone."""
-    model = Function(function, **WIDE)
+    model = Function((WHOLE | CAST)[case], **WIDE)
     graph_module = graph_of(model)
     assert FoldWeights()(graph_module).modified
     assert [name for name, _ in graph_module.named_parameters()] == ["w"]
-    assert graph_module.w.dtype == (torch.float64 if cast else torch.float32)
+    assert graph_module.w.dtype == (torch.float64 if case in CAST else torch.float32)
     assert model.w.dtype == torch.float32
     assert_metadata(graph_module, values(2, 3, 64))
     x = values(4, 5, 64)
