@@ -32,6 +32,9 @@ TRACED_NARROW = 1e-1
 SUSPICIOUS = 1.0
 """Relative RMS error of a quantized model from which on a warning says so: its results have little in common."""
 
+OTHER_EXAMPLE = "pass example_inputs that the model can be called with"
+"""Remedy for a model that fails on the call it was given to be tried on."""
+
 Callee = Callable[..., Any]
 
 
@@ -74,13 +77,14 @@ def traced_callee(traced: TracedModel) -> Callee:
     return call
 
 
-def expected_of(model: nn.Module, trial: Trial, written: Collection[str] = ()) -> Outcome:
+def expected_of(model: nn.Module, trial: Trial, written: Collection[str] = (), remedy: str = OTHER_EXAMPLE) -> Outcome:
     """What the float model gives; it is left as it was, its buffers and its mode too.
 
     Args:
         model: of any mode.
         trial: a call.
         written: names of parameters that its forward is known to write to.
+        remedy: for a model that fails.
 
     Raises:
         TraceError: the model itself fails on the call.
@@ -90,8 +94,7 @@ def expected_of(model: nn.Module, trial: Trial, written: Collection[str] = ()) -
             return _run(trial, model.eval())
     except Exception as error:
         raise TraceError(
-            f"{type(model).__name__} itself fails on the example: {type(error).__name__}: {error}. Remedy: pass"
-            " example_inputs that the model can be called with"
+            f"{type(model).__name__} itself fails on the example: {type(error).__name__}: {error}. Remedy: {remedy}"
         ) from error
 
 

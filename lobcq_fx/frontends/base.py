@@ -6,7 +6,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -15,11 +15,16 @@ from lobcq_fx.errors import CheckpointError
 from lobcq_fx.model import ModelParts, QuantizedModel
 from lobcq_fx.storage.checkpoint import Callings, Checkpoint
 from lobcq_fx.tracing.trace import MAIN, TracedGraphs, TracedModel
-from lobcq_fx.trial import Trial
+from lobcq_fx.trial import OTHER_EXAMPLE, Trial
 
 
 class FrontEnd(ABC):
-    """One kind of model: how it is traced, which roles its layers have, how it is built and loaded."""
+    """One kind of model: how it is traced, which roles its layers have, how it is built and loaded.
+
+    failing: remedy for a model that fails on the calls it is tried on.
+    """
+
+    failing: ClassVar[str] = OTHER_EXAMPLE
 
     def refusal(self, model: nn.Module, config: LobcqConfig) -> str | None:
         """Why the settings cannot be the model's, as far as that shows before it is traced; None where they can."""

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.float_causal_lm import as_named_by, cache_argument, counted, mask_of_step, new_cache, takes
-from lobcq_fx.frontends.plain_outputs import FORM, plain_outputs
+from lobcq_fx.frontends.plain_outputs import plain_outputs
 from lobcq_fx.frontends.static_cache_call import static_cache
 from lobcq_fx.trial import Callee, Outcome, Trial
 
@@ -43,7 +43,7 @@ def _trial(model: PreTrainedModel, make_cache: Callable[[], Cache]) -> Trial:
         kept = {**tokens, "past_key_values": cache, "use_cache": True, "return_dict": True}
         if not isinstance(callee, PreTrainedModel):
             return callee(**kept)
-        with plain_outputs(callee, FORM):
+        with plain_outputs(callee):
             return callee(**as_named_by(callee, kept))
 
     def run(callee: Callee) -> Outcome:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.nn.functional import kl_div
@@ -19,6 +19,12 @@ from lobcq_fx.storage.checkpoint import Checkpoint
 
 class LanguageModelFrontEnd(FrontEnd):
     """A model whose first result is the logits of next tokens, and which generates by them."""
+
+    failing: ClassVar[str] = (
+        "change what of its configuration fails on a prompt, or on the next token with the cache that a prompt left; or"
+        " wrap it in a torch.nn.Module that calls it with use_cache=False and returns the logits, and quantize that"
+        " with example_inputs"
+    )
 
     def distance(self, outputs: Sequence[Any], expected: Sequence[Any]) -> float:
         """The KL divergence of the next token's distribution from the float model's, in nats a token."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from lobcq_fx.frontends.float_causal_lm import as_named_by, counted, new_cache, takes
 from lobcq_fx.frontends.image_inputs import ImageInputs
 from lobcq_fx.frontends.output_types import CACHE_NAME
-from lobcq_fx.frontends.plain_outputs import FORM, plain_outputs
+from lobcq_fx.frontends.plain_outputs import plain_outputs
 from lobcq_fx.frontends.vision_language_trace import OTHER_COUNT, example_prompt
 from lobcq_fx.trial import Callee, Outcome, Trial
 
@@ -29,7 +29,7 @@ def with_images(model: PreTrainedModel, images: ImageInputs) -> Trial:
         kept = {**given, "past_key_values": cache, "use_cache": True, "return_dict": True}
         if callee is not model:
             return callee(**kept)
-        with plain_outputs(model, FORM):
+        with plain_outputs(model):
             return model(**as_named_by(model, kept))
 
     def run(callee: Callee) -> Outcome:

@@ -54,6 +54,16 @@ def register_attribute(module: nn.Module, name: str, value: Tensor | nn.Module) 
         module.register_buffer(last, value)
 
 
+def replace_attribute(graph_module: fx.GraphModule, name: str, value: Tensor) -> None:
+    """Put another tensor in the place of the parameter or buffer called `name` (dotted), for all that read it."""
+    owner, _, last = name.rpartition(".")
+    setattr(get_attribute(graph_module, owner) if owner else graph_module, last, value)
+    mode = fake_mode(graph_module.graph)
+    for node in graph_module.graph.find_nodes(op="get_attr", target=name):
+        if mode is not None:
+            node.meta["val"] = mode.from_tensor(value, static_shapes=True)
+
+
 def delete_attribute(module: nn.Module, name: str) -> None:
     """Remove the parameter, buffer or submodule called `name`."""
     owner, _, last = name.rpartition(".")

@@ -3,11 +3,13 @@
 linear(x, split(w)[0])             ->  linear(x, w_part)      cross-attention of nn.MultiheadAttention
 linear(x, g * v / norm(v))         ->  linear(x, v_part)      weight norm
 linear(x, cat(w1, w2))             ->  linear(x, w1_part)
+linear(x, to(w, fp32))             ->  linear(x, w)           routers; w itself is cast where nothing reads it otherwise
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,9 +17,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from lobcq_fx.graph.aliasing import written_attributes
-from lobcq_fx.graph.attributes import add_get_attr, free_name, get_attribute, register_attribute
+from lobcq_fx.graph.attributes import (
+    add_get_attr,
+    free_name,
+    get_attribute,
+    register_attribute,
+    replace_attribute,
+)
 from lobcq_fx.graph.dead_code import erase_dead_nodes
-from lobcq_fx.graph.operands import constant_nodes, constant_weight, made_of
+from lobcq_fx.graph.operands import constant_nodes, constant_weight, is_transpose, made_of
 from lobcq_fx.passes.infra import GraphPass
 
 aten = torch.ops.aten
@@ -30,11 +38,14 @@ _OPERANDS = {
 }
 """Positions at which a matmul may have its weight or bias, and how many dimensions that has there."""
 
+_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
+
 
 @dataclass(frozen=True)
 class FoldWeights(GraphPass):
     """Replace a matmul's computed 2-D weight, or its bias [N], by a constant, which stands beside what it was made of.
 
+    A whole constant keeps its name, which is the one that the model's class has for it.
     One that an input, a random number or anything the graph writes to takes part in stays as it is.
     """
 
@@ -47,24 +58,32 @@ class FoldWeights(GraphPass):
         for node in list(graph_module.graph.nodes):
             operands = _OPERANDS.get(node.target, {}) if node.op == "call_function" else {}
             for position, rank in operands.items():
-                weight = _computed(node.args[position], constant, rank) if position < len(node.args) else None
-                if weight is None or not all(_can_fold(one, written) for one in made_of(weight)):
+                if position >= len(node.args) or not _is_computed(node.args[position], constant, rank):
+                    continue
+                reader, weight = _behind_transposes(node, node.args[position])
+                if not all(_can_fold(one, written) for one in made_of(weight)):
                     continue
                 if weight not in folded:
                     folded[weight] = _fold(graph_module, weight)
-                node.replace_input_with(weight, folded[weight])
+                reader.replace_input_with(weight, folded[weight])
         if folded:
             erase_dead_nodes(graph_module.graph)
         return bool(folded)
 
 
-def _computed(operand: Any, constant: set[fx.Node], rank: int) -> fx.Node | None:
-    """The operand, if it is of that rank, and computed of constants; None for a constant, or where inputs take part."""
+def _is_computed(operand: Any, constant: set[fx.Node], rank: int) -> bool:
+    """Whether an operand is of that rank, and computed of constants; not a constant, or where inputs take part."""
     if operand not in constant or constant_weight(operand) is not None:
-        return None
-    assert isinstance(operand, fx.Node)
+        return False
     value = operand.meta.get("val")
-    return operand if isinstance(value, Tensor) and value.dim() == rank else None
+    return isinstance(value, Tensor) and value.dim() == rank
+
+
+def _behind_transposes(reader: fx.Node, weight: Any) -> tuple[fx.Node, fx.Node]:
+    """What a matmul's operand is the transpose of, and the node that reads that: transposes are seen through later."""
+    while is_transpose(weight):
+        reader, weight = weight, weight.args[0]
+    return reader, weight
 
 
 def _can_fold(node: fx.Node, written: set[str]) -> bool:
@@ -80,11 +99,35 @@ def _can_fold(node: fx.Node, written: set[str]) -> bool:
 def _fold(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
     value = _value(graph_module, node, {})
     first = next(one for one in made_of(node) if one.op == "get_attr")
-    owner, _, last = str(first.target).rpartition(".")
-    name = free_name(graph_module, owner, f"{last}_part")
+    name = str(first.target)
+    before = get_attribute(graph_module, name)
+    if _is_whole(value, before):
+        return first
     constant = value.detach().clone(memory_format=torch.contiguous_format)
-    register_attribute(graph_module, name, nn.Parameter(constant, requires_grad=False))
+    parameter = nn.Parameter(constant, requires_grad=False)
+    if _is_cast(node, first) and _all_cast(graph_module.graph.find_nodes(op="get_attr", target=name), value.dtype):
+        replace_attribute(graph_module, name, parameter if isinstance(before, nn.Parameter) else constant)
+        return first
+    owner, _, last = name.rpartition(".")
+    name = free_name(graph_module, owner, f"{last}_part")
+    register_attribute(graph_module, name, parameter)
     return add_get_attr(graph_module, name)
+
+
+def _is_whole(value: Tensor, constant: Tensor) -> bool:
+    """Whether a value is a constant as it is: cast to the dtype that it has, sliced from end to end."""
+    same_form = (value.dtype, value.shape, value.stride()) == (constant.dtype, constant.shape, constant.stride())
+    return same_form and value.data_ptr() == constant.data_ptr()
+
+
+def _is_cast(node: fx.Node, constant: fx.Node) -> bool:
+    return node.target in _CASTS and node.args[0] is constant
+
+
+def _all_cast(constants: Iterable[fx.Node], dtype: torch.dtype) -> bool:
+    """Whether all that reads a constant's nodes casts it to a dtype, and so reads the same once it has that dtype."""
+    readers = ((user, one) for one in constants for user in one.users)
+    return all(_is_cast(user, one) and user.meta["val"].dtype == dtype for user, one in readers)
 
 
 def _value(graph_module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Any:

@@ -20,12 +20,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from lobcq_fx.graph.aliasing import written_attributes, written_between
-from lobcq_fx.graph.attributes import add_call, add_get_attr, free_name, get_attribute, register_attribute
+from lobcq_fx.graph.attributes import (
+    add_call,
+    add_get_attr,
+    free_name,
+    get_attribute,
+    register_attribute,
+    replace_attribute,
+)
 from lobcq_fx.graph.contraction import MATRIX, Contraction
 from lobcq_fx.graph.convolutions import convolution
 from lobcq_fx.graph.dead_code import erase_dead_nodes
 from lobcq_fx.graph.einsums import einsum
-from lobcq_fx.graph.fake_tensors import fake_mode
 from lobcq_fx.graph.operands import OPERATION, operation_name, readers, transposed
 from lobcq_fx.graph.strides import keep_views
 from lobcq_fx.passes.infra import GraphPass
@@ -138,9 +144,5 @@ def _make(graph_module: fx.GraphModule, name: str, matrix: _Matrix, *, beside: b
         register_attribute(graph_module, name, nn.Parameter(value, requires_grad=False))
         return add_get_attr(graph_module, name)
     kept = nn.Parameter(value, requires_grad=False) if isinstance(constant, nn.Parameter) else value
-    setattr(get_attribute(graph_module, owner) if owner else graph_module, last, kept)
-    mode = fake_mode(graph_module.graph)
-    assert mode is not None
-    for node in nodes:
-        node.meta["val"] = mode.from_tensor(kept, static_shapes=True)
+    replace_attribute(graph_module, name, kept)
     return nodes[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +13,15 @@ import transformers
 import lobcq_fx
 from lobcq_fx.errors import CallError, TraceError
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
+from lobcq_fx.frontends.causal_lm_trial import PROMPT
 from lobcq_fx.frontends.output_types import import_output_types, output_type
 from lobcq_fx.frontends.transformers_trace import trace_causal_lm
-from tests.families import LLAMA, VOCABULARY, causal_lm, quantized_causal_lm, trace_main
+from tests.families import LLAMA, ONE_LAYER, VOCABULARY, causal_lm, quantized_causal_lm, trace_main
+from tests.more_families import FAMILIES
+from tests.sweeps import sweep
 
 IDS = torch.arange(3, 13).view(2, 5)
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "ernie4_5_moe", "phimoe", "jamba")
 FLAGS = ("output_hidden_states", "output_attentions", "use_cache", "return_dict")
 
 
@@ -78,6 +83,45 @@ def test_a_loss_that_settings_add_to_is_refused_and_routers_logits_are_left_out(
     torch.testing.assert_close(call(traced, IDS).logits, model(IDS).logits)
     with pytest.raises(CallError, match="labels: the float model's loss is not that of the next token"):
         call(traced, IDS, labels=IDS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", sweep(MIXTURES, ["mixtral"]))
+def test_a_mixture_that_is_to_return_routers_logits_is_quantized_without_them(family):
+    """With a cache and a mask, transformers' own loss of the routers fails."""
+    torch.manual_seed(0)
+    model = replace(FAMILIES[family], changes={**FAMILIES[family].changes, "output_router_logits": True}).model()
+    q = lobcq_fx.quantize(model)
+    assert model.config.output_router_logits
+    assert not q.config.output_router_logits
+    prompt = q(IDS, use_cache=True)
+    assert set(prompt) == {"logits", q.calling.cache_name}
+    assert type(prompt) is type(model(IDS))
+    with pytest.raises(CallError, match="labels: the float model's loss is not that of the next token: compute it"):
+        q(IDS, labels=IDS)
+
+
+def test_a_language_model_that_fails_with_a_cache_is_refused_with_a_remedy_that_it_has():
+    class Uncached(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, attention_mask=None, past_key_values=None, **kwargs):
+            tried = past_key_values is not None and not torch.compiler.is_compiling()
+            if tried and attention_mask.shape[1] == PROMPT + 1:
+                raise ValueError("no such step")
+            return super().forward(input_ids, attention_mask, past_key_values=past_key_values, **kwargs)
+
+    class Logits(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits
+
+    model = Uncached(transformers.LlamaConfig(**ONE_LAYER)).eval()
+    with pytest.raises(TraceError, match=r"Uncached itself fails.*no such step.*wrap it in a torch\.nn\.Module"):
+        lobcq_fx.quantize(model)
+    q = lobcq_fx.quantize(Logits(model), example_inputs=IDS)
+    assert q(IDS).shape == (*IDS.shape, VOCABULARY)
 
 
 def test_a_model_with_outputs_that_would_be_lost_is_refused():

@@ -55,6 +55,50 @@ def test_computed_weights_become_constants(case):
     assert (q(x) - model(x)).norm() < 0.2 * model(x).norm()
 
 
+WHOLE = {
+    "cast to its own dtype": lambda m, x: functional.linear(x, m.w.float()),
+    "from end to end": lambda m, x: functional.linear(x, m.w[:96]),
+    "behind a transpose": lambda m, x: x @ m.w.type(torch.float32).t(),
+    "read otherwise too": lambda m, x: functional.linear(x * m.w[0], m.w.float()),
+}
+CAST = {
+    "cast": lambda m, x: functional.linear(x.double(), m.w.double()),
+    "cast behind a transpose": lambda m, x: x.double() @ m.w.double().t(),
+    "cast twice": lambda m, x: functional.linear(x.double(), m.w.double()) + functional.linear(
+        2 * x.double(), m.w.to(torch.float64)
+    ),
+    "read otherwise as it is cast": lambda m, x: functional.linear(x.double() * m.w.double()[0], m.w.double()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WHOLE | CAST)
+def test_a_whole_constant_keeps_its_name(case):
+    """By which the model's class finds it; the model's own parameter is left alone."""
+    model = Function((WHOLE | CAST)[case], **WIDE)
+    graph_module = graph_of(model)
+    assert FoldWeights()(graph_module).modified
+    assert [name for name, _ in graph_module.named_parameters()] == ["w"]
+    assert graph_module.w.dtype == (torch.float64 if case in CAST else torch.float32)
+    assert model.w.dtype == torch.float32
+    assert_metadata(graph_module, values(2, 3, 64))
+    x = values(4, 5, 64)
+    torch.testing.assert_close(run(graph_module, x), model(x))
+    assert_unchanged(FoldWeights(), graph_module)
+
+
+def test_a_constant_that_is_read_in_two_dtypes_is_there_in_both():
+    def both(m, x):
+        return functional.linear(x.double(), m.w.double()) + functional.linear(x, m.w)
+
+    model = Function(both, **WIDE)
+    graph_module = graph_of(model)
+    assert FoldWeights()(graph_module).modified
+    dtypes = {name: one.dtype for name, one in graph_module.named_parameters()}
+    assert dtypes == {"w": torch.float32, "w_part": torch.float64}
+    x = values(4, 5, 64)
+    torch.testing.assert_close(run(graph_module, x), model(x))
+
+
 class Counting(nn.Module):
     """Its weight is scaled by how often it was called."""
 
