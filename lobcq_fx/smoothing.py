@@ -22,10 +22,10 @@ from torch import Tensor, fx, nn
 from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.float_weights import FloatWeights, WeightScales
 from lobcq_fx.graph.absorbers import Absorber, absorber_of
-from lobcq_fx.graph.attributes import delete_attribute, get_attribute, has_attribute, register_attribute
+from lobcq_fx.graph.attributes import get_attribute, has_attribute, register_attribute, replace_attribute
 from lobcq_fx.graph.columns import CASTS, same_columns, with_these_columns
 from lobcq_fx.graph.matmuls import Matmul
-from lobcq_fx.graph.operands import readers
+from lobcq_fx.graph.operands import readers_of
 from lobcq_fx.passes.insert_observers import unobserved
 from lobcq_fx.plan import PlannedMatmul, PlannedWeight, QuantizationPlan
 from lobcq_fx.tracing.trace import MAIN
@@ -227,9 +227,8 @@ def _readers(source: fx.Node, graph_module: fx.GraphModule) -> set[fx.Node]:
 def _can_be_multiplied(matmul: Matmul) -> bool:
     """Whether the columns of a weight that stays in float can be: nothing else reads it, and its dtype has the room."""
     assert matmul.weight is not None
-    nodes = matmul.node.graph.find_nodes(op="get_attr", target=matmul.weight.target)
-    read = set(chain.from_iterable(map(readers, nodes)))
-    return read == {matmul.node} and matmul.weight.meta["val"].dtype in (torch.float32, torch.bfloat16)
+    alone = readers_of(matmul.node.graph, str(matmul.weight.target)) == {matmul.node}
+    return alone and matmul.weight.meta["val"].dtype in (torch.float32, torch.bfloat16)
 
 
 def _in_its_groups(source: fx.Node, stack: Matmul, members: list[Matmul], graph_module: fx.GraphModule) -> bool:
@@ -264,8 +263,7 @@ def _divide(root: fx.GraphModule, group: _Group, scale: Tensor, scales: dict[Pla
 
 def _replace(root: fx.GraphModule, name: str, value: Tensor) -> None:
     """The float model's stays as it is."""
-    delete_attribute(root, name)
-    register_attribute(root, name, nn.Parameter(value, requires_grad=False))
+    replace_attribute(root, name, nn.Parameter(value, requires_grad=False))
 
 
 def _register_input_scale(root: fx.GraphModule, matmuls: Iterable[PlannedMatmul], scale: Tensor) -> None:

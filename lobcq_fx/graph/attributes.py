@@ -55,7 +55,9 @@ def register_attribute(module: nn.Module, name: str, value: Tensor | nn.Module) 
 
 
 def replace_attribute(graph_module: fx.GraphModule, name: str, value: Tensor) -> None:
-    """Put another tensor in the place of the parameter or buffer called `name` (dotted), for all that read it."""
+    """Put another tensor in the place of the one called `name` (dotted), for all that read it. Parameters stay such."""
+    if isinstance(get_attribute(graph_module, name), nn.Parameter) and not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
     owner, _, last = name.rpartition(".")
     setattr(get_attribute(graph_module, owner) if owner else graph_module, last, value)
     mode = fake_mode(graph_module.graph)
@@ -92,6 +94,14 @@ def add_get_attr(graph_module: fx.GraphModule, name: str) -> fx.Node:
     if mode is not None:
         node.meta["val"] = mode.from_tensor(get_attribute(graph_module, name), static_shapes=True)
     return node
+
+
+def add_beside(graph_module: fx.GraphModule, name: str, suffix: str, value: Tensor) -> fx.Node:
+    """A node of a new attribute, which stands beside the one called `name`, and is called like it with a suffix."""
+    owner, _, last = name.rpartition(".")
+    beside = free_name(graph_module, owner, f"{last}{suffix}")
+    register_attribute(graph_module, beside, value)
+    return add_get_attr(graph_module, beside)
 
 
 def get_attr_node(graph_module: fx.GraphModule, name: str) -> fx.Node:

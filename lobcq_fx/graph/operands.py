@@ -102,6 +102,11 @@ def readers(weight: fx.Node) -> set[fx.Node]:
     return found
 
 
+def readers_of(graph: fx.Graph, name: str) -> set[fx.Node]:
+    """The same of all nodes of the constant called `name`."""
+    return set().union(*map(readers, graph.find_nodes(op="get_attr", target=name)))
+
+
 def erase_unread(weight: fx.Node) -> None:
     """Erase a constant's node and its transposes where nothing reads them: the tensor behind them may be gone."""
     for user in list(weight.users):

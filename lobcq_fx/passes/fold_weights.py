@@ -17,13 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lobcq_fx.graph.aliasing import written_attributes
-from lobcq_fx.graph.attributes import (
-    add_get_attr,
-    free_name,
-    get_attribute,
-    register_attribute,
-    replace_attribute,
-)
+from lobcq_fx.graph.attributes import add_beside, get_attribute, replace_attribute
 from lobcq_fx.graph.dead_code import erase_dead_nodes
 from lobcq_fx.graph.operands import constant_nodes, constant_weight, is_transpose, made_of
 from lobcq_fx.passes.infra import GraphPass
@@ -104,14 +98,10 @@ def _fold(graph_module: fx.GraphModule, node: fx.Node) -> fx.Node:
     if _is_whole(value, before):
         return first
     constant = value.detach().clone(memory_format=torch.contiguous_format)
-    parameter = nn.Parameter(constant, requires_grad=False)
     if _is_cast(node, first) and _all_cast(graph_module.graph.find_nodes(op="get_attr", target=name), value.dtype):
-        replace_attribute(graph_module, name, parameter if isinstance(before, nn.Parameter) else constant)
+        replace_attribute(graph_module, name, constant)
         return first
-    owner, _, last = name.rpartition(".")
-    name = free_name(graph_module, owner, f"{last}_part")
-    register_attribute(graph_module, name, parameter)
-    return add_get_attr(graph_module, name)
+    return add_beside(graph_module, name, "_part", nn.Parameter(constant, requires_grad=False))
 
 
 def _is_whole(value: Tensor, constant: Tensor) -> bool:

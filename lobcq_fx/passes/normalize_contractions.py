@@ -20,19 +20,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from lobcq_fx.graph.aliasing import written_attributes, written_between
-from lobcq_fx.graph.attributes import (
-    add_call,
-    add_get_attr,
-    free_name,
-    get_attribute,
-    register_attribute,
-    replace_attribute,
-)
+from lobcq_fx.graph.attributes import add_beside, add_call, get_attr_node, get_attribute, replace_attribute
 from lobcq_fx.graph.contraction import MATRIX, Contraction
 from lobcq_fx.graph.convolutions import convolution
 from lobcq_fx.graph.dead_code import erase_dead_nodes
 from lobcq_fx.graph.einsums import einsum
-from lobcq_fx.graph.operands import OPERATION, operation_name, readers, transposed
+from lobcq_fx.graph.operands import OPERATION, operation_name, readers_of, transposed
 from lobcq_fx.graph.strides import keep_views
 from lobcq_fx.passes.infra import GraphPass
 
@@ -124,25 +117,19 @@ def _matrices(graph_module: fx.GraphModule, found: Sequence[Contraction]) -> lis
     replaced = {one.node for one in found}
     made: dict[tuple[str, _Matrix], fx.Node] = {}
     for name, matrix in dict.fromkeys(wanted):
-        nodes = graph_module.graph.find_nodes(op="get_attr", target=name)
         alone = [one for other, one in dict.fromkeys(wanted) if other == name] == [matrix]
-        reading = set().union(*map(readers, nodes))
-        made[name, matrix] = _make(graph_module, name, matrix, beside=not alone or bool(reading - replaced))
+        others = readers_of(graph_module.graph, name) - replaced
+        made[name, matrix] = _make(graph_module, name, matrix, beside=not alone or bool(others))
     return [(made[name, matrix], matrix.flipped) for name, matrix in wanted]
 
 
 def _make(graph_module: fx.GraphModule, name: str, matrix: _Matrix, *, beside: bool) -> fx.Node:
     """A node of the matrix: of the constant itself where it is one, of another one beside it, or in its place."""
-    nodes: list[fx.Node] = list(graph_module.graph.find_nodes(op="get_attr", target=name))
     constant = get_attribute(graph_module, name)
     value = matrix.made_of(constant.detach())
-    if constant.shape == value.shape and constant.stride() == value.stride():
-        return nodes[0]
-    owner, _, last = name.rpartition(".")
-    if beside:
-        name = free_name(graph_module, owner, f"{last}{MATRIX}")
-        register_attribute(graph_module, name, nn.Parameter(value, requires_grad=False))
-        return add_get_attr(graph_module, name)
-    kept = nn.Parameter(value, requires_grad=False) if isinstance(constant, nn.Parameter) else value
-    replace_attribute(graph_module, name, kept)
-    return nodes[0]
+    same = constant.shape == value.shape and constant.stride() == value.stride()
+    if beside and not same:
+        return add_beside(graph_module, name, MATRIX, nn.Parameter(value, requires_grad=False))
+    if not same:
+        replace_attribute(graph_module, name, value)
+    return get_attr_node(graph_module, name)

@@ -17,14 +17,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
-from lobcq_fx.graph.attributes import (
-    add_call,
-    add_get_attr,
-    delete_attribute,
-    free_name,
-    get_attribute,
-    register_attribute,
-)
+from lobcq_fx.graph.attributes import add_beside, add_call, delete_attribute, get_attribute
 from lobcq_fx.passes.infra import GraphPass
 
 aten = torch.ops.aten
@@ -146,10 +139,7 @@ class _Writer:
 
     def _stored(self, name: str) -> fx.Node:
         pairs = torch.view_as_real(get_attribute(self.graph_module, name).detach().resolve_conj()).contiguous()
-        owner, _, last = name.rpartition(".")
-        new = free_name(self.graph_module, owner, f"{last}_pairs")
-        register_attribute(self.graph_module, new, pairs)
-        return add_get_attr(self.graph_module, new)
+        return add_beside(self.graph_module, name, "_pairs", pairs)
 
 
 def _polar(writer: _Writer, length: fx.Node, angle: fx.Node) -> fx.Node:
