@@ -75,7 +75,7 @@ def optimize(model: nn.Module, example_inputs: Any = None, *, static_cache: bool
         tried = Tried.of(front_end, model, example_inputs, traced)
         graphs = _on_one_root(tried.graphs_without(tried.unlike), products)
         inventory = _inventory(graphs[MAIN], model, config, front_end.roles(model), products)
-        return tried.build(graphs, tried.unlike, config, inventory)
+        return tried.build(tried.parts(graphs, tried.unlike, config, inventory))
     finally:
         for one in products.values():
             one.prepack()

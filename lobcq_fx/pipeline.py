@@ -112,7 +112,7 @@ def quantize(
     alike = tried.graphs_without(unlike)
     emitted, records = quantize_graphs(alike, plan, config, report, model if inplace else None, moments)
     inventory = inventory_of(records, *size)
-    return tried.build(emitted, unlike, config, inventory)
+    return tried.build(tried.parts(emitted, unlike, config, inventory))
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ class CausalLMCall(CallingConvention):
                 f"past_key_values is a {type(cache).__name__}: pass transformers.DynamicCache(past_key_values), which"
                 " takes (key, value) for each layer, and grows in place"
             )
-        if cache is None or cache.get_seq_length() == 0:
+        if is_empty(cache):
             dtype = getattr(torch, self.cache_dtype)
             shapes = [(ids.shape[0], heads, 0, width) for heads, *widths in self.cache_heads for width in widths]
             return [torch.empty(shape, dtype=dtype, device=ids.device) for shape in shapes]
@@ -321,6 +321,12 @@ def kept_positions(kept: int | Tensor | None, query: int, device: torch.device) 
     if isinstance(kept, Tensor):
         return kept
     return torch.arange(max(0, query - kept) if kept else 0, query, dtype=torch.long, device=device)
+
+
+def is_empty(cache: Any) -> bool:
+    """Whether there is no cache yet, or one that holds no tokens."""
+    empty: bool = cache is None or cache.get_seq_length() == 0
+    return empty
 
 
 def grow(cache: Cache, states: Sequence[Tensor]) -> None:

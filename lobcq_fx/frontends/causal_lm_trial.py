@@ -18,6 +18,15 @@ from lobcq_fx.trial import Callee, Outcome, Trial
 BATCH, PROMPT, PADDING = 2, 6, 2
 
 
+def call_with(cache: Cache, callee: Callee, arguments: dict[str, Any]) -> Any:
+    """What a float or a quantized model gives on a cache; the float one as plain as the other."""
+    kept = {**arguments, "past_key_values": cache, "use_cache": True, "return_dict": True}
+    if not isinstance(callee, PreTrainedModel):
+        return callee(**kept)
+    with plain_outputs(callee):
+        return callee(**as_named_by(callee, kept))
+
+
 def growing(model: PreTrainedModel) -> Trial:
     """With a cache that grows."""
     return _trial(model, lambda: new_cache(model))
@@ -40,11 +49,7 @@ def _trial(model: PreTrainedModel, make_cache: Callable[[], Cache]) -> Trial:
         tokens: dict[str, Any] = {"input_ids": ids[:, start:stop], "attention_mask": seen}
         if takes_positions:
             tokens["position_ids"] = positions[:, start:stop]
-        kept = {**tokens, "past_key_values": cache, "use_cache": True, "return_dict": True}
-        if not isinstance(callee, PreTrainedModel):
-            return callee(**kept)
-        with plain_outputs(callee):
-            return callee(**as_named_by(callee, kept))
+        return call_with(cache, callee, tokens)
 
     def run(callee: Callee) -> Outcome:
         prompt = call(callee, make_cache(), 0, PROMPT)

@@ -54,25 +54,14 @@ class Tried:
         """The graphs that are to go on, by name."""
         return {name: one for name, one in self.traced.graph_modules.items() if name not in unlike}
 
-    def build(
-        self,
-        emitted: Mapping[str, fx.GraphModule],
-        unlike: Mapping[str, str],
-        config: LobcqConfig,
-        inventory: Inventory,
-    ) -> QuantizedModel:
+    def build(self, parts: ModelParts) -> QuantizedModel:
         """The quantized model, of which every graph was run once.
-
-        Args:
-            emitted: as they are stored, by name.
-            unlike: why others are not there, by name.
-            config, inventory: the model's.
 
         Raises:
             LobcqError: it fails, or gives another structure, NaN or infinity where the model gives numbers.
         """
-        q = self.front_end.build(self.parts(emitted, unlike, config, inventory))
-        for name in emitted:
+        q = self.front_end.build(parts)
+        for name in self.graphs_without(parts.refused_graphs):
             of_trial = q.graphs.get(name, q.graphs[MAIN]).graph_module
             check_quantized(q, of_trial, self.trials[name], self.expected[name])
         return q
@@ -84,7 +73,13 @@ class Tried:
         config: LobcqConfig,
         inventory: Inventory,
     ) -> ModelParts:
-        """What `build` makes the model of."""
+        """What `build` makes the model of.
+
+        Args:
+            emitted: the graphs as they are stored, by name.
+            unlike: why others are not there, by name.
+            config, inventory: the model's.
+        """
         graphs = {name: TracedModel(one, self.traced.graphs[name].calling) for name, one in emitted.items()}
         graphs = self.front_end.graphs_of(graphs)
         configs = self.front_end.configs(self.model)

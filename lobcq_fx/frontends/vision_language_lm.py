@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lobcq_fx.errors import CallError
 from lobcq_fx.frontends.causal_lm import QuantizedCausalLM
+from lobcq_fx.frontends.causal_lm_call import is_empty
 from lobcq_fx.frontends.generation_overrides import POSITIONS, UPDATE, delegated
 from lobcq_fx.frontends.image_inputs import GRID, PIXEL_MASK, PIXELS
 from lobcq_fx.frontends.lobcq_cache import LobcqCache
@@ -110,7 +111,7 @@ class QuantizedVisionLanguageLM(QuantizedCausalLM):
             image_features = self.image_features_of(**given)
         if token_type_ids is not None and TOKEN_TYPES not in self._images.inputs:
             raise CallError(f"{TOKEN_TYPES} is not supported: the float model takes none")
-        if token_type_ids is not None and image_features is None and (kept is None or is_empty(kept)):
+        if token_type_ids is not None and image_features is None and is_empty(kept):
             image_features = self.image_features_of()  # text whose tokens may attend in both directions
         if image_features is None:
             call["position_ids"] = _of_text(call["position_ids"])
@@ -204,11 +205,6 @@ class QuantizedVisionLanguageLM(QuantizedCausalLM):
         if update is None:
             return super()._update_model_kwargs_for_generation(*args, **kwargs)
         return update(self, *args, **kwargs)
-
-
-def is_empty(cache: Any) -> bool:
-    """Whether a cache holds no tokens yet."""
-    return int(cache.get_seq_length()) == 0
 
 
 def _of_text(positions: Tensor | None) -> Tensor | None:
