@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 
@@ -48,7 +47,16 @@ def quantized_folder(
             messages.print(f"[dim]{escape(str(error))}: the whole model is loaded[/]")
         else:
             return inventory, config
-    return _in_memory(folder, output, config, text, dtype, progress, reader, example)
+    progress("load", 0, 1)
+    model = load_float_model(folder, dtype.value)
+    progress("load", 1, 1)
+    data = None if text is None else text.batches(reader, causal=folder.is_causal_lm)
+    quantized = lobcq_fx.quantize(model, data, config, example, inplace=True, progress=progress)
+    progress("save", 0, 1)
+    with writing(output):
+        quantized.save_pretrained(output, reader)
+    progress("save", 1, 1)
+    return quantized.inventory, quantized.lobcq_config
 
 
 @contextmanager
@@ -62,25 +70,3 @@ def _saying_what_is_kept(output: Path) -> Iterator[None]:
                 f"[dim]What is done is in {escape(str(unfinished(output)))}: the same command goes on with it[/]"
             )
         raise
-
-
-def _in_memory(
-    folder: ModelFolder,
-    output: Path,
-    config: LobcqConfig,
-    text: CalibrationText | None,
-    dtype: Dtype,
-    progress: ProgressBars,
-    reader: Any,
-    example: Any,
-) -> tuple[Inventory, LobcqConfig]:
-    progress("load", 0, 1)
-    model = load_float_model(folder, dtype.value)
-    progress("load", 1, 1)
-    data = None if text is None else text.batches(reader, causal=folder.is_causal_lm)
-    quantized = lobcq_fx.quantize(model, data, config, example, inplace=True, progress=progress)
-    progress("save", 0, 1)
-    with writing(output):
-        quantized.save_pretrained(output, reader)
-    progress("save", 1, 1)
-    return quantized.inventory, quantized.lobcq_config

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lobcq_fx.storage.index import PIECE, TensorDigest, bytes_of, digest_of_pieces
 
-_DTYPES = {
+DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "float8_e5m2": "F8_E5M2", "float8_e4m3fn": "F8_E4M3", "int16": "I16",
     "uint16": "U16", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "uint32": "U32", "float32": "F32",
     "complex64": "C64", "float64": "F64", "int64": "I64", "uint64": "U64",
@@ -109,14 +109,14 @@ def check_room(folder: Path, tensors: Mapping[str, TensorDigest], there: int = 0
 
 def _laid_out(tensors: Mapping[str, TensorDigest]) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The header, and where each tensor begins and ends."""
-    order = list(_DTYPES)
+    order = list(DTYPES)
     names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name.encode()))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset, offsets = 0, {}
     for name in names:
         one = tensors[name]
         offsets[name] = (offset, offset + size_of(one))
-        header[name] = {"dtype": _DTYPES[one.dtype], "shape": list(one.shape), "data_offsets": list(offsets[name])}
+        header[name] = {"dtype": DTYPES[one.dtype], "shape": list(one.shape), "data_offsets": list(offsets[name])}
         offset += size_of(one)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)

@@ -14,6 +14,7 @@ from torch import Tensor
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.storage.files import check_regular, json_object, read_bytes
 from lobcq_fx.storage.index import PIECE, bytes_of, digest_of, digest_of_pieces
+from lobcq_fx.storage.weights_file import DTYPES
 
 SINGLE, SHARDED = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -24,11 +25,8 @@ LONGEST_HEADER = 100_000_000
 INDEX_LIMIT = 256 * 2**20
 """Bytes of the file that says which shard has which tensor."""
 
-_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
+_NOT_READ = ("uint16", "uint32", "uint64", "complex64")
+_DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in DTYPES.items() if name not in _NOT_READ}
 
 
 class FloatFolder:
