@@ -31,6 +31,7 @@ def main() -> None:
             "kv_cache",
             "attention",
             "perplexity",
+            "compensation",
         )
     }
     sections = {
@@ -42,6 +43,7 @@ def main() -> None:
         "kv cache": caches(found["kv_cache"]),
         "attention": attention(found["attention"]),
         "budgets": budgets(found["perplexity"]),
+        "compensation": compensation(found["compensation"]),
     }
     keep_page(PAGE, sections, "accuracy", __doc__)
 
@@ -65,6 +67,19 @@ def language_model(found: dict[str, Any]) -> str:
         f"{text}: {found['tokens'][text]:,} tokens, fp32 {first[text]['fp32 perplexity']:.2f}" for text in texts
     )
     return f"{lines}\n\nCalibrated on {found['calibration_tokens']:,} tokens. {measured}."
+
+
+def compensation(found: dict[str, Any]) -> str:
+    """A sentence: of the largest weight that was measured, and of what is derived from it."""
+    (rows, columns), derived = found["rows"][-1]["shape"], found["derived"]
+    seconds = {name: found["rows"][-1][name] for name in ("compensate", "nearest")}
+    minutes = derived["factors_cpu_minutes"] + derived["rest_cpu_minutes"]
+    return (
+        f"A weight of {rows} x {columns} takes {seconds['compensate']:.1f} CPU seconds to compensate, and"
+        f" {seconds['nearest']:.1f} to round to the nearest\n(`python -m benchmarks.cpu.compensation`, {found['cpu']})."
+        f" By these rates the linears of Llama-3-8B would take {minutes:.0f} CPU\nminutes beside the runs of the model:"
+        " derived, not measured."
+    )
 
 
 def budgets(found: dict[str, Any]) -> str:
