@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lobcq_fx.storage.index import described, digests_of
-from lobcq_fx.storage.weights_file import _DTYPES, check_room, weights_file
+from lobcq_fx.storage.weights_file import DTYPES, check_room, weights_file
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def tensors() -> dict[str, Tensor]:
     """Of every dtype and of several ranks, empty ones and names with quotes and accents among them."""
     torch.manual_seed(0)
     found = {
-        f'a.{dtype}."é{n}': torch.randint(0, 2, (3, n)).to(getattr(torch, dtype)) for n in (5, 0) for dtype in _DTYPES
+        f'a.{dtype}."é{n}': torch.randint(0, 2, (3, n)).to(getattr(torch, dtype)) for n in (5, 0) for dtype in DTYPES
     }
     return found | {"scalar": torch.tensor(1.5), "turned": torch.randn(4, 3).t().contiguous()}
 
