@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 
 # Two at a time, since most tests use one core, and the longest first. CONTRIBUTING.md says how long it may take.
 test: $(VENV)/.installed
-	$(MAKE) --jobs=2 unit-export unit-models unit-rest oldest oldest-triton sanitize lint default-dtype
+	$(MAKE) --jobs=2 --keep-going unit-export unit-models unit-rest oldest oldest-triton sanitize lint default-dtype
 
 # What is too long for `make test`.
 nightly: sweeps differential reliability families
