@@ -90,7 +90,7 @@ def quantize(
     if config.needs_calibration and calibration_data is None:
         raise CalibrationError(f"{CALIBRATED} need calibration_data: pass an iterable of inputs")
     model = unwrapped(model)
-    example_inputs, data = _example(front_end_of(model), example_inputs, calibration_data)
+    example_inputs, data = example_and_data(front_end_of(model), example_inputs, calibration_data)
     size = size_of(model.parameters())
     planned = trace_and_plan(model, config, example_inputs, static_cache=static_cache, report=report)
     tried, plan, main = planned.tried, planned.plan, planned.tried.traced.graphs[MAIN]
@@ -100,7 +100,7 @@ def quantize(
         config = _decided(main, plan, config, tried.front_end, data, report)
         plan, others = _planned(tried.traced.graph_modules, config, planned.roles, tried.traced.optional)
         unlike = {**tried.unlike, **others}
-    calls = None if data is None else _Calls(main, data)
+    calls = None if data is None else Calls(main, data)
     alike = tried.graphs_without(unlike)
     emitted, records = quantize_graphs(alike, plan, config, calls, report, model if inplace else None)
     inventory = inventory_of(records, *size)
@@ -200,8 +200,8 @@ def _decided(
 ) -> LobcqConfig:
     """The settings with a mode and formats for each layer in the place of a budget of bits."""
     graph_module = LobcqGraphModule(traced.graph_module, copied(traced.graph_module.graph))
-    observe(graph_module, plan, _Calls(traced, data[:OBSERVED_CALLS]), partial(report, "calibrate"))
-    calls = list(_Calls(traced, data[:MEASURED_CALLS]))
+    observe(graph_module, plan, Calls(traced, data[:OBSERVED_CALLS]), partial(report, "calibrate"))
+    calls = list(Calls(traced, data[:MEASURED_CALLS]))
     return within_budget(graph_module, plan, config, calls, front_end.distance, partial(report, "weigh layers"))
 
 
@@ -308,12 +308,12 @@ def fit_shared_codebooks(
     report = progress or silent
     model = unwrapped(model)
     front_end = front_end_of(model)
-    example_inputs, data = _example(front_end, example_inputs, calibration_data)
+    example_inputs, data = example_and_data(front_end, example_inputs, calibration_data)
     with counted_calls(model, partial(report, "trace")):
         traced = front_end.trace(model, example_inputs, static_cache=False)
     plan, _ = make_plan(traced.graph_modules, config, front_end.roles(model), traced.optional)
     preparation = Preparation(plan, traced.graph_modules)
-    calls = _Calls(traced.graphs[MAIN], data or ())
+    calls = Calls(traced.graphs[MAIN], data or ())
     (whole,) = preparation.observation().run(calls, moments=False, progress=partial(report, "calibrate"))
     prepared = preparation(whole.statistics)
     return fit_to_model(plan, prepared.weights.matrices, prepared.statistics, spec, report)
@@ -336,7 +336,9 @@ def silent(step: str, done: int, total: int | None) -> None:
     """Progress that nobody asked for."""
 
 
-def _example(front_end: FrontEnd, example_inputs: Any, data: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
+def example_and_data(
+    front_end: FrontEnd, example_inputs: Any, data: Iterable[Any] | None
+) -> tuple[Any, Iterable[Any] | None]:
     """The example, without one the first item of the data; and the data, whole (a generator can be read only once)."""
     if example_inputs is not None or data is None:
         return example_inputs, data
@@ -349,7 +351,7 @@ def _example(front_end: FrontEnd, example_inputs: Any, data: Iterable[Any] | Non
 
 
 @dataclass(frozen=True)
-class _Calls:
+class Calls:
     """Flat inputs of a graph, made of calls of its model."""
 
     traced: TracedModel

@@ -50,6 +50,12 @@ class Preparation:
         together = [(*group.matmuls, *readers.get(group.rows_of, ())) for group in self._groups]
         return Observation(self._root, self._plan, together, limit)
 
+    def parameters_of(self, plan: QuantizationPlan) -> set[str]:
+        """Names of what smoothing may change, besides planned weights, once a part of the plan was observed."""
+        here = set(plan.quantized)
+        groups = [group for group in self._groups if not here.isdisjoint(group.matmuls)]
+        return {name for one in groups for name in (*one.parameters, *(float_ for float_, _ in one.floats))}
+
     def __call__(self, statistics: Mapping[PlannedMatmul, ActivationStatistics]) -> Prepared:
         """Decide. The main graph gets the parameters that smoothing has divided, and what it multiplies inputs with."""
         smoothed = smooth(self._plan, self._root, self._groups, statistics)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import gc
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lobcq_fx
 from lobcq_fx.config import CALIBRATED, LobcqConfig
-from lobcq_fx.encoding import EncodedWeight, records_of
+from lobcq_fx.encoding import EncodedWeight, left_alone, records_of
 from lobcq_fx.errors import CalibrationError, CheckpointError
+from lobcq_fx.frontends import front_end_of
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.leftovers import inventory_of
 from lobcq_fx.model_card import ModelCard
-from lobcq_fx.pipeline import Progress, settings_of, silent
+from lobcq_fx.pipeline import Calls, Progress, example_and_data, settings_of, silent
 from lobcq_fx.storage.atomic_folder import MODEL, check_target, resumed_folder
 from lobcq_fx.storage.checkpoint import (
     INVENTORY,
@@ -25,15 +25,17 @@ from lobcq_fx.storage.checkpoint import (
     json_bytes,
     write_descriptions,
 )
-from lobcq_fx.storage.index import TensorDigest, digest_of, digested
+from lobcq_fx.storage.index import TensorDigest, digested
 from lobcq_fx.storage.journal import Journal, entries_of
 from lobcq_fx.storage.stored_tensors import WEIGHTS
 from lobcq_fx.storage.weights_file import WeightsFile, check_room, weights_file
-from lobcq_fx.streaming.emission import Emission, emit
+from lobcq_fx.streaming.calibrated import Calibrated, Calibration, digest_of_calls
+from lobcq_fx.streaming.emission import Emission, Outline, emit
 from lobcq_fx.streaming.float_folder import FloatFolder, changed
 from lobcq_fx.streaming.skeleton import Skeleton
 from lobcq_fx.streaming.transfer import Finished, transfer
 from lobcq_fx.tracing.autocast import no_autocast
+from lobcq_fx.tracing.trace import MAIN
 
 JOURNAL = "journal"
 
@@ -45,17 +47,20 @@ def quantize_folder(
     config: LobcqConfig | None = None,
     example_inputs: Any = None,
     *,
+    calibration_data: Iterable[Any] | None = None,
     recipe: str | None = None,
     dtype: str = "auto",
     static_cache: bool = True,
     tokenizer: Any = None,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Inventory:
-    """Quantize a transformers model that may be larger than memory, weight by weight, from folder to folder.
+    """Quantize a transformers model that may be larger than memory, from folder to folder.
 
-    Writes what `quantize(model, config=config).save_pretrained(output, tokenizer)` would, byte for byte. The model is
-    traced, and its graphs are compared with it, on stand-ins for its weights. The quantized model is not run: what is
-    written is read back, and its graphs are rehearsed.
+    Writes what `quantize(model, calibration_data, config).save_pretrained(output, tokenizer)` would, byte for byte. The
+    model is traced, and its graphs are compared with it, on stand-ins for its weights, which are then read weight by
+    weight; with calibration data segment by segment, a part of a layer or a few layers, through which all calls go
+    together. The quantized model is not run: what is written is read back, and its graphs are rehearsed.
 
     A call that is killed, or fails, leaves what it has done beside `output`; the same call goes on with it, and does
     again at most what was under way.
@@ -63,17 +68,23 @@ def quantize_folder(
     Args:
         folder: a float model with its weights in safetensors, as `save_pretrained` of transformers writes them.
         output: new, empty, or a folder written by this package, which is replaced as a whole.
-        config, recipe: as `quantize` takes them; what needs calibration data is refused.
+        config, recipe: as `quantize` takes them; what looks at all layers before the first is encoded is refused:
+            fitted codebooks and budgets of bits.
         example_inputs, static_cache: as `quantize` takes them.
+        calibration_data: as `quantize` takes it. All of it is held in memory.
         dtype: of what stays in float, a torch name; `"auto"` is the checkpoint's.
         tokenizer: saved beside the weights if given.
+        max_memory: bytes that calibration has, half for the float weights of a segment, half for what the calls hold
+            between segments, of which the rest is put on the disk. None: 256 MiB of weights in a segment, all that
+            calls hold in memory. Second moments of a segment's activations, and what encoding one weight takes, come on
+            top.
         progress: called as the work goes on.
 
     Returns:
         What became of every matmul.
 
     Raises:
-        CalibrationError: the settings need data.
+        CalibrationError: the settings need data that are not given, or all layers at once; or a layer saw none.
         CheckpointError: `folder` holds no such model, or is damaged, or changed; `output` cannot be written, or what
             was begun there was begun with other settings.
         NotStreamedError: a model that has to be in memory as a whole.
@@ -81,11 +92,7 @@ def quantize_folder(
         OSError: the disk is full, or fails.
     """
     config = settings_of(config, recipe)
-    if config.needs_calibration:
-        raise CalibrationError(
-            f"{CALIBRATED} need calibration data, and a model in memory. Remedy: lobcq_fx.quantize(model,"
-            f" calibration_data, config), or leave out {', '.join(config.calibrated)}"
-        )
+    _check_settings(config, given=calibration_data is not None)
     report = progress or silent
     check_target(Path(output), is_checkpoint, Path(folder))
     source = FloatFolder(Path(folder))
@@ -94,14 +101,24 @@ def quantize_folder(
     skeleton = Skeleton.of(source, dtype)
     report("load", 1, 1)
     provenance = skeleton.provenance
-    emission = emit(skeleton, config, example_inputs, static_cache=static_cache, progress=report)
+    example_inputs, data = example_and_data(front_end_of(skeleton.model), example_inputs, calibration_data)
+    outline = Outline.of(skeleton, config, example_inputs, static_cache=static_cache, progress=report)
     del skeleton
-    gc.collect()  # graphs refer to themselves, and to the memory of their parameters
+    calls = None if data is None else list(Calls(outline.planned.tried.traced.graphs[MAIN], data))
     work = {"release": lobcq_fx.__version__, "settings": config.to_dict(), "dtype": dtype, **fingerprint}
-    work["configuration, graphs or codebooks"] = _digest_of(emission)
+    work["configuration, graphs or codebooks"] = outline.digest()
+    work["calibration data"] = None if calls is None else digest_of_calls(calls)
+    work["memory for segments"] = max_memory
     with resumed_folder(Path(output), is_checkpoint, OWN, lambda found: bool(entries_of(found / JOURNAL))) as place:
         journal = Journal(place / JOURNAL, work)
         try:
+            calibrated = None
+            if calls is not None:
+                calibrated = Calibration(source, dtype, outline, place, max_memory).run(calls, journal, report)
+                del calls
+            emission = emit(outline, None if calibrated is None else calibrated.made)
+            del outline
+            gc.collect()  # graphs refer to themselves, and to the memory of their parameters
             _check_disk(place / MODEL, emission)
             with weights_file(place / MODEL / WEIGHTS, emission.tensors) as file:
                 done = transfer(source, dtype, provenance, emission, file, journal, report)
@@ -109,20 +126,26 @@ def quantize_folder(
                 if different:
                     raise CheckpointError(f"{folder} was changed while it was read: {', '.join(different)}")
                 report("save", 0, 1)
-                inventory = _inventory(emission, done)
+                digests = _rest(emission, calibrated, done, file)
+                inventory = _inventory(emission, calibrated, done)
                 companions = [ModelCard(inventory, config, emission.config, Path(output)), emission.generation_config]
-                _complete(place / MODEL, emission, done, inventory, [*companions, tokenizer], file)
+                _complete(place / MODEL, emission, digests, inventory, [*companions, tokenizer], file)
         finally:
             journal.close()
     report("save", 1, 1)
     return inventory
 
 
-def _digest_of(emission: Emission) -> str:
-    """Of all that is known before a weight is read."""
-    known = {name: digest_of(content) for name, content in emission.descriptions.items()}
-    known |= {name: digested(tensor).blake3 for name, tensor in emission.ready.items()}
-    return digest_of(json.dumps(known, sort_keys=True).encode())
+def _check_settings(config: LobcqConfig, *, given: bool) -> None:
+    if config.needs_calibration and not given:
+        raise CalibrationError(
+            f"{CALIBRATED} need data. Remedy: pass calibration_data, or leave out {', '.join(config.calibrated)}"
+        )
+    if config.bits is not None or config.codebooks == "fitted":
+        raise CalibrationError(
+            f"{'a budget of bits' if config.bits is not None else 'fitted codebooks'} need all layers at once, and so a"
+            " model in memory. Remedy: lobcq_fx.quantize(model, calibration_data, config)"
+        )
 
 
 def _check_disk(folder: Path, emission: Emission) -> None:
@@ -130,7 +153,28 @@ def _check_disk(folder: Path, emission: Emission) -> None:
     check_room(folder, emission.tensors, file.stat().st_blocks * 512 if file.exists() else 0)
 
 
-def _inventory(emission: Emission, done: Mapping[str, Finished]) -> Inventory:
+def _rest(
+    emission: Emission, calibrated: Calibrated | None, done: Mapping[str, Finished], file: WeightsFile
+) -> dict[str, TensorDigest]:
+    """Write what was not made of one parameter alone; the digests of all tensors."""
+    digests: dict[str, TensorDigest] = {}
+    for name, tensor in emission.ready.items():
+        file.write(name, tensor)
+        digests[name] = digested(tensor)
+    for one in done.values():
+        digests |= one.tensors
+    for name, tensor, digest in () if calibrated is None else calibrated.tensors():
+        if name in emission.tensors:
+            file.write(name, tensor)
+            digests[name] = digest
+    return digests
+
+
+def _inventory(emission: Emission, calibrated: Calibrated | None, done: Mapping[str, Finished]) -> Inventory:
+    if calibrated is not None:
+        found = calibrated.records
+        records = tuple(found.get(one) or left_alone(one) for one in emission.plan.matmuls)
+        return inventory_of(records, *emission.size)
     results = {}
     for name, use in emission.uses.items():
         for weight, float_bytes in use.weights:
@@ -141,18 +185,12 @@ def _inventory(emission: Emission, done: Mapping[str, Finished]) -> Inventory:
 def _complete(
     folder: Path,
     emission: Emission,
-    done: Mapping[str, Finished],
+    digests: Mapping[str, TensorDigest],
     inventory: Inventory,
     companions: list[Any],
     file: WeightsFile,
 ) -> None:
-    """Write the rest, and read all of it back."""
-    digests: dict[str, TensorDigest] = {}
-    for name, tensor in emission.ready.items():
-        file.write(name, tensor)
-        digests[name] = digested(tensor)
-    for one in done.values():
-        digests |= one.tensors
+    """Write the files beside the weights, and read all of it back."""
     contents = {**emission.descriptions, INVENTORY: json_bytes(inventory.to_dict())}
     in_order = {name: digests[name] for name in emission.tensors}
     write_descriptions(folder, contents, [one for one in companions if one is not None], in_order)

@@ -69,7 +69,7 @@ def transfer(
         LobcqError: a weight holds NaN or infinity.
         OSError: the disk is full, or fails.
     """
-    found = {name: Finished.from_dict(entry) for name, entry in journal.entries.items()}
+    found = {name: Finished.from_dict(journal.entries[name]) for name in emission.uses.keys() & journal.entries.keys()}
     done = {name: one for name, one in found.items() if _is_there(one, file)}
     if done.keys() != emission.uses.keys():
         with _Transfer(folder, provenance, emission, file, journal, progress, done) as under_way:
@@ -120,7 +120,7 @@ class _Transfer:
         elif parameters & self._left:
             self._workers.wait_for_room(whole)
         if not parameters & self._left:
-            return torch.zeros((), dtype=self._folder.dtype(name), device="cpu").expand(self._folder.shape(name))
+            return self._folder.without_content(name)
         return self._folder.read(name)
 
     def take(self, model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from lobcq_fx.storage.journal import entries_of
 from lobcq_fx.storage.stored_tensors import WEIGHTS
 from lobcq_fx.storage.weights_file import weights_file
 from lobcq_fx.streaming import quantize_folder as whole
-from lobcq_fx.streaming.emission import Emission
+from lobcq_fx.streaming.emission import Emission, Outline
 from lobcq_fx.streaming.skeleton import Skeleton
 from lobcq_fx.streaming.transfer import Finished, _Transfer
 from lobcq_fx.streaming.workers import WORKERS
@@ -68,7 +68,11 @@ def traced_once() -> Iterator[None]:
 
         return call
 
-    with patch.object(Skeleton, "of", once(Skeleton.of)), patch.object(whole, "emit", once(whole.emit)):
+    with (
+        patch.object(Skeleton, "of", once(Skeleton.of)),
+        patch.object(Outline, "of", once(Outline.of)),
+        patch.object(whole, "emit", once(whole.emit)),
+    ):
         yield
 
 
