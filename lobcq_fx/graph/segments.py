@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 
-from torch import fx
+from torch import Tensor, fx
 
 from lobcq_fx.graph.aliasing import written_arguments
 from lobcq_fx.graph.dead_code import has_effects
@@ -63,7 +64,7 @@ def segments(
     if limit is not None and not any(written_arguments(node) for node in order):
         sets = [[places[one] for one in some if one in places] for some in together]
         sizes = _sizes(order, constant, size_of)
-        ends = _ends(len(order), _numbers_alive(order, places), sets, sizes, limit)
+        ends = _ends(len(order), _bytes_alive(order, places), sets, sizes, limit)
     alive = [_alive(order, places, end) for end in ends]
     starts = [0, *ends[:-1]]
     return tuple(
@@ -110,7 +111,7 @@ def _ends(
     sizes: Sequence[Mapping[str, int]],
     limit: int,
 ) -> list[int]:
-    """Where segments end: of the places that are far enough from the last one, where the fewest values are alive."""
+    """Where segments end: of the places that are far enough from the last one, where the least is alive."""
     cut = [0] * (count + 1)  # how many sets would be, at each place
     for some in together:
         if some:
@@ -124,22 +125,30 @@ def _ends(
         if size[-1] <= limit or not ahead:
             return [*ends, count]
         within = [place for place in ahead if size[place - start] <= limit]
-        large = [place for place in within if size[place - start] > limit // 2]
+        large = [place for place in within if size[place - start] > limit // 4]
         start = min(large or within or ahead[:1], key=lambda place: (alive[place], -place))
         ends.append(start)
 
 
-def _numbers_alive(order: Sequence[fx.Node], places: Mapping[fx.Node, int]) -> list[int]:
-    """At each place, how many values are known there and read from there on."""
+def _bytes_alive(order: Sequence[fx.Node], places: Mapping[fx.Node, int]) -> list[int]:
+    """At each place, the bytes of what is known there and read from there on."""
     last: dict[fx.Node, int] = {}
     for place, node in enumerate(order):
         last.update(dict.fromkeys(node.all_input_nodes, place))
     changes = [0] * (len(order) + 2)
     for node, place in last.items():
         if _is_value(node, places):
-            changes[places.get(node, -1) + 1] += 1
-            changes[place + 1] -= 1
+            changes[places.get(node, -1) + 1] += _bytes(node)
+            changes[place + 1] -= _bytes(node)
     return list(accumulate(changes))
+
+
+def _bytes(node: fx.Node) -> int:
+    """Of one token in one sequence: dimensions whose size is not fixed count as 1."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return 0
+    return prod(size for size in value.shape if isinstance(size, int)) * value.dtype.itemsize
 
 
 def _sizes(order: Sequence[fx.Node], constant: set[fx.Node], size_of: Callable[[str], int]) -> list[dict[str, int]]:
