@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.hub import convert_file_size_to_int
+
 import lobcq_fx
 from lobcq_fx.config import CALIBRATED, LobcqConfig
 from lobcq_fx.encoding import EncodedWeight, left_alone, records_of
-from lobcq_fx.errors import CalibrationError, CheckpointError
+from lobcq_fx.errors import CalibrationError, CheckpointError, ConfigError
 from lobcq_fx.frontends import front_end_of
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.leftovers import inventory_of
@@ -52,7 +54,7 @@ def quantize_folder(
     dtype: str = "auto",
     static_cache: bool = True,
     tokenizer: Any = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> Inventory:
     """Quantize a transformers model that may be larger than memory, from folder to folder.
@@ -74,10 +76,10 @@ def quantize_folder(
         calibration_data: as `quantize` takes it. All of it is held in memory.
         dtype: of what stays in float, a torch name; `"auto"` is the checkpoint's.
         tokenizer: saved beside the weights if given.
-        max_memory: bytes that calibration has, half for the float weights of a segment, half for what the calls hold
-            between segments, of which the rest is put on the disk. None: 256 MiB of weights in a segment, all that
-            calls hold in memory. Second moments of a segment's activations, and what encoding one weight takes, come on
-            top.
+        max_memory: what calibration has, in bytes or as `"8GB"`: half for the float weights of a segment, half for what
+            calls hold between segments, of which the rest is put on the disk. None: 256 MiB of weights in a segment,
+            all that calls hold in memory. Second moments of a segment's activations, and what encoding one weight
+            takes, come on top.
         progress: called as the work goes on.
 
     Returns:
@@ -93,6 +95,7 @@ def quantize_folder(
     """
     config = settings_of(config, recipe)
     _check_settings(config, given=calibration_data is not None)
+    memory = _bytes_of(max_memory)
     report = progress or silent
     check_target(Path(output), is_checkpoint, Path(folder))
     source = FloatFolder(Path(folder))
@@ -108,13 +111,13 @@ def quantize_folder(
     work = {"release": lobcq_fx.__version__, "settings": config.to_dict(), "dtype": dtype, **fingerprint}
     work["configuration, graphs or codebooks"] = outline.digest()
     work["calibration data"] = None if calls is None else digest_of_calls(calls)
-    work["memory for segments"] = max_memory
+    work["memory for segments"] = memory
     with resumed_folder(Path(output), is_checkpoint, OWN, lambda found: bool(entries_of(found / JOURNAL))) as place:
         journal = Journal(place / JOURNAL, work)
         try:
             calibrated = None
             if calls is not None:
-                calibrated = Calibration(source, dtype, outline, place, max_memory).run(calls, journal, report)
+                calibrated = Calibration(source, dtype, outline, place, memory).run(calls, journal, report)
                 del calls
             emission = emit(outline, None if calibrated is None else calibrated.made)
             del outline
@@ -144,13 +147,25 @@ def _check_settings(config: LobcqConfig, *, given: bool) -> None:
     if config.bits is not None or config.codebooks == "fitted":
         raise CalibrationError(
             f"{'a budget of bits' if config.bits is not None else 'fitted codebooks'} need all layers at once, and so a"
-            " model in memory. Remedy: lobcq_fx.quantize(model, calibration_data, config)"
+            " model in memory. Remedy: leave out max_memory, or call lobcq_fx.quantize(model, calibration_data, config)"
         )
 
 
 def _check_disk(folder: Path, emission: Emission) -> None:
     file = folder / WEIGHTS
     check_room(folder, emission.tensors, file.stat().st_blocks * 512 if file.exists() else 0)
+
+
+def _bytes_of(max_memory: int | str | None) -> int | None:
+    if max_memory is None:
+        return None
+    try:
+        found: int = convert_file_size_to_int(max_memory)
+    except ValueError:
+        found = 0
+    if found <= 0:
+        raise ConfigError(f"max_memory={max_memory!r}: pass a number of bytes, or a text such as '8GB' or '512MiB'")
+    return found
 
 
 def _rest(
