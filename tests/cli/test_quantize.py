@@ -236,7 +236,7 @@ def test_settings_that_cannot_be(lobcq: Run, llama: Path, text_file: Path, tmp_p
     fitted = ("--codebooks", "fitted", "--calibrate", text_file)
     assert "fitted codebooks need all layers" in lobcq.refused("quantize", llama, *output, *fitted, *bound, code=3)
     much = ("--calibrate", text_file, "--max-memory", "much")
-    assert "max_memory='much': pass a number of bytes" in lobcq.refused("quantize", llama, *output, *much, code=3)
+    assert "max_memory='much': pass a number of bytes" in lobcq.refused("quantize", llama, *output, *much, code=2)
     assert not (tmp_path / "q").exists()
 
 
