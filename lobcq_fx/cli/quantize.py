@@ -122,6 +122,15 @@ def quantize(
     dtype: Annotated[Dtype, typer.Option(help="Type of what stays in float; auto is the checkpoint's.")] = Dtype.auto,
     calibration_samples: SamplesOption = 64,
     calibration_length: LengthOption = 512,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Split weights of more than this into several files, as transformers does: 5GB or 500MB, for example;"
+            " the default is its own, 50GB.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -155,13 +164,13 @@ def quantize(
         activation_bits,
     )
     folder = model_folder(model)
-    _check(config, folder, output, calibrate, overwrite=overwrite)
+    _check(config, folder, output, calibrate, max_shard_size, overwrite=overwrite)
     if calibrate is not None:
         check_calibration(folder)
     text = CalibrationText(read_text(calibrate)[0], calibration_samples, calibration_length) if calibrate else None
     started = time.perf_counter()
     with ProgressBars() as progress:
-        inventory, decided = quantized_folder(folder, output, config, text, dtype, progress)
+        inventory, decided = quantized_folder(folder, output, config, text, dtype, max_shard_size, progress)
     result = summary(inventory, decided, output, time.perf_counter() - started)
     if json:
         print_json({"model": model, **result})
@@ -170,15 +179,25 @@ def quantize(
         print_summary(inventory, result, model, generates=folder.generates_text, measured=measured)
 
 
-def _check(config: LobcqConfig, folder: ModelFolder, output: Path, calibrate: Path | None, *, overwrite: bool) -> None:
+def _check(
+    config: LobcqConfig,
+    folder: ModelFolder,
+    output: Path,
+    calibrate: Path | None,
+    max_shard_size: str | None,
+    *,
+    overwrite: bool,
+) -> None:
     """Refuse now what would fail after the long work."""
     from lobcq_fx.cli.outputs import check_folder
     from lobcq_fx.codebook_choice import read_codebooks
     from lobcq_fx.config import CALIBRATED, CODEBOOKS
     from lobcq_fx.storage.checkpoint import is_checkpoint
+    from lobcq_fx.storage.shards import Shards
 
     if config.needs_calibration and calibrate is None:
         raise typer.BadParameter(f"{CALIBRATED} need a text: pass --calibrate TEXT")
+    Shards.split({}, max_shard_size)
     if config.codebooks not in CODEBOOKS:
         for spec in (config.format, config.activations):
             read_codebooks(Path(config.codebooks), spec)

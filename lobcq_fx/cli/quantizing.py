@@ -27,6 +27,7 @@ def quantized_folder(
     config: LobcqConfig,
     text: CalibrationText | None,
     dtype: Dtype,
+    max_shard_size: str | None,
     progress: ProgressBars,
 ) -> tuple[Inventory, LobcqConfig]:
     """Quantize a folder's model into another folder.
@@ -41,8 +42,9 @@ def quantized_folder(
         try:
             with _saying_what_is_kept(output):
                 inventory = lobcq_fx.quantize_folder(
-                    folder.path, output, config, example, dtype=dtype.value, tokenizer=reader, progress=progress
-                )
+                    folder.path, output, config, example, dtype=dtype.value, max_shard_size=max_shard_size,
+                    tokenizer=reader, progress=progress,
+                )  # fmt: skip
         except NotStreamedError as error:
             messages.print(f"[dim]{escape(str(error))}: the whole model is loaded[/]")
         else:
@@ -54,7 +56,7 @@ def quantized_folder(
     quantized = lobcq_fx.quantize(model, data, config, example, inplace=True, progress=progress)
     progress("save", 0, 1)
     with writing(output):
-        quantized.save_pretrained(output, reader)
+        quantized.save_pretrained(output, reader, max_shard_size=max_shard_size)
     progress("save", 1, 1)
     return quantized.inventory, quantized.lobcq_config
 

@@ -23,6 +23,7 @@ from lobcq_fx.pipeline import Progress, emit_graphs, size_of, trace_and_plan
 from lobcq_fx.plan import PlannedWeight, QuantizationPlan
 from lobcq_fx.storage.checkpoint import descriptions
 from lobcq_fx.storage.index import TensorDigest, described
+from lobcq_fx.storage.shards import Shards
 from lobcq_fx.storage.stored_tensors import stored_names
 from lobcq_fx.streaming.skeleton import Skeleton
 from lobcq_fx.tracing.trace import MAIN
@@ -51,7 +52,8 @@ class Emission:
 
     front_end: of the model. config: as it is saved. generation_config: None where the model has none.
     descriptions: the files beside the weights, as yet without an inventory.
-    tensors: each stored tensor's dtype and shape, by name. ready: those that are known already.
+    tensors: each stored tensor's dtype and shape, by name. shards: the files that they are in.
+    ready: those that are known already.
     uses: of each parameter that has to be read. sizes: their bytes. size: scalars and bytes of the float model.
     """
 
@@ -62,6 +64,7 @@ class Emission:
     plan: QuantizationPlan
     codebooks: CodebookSets
     tensors: Mapping[str, TensorDigest]
+    shards: Shards
     ready: Mapping[str, Tensor]
     uses: Mapping[str, Use]
     sizes: Mapping[str, int]
@@ -69,7 +72,13 @@ class Emission:
 
 
 def emit(
-    skeleton: Skeleton, config: LobcqConfig, example_inputs: Any, *, static_cache: bool, progress: Progress
+    skeleton: Skeleton,
+    config: LobcqConfig,
+    example_inputs: Any,
+    *,
+    static_cache: bool,
+    max_shard_size: int | str | None,
+    progress: Progress,
 ) -> Emission:
     """Trace, plan and emit a skeleton by the code that does it for models.
 
@@ -89,10 +98,11 @@ def emit(
     parts = tried.parts(emitted, planned.unlike, config, Inventory((), *size, size[1]))
     tensors, ready, uses = _stored(parts, encoded, skeleton)
     checkpoint = parts.checkpoint()
+    shards = Shards.split(tensors, max_shard_size)
     assert checkpoint.config is not None, "a model of transformers has a configuration"
     return Emission(
-        tried.front_end, checkpoint.config, parts.generation_config, descriptions(checkpoint), plan, codebooks,
-        tensors, ready, uses, {name: skeleton.size_of(name) for name in uses}, size,
+        tried.front_end, checkpoint.config, parts.generation_config, descriptions(checkpoint, shards, tensors), plan,
+        codebooks, tensors, shards, ready, uses, {name: skeleton.size_of(name) for name in uses}, size,
     )  # fmt: skip
 
 

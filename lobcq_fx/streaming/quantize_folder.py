@@ -19,16 +19,16 @@ from lobcq_fx.pipeline import Progress, settings_of, silent
 from lobcq_fx.storage.atomic_folder import MODEL, check_target, resumed_folder
 from lobcq_fx.storage.checkpoint import (
     INVENTORY,
-    OWN,
     check_written,
     is_checkpoint,
+    is_own,
     json_bytes,
     write_descriptions,
 )
 from lobcq_fx.storage.index import TensorDigest, digest_of, digested
 from lobcq_fx.storage.journal import Journal, entries_of
-from lobcq_fx.storage.stored_tensors import WEIGHTS
-from lobcq_fx.storage.weights_file import WeightsFile, check_room, weights_file
+from lobcq_fx.storage.shards import Shards
+from lobcq_fx.storage.weights_file import WeightsFiles, check_room, weights_files
 from lobcq_fx.streaming.emission import Emission, emit
 from lobcq_fx.streaming.float_folder import FloatFolder, changed
 from lobcq_fx.streaming.skeleton import Skeleton
@@ -48,6 +48,7 @@ def quantize_folder(
     recipe: str | None = None,
     dtype: str = "auto",
     static_cache: bool = True,
+    max_shard_size: int | str | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
 ) -> Inventory:
@@ -66,6 +67,7 @@ def quantize_folder(
         config, recipe: as `quantize` takes them; what needs calibration data is refused.
         example_inputs, static_cache: as `quantize` takes them.
         dtype: of what stays in float, a torch name; `"auto"` is the checkpoint's.
+        max_shard_size: of a file of weights, as `save_pretrained` takes it.
         tokenizer: saved beside the weights if given.
         progress: called as the work goes on.
 
@@ -86,6 +88,7 @@ def quantize_folder(
             f"{CALIBRATED} need calibration data, and a model in memory. Remedy: lobcq_fx.quantize(model,"
             f" calibration_data, config), or leave out {', '.join(config.calibrated)}"
         )
+    Shards.split({}, max_shard_size)  # refuses now what is no size
     report = progress or silent
     check_target(Path(output), is_checkpoint, Path(folder))
     source = FloatFolder(Path(folder))
@@ -94,24 +97,27 @@ def quantize_folder(
     skeleton = Skeleton.of(source, dtype)
     report("load", 1, 1)
     provenance = skeleton.provenance
-    emission = emit(skeleton, config, example_inputs, static_cache=static_cache, progress=report)
+    emission = emit(
+        skeleton, config, example_inputs, static_cache=static_cache, max_shard_size=max_shard_size, progress=report
+    )
     del skeleton
     gc.collect()  # graphs refer to themselves, and to the memory of their parameters
     work = {"release": lobcq_fx.__version__, "settings": config.to_dict(), "dtype": dtype, **fingerprint}
+    work["max_shard_size"] = max_shard_size
     work["configuration, graphs or codebooks"] = _digest_of(emission)
-    with resumed_folder(Path(output), is_checkpoint, OWN, lambda found: bool(entries_of(found / JOURNAL))) as place:
+    with resumed_folder(Path(output), is_checkpoint, is_own, lambda found: bool(entries_of(found / JOURNAL))) as place:
         journal = Journal(place / JOURNAL, work)
         try:
-            _check_disk(place / MODEL, emission)
-            with weights_file(place / MODEL / WEIGHTS, emission.tensors) as file:
-                done = transfer(source, dtype, provenance, emission, file, journal, report)
+            check_room(place / MODEL, emission.tensors, emission.shards.files)
+            with weights_files(place / MODEL, emission.shards.files, emission.tensors) as files:
+                done = transfer(source, dtype, provenance, emission, files, journal, report)
                 different = changed(fingerprint, source.fingerprint())
                 if different:
                     raise CheckpointError(f"{folder} was changed while it was read: {', '.join(different)}")
                 report("save", 0, 1)
                 inventory = _inventory(emission, done)
                 companions = [ModelCard(inventory, config, emission.config, Path(output)), emission.generation_config]
-                _complete(place / MODEL, emission, done, inventory, [*companions, tokenizer], file)
+                _complete(place / MODEL, emission, done, inventory, [*companions, tokenizer], files)
         finally:
             journal.close()
     report("save", 1, 1)
@@ -123,11 +129,6 @@ def _digest_of(emission: Emission) -> str:
     known = {name: digest_of(content) for name, content in emission.descriptions.items()}
     known |= {name: digested(tensor).blake3 for name, tensor in emission.ready.items()}
     return digest_of(json.dumps(known, sort_keys=True).encode())
-
-
-def _check_disk(folder: Path, emission: Emission) -> None:
-    file = folder / WEIGHTS
-    check_room(folder, emission.tensors, file.stat().st_blocks * 512 if file.exists() else 0)
 
 
 def _inventory(emission: Emission, done: Mapping[str, Finished]) -> Inventory:
@@ -144,16 +145,16 @@ def _complete(
     done: Mapping[str, Finished],
     inventory: Inventory,
     companions: list[Any],
-    file: WeightsFile,
+    files: WeightsFiles,
 ) -> None:
     """Write the rest, and read all of it back."""
     digests: dict[str, TensorDigest] = {}
     for name, tensor in emission.ready.items():
-        file.write(name, tensor)
+        files.write(name, tensor)
         digests[name] = digested(tensor)
     for one in done.values():
         digests |= one.tensors
     contents = {**emission.descriptions, INVENTORY: json_bytes(inventory.to_dict())}
     in_order = {name: digests[name] for name in emission.tensors}
     write_descriptions(folder, contents, [one for one in companions if one is not None], in_order)
-    emission.front_end.read(check_written(folder, file.digest), folder)
+    emission.front_end.read(check_written(folder, files.digest), folder)

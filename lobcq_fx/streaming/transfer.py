@@ -1,4 +1,4 @@
-"""Parameters from a folder of floats to a file of packed weights, each noted in a journal once it is on the disk."""
+"""Parameters from a folder of floats to files of packed weights, each noted in a journal once it is on the disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lobcq_fx.modules.packed_weight import PARTS
 from lobcq_fx.pipeline import Progress
 from lobcq_fx.storage.index import TensorDigest, described, digested
 from lobcq_fx.storage.journal import Journal
-from lobcq_fx.storage.weights_file import WeightsFile
+from lobcq_fx.storage.weights_file import WeightsFiles
 from lobcq_fx.streaming.emission import Emission
 from lobcq_fx.streaming.float_folder import FloatFolder
 from lobcq_fx.streaming.skeleton import Provenance
@@ -58,7 +58,7 @@ def transfer(
     dtype: torch.dtype | str,
     provenance: Provenance,
     emission: Emission,
-    file: WeightsFile,
+    files: WeightsFiles,
     journal: Journal,
     progress: Progress,
 ) -> dict[str, Finished]:
@@ -70,9 +70,9 @@ def transfer(
         OSError: the disk is full, or fails.
     """
     found = {name: Finished.from_dict(entry) for name, entry in journal.entries.items()}
-    done = {name: one for name, one in found.items() if _is_there(one, file)}
+    done = {name: one for name, one in found.items() if _is_there(one, files)}
     if done.keys() != emission.uses.keys():
-        with _Transfer(folder, provenance, emission, file, journal, progress, done) as under_way:
+        with _Transfer(folder, provenance, emission, files, journal, progress, done) as under_way:
             load_through(folder, dtype, under_way.read, under_way.take)
     missing = sorted(emission.uses.keys() - done.keys())
     if missing:
@@ -80,8 +80,8 @@ def transfer(
     return done
 
 
-def _is_there(one: Finished, file: WeightsFile) -> bool:
-    return all(file.digest(name) == tensor.blake3 for name, tensor in one.tensors.items())
+def _is_there(one: Finished, files: WeightsFiles) -> bool:
+    return all(files.digest(name) == tensor.blake3 for name, tensor in one.tensors.items())
 
 
 class _Transfer:
@@ -92,13 +92,13 @@ class _Transfer:
         folder: FloatFolder,
         provenance: Provenance,
         emission: Emission,
-        file: WeightsFile,
+        files: WeightsFiles,
         journal: Journal,
         progress: Progress,
         done: dict[str, Finished],
     ) -> None:
         self._folder, self._provenance, self._emission = folder, provenance, emission
-        self._file, self._journal, self._progress, self._done = file, journal, progress, done
+        self._files, self._journal, self._progress, self._done = files, journal, progress, done
         self._left = emission.uses.keys() - done.keys()
         self._workers = Workers(max(LEAST_LIMIT, 2 * max(emission.sizes.values())))
 
@@ -145,9 +145,9 @@ class _Transfer:
         for place, tensor in stored.items():
             if described(tensor) != self._emission.tensors[place]:
                 raise CheckpointError(f"{self._folder.path} gave a {tensor.dtype} {list(tensor.shape)} for {place}")
-            self._file.write(place, tensor)
+            self._files.write(place, tensor)
         finished = Finished({place: digested(tensor) for place, tensor in stored.items()}, encoded)
-        self._file.sync()
+        self._files.sync(stored)
         self._journal.add(name, finished.to_dict())
         self._done[name] = finished
 
