@@ -138,13 +138,17 @@ def quantize(
 
     Without a calibration text nothing needs calibrating: codebooks are universal, each token gets its own scale. The
     model may then be larger than memory, and the same command goes on with what one that was interrupted has done.
+    Processes that torchrun launches divide the work: torchrun --nproc-per-node 2 -m lobcq_fx quantize DIR -o OUT.
     """
-    from lobcq_fx.cli.console import ProgressBars, print_json
+    from lobcq_fx.cli.console import ProgressBars, print_json, speak_for_all
     from lobcq_fx.cli.inputs import model_folder, read_text
     from lobcq_fx.cli.quantizing import quantized_folder
     from lobcq_fx.cli.summary import print_summary, summary
     from lobcq_fx.cli.texts import CalibrationText, check_calibration
+    from lobcq_fx.streaming.ranks import rank_and_count
 
+    rank, _ = rank_and_count()
+    speak_for_all(first=rank == 0)
     config = _config(
         recipe,
         format,
@@ -171,6 +175,8 @@ def quantize(
     started = time.perf_counter()
     with ProgressBars() as progress:
         inventory, decided = quantized_folder(folder, output, config, text, dtype, max_shard_size, progress)
+    if rank:
+        return
     result = summary(inventory, decided, output, time.perf_counter() - started)
     if json:
         print_json({"model": model, **result})

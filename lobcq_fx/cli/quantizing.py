@@ -15,10 +15,11 @@ from lobcq_fx.cli.options import Dtype
 from lobcq_fx.cli.outputs import writing
 from lobcq_fx.cli.texts import CalibrationText, example_call
 from lobcq_fx.config import LobcqConfig
-from lobcq_fx.errors import NotStreamedError
+from lobcq_fx.errors import ConfigError, NotStreamedError
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.storage.atomic_folder import unfinished
 from lobcq_fx.streaming.float_folder import has_safetensors
+from lobcq_fx.streaming.ranks import rank_and_count
 
 
 def quantized_folder(
@@ -38,6 +39,12 @@ def quantized_folder(
     reader = load_reader(folder, required=text is not None)
     made_up = folder.generates_text or folder.is_encoder_decoder or reader is None
     example = None if made_up else example_call(reader)
+    _, count = rank_and_count()
+    if count > 1 and (text is not None or not has_safetensors(folder.path)):
+        raise ConfigError(
+            f"{count} processes divide a model in safetensors that needs no calibration, and no other. Remedy: leave"
+            " torchrun out"
+        )
     if text is None and has_safetensors(folder.path):
         try:
             with _saying_what_is_kept(output):
@@ -46,6 +53,8 @@ def quantized_folder(
                     tokenizer=reader, progress=progress,
                 )  # fmt: skip
         except NotStreamedError as error:
+            if count > 1:
+                raise
             messages.print(f"[dim]{escape(str(error))}: the whole model is loaded[/]")
         else:
             return inventory, config

@@ -45,7 +45,7 @@ from lobcq_fx.storage.stored_tensors import (
     stored_tensors,
     validated_root,
 )
-from lobcq_fx.storage.weights_file import check_room, weights_files
+from lobcq_fx.storage.weights_file import check_room, lay_out, weights_files
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.trace import MAIN, TracedModel
 
@@ -154,6 +154,7 @@ def saved_folder(
     with replace_folder(directory, is_checkpoint, is_own) as folder:
         digests = digests_of(tensors)
         check_room(folder, digests)
+        lay_out(folder, shards.files, digests)
         with weights_files(folder, shards.files, digests) as files:
             for name, tensor in tensors.items():
                 files.write(name, tensor)

@@ -96,11 +96,8 @@ class WeightsFiles:
             file.sync()
 
 
-@contextmanager
-def weights_files(
-    folder: Path, files: Mapping[str, Iterable[str]], tensors: Mapping[str, TensorDigest]
-) -> Iterator[WeightsFiles]:
-    """Open the files of a folder, new or as they were left.
+def lay_out(folder: Path, files: Mapping[str, Iterable[str]], tensors: Mapping[str, TensorDigest]) -> None:
+    """Make the files of a folder, with the room for all tensors; those that are there already stay.
 
     Args:
         folder: where they are.
@@ -110,11 +107,25 @@ def weights_files(
     Raises:
         OSError: there is no room for them, or the disk fails.
     """
+    for file, names in files.items():
+        with weights_file(folder / file, {name: tensors[name] for name in names}):
+            pass
+
+
+@contextmanager
+def weights_files(
+    folder: Path, files: Mapping[str, Iterable[str]], tensors: Mapping[str, TensorDigest]
+) -> Iterator[WeightsFiles]:
+    """Open files that were laid out; several processes may, if each writes tensors of its own.
+
+    Raises:
+        OSError: the disk fails.
+    """
     with ExitStack() as stack:
         homes: dict[str, WeightsFile] = {}
         for file, names in files.items():
             held = {name: tensors[name] for name in names}
-            homes |= dict.fromkeys(held, stack.enter_context(weights_file(folder / file, held)))
+            homes |= dict.fromkeys(held, stack.enter_context(_opened(folder / file, held)))
         yield WeightsFiles(homes)
 
 
@@ -125,11 +136,16 @@ def weights_file(path: Path, tensors: Mapping[str, TensorDigest]) -> Iterator[We
     Raises:
         OSError: there is no room for it, or the disk fails.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        file = WeightsFile(path, descriptor, tensors)
+    with _opened(path, tensors, os.O_CREAT) as file:
         file.lay_out()
         yield file
+
+
+@contextmanager
+def _opened(path: Path, tensors: Mapping[str, TensorDigest], flags: int = 0) -> Iterator[WeightsFile]:
+    descriptor = os.open(path, os.O_RDWR | flags | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        yield WeightsFile(path, descriptor, tensors)
     finally:
         os.close(descriptor)
 

@@ -16,26 +16,24 @@ from lobcq_fx.inventory import Inventory
 from lobcq_fx.leftovers import inventory_of
 from lobcq_fx.model_card import ModelCard
 from lobcq_fx.pipeline import Progress, settings_of, silent
-from lobcq_fx.storage.atomic_folder import MODEL, check_target, resumed_folder
+from lobcq_fx.storage.atomic_folder import MODEL, check_target
 from lobcq_fx.storage.checkpoint import (
     INVENTORY,
     check_written,
     is_checkpoint,
-    is_own,
     json_bytes,
     write_descriptions,
 )
-from lobcq_fx.storage.index import TensorDigest, digest_of, digested
-from lobcq_fx.storage.journal import Journal, entries_of
+from lobcq_fx.storage.index import digest_of, digested
 from lobcq_fx.storage.shards import Shards
-from lobcq_fx.storage.weights_file import WeightsFiles, check_room, weights_files
+from lobcq_fx.storage.weights_file import weights_files
 from lobcq_fx.streaming.emission import Emission, emit
 from lobcq_fx.streaming.float_folder import FloatFolder, changed
+from lobcq_fx.streaming.ranks import Ranks, joined
 from lobcq_fx.streaming.skeleton import Skeleton
-from lobcq_fx.streaming.transfer import Finished, transfer
+from lobcq_fx.streaming.together import one_folder, transfer_together
+from lobcq_fx.streaming.transfer import Finished, Parameters
 from lobcq_fx.tracing.autocast import no_autocast
-
-JOURNAL = "journal"
 
 
 @no_autocast()
@@ -61,6 +59,9 @@ def quantize_folder(
     A call that is killed, or fails, leaves what it has done beside `output`; the same call goes on with it, and does
     again at most what was under way.
 
+    In processes that torchrun has launched, or of an initialized process group, all have to call this; they divide the
+    work, in a folder on a file system that all of them see, and what is written is the same.
+
     Args:
         folder: a float model with its weights in safetensors, as `save_pretrained` of transformers writes them.
         output: new, empty, or a folder written by this package, which is replaced as a whole.
@@ -80,18 +81,40 @@ def quantize_folder(
             was begun there was begun with other settings.
         NotStreamedError: a model that has to be in memory as a whole.
         TraceError, CallError, ConfigError, LobcqError: as `quantize`.
+        RankError: another process of the same launch failed.
         OSError: the disk is full, or fails.
     """
-    config = settings_of(config, recipe)
+    with joined() as ranks:
+        return _quantized(
+            ranks, Path(folder), Path(output), settings_of(config, recipe), example_inputs, dtype=dtype,
+            static_cache=static_cache, max_shard_size=max_shard_size, tokenizer=tokenizer, progress=progress or silent,
+        )  # fmt: skip
+
+
+def _quantized(
+    ranks: Ranks,
+    folder: Path,
+    output: Path,
+    config: LobcqConfig,
+    example_inputs: Any,
+    *,
+    dtype: str,
+    static_cache: bool,
+    max_shard_size: int | str | None,
+    tokenizer: Any,
+    progress: Progress,
+) -> Inventory:
+    """What `quantize_folder` does, in each rank of a launch."""
     if config.needs_calibration:
         raise CalibrationError(
             f"{CALIBRATED} need calibration data, and a model in memory. Remedy: lobcq_fx.quantize(model,"
             f" calibration_data, config), or leave out {', '.join(config.calibrated)}"
         )
     Shards.split({}, max_shard_size)  # refuses now what is no size
-    report = progress or silent
-    check_target(Path(output), is_checkpoint, Path(folder))
-    source = FloatFolder(Path(folder))
+    report = ranks.reporting(progress)
+    if ranks.first:
+        check_target(output, is_checkpoint, folder)
+    source = FloatFolder(folder)
     fingerprint = source.fingerprint()
     report("load", 0, 1)
     skeleton = Skeleton.of(source, dtype)
@@ -105,23 +128,21 @@ def quantize_folder(
     work = {"release": lobcq_fx.__version__, "settings": config.to_dict(), "dtype": dtype, **fingerprint}
     work["max_shard_size"] = max_shard_size
     work["configuration, graphs or codebooks"] = _digest_of(emission)
-    with resumed_folder(Path(output), is_checkpoint, is_own, lambda found: bool(entries_of(found / JOURNAL))) as place:
-        journal = Journal(place / JOURNAL, work)
-        try:
-            check_room(place / MODEL, emission.tensors, emission.shards.files)
-            with weights_files(place / MODEL, emission.shards.files, emission.tensors) as files:
-                done = transfer(source, dtype, provenance, emission, files, journal, report)
-                different = changed(fingerprint, source.fingerprint())
-                if different:
-                    raise CheckpointError(f"{folder} was changed while it was read: {', '.join(different)}")
-                report("save", 0, 1)
-                inventory = _inventory(emission, done)
-                companions = [ModelCard(inventory, config, emission.config, Path(output)), emission.generation_config]
-                _complete(place / MODEL, emission, done, inventory, [*companions, tokenizer], files)
-        finally:
-            journal.close()
+    ranks.check_same(work)
+    written: dict[str, Any] = {}
+    with one_folder(ranks, output) as place:
+        done = transfer_together(ranks, place, work, Parameters(source, dtype, provenance, emission), report)
+        different = changed(fingerprint, source.fingerprint())
+        if different:
+            raise CheckpointError(f"{folder} was changed while it was read: {', '.join(different)}")
+        report("save", 0, 1)
+        if ranks.first:
+            inventory = _inventory(emission, done)
+            written = inventory.to_dict()
+            companions = [ModelCard(inventory, config, emission.config, output), emission.generation_config]
+            _complete(place / MODEL, emission, done, inventory, [*companions, tokenizer])
     report("save", 1, 1)
-    return inventory
+    return Inventory.from_dict(ranks.shared(lambda: written))
 
 
 def _digest_of(emission: Emission) -> str:
@@ -145,16 +166,15 @@ def _complete(
     done: Mapping[str, Finished],
     inventory: Inventory,
     companions: list[Any],
-    files: WeightsFiles,
 ) -> None:
     """Write the rest, and read all of it back."""
-    digests: dict[str, TensorDigest] = {}
-    for name, tensor in emission.ready.items():
-        files.write(name, tensor)
-        digests[name] = digested(tensor)
+    digests = {name: digested(tensor) for name, tensor in emission.ready.items()}
     for one in done.values():
         digests |= one.tensors
     contents = {**emission.descriptions, INVENTORY: json_bytes(inventory.to_dict())}
     in_order = {name: digests[name] for name in emission.tensors}
-    write_descriptions(folder, contents, [one for one in companions if one is not None], in_order)
-    emission.front_end.read(check_written(folder, files.digest), folder)
+    with weights_files(folder, emission.shards.files, emission.tensors) as files:
+        for name, tensor in emission.ready.items():
+            files.write(name, tensor)
+        write_descriptions(folder, contents, [one for one in companions if one is not None], in_order)
+        emission.front_end.read(check_written(folder, files.digest), folder)

@@ -53,30 +53,40 @@ class Finished:
         return cls(tensors, {name: (int(size), float(noise)) for name, (size, noise) in entry["encoded"].items()})
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """What is to be read, and what becomes of it: folder and dtype as `load_through` takes them."""
+
+    folder: FloatFolder
+    dtype: torch.dtype | str
+    provenance: Provenance
+    emission: Emission
+
+
 def transfer(
-    folder: FloatFolder,
-    dtype: torch.dtype | str,
-    provenance: Provenance,
-    emission: Emission,
+    parameters: Parameters,
     files: WeightsFiles,
     journal: Journal,
+    share: Mapping[str, Finished | None],
     progress: Progress,
 ) -> dict[str, Finished]:
-    """Encode and write every parameter that the journal has not, or that is not on the disk as it says.
+    """Encode and write every parameter of a share that is not on the disk as a journal may have it.
+
+    Returns:
+        What was stored of each.
 
     Raises:
         CheckpointError: the folder cannot be read, or is not what it was.
         LobcqError: a weight holds NaN or infinity.
         OSError: the disk is full, or fails.
     """
-    found = {name: Finished.from_dict(entry) for name, entry in journal.entries.items()}
-    done = {name: one for name, one in found.items() if _is_there(one, files)}
-    if done.keys() != emission.uses.keys():
-        with _Transfer(folder, provenance, emission, files, journal, progress, done) as under_way:
-            load_through(folder, dtype, under_way.read, under_way.take)
-    missing = sorted(emission.uses.keys() - done.keys())
+    done = {name: one for name, one in share.items() if one is not None and _is_there(one, files)}
+    if done.keys() != share.keys():
+        with _Transfer(parameters, files, journal, progress, share.keys() - done.keys(), done) as under_way:
+            load_through(parameters.folder, parameters.dtype, under_way.read, under_way.take)
+    missing = sorted(share.keys() - done.keys())
     if missing:
-        raise CheckpointError(f"{folder.path} gave no {missing[0]}, and {len(missing) - 1} more parameters")
+        raise CheckpointError(f"{parameters.folder.path} gave no {missing[0]}, and {len(missing) - 1} more parameters")
     return done
 
 
@@ -89,18 +99,17 @@ class _Transfer:
 
     def __init__(
         self,
-        folder: FloatFolder,
-        provenance: Provenance,
-        emission: Emission,
+        parameters: Parameters,
         files: WeightsFiles,
         journal: Journal,
         progress: Progress,
+        left: set[str],
         done: dict[str, Finished],
     ) -> None:
-        self._folder, self._provenance, self._emission = folder, provenance, emission
-        self._files, self._journal, self._progress, self._done = files, journal, progress, done
-        self._left = emission.uses.keys() - done.keys()
-        self._workers = Workers(max(LEAST_LIMIT, 2 * max(emission.sizes.values())))
+        self._folder, self._provenance = parameters.folder, parameters.provenance
+        self._emission = parameters.emission
+        self._files, self._journal, self._progress, self._left, self._done = files, journal, progress, left, done
+        self._workers = Workers(max(LEAST_LIMIT, 2 * max(self._emission.sizes.values())))
 
     def __enter__(self) -> _Transfer:
         self._workers.__enter__()

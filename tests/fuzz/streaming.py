@@ -24,6 +24,7 @@ from lobcq_fx.storage.weights_file import weights_files
 from lobcq_fx.streaming import quantize_folder as whole
 from lobcq_fx.streaming.emission import Emission
 from lobcq_fx.streaming.skeleton import Skeleton
+from lobcq_fx.streaming.together import JOURNAL
 from lobcq_fx.streaming.transfer import Finished, _Transfer
 from lobcq_fx.streaming.workers import WORKERS
 from tests.fuzz.results import options, report
@@ -133,7 +134,7 @@ def kill(source: Path, target: Path, after: float, number: int) -> set[str]:
 def _kept(target: Path, emission: Emission) -> dict[str, bool]:
     """The parameters of an unfinished folder's journal, and whether each is in the file as it says."""
     place = unfinished(target)
-    entries = entries_of(place / whole.JOURNAL)
+    entries = entries_of(place / JOURNAL)
     if not entries:
         return {}
     with weights_files(place / MODEL, emission.shards.files, emission.tensors) as files:
