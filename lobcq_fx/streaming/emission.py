@@ -25,6 +25,7 @@ from lobcq_fx.pipeline import Planned, Progress, emit_graphs, size_of, trace_and
 from lobcq_fx.plan import PlannedMatmul, PlannedWeight, QuantizationPlan
 from lobcq_fx.storage.checkpoint import descriptions
 from lobcq_fx.storage.index import TensorDigest, described, digest_of, digested
+from lobcq_fx.storage.shards import Shards
 from lobcq_fx.storage.stored_tensors import stored_names
 from lobcq_fx.streaming.skeleton import Skeleton
 from lobcq_fx.tracing.trace import MAIN
@@ -115,7 +116,8 @@ class Emission:
 
     front_end: of the model. config: as it is saved. generation_config: None where the model has none.
     descriptions: the files beside the weights, as yet without an inventory.
-    tensors: each stored tensor's dtype and shape, by name. ready: those that are known already.
+    tensors: each stored tensor's dtype and shape, by name. shards: the files that they are in.
+    ready: those that are known already.
     uses: of each parameter that has to be read. sizes: their bytes. size: scalars and bytes of the float model.
     """
 
@@ -126,18 +128,20 @@ class Emission:
     plan: QuantizationPlan
     codebooks: CodebookSets
     tensors: Mapping[str, TensorDigest]
+    shards: Shards
     ready: Mapping[str, Tensor]
     uses: Mapping[str, Use]
     sizes: Mapping[str, int]
     size: tuple[int, int]
 
 
-def emit(outline: Outline, made: Made | None = None) -> Emission:
+def emit(outline: Outline, made: Made | None = None, max_shard_size: int | str | None = None) -> Emission:
     """Emit a skeleton's graphs by the code that does it for models.
 
     Args:
         outline: its graphs change.
         made: what need not be made of parameters any more.
+        max_shard_size: of a file of weights.
 
     Raises:
         NotStreamedError: a weight is of another dtype than the model.
@@ -153,10 +157,12 @@ def emit(outline: Outline, made: Made | None = None) -> Emission:
     parts = planned.tried.parts(emitted, planned.unlike, outline.config, inventory)
     tensors, ready, uses = _stored(parts, uses, frozenset() if made is None else made.tensors.keys(), skeleton)
     checkpoint = parts.checkpoint()
+    shards = Shards.split(tensors, max_shard_size)
     assert checkpoint.config is not None, "a model of transformers has a configuration"
     return Emission(
-        planned.tried.front_end, checkpoint.config, parts.generation_config, descriptions(checkpoint), plan,
-        outline.codebooks, tensors, ready, uses, {name: skeleton.size_of(name) for name in uses}, outline.size,
+        planned.tried.front_end, checkpoint.config, parts.generation_config, descriptions(checkpoint, shards, tensors),
+        plan, outline.codebooks, tensors, shards, ready, uses, {name: skeleton.size_of(name) for name in uses},
+        outline.size,
     )  # fmt: skip
 
 
