@@ -70,7 +70,7 @@ def quantize_folder(
         dtype: of what stays in float, a torch name; `"auto"` is the checkpoint's.
         max_shard_size: of a file of weights, as `save_pretrained` takes it.
         tokenizer: saved beside the weights if given.
-        progress: called as the work goes on.
+        progress: called as the work goes on; of several processes in the first, with what all have done.
 
     Returns:
         What became of every matmul.

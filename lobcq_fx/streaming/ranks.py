@@ -172,15 +172,14 @@ class Ranks:
         self._watch.start()
 
     def part(self) -> None:
-        """The end of a work that went well."""
-        if not self.first:
-            self._send(f"heard/{self.rank}", None)
+        """The end of a work that went well, whatever becomes of the others now."""
         assert self._watch is not None
-        self._watch.stop()
-        if self.first:
-            with suppress(TimeoutError, RuntimeError):
-                for rank in range(1, self.count):
-                    self._receive(f"heard/{rank}", PARTING)
+        with suppress(TimeoutError, RankError, RuntimeError):
+            if not self.first:
+                self._send(f"heard/{self.rank}", None)
+            self._watch.stop()
+            for rank in range(1, self.count) if self.first else ():
+                self._receive(f"heard/{rank}", PARTING)
 
     def fail(self, error: BaseException) -> None:
         """Tell the others of what ends this rank.
