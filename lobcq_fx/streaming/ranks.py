@@ -108,7 +108,7 @@ class Ranks:
             if watch is not None and step == STEP:
                 watch.done = done
                 if self.first:
-                    self._say = lambda: report(step, watch.done + watch.done_by_others(), total)
+                    self._say = lambda: report(step, _at_most(watch.done + watch.done_by_others(), total), total)
                 self._say()
             elif self.first:
                 report(step, done, total)
@@ -200,6 +200,11 @@ class Ranks:
             self._watch.leave()
         if cause != own and not isinstance(error, (LobcqError, KeyboardInterrupt)):
             raise RankError(str(cause)) from error
+
+
+def _at_most(done: int, total: int | None) -> int:
+    """The first reports the whole when all are done, of which others have last said a part."""
+    return done if total is None else min(done, total)
 
 
 @contextmanager
