@@ -18,6 +18,7 @@ from lobcq_fx.cli.options import (
     JsonOption,
     KvCacheOption,
     LengthOption,
+    MaxMemoryOption,
     Mode,
     ModelArgument,
     OverwriteOption,
@@ -122,6 +123,7 @@ def quantize(
     dtype: Annotated[Dtype, typer.Option(help="Type of what stays in float; auto is the checkpoint's.")] = Dtype.auto,
     calibration_samples: SamplesOption = 64,
     calibration_length: LengthOption = 512,
+    max_memory: MaxMemoryOption = None,
     max_shard_size: Annotated[
         str | None,
         typer.Option(
@@ -137,7 +139,8 @@ def quantize(
     """Quantize a model and save it with its tokenizer, or with its processor where it takes images.
 
     Without a calibration text nothing needs calibrating: codebooks are universal, each token gets its own scale. The
-    model may then be larger than memory, and the same command goes on with what one that was interrupted has done.
+    model may then be larger than memory, and the same command goes on with what one that was interrupted has done. With
+    a text --max-memory does the same.
     Processes that torchrun launches divide the work: torchrun --nproc-per-node 2 -m lobcq_fx quantize DIR -o OUT.
     """
     from lobcq_fx.cli.console import ProgressBars, print_json, speak_for_all
@@ -169,12 +172,14 @@ def quantize(
     )
     folder = model_folder(model)
     _check(config, folder, output, calibrate, max_shard_size, overwrite=overwrite)
+    if max_memory is not None and calibrate is None:
+        raise typer.BadParameter("--max-memory is for --calibrate TEXT: without one, weights are read one by one")
     if calibrate is not None:
         check_calibration(folder)
     text = CalibrationText(read_text(calibrate)[0], calibration_samples, calibration_length) if calibrate else None
     started = time.perf_counter()
     with ProgressBars() as progress:
-        inventory, decided = quantized_folder(folder, output, config, text, dtype, max_shard_size, progress)
+        inventory, decided = quantized_folder(folder, output, config, text, dtype, max_memory, max_shard_size, progress)
     if rank:
         return
     result = summary(inventory, decided, output, time.perf_counter() - started)

@@ -28,10 +28,14 @@ def quantized_folder(
     config: LobcqConfig,
     text: CalibrationText | None,
     dtype: Dtype,
+    max_memory: str | None,
     max_shard_size: str | None,
     progress: ProgressBars,
 ) -> tuple[Inventory, LobcqConfig]:
     """Quantize a folder's model into another folder.
+
+    Args:
+        max_memory: calibrate segment by segment in so much of it; None in memory.
 
     Returns:
         What became of every matmul, and the settings that were decided on.
@@ -45,15 +49,16 @@ def quantized_folder(
             f"{count} processes divide a model in safetensors that needs no calibration, and no other. Remedy: leave"
             " torchrun out"
         )
-    if text is None and has_safetensors(folder.path):
+    data = None if text is None else text.batches(reader, causal=folder.is_causal_lm)
+    if max_memory is not None or (data is None and has_safetensors(folder.path)):
         try:
             with _saying_what_is_kept(output):
                 inventory = lobcq_fx.quantize_folder(
-                    folder.path, output, config, example, dtype=dtype.value, max_shard_size=max_shard_size,
-                    tokenizer=reader, progress=progress,
+                    folder.path, output, config, example, calibration_data=data, dtype=dtype.value,
+                    max_shard_size=max_shard_size, tokenizer=reader, max_memory=max_memory, progress=progress,
                 )  # fmt: skip
         except NotStreamedError as error:
-            if count > 1:
+            if count > 1 or max_memory is not None:
                 raise
             messages.print(f"[dim]{escape(str(error))}: the whole model is loaded[/]")
         else:
@@ -61,7 +66,6 @@ def quantized_folder(
     progress("load", 0, 1)
     model = load_float_model(folder, dtype.value)
     progress("load", 1, 1)
-    data = None if text is None else text.batches(reader, causal=folder.is_causal_lm)
     quantized = lobcq_fx.quantize(model, data, config, example, inplace=True, progress=progress)
     progress("save", 0, 1)
     with writing(output):

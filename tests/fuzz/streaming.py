@@ -22,7 +22,7 @@ from lobcq_fx.storage.atomic_folder import MODEL, unfinished
 from lobcq_fx.storage.journal import entries_of
 from lobcq_fx.storage.weights_file import weights_files
 from lobcq_fx.streaming import quantize_folder as whole
-from lobcq_fx.streaming.emission import Emission
+from lobcq_fx.streaming.emission import Emission, Outline
 from lobcq_fx.streaming.skeleton import Skeleton
 from lobcq_fx.streaming.together import JOURNAL
 from lobcq_fx.streaming.transfer import Finished, _Transfer
@@ -68,7 +68,11 @@ def traced_once() -> Iterator[None]:
 
         return call
 
-    with patch.object(Skeleton, "of", once(Skeleton.of)), patch.object(whole, "emit", once(whole.emit)):
+    with (
+        patch.object(Skeleton, "of", once(Skeleton.of)),
+        patch.object(Outline, "of", once(Outline.of)),
+        patch.object(whole, "emit", once(whole.emit)),
+    ):
         yield
 
 
