@@ -25,7 +25,7 @@ HEADER = ["float model", "packed", "largest tensor", "way", "peak, GiB", "proces
 def main() -> None:
     """Fill the page."""
     found = json.loads(RESULT.read_text(encoding="utf-8"))
-    keep_page(PAGE, {"streaming": streaming(found)}, "scaling", __doc__)
+    keep_page(PAGE, {"streaming": streaming(found), "loading": loading(found)}, "scaling", __doc__)
 
 
 def streaming(found: dict[str, Any]) -> str:
@@ -36,6 +36,20 @@ def streaming(found: dict[str, Any]) -> str:
         f"{found['machine']['cpu']}, {' or '.join(map(str, threads))} thread(s), torch"
         f" {found['machine']['versions']['torch']}, transformers {found['transformers']}. The peak is the process's, of"
         f" which {imported(found):.2f} GiB are Python and its modules:\n\n{table(HEADER, rows)}"
+    )
+
+
+def loading(found: dict[str, Any]) -> str:
+    """What loading takes, of each size that was loaded."""
+    rows = []
+    for size in sorted(found["sizes"], key=float):
+        one = found["sizes"][size]
+        if "loading" in one:
+            peak = one["loading"]["peak_gib"] - one["loading"]["imported_gib"]
+            shares = f"{peak:.2f} GiB, {peak / one['packed_gib']:.2f} times"
+            rows.append([f"{one['packed_gib']:.2f} GiB", shares, f"{one['loading']['processor_seconds']:.0f}"])
+    return (
+        table(["packed", "peak of `load`, above the modules", "processor time, s"], rows) if rows else "Not measured."
     )
 
 
