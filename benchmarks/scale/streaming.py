@@ -9,7 +9,7 @@ python -m benchmarks.scale.streaming --folder /a/large/disk
 
 Each way runs in processes of its own, whose peak is their VmHWM, what Python and torch take included; of several, the
 largest, and the sum of their processor times. What all ways write is compared byte for byte, but for what is
-calibrated. Loading what was written is measured too. The results of each size go into benchmarks/results/streaming.json.
+calibrated. Loading what was written is measured too. Results go into benchmarks/results/streaming.json, size by size.
 """
 
 from __future__ import annotations
