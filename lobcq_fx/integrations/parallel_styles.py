@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
@@ -73,24 +73,53 @@ class DividedProduct(TensorParallelLayer):  # type: ignore[misc]
         packed = module.packed
         dimensions = "ENK"[-packed.codes.dim() :]
         along = dimensions[self.cut.dimension]
+        if along == "K":
+            module.own_columns = _own_columns(module, mesh)
+        whole = along == "K" and not _even(module, mesh.size())
         for name in PARTS:
             tensor = getattr(packed, name)
             has = dimensions[: tensor.dim()]  # a tensor scale has no N and no K
             if along in has:
-                setattr(packed, name, self._placeholder(tensor, mesh, has.index(along)))
+                setattr(packed, name, self._placeholder(tensor, mesh, None if whole else has.index(along)))
         if along == "K" and module.input_scale is not None:
-            module.input_scale = self._placeholder(module.input_scale, mesh, 0)
+            module.input_scale = self._placeholder(module.input_scale, mesh, None if whole else 0)
         setattr(module, "_hf_quantized_needs_local_tp", True)  # noqa: B010  (transformers': it reads plain tensors)
+        if whole:
+            module.forward = partial(_regrouped, module.forward, mesh, module.own_columns)
         if self.planned is not None:
             self.planned.install_forward(module, mesh)
             if along == "K":
                 module.forward = partial(_rounded, module.forward)
         return module
 
-    def _placeholder(self, tensor: Any, mesh: DeviceMesh, at: int) -> DTensor:
-        groups = self.cut.groups
-        placement = Shard(at) if groups == 1 else _StridedShard(at, split_factor=groups)
+    def _placeholder(self, tensor: Any, mesh: DeviceMesh, at: int | None) -> DTensor:
+        """at: the dimension that is divided; None where each rank reads all."""
+        if at is None:
+            placement: Placement = Replicate()
+        elif self.cut.groups == 1:
+            placement = Shard(at)
+        else:
+            placement = _StridedShard(at, split_factor=self.cut.groups)
         return distribute_tensor(tensor, mesh, [placement], src_data_rank=None)
+
+
+def _even(product: PackedProduct, ranks: int) -> bool:
+    """Whether equal parts of its columns have whole block arrays."""
+    return product.in_features % (ranks * smallest_part(product.settings.spec)) == 0
+
+
+def _own_columns(product: PackedProduct, mesh: DeviceMesh) -> range:
+    """This rank's, with one block array more on the first ranks where they do not come out even."""
+    size, rank = smallest_part(product.settings.spec), mesh.get_local_rank()
+    each, more = divmod(product.in_features // size, mesh.size())
+    start = each * rank + min(rank, more)
+    return range(start * size, (start + each + (rank < more)) * size)
+
+
+def _regrouped(forward: Callable[..., Tensor], mesh: DeviceMesh, columns: range, x: Tensor, *rest: Any) -> Tensor:
+    """Of an activation whose columns are divided evenly, the product of those that this rank has of the weight."""
+    whole = DTensor.from_local(x, mesh, [Shard(-1)], run_check=False).full_tensor()
+    return forward(whole[..., columns.start : columns.stop], *rest)
 
 
 def _rounded(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -207,8 +236,10 @@ def _why_not(product: PackedProduct, cut: Cut, ranks: int, experts: nn.Module | 
     if cut.groups > 1:
         return "columns are not divided in groups"
     size = smallest_part(spec)
-    whole = f"parts have whole block arrays, of {spec.array_size} columns, and whole bytes"
-    return f"{whole}, so that K must be a multiple of {ranks} x {size}" if columns % (ranks * size) else None
+    if columns % size or columns % ranks or columns < ranks * size:
+        parts = f"parts have whole block arrays of {spec.array_size}, {size} columns at least"
+        return f"{parts}: K must be a multiple of {size} and of {ranks}, and {ranks * size} or more"
+    return None
 
 
 def hold_parts(model: PreTrainedModel) -> None:
@@ -222,20 +253,23 @@ def hold_parts(model: PreTrainedModel) -> None:
 def _hold_part(product: PackedProduct) -> None:
     packed, scale = product.packed, product.input_scale
     tensors = {name: getattr(packed, name) for name in PARTS}
-    codes = tensors["codes"]
-    mesh, (placement,) = codes.device_mesh, codes.placements
-    columns = range(product.in_features)
-    if placement.dim == codes.dim() + COLUMNS:
-        count = product.in_features // mesh.size()
-        columns = range(mesh.get_local_rank() * count, (mesh.get_local_rank() + 1) * count)
-    product.hold_part({name: _local(one) for name, one in tensors.items()}, columns, mesh.get_group())
+    mesh = tensors["codes"].device_mesh
+    product.hold_part({name: _own(one, product) for name, one in tensors.items()}, mesh.get_group())
     for name, one in tensors.items():
         setattr(getattr(packed, name), READ, getattr(one, READ, False))
     if isinstance(scale, DTensor):
         delattr(product, "input_scale")
-        product.register_buffer("input_scale", _local(scale))
+        product.register_buffer("input_scale", _own(scale, product))
         setattr(product.input_scale, READ, getattr(scale, READ, False))
 
 
-def _local(tensor: Any) -> Any:
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
+def _own(tensor: Any, product: PackedProduct) -> Any:
+    """What this rank has of a tensor, which may have been read whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local = tensor.to_local().detach()
+    if not tensor.placements[0].is_replicate():
+        return local
+    width, count = local.shape[-1], product.in_features
+    start, stop = (column * width // count for column in (product.own_columns.start, product.own_columns.stop))
+    return local[..., start:stop].clone()

@@ -114,16 +114,14 @@ class PackedProduct(nn.Module):
         """How many columns of an activation this process multiplies."""
         return len(self.own_columns)
 
-    def hold_part(self, parts: Parts, columns: range, group: torch.distributed.ProcessGroup) -> None:
-        """Have a part of the weight from now on: some of its rows, of its columns, or of the matrices of a stack.
+    def hold_part(self, parts: Parts, group: torch.distributed.ProcessGroup) -> None:
+        """Have a part of the weight from now on: some rows, some matrices of a stack, or its `own_columns`.
 
         Args:
             parts: of it, as they are stored.
-            columns: that they are of.
             group: the processes that have the others.
         """
-        spec, self.own_columns = self.settings.spec, columns
-        count = self.local_in_features
+        spec, count = self.settings.spec, self.local_in_features
         encodes = self.settings.mode != "w4a16" and not self.settings.static_scale
         if encodes and count != self.in_features:
             self.whole_rows = WholeRows(group, spec.array_size)

@@ -19,7 +19,7 @@ from tests.integrations.ranks import NOT_FINITE, activation, found
 SIZES = {
     "vocab_size": 98,  # no multiple of four
     "hidden_size": 256,
-    "intermediate_size": 512,
+    "intermediate_size": 448,  # seven block arrays, not to be halved
     "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
@@ -29,7 +29,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-ARIA = {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
+ARIA = {"intermediate_size": 512, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
 TWO_FORMATS = LobcqConfig(
     smoothing="everywhere",
     exclude=("@head", "*.k_proj"),
@@ -38,12 +38,12 @@ TWO_FORMATS = LobcqConfig(
 TRACED = {
     "llama": (transformers.LlamaConfig(**SIZES), LobcqConfig()),
     "two kv heads, biases, rotated int8": (
-        transformers.Qwen2Config(**SIZES | {"num_key_value_heads": 2}),
+        transformers.Qwen2Config(**SIZES | {"intermediate_size": 512, "num_key_value_heads": 2}),
         LobcqConfig(mode="w4a8", rotation="hadamard"),
     ),
     "smoothed, of two formats": (transformers.LlamaConfig(**SIZES, tie_word_embeddings=True), TWO_FORMATS),
     "transposed experts, static scales": (
-        transformers.AriaTextConfig(**SIZES, **ARIA),
+        transformers.AriaTextConfig(**SIZES | ARIA),
         LobcqConfig(activation_scale="static"),
     ),
 }
@@ -58,7 +58,7 @@ SUMS = ("self_attn.o_proj", "mlp.down_proj")
 RANKS = (2, 4)
 REFUSED = {
     ("two kv heads, biases, rotated int8", 4): ("layers.0.self_attn.k_proj: num_key_value_heads=2", "multiple of 4"),
-    ("smoothed, of two formats", 4): ("layers.0.self_attn.o_proj [N=256, K=256]", "4 ranks", "a multiple of 4 x 128"),
+    ("smoothed, of two formats", 4): ("layers.0.self_attn.o_proj [N=256, K=256]", "4 ranks", "of 128", "512 or more"),
     ("sequences", 2): ("ConfigError: model.layers.0.mlp.up_proj", "'sequence_parallel'"),
     ("as read", 2): ("ConfigError: weights are encoded as they are read by one rank", "quantize_folder"),
     ("fsdp", 2): ("ConfigError: fsdp_size=2: packed weights are divided by tensor and expert parallelism alone",),
@@ -173,10 +173,13 @@ def test_a_part_of_a_row_gets_the_codes_that_it_has_in_the_whole(ranks):
 
 
 @pytest.mark.parametrize("name", DIVIDED)
-def test_every_rank_holds_its_part_of_the_bytes(groups, alone, name):
+def test_ranks_hold_each_byte_once(groups, alone, name):
+    """Besides the zeros, and up to the kernels' padding; shares differ by one block array of seven."""
+    whole = alone(name)["bytes"]
     for count, group in [one for one in groups.items() if (name, one[0]) not in REFUSED]:
-        for rank in group:
-            assert rank[name]["bytes"] - rank[name]["zeros"] < 1.01 * alone(name)["bytes"] / count
+        held = [rank[name]["bytes"] - rank[name]["zeros"] for rank in group]
+        assert whole <= sum(held) < 1.01 * whole
+        assert max(held) < 1.1 * whole / count
 
 
 @pytest.mark.parametrize("name", EXPERTS)
