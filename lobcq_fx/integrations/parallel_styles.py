@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
@@ -118,7 +118,8 @@ def _own_columns(product: PackedProduct, mesh: DeviceMesh) -> range:
 
 def _regrouped(forward: Callable[..., Tensor], mesh: DeviceMesh, columns: range, x: Tensor, *rest: Any) -> Tensor:
     """Of an activation whose columns are divided evenly, the product of those that this rank has of the weight."""
-    whole = DTensor.from_local(x, mesh, [Shard(-1)], run_check=False).full_tensor()
+    evenly = DTensor.from_local(x, mesh, [Shard(-1)], run_check=False)
+    whole = evenly.full_tensor(grad_placements=[Partial()])
     return forward(whole[..., columns.start : columns.stop], *rest)
 
 

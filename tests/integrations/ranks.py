@@ -48,6 +48,14 @@ def zero_bytes(model):
     return total
 
 
+def input_gradient(model):
+    """Of the sum of squared logits, with respect to embeddings."""
+    states = torch.randn(1, 4, 256, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    states.requires_grad_()
+    model(inputs_embeds=states.to(model.dtype)).logits.float().square().sum().backward()
+    return states.grad
+
+
 def found(folder, settings):
     """What a model gives, or why it cannot be opened."""
     try:
@@ -55,7 +63,7 @@ def found(folder, settings):
     except LobcqError as error:
         return {"error": f"{type(error).__name__}: {error}"}
     given = {"logits": results(model), "tokens": model.generate(IDS, **GREEDY)}
-    given |= {"bytes": weight_bytes(model), "zeros": zero_bytes(model)}
+    given |= {"gradient": input_gradient(model), "bytes": weight_bytes(model), "zeros": zero_bytes(model)}
     try:
         model.save_pretrained(Path(folder).with_suffix(".again"))
     except LobcqError as error:

@@ -138,6 +138,13 @@ def test_every_rank_gives_the_logits_and_tokens_of_one(groups, alone, name):
         assert torch.equal(rank[name]["tokens"], whole["tokens"])
 
 
+@pytest.mark.parametrize("name", [*DIVIDED, *EXPERTS])
+def test_what_is_read_gets_its_whole_gradient_on_every_rank(groups, alone, name):
+    whole = alone(EXPERTS.get(name, name))["gradient"]
+    for rank in [rank for count, group in groups.items() if (name, count) not in REFUSED for rank in group]:
+        assert (rank[name]["gradient"] - whole).norm() < 1e-5 * whole.norm()
+
+
 def test_sums_are_rounded_once(ranks, alone):
     whole = alone("llama", dtype=torch.bfloat16)["logits"]
     assert whole.dtype == torch.bfloat16
