@@ -70,12 +70,25 @@ class DividedProduct(TensorParallelLayer):  # type: ignore[misc]
 
     def install_forward(self, module: PackedProduct, mesh: DeviceMesh) -> nn.Module:
         """Put placeholders in the places of what is divided, which transformers fills with this rank's part."""
+        by_columns = self.cut.dimension == COLUMNS
+        if by_columns:
+            module.own_columns = _own_columns(module, mesh)
+        regroups = by_columns and not _even(module, mesh.size())
+        self._put_placeholders(module, mesh, regroups)
+        setattr(module, "_hf_quantized_needs_local_tp", True)  # noqa: B010  (transformers': it reads plain tensors)
+        if regroups:
+            module.forward = partial(_regrouped, module.forward, mesh, module.own_columns)
+        if self.planned is not None:
+            self.planned.install_forward(module, mesh)
+            if by_columns:
+                module.forward = partial(_rounded, module.forward)
+        return module
+
+    def _put_placeholders(self, module: PackedProduct, mesh: DeviceMesh, whole: bool) -> None:
+        """whole: this rank reads all, since its part is none that a style divides."""
         packed = module.packed
         dimensions = "ENK"[-packed.codes.dim() :]
         along = dimensions[self.cut.dimension]
-        if along == "K":
-            module.own_columns = _own_columns(module, mesh)
-        whole = along == "K" and not _even(module, mesh.size())
         for name in PARTS:
             tensor = getattr(packed, name)
             has = dimensions[: tensor.dim()]  # a tensor scale has no N and no K
@@ -83,14 +96,6 @@ class DividedProduct(TensorParallelLayer):  # type: ignore[misc]
                 setattr(packed, name, self._placeholder(tensor, mesh, None if whole else has.index(along)))
         if along == "K" and module.input_scale is not None:
             module.input_scale = self._placeholder(module.input_scale, mesh, None if whole else 0)
-        setattr(module, "_hf_quantized_needs_local_tp", True)  # noqa: B010  (transformers': it reads plain tensors)
-        if whole:
-            module.forward = partial(_regrouped, module.forward, mesh, module.own_columns)
-        if self.planned is not None:
-            self.planned.install_forward(module, mesh)
-            if along == "K":
-                module.forward = partial(_rounded, module.forward)
-        return module
 
     def _placeholder(self, tensor: Any, mesh: DeviceMesh, at: int | None) -> DTensor:
         """at: the dimension that is divided; None where each rank reads all."""
@@ -204,8 +209,8 @@ def _style_of(name: str, modules: Mapping[str, Any], planned: str, ranks: int) -
         return planned
     if planned not in CUTS or isinstance(product, LobcqConvolution):
         raise ConfigError(
-            f"{name}: packed weights are not divided in style {planned!r}. Remedy:"
-            f" DistributedConfig(tp_plan={{'{name}': 'replicate'}}), or exclude the layer when quantizing"
+            f"{name}: packed weights are not divided in style {planned!r}. Remedy: a plan with {', '.join(CUTS)} there,"
+            " or exclude the layer when quantizing"
         )
     experts = modules[name.rpartition(".")[0]] if product.packed.stack else None
     cut = CUTS[planned]

@@ -13,7 +13,7 @@ from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import OperandError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.modules.packed_weight import PackedWeight, WeightLayout
-from lobcq_fx.modules.weight_part import Parts, WholeRows, with_zero_array
+from lobcq_fx.modules.weight_part import WholeRows, with_zero_array
 
 ops = torch.ops.lobcq
 
@@ -114,7 +114,7 @@ class PackedProduct(nn.Module):
         """How many columns of an activation this process multiplies."""
         return len(self.own_columns)
 
-    def hold_part(self, parts: Parts, group: torch.distributed.ProcessGroup) -> None:
+    def hold_part(self, parts: Mapping[str, Tensor], group: torch.distributed.ProcessGroup) -> None:
         """Have a part of the weight from now on: some rows, some matrices of a stack, or its `own_columns`.
 
         Args:

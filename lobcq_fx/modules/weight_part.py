@@ -9,6 +9,7 @@ and scales that it has in the whole row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,16 +19,13 @@ from torch import Tensor
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.modules.packed_weight import PARTS
 
-BYTE = 64
+WHOLE_BYTES = 64
 """Scalars whose selectors take whole bytes, whatever their number of bits."""
-
-Parts = dict[str, Tensor]
-"""Tensors by the names in `PARTS`."""
 
 
 def smallest_part(spec: FormatSpec) -> int:
     """Columns that a part must be a multiple of, so that it has whole block arrays and whole bytes of selectors."""
-    return max(spec.array_size, BYTE)
+    return max(spec.array_size, WHOLE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,8 @@ class WholeRows:
         return torch.cat([x, largest.to(x.dtype).expand(*x.shape[:-1], self.array_size)], dim=-1)
 
 
-def with_zero_array(parts: Parts, spec: FormatSpec, columns: int) -> Parts:
-    """A weight's parts with one more block array of zeros in each row.
+def with_zero_array(parts: Mapping[str, Tensor], spec: FormatSpec, columns: int) -> dict[str, Tensor]:
+    """A weight's parts, by their names in `PARTS`, with one more block array of zeros in each row.
 
     columns: how many it has, a multiple of `smallest_part`.
     """
@@ -60,8 +58,7 @@ def with_zero_array(parts: Parts, spec: FormatSpec, columns: int) -> Parts:
     wider = {}
     for name, width in zip(PARTS, widths, strict=False):  # all but the tensor scale
         tensor = parts[name]
-        zeros = torch.zeros(
-            (*tensor.shape[:-1], width - tensor.shape[-1]), dtype=torch.uint8, device=tensor.device
-        )  # torch joins no E4M3: its bytes are
+        zeros = torch.zeros((*tensor.shape[:-1], width - tensor.shape[-1]), dtype=torch.uint8, device=tensor.device)
+        # torch joins no E4M3: its bytes are.
         wider[name] = torch.cat([tensor.view(torch.uint8), zeros], dim=-1).view(tensor.dtype)
     return {**parts, **wider}

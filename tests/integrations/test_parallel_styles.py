@@ -16,6 +16,8 @@ from lobcq_fx.format import universal_codebooks
 from tests.integrations.models import batches, opened, saved
 from tests.integrations.ranks import NOT_FINITE, activation, found
 
+pytest.importorskip("transformers", minversion="5.23", reason="earlier releases let nobody divide packed weights")
+
 SIZES = {
     "vocab_size": 98,  # no multiple of four
     "hidden_size": 256,
@@ -36,7 +38,7 @@ TWO_FORMATS = LobcqConfig(
     overrides={"*.o_proj": {"format": "2x128"}, "*.down_proj": {"activation_format": "16x16"}},
 )
 TRACED = {
-    "llama": (transformers.LlamaConfig(**SIZES), LobcqConfig()),
+    "llama": (transformers.LlamaConfig(**SIZES), LobcqConfig(exclude=())),
     "two kv heads, biases, rotated int8": (
         transformers.Qwen2Config(**SIZES | {"intermediate_size": 512, "num_key_value_heads": 2}),
         LobcqConfig(mode="w4a8", rotation="hadamard"),
@@ -185,7 +187,7 @@ def test_ranks_hold_each_byte_once(groups, alone, name):
     whole = alone(name)["bytes"]
     for count, group in [one for one in groups.items() if (name, one[0]) not in REFUSED]:
         held = [rank[name]["bytes"] - rank[name]["zeros"] for rank in group]
-        assert whole <= sum(held) < 1.01 * whole
+        assert whole <= sum(held) < 1.02 * whole
         assert max(held) < 1.1 * whole / count
 
 
