@@ -31,6 +31,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+BIASED = {"attention_bias": True, "mlp_bias": True}  # where results are added, too
 ARIA = {"intermediate_size": 512, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}
 TWO_FORMATS = LobcqConfig(
     smoothing="everywhere",
@@ -43,7 +44,7 @@ TRACED = {
         transformers.Qwen2Config(**SIZES | {"intermediate_size": 512, "num_key_value_heads": 2}),
         LobcqConfig(mode="w4a8", rotation="hadamard"),
     ),
-    "smoothed, of two formats": (transformers.LlamaConfig(**SIZES, tie_word_embeddings=True), TWO_FORMATS),
+    "smoothed, of two formats": (transformers.LlamaConfig(**SIZES, **BIASED, tie_word_embeddings=True), TWO_FORMATS),
     "transposed experts, static scales": (
         transformers.AriaTextConfig(**SIZES | ARIA),
         LobcqConfig(activation_scale="static"),
@@ -71,9 +72,12 @@ REFUSED = {
 def float_model(config):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():  # so that predictions differ
-        for parameter in model.parameters():
-            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    with torch.no_grad():  # so that predictions differ, and biases are none of zeros
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+            elif parameter.dim() > 1:
+                parameter.mul_(4)
     return model
 
 
