@@ -33,6 +33,10 @@ class NotStreamedError(LobcqError):
     """A model cannot be quantized weight by weight, but can be in memory."""
 
 
+class RankError(LobcqError):
+    """Another process of the same launch failed, or is gone, and with it the work of all."""
+
+
 class ExportError(LobcqError):
     """A model cannot be exported as asked, or the exported one computes something else."""
 

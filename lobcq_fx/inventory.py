@@ -53,6 +53,11 @@ class MatmulRecord:
     unreached: int | None = None
     undersampled: int | None = None
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MatmulRecord:
+        """Of JSON values, as `asdict` gives them."""
+        return cls(**{**values, "shape": tuple(values["shape"]) if values["shape"] else None})
+
     @property
     def quantized(self) -> bool:
         """Whether the matmul now runs in LO-BCQ."""
@@ -167,10 +172,7 @@ class Inventory:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Inventory:
         """Inverse of `to_dict`."""
-        records = tuple(
-            MatmulRecord(**{**record, "shape": tuple(record["shape"]) if record["shape"] else None})
-            for record in values["records"]
-        )
+        records = tuple(map(MatmulRecord.from_dict, values["records"]))
         refusals = tuple(Refusal(**refusal) for refusal in values.get("refusals", ()))
         return cls(**{**values, "records": records, "refusals": refusals})
 

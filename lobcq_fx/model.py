@@ -190,27 +190,36 @@ class QuantizedModel(NotPickled):
             one.graph_module.graph = one.stored
         self.inventory = replace(self.inventory, refusals=())
 
-    def save_pretrained(self, directory: str | Path, tokenizer: Any = None, **keywords: Any) -> None:
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        tokenizer: Any = None,
+        *,
+        max_shard_size: int | str | None = None,
+        **keywords: Any,
+    ) -> None:
         """Write a folder that `lobcq_fx.load` opens without the float weights.
 
         Args:
             directory: new, empty, or a folder written by this method, which is replaced as a whole. Files of others
                 in it stay, a README.md that is not this method's among them.
             tokenizer: saved beside the weights if given.
+            max_shard_size: of a file of weights, in bytes or as "5GB"; larger ones are split as transformers does it.
+                None means transformers' own default, 50 GB.
             **keywords: Hugging Face's, where they change nothing here: `push_to_hub=False`, but not `True`.
 
         Raises:
             CheckpointError: the folder holds something else, the written files do not read back equal, or a keyword
                 asks for something else.
+            ConfigError: `max_shard_size` is no size.
             OSError: the disk is full or not writable; an existing folder stays as it was.
         """
-        tensors = [*self.graph_module.parameters(), *self.graph_module.buffers()]
-        check_keywords(keywords, sum(tensor.nbytes for tensor in tensors))
+        check_keywords(keywords)
         saved = self.checkpoint()
         card = ModelCard(self.inventory, self.lobcq_config, saved.config, Path(directory))
         others = (getattr(self, "generation_config", None), tokenizer)
         companions = [card, *(one for one in others if one is not None)]
-        with saved_folder(saved, Path(directory), companions) as (folder, found):
+        with saved_folder(saved, Path(directory), companions, max_shard_size) as (folder, found):
             self.front_end.read(found, folder)  # what cannot be loaded is not left behind
 
     def checkpoint(self) -> Checkpoint:

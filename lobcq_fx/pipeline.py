@@ -10,36 +10,30 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from lobcq_fx.budget import MEASURED_CALLS, OBSERVED_CALLS, within_budget
 from lobcq_fx.calibration.codebook_sets import CodebookSets
-from lobcq_fx.codebook_choice import ModelFit, choose_codebooks, fit_to_model
+from lobcq_fx.codebook_choice import ModelFit, choose_codebooks, fit_to_model, given_codebooks
 from lobcq_fx.config import CALIBRATED, LobcqConfig
-from lobcq_fx.encoding import encode_weights, records_of, register_static_scales
+from lobcq_fx.encoding import EncodedWeight, encode_weights, left_alone, records_of, register_static_scales
 from lobcq_fx.errors import CalibrationError, ConfigError, TraceError
-from lobcq_fx.float_weights import FloatWeights
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.frontends import front_end_of
 from lobcq_fx.frontends.base import FrontEnd
 from lobcq_fx.frontends.tried import Tried
-from lobcq_fx.graph.aliasing import writes_inputs
 from lobcq_fx.graph.attributes import device_of
 from lobcq_fx.graph.graph_module import LobcqGraphModule, copied
 from lobcq_fx.graph.shared_tensors import drop_shared, share
-from lobcq_fx.graph.written import kept, state_of
 from lobcq_fx.inventory import MatmulRecord
 from lobcq_fx.kernels.bind import bind_cpu_core
 from lobcq_fx.leftovers import inventory_of
 from lobcq_fx.model import QuantizedModel
+from lobcq_fx.observation import SEGMENT, Observed, observe
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
-from lobcq_fx.passes.insert_observers import InsertObservers, observed
 from lobcq_fx.passes.order import NORMALIZE, emitting
-from lobcq_fx.plan import PlannedMatmul, QuantizationPlan
-from lobcq_fx.rotation import Rotated, rotate
-from lobcq_fx.second_moments import SecondMoments
-from lobcq_fx.smoothing import Smoothed, smooth
+from lobcq_fx.plan import PlannedMatmul, PlannedWeight, QuantizationPlan
+from lobcq_fx.preparation import Preparation
 from lobcq_fx.tracing.autocast import no_autocast
 from lobcq_fx.tracing.examples import calibration_inputs
 from lobcq_fx.tracing.progress import counted_calls
@@ -96,7 +90,7 @@ def quantize(
     if config.needs_calibration and calibration_data is None:
         raise CalibrationError(f"{CALIBRATED} need calibration_data: pass an iterable of inputs")
     model = unwrapped(model)
-    example_inputs, data = _example(front_end_of(model), example_inputs, calibration_data)
+    example_inputs, data = example_and_data(front_end_of(model), example_inputs, calibration_data)
     size = size_of(model.parameters())
     planned = trace_and_plan(model, config, example_inputs, static_cache=static_cache, report=report)
     tried, plan, main = planned.tried, planned.plan, planned.tried.traced.graphs[MAIN]
@@ -106,11 +100,9 @@ def quantize(
         config = _decided(main, plan, config, tried.front_end, data, report)
         plan, others = _planned(tried.traced.graph_modules, config, planned.roles, tried.traced.optional)
         unlike = {**tried.unlike, **others}
-    moments = None
-    if data is not None:
-        moments = _calibrate(main, plan, data, report)
+    calls = None if data is None else Calls(main, data)
     alike = tried.graphs_without(unlike)
-    emitted, records = quantize_graphs(alike, plan, config, report, model if inplace else None, moments)
+    emitted, records = quantize_graphs(alike, plan, config, calls, report, model if inplace else None)
     inventory = inventory_of(records, *size)
     return tried.build(tried.parts(emitted, unlike, config, inventory))
 
@@ -208,8 +200,8 @@ def _decided(
 ) -> LobcqConfig:
     """The settings with a mode and formats for each layer in the place of a budget of bits."""
     graph_module = LobcqGraphModule(traced.graph_module, copied(traced.graph_module.graph))
-    _calibrate(TracedModel(graph_module, traced.calling), plan, data[:OBSERVED_CALLS], report)
-    calls = [calibration_inputs(traced.calling, item, device_of(graph_module)) for item in data[:MEASURED_CALLS]]
+    observe(graph_module, plan, Calls(traced, data[:OBSERVED_CALLS]), partial(report, "calibrate"))
+    calls = list(Calls(traced, data[:MEASURED_CALLS]))
     return within_budget(graph_module, plan, config, calls, front_end.distance, partial(report, "weigh layers"))
 
 
@@ -217,38 +209,65 @@ def quantize_graphs(
     graph_modules: Mapping[str, fx.GraphModule],
     plan: QuantizationPlan,
     config: LobcqConfig,
+    calls: Iterable[Sequence[Any]] | None = None,
     progress: Progress | None = None,
     release_from: nn.Module | None = None,
-    moments: SecondMoments | None = None,
 ) -> tuple[dict[str, fx.GraphModule], tuple[MatmulRecord, ...]]:
-    """Encode what is planned, with what the main graph's observers have seen if it has any, and emit every graph.
+    """Observe the main graph where there are calls of it, encode what is planned, and emit every graph.
 
     Args:
         graph_modules: after `make_plan`, by name.
         plan: theirs.
         config: which codebooks to encode with.
-        progress: called as weights are encoded.
+        calls: flat inputs of the main graph, one sequence for each call; None observes nothing.
+        progress: called as the work goes on.
         release_from: a module whose float weights are freed as they are encoded.
-        moments: made of the main graph, where the plan compensates.
 
     Returns:
         The emitted graphs, all on the tensors of the main one, which is changed in place; what became of each matmul.
 
     Raises:
         LobcqError: a weight holds NaN or infinity.
-        CalibrationError: a layer that needs calibration data saw none.
+        CalibrationError: a layer that needs calibration data saw none, or there is no call.
     """
-    report = progress or silent
-    assert moments is not None or not plan.compensates, "second moments are needed: observe(graph, plan, calls)"
-    root = graph_modules[MAIN]
-    smoothed, rotation = _prepared(plan, graph_modules)
-    statistics, weights = rotation.statistics, rotation.weights
-    codebooks = choose_codebooks(plan, weights.matrices, statistics, config, report)
-    by_weight = None if moments is None else moments.of_weights(statistics)
-    encoded = encode_weights(plan, weights, codebooks, by_weight, release_from, partial(report, "encode"))
-    register_static_scales(plan, root, statistics)
-    emitted = emit_graphs(graph_modules, plan, codebooks, rotation.matmuls)
-    return emitted, records_of(plan, encoded, codebooks, statistics, smoothed.matmuls, rotation.matmuls)
+    assert calls is not None or not plan.compensates, "second moments are needed: pass calls of the main graph"
+    report, root = progress or silent, graph_modules[MAIN]
+    preparation = Preparation(plan, graph_modules)
+    observing = partial(report, "calibrate")
+    seen: Iterable[Observed] = [Observed.nothing(plan)]
+    decided = None
+    if config.codebooks == "fitted":  # to all layers, before the first is encoded
+        calls = list(calls or ())
+        again = preparation.observation(SEGMENT) if plan.compensates else None
+        (whole,) = preparation.observation().run(calls, moments=False, progress=observing)
+        decided = preparation(whole.statistics)
+        codebooks = choose_codebooks(plan, decided.weights.matrices, decided.statistics, config, report)
+        if again is not None:
+            seen = again.run(calls, moments=True, progress=observing)
+    else:
+        codebooks = given_codebooks(config, plan.formats)
+        if calls is not None:
+            observation = preparation.observation(SEGMENT if plan.compensates else None)
+            seen = observation.run(calls, moments=True, progress=observing)
+    records: dict[PlannedMatmul, MatmulRecord] = {}
+    encoded: dict[PlannedWeight, EncodedWeight] = {}
+    rotated: set[PlannedMatmul] = set()
+    for part in seen:
+        prepared = decided or preparation(part.statistics)
+        moments = part.moments(prepared.statistics)
+        counted = _counted(report, len(encoded), len(plan.weights))
+        encoded |= encode_weights(part.plan, prepared.weights, codebooks, moments, release_from, counted)
+        register_static_scales(part.plan, root, prepared.statistics)
+        found = records_of(part.plan, encoded, codebooks, prepared.statistics, prepared.smoothed, prepared.rotated)
+        records |= zip(part.plan.matmuls, found, strict=True)
+        rotated |= prepared.rotated
+    emitted = emit_graphs(graph_modules, plan, codebooks, rotated)
+    return emitted, tuple(records.get(one) or left_alone(one) for one in plan.matmuls)
+
+
+def _counted(report: Progress, before: int, total: int) -> Callable[[int, int], None]:
+    """Progress of encoding, of which some is done before."""
+    return lambda done, _: report("encode", before + done, total)
 
 
 def emit_graphs(
@@ -264,27 +283,6 @@ def emit_graphs(
         emitting(plan, codebooks, rotated)(graph_module)
     EliminateDeadCode(tuple(one for one in emitted.values() if one is not root))(root)
     return emitted
-
-
-def _prepared(plan: QuantizationPlan, graph_modules: Mapping[str, fx.GraphModule]) -> tuple[Smoothed, Rotated]:
-    """Smooth and rotate as the settings want it, by what the main graph's observers have seen."""
-    root = graph_modules[MAIN]
-    smoothed = smooth(plan, graph_modules, observed(root, plan))
-    return smoothed, rotate(plan, FloatWeights(root, smoothed.scales), smoothed.statistics)
-
-
-def observe(graph_module: fx.GraphModule, plan: QuantizationPlan, calls: Iterable[Sequence[Any]]) -> SecondMoments:
-    """Run a graph with observers over calls of it, flat inputs each, which are kept where they are run once more."""
-    InsertObservers(plan)(graph_module)
-    written = writes_inputs(graph_module.graph)
-    again: list[Sequence[Any]] = []
-    with kept(state_of(graph_module)):
-        for inputs in calls:
-            with torch.inference_mode():
-                graph_module(*(value.clone() if written else value for value in inputs))
-            if plan.compensates:
-                again.append(inputs)
-    return SecondMoments(graph_module, plan, again)
 
 
 @no_autocast()
@@ -310,13 +308,15 @@ def fit_shared_codebooks(
     report = progress or silent
     model = unwrapped(model)
     front_end = front_end_of(model)
-    example_inputs, data = _example(front_end, example_inputs, calibration_data)
+    example_inputs, data = example_and_data(front_end, example_inputs, calibration_data)
     with counted_calls(model, partial(report, "trace")):
         traced = front_end.trace(model, example_inputs, static_cache=False)
     plan, _ = make_plan(traced.graph_modules, config, front_end.roles(model), traced.optional)
-    _calibrate(traced.graphs[MAIN], plan, data or (), report)
-    _, rotation = _prepared(plan, traced.graph_modules)
-    return fit_to_model(plan, rotation.weights.matrices, rotation.statistics, spec, report)
+    preparation = Preparation(plan, traced.graph_modules)
+    calls = Calls(traced.graphs[MAIN], data or ())
+    (whole,) = preparation.observation().run(calls, moments=False, progress=partial(report, "calibrate"))
+    prepared = preparation(whole.statistics)
+    return fit_to_model(plan, prepared.weights.matrices, prepared.statistics, spec, report)
 
 
 def settings_of(config: LobcqConfig | None, recipe: str | None) -> LobcqConfig:
@@ -336,7 +336,9 @@ def silent(step: str, done: int, total: int | None) -> None:
     """Progress that nobody asked for."""
 
 
-def _example(front_end: FrontEnd, example_inputs: Any, data: Iterable[Any] | None) -> tuple[Any, Iterable[Any] | None]:
+def example_and_data(
+    front_end: FrontEnd, example_inputs: Any, data: Iterable[Any] | None
+) -> tuple[Any, Iterable[Any] | None]:
     """The example, without one the first item of the data; and the data, whole (a generator can be read only once)."""
     if example_inputs is not None or data is None:
         return example_inputs, data
@@ -348,22 +350,19 @@ def _example(front_end: FrontEnd, example_inputs: Any, data: Iterable[Any] | Non
     return front_end.example_of(first), chain([first], iterator) if iterator is data else data
 
 
-def _calibrate(traced: TracedModel, plan: QuantizationPlan, data: Iterable[Any], report: Progress) -> SecondMoments:
-    """Observe the graph on the data."""
-    total = len(data) if isinstance(data, Sized) else None
-    device = device_of(traced.graph_module)
-    done = 0
+@dataclass(frozen=True)
+class Calls:
+    """Flat inputs of a graph, made of calls of its model."""
 
-    def calls() -> Iterator[list[Any]]:
-        nonlocal done
-        for done, item in enumerate(data, start=1):
-            yield calibration_inputs(traced.calling, item, device)
-            report("calibrate", done, total)
+    traced: TracedModel
+    data: Iterable[Any]
 
-    moments = observe(traced.graph_module, plan, calls())
-    if done == 0:
-        raise CalibrationError("calibration_data is empty: pass at least one model input")
-    return moments
+    def __iter__(self) -> Iterator[list[Any]]:
+        device = device_of(self.traced.graph_module)
+        return (calibration_inputs(self.traced.calling, item, device) for item in self.data)
+
+    def __length_hint__(self) -> int:
+        return len(self.data) if isinstance(self.data, Sized) else NotImplemented
 
 
 def size_of(parameters: Iterable[Tensor]) -> tuple[int, int]:

@@ -50,7 +50,7 @@ class Smoothed:
 
 
 @dataclass(frozen=True)
-class _Group:
+class SmoothingGroup:
     """The matmuls that read what one absorber makes, in every graph alike; or one activation that has none.
 
     readings: by the activation that they read, which may have rows of it in another order.
@@ -74,23 +74,38 @@ class _Group:
         return tuple(chain(*self.readings))
 
 
-def smooth(plan: QuantizationPlan, graph_modules: Mapping[str, fx.GraphModule], statistics: Statistics) -> Smoothed:
-    """Choose a scale for each activation that the settings want evened out, and divide by it what absorbs that.
+def smoothing_groups(plan: QuantizationPlan, graph_modules: Mapping[str, fx.GraphModule]) -> list[SmoothingGroup]:
+    """What is smoothed together, in execution order.
 
     Args:
         plan: made of the graphs.
-        graph_modules: by name, `MAIN` among them, which gets the parameters that are divided, and the input scales of
-            activations that have to be multiplied.
-        statistics: of the activations; those without any are left as they are.
+        graph_modules: by name, `MAIN` among them.
     """
-    result, root = Smoothed({}, dict(statistics)), graph_modules[MAIN]
-    groups = _groups(plan, graph_modules[MAIN])
     others = [(_groups(plan, one), one) for name, one in graph_modules.items() if name != MAIN]
     times_read = plan.times_read
+
+    def decided(group: SmoothingGroup) -> SmoothingGroup:
+        alike = group.free and all(_alike(group, *other) for other in others)
+        return replace(group, free=alike and (group.rows_of is None or times_read[group.rows_of] == 1))
+
+    return [decided(group) for group in _groups(plan, graph_modules[MAIN])]
+
+
+def smooth(
+    plan: QuantizationPlan, root: fx.GraphModule, groups: Iterable[SmoothingGroup], statistics: Statistics
+) -> Smoothed:
+    """Choose a scale for each activation that the settings want evened out, and divide by it what absorbs that.
+
+    Args:
+        plan: made of the graph.
+        root: the main graph, which gets the parameters that are divided, and the input scales of activations that have
+            to be multiplied.
+        groups: the plan's.
+        statistics: of the activations; those without any are left as they are.
+    """
+    result, times_read = Smoothed({}, dict(statistics)), plan.times_read
     for group in groups:
-        free = group.free and all(_alike(group, *other) for other in others)
-        free = free and (group.rows_of is None or times_read[group.rows_of] == 1)
-        free = free and _may_be_smoothed(group.matmuls, statistics, times_read)
+        free = group.free and _may_be_smoothed(group.matmuls, statistics, times_read)
         for matmuls in [group.matmuls] if free else group.readings:
             wanted = {one.config.smoothing for one in matmuls if one.weight is not None}
             if not _may_be_smoothed(matmuls, statistics, times_read) or (not free and wanted != {"everywhere"}):
@@ -161,7 +176,7 @@ def balanced_scale(mean_squares: Tensor, weights: Iterable[Tensor]) -> Tensor:
     return torch.exp2(steps.round().clamp(-LARGEST_STEP, LARGEST_STEP))
 
 
-def _groups(plan: QuantizationPlan, graph_module: fx.GraphModule) -> list[_Group]:
+def _groups(plan: QuantizationPlan, graph_module: fx.GraphModule) -> list[SmoothingGroup]:
     """The groups of a graph, in execution order."""
     pairs = [(matmul, planned) for matmul, planned in plan.pair(graph_module) if matmul.obstacle is None]
     linears = {matmul.node: matmul for matmul, _ in pairs}
@@ -190,7 +205,7 @@ def _group(
     planned_of: Mapping[fx.Node, PlannedMatmul],
     linears: Mapping[fx.Node, Matmul],
     graph_module: fx.GraphModule,
-) -> _Group:
+) -> SmoothingGroup:
     reading: dict[fx.Node, list[PlannedMatmul]] = {}
     for one in members:
         reading.setdefault(unobserved(graph_module, one.activation), []).append(planned_of[one.node])
@@ -198,16 +213,16 @@ def _group(
     floats = [one for one in members if planned_of[one.node].weight is None]
     alone = {one.node for one in members} == _readers(source, graph_module)
     if absorber is None or not alone or not all(map(_can_be_multiplied, floats)):
-        return _Group(readings)
+        return SmoothingGroup(readings)
     names = tuple((str(one.weight.target), one.flipped) for one in floats if one.weight is not None)
     if absorber.linear is None:
-        return _Group(readings, absorber.parameters, floats=names, free=True)
+        return SmoothingGroup(readings, absorber.parameters, floats=names, free=True)
     divided = planned_of[absorber.linear].weight
     if divided is None or (
         divided.stacked and not _in_its_groups(source, linears[absorber.linear], members, graph_module)
     ):
-        return _Group(readings)
-    return _Group(readings, absorber.parameters, divided, absorber.rows, names, divided.stacked, free=True)
+        return SmoothingGroup(readings)
+    return SmoothingGroup(readings, absorber.parameters, divided, absorber.rows, names, divided.stacked, free=True)
 
 
 def _readers(source: fx.Node, graph_module: fx.GraphModule) -> set[fx.Node]:
@@ -240,7 +255,7 @@ def _in_its_groups(source: fx.Node, stack: Matmul, members: list[Matmul], graph_
     return all(node.target in CASTS for node in moves)
 
 
-def _alike(group: _Group, others: list[_Group], graph_module: fx.GraphModule) -> bool:
+def _alike(group: SmoothingGroup, others: list[SmoothingGroup], graph_module: fx.GraphModule) -> bool:
     """Whether another graph that runs any of the matmuls has the same group, on the tensors of the main graph."""
     names = (*group.parameters, *(name for name, _ in group.floats))
     own = any(has_attribute(graph_module, name) for name in names)
@@ -248,7 +263,9 @@ def _alike(group: _Group, others: list[_Group], graph_module: fx.GraphModule) ->
     return not own and all(other == group for other in met)
 
 
-def _divide(root: fx.GraphModule, group: _Group, scale: Tensor, scales: dict[PlannedWeight, WeightScales]) -> None:
+def _divide(
+    root: fx.GraphModule, group: SmoothingGroup, scale: Tensor, scales: dict[PlannedWeight, WeightScales]
+) -> None:
     for name in group.parameters:
         _replace(root, name, get_attribute(root, name).detach() / scale.to(get_attribute(root, name)))
     for name, flipped in group.floats:

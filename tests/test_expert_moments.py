@@ -16,9 +16,8 @@ from lobcq_fx.calibration.groups import GroupMoments, Groups, prior_rows
 from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.format import FormatSpec, universal_codebooks
 from lobcq_fx.graph.attributes import get_attribute
-from lobcq_fx.passes.insert_observers import InsertObservers, observed
+from lobcq_fx.observation import Observation
 from lobcq_fx.pipeline import make_plan
-from lobcq_fx.second_moments import SecondMoments
 from lobcq_fx.tracing.trace import MAIN, trace_module
 
 EXPERTS, N, K = 4, 24, 64
@@ -94,11 +93,8 @@ def expected(weight: int = 1) -> list[Tensor]:
 def test_they_are_those_of_each_expert(kind: type[Stack], weight: int) -> None:
     graph_module = trace_module(kind().eval(), calls()[0]).graph_module
     plan, _ = make_plan({MAIN: graph_module}, CONFIG)
-    InsertObservers(plan)(graph_module)
-    for call in calls():
-        graph_module(*call)
-    moments = SecondMoments(graph_module, plan, calls())
-    stack, found = next(moments.of_weights(observed(graph_module, plan)))
+    (part,) = Observation(graph_module, plan).run(calls(), moments=True)
+    stack, found = next(part.moments(part.statistics))
     assert stack.source == "w"
     assert isinstance(found, GroupMoments)
     for index, one in enumerate(expected(weight)):

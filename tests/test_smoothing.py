@@ -20,7 +20,7 @@ from lobcq_fx.graph.attributes import get_attribute, has_attribute
 from lobcq_fx.passes.insert_observers import InsertObservers, observed
 from lobcq_fx.pipeline import make_plan
 from lobcq_fx.plan import PlannedMatmul, QuantizationPlan
-from lobcq_fx.smoothing import Smoothed, balanced_scale, smooth
+from lobcq_fx.smoothing import Smoothed, balanced_scale, smooth, smoothing_groups
 from lobcq_fx.tracing.trace import MAIN, trace_module
 from tests.families import causal_lm
 
@@ -115,7 +115,8 @@ def smoothed_graph(
     plan, _ = make_plan({MAIN: graph_module}, LobcqConfig(smoothing=smoothing))
     InsertObservers(plan)(graph_module)
     graph_module(*inputs)
-    result = smooth(plan, {MAIN: graph_module}, observed(graph_module, plan))
+    groups = smoothing_groups(plan, {MAIN: graph_module})
+    result = smooth(plan, graph_module, groups, observed(graph_module, plan))
     return graph_module, plan, result, list(plan.quantized)
 
 
@@ -278,7 +279,7 @@ def test_folding_sees_all_layers_of_a_llama() -> None:
     InsertObservers(plan)(main)
     ids = torch.arange(12).view(1, 12) + 3
     main(*traced.graphs[MAIN].calling.flatten((), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
-    result = smooth(plan, traced.graph_modules, observed(main, plan))
+    result = smooth(plan, main, smoothing_groups(plan, traced.graph_modules), observed(main, plan))
     smoothed = {weight.source.split(".")[-2] for weight, scales in result.scales.items() if scales.columns is not None}
     assert smoothed == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"}  # o_proj's is attention's
 

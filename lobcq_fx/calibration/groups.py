@@ -122,10 +122,37 @@ Moments = Tensor | GroupMoments
 """Second moments of what a weight meets: fp32 [K, K], or those of a stack."""
 
 
+class SeenRows:
+    """Gathers what second moments are made of: their sum, or where rows are of groups the rows themselves."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._groups: list[Groups] = []
+
+    def add(self, x: Tensor) -> None:
+        """Add an activation [..., K]."""
+        self._sum = second_moments([x], self._sum)
+
+    def add_groups(self, x: Tensor, offsets: Tensor | None) -> None:
+        """Add one whose rows are of groups, as `Groups.of` takes it. A copy is kept: x may be written to later on."""
+        groups = Groups.of(x, offsets)
+        self._groups.append(Groups(groups.rows.clone(), groups.bounds))
+
+    def moments(self, encoded: Callable[[Tensor, int], Tensor]) -> Moments:
+        """Of all that was added, at least once.
+
+        encoded: what becomes of second moments [K, K] in a group before the weight is encoded; 0 is the only one where
+            there are none.
+        """
+        if self._groups:
+            return GroupMoments(self._groups, encoded)
+        assert self._sum is not None, "nothing was added"
+        return encoded(self._sum, 0)
+
+
 @torch.no_grad()
-def second_moments(activations: Iterable[Tensor]) -> Tensor:
-    """The sum of x^T x, fp32 [K, K], over the rows x of activations [..., K], at least one."""
-    total: Tensor | None = None
+def second_moments(activations: Iterable[Tensor], total: Tensor | None = None) -> Tensor:
+    """The sum of x^T x, fp32 [K, K], over the rows x of activations [..., K], at least one, and `total`."""
     for x in activations:
         for rows in x.reshape(x.shape[:-1].numel(), x.shape[-1]).split(ROWS):
             product = rows.float().t() @ rows.float()

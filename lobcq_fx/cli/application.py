@@ -20,6 +20,7 @@ from lobcq_fx.cli.quantize import quantize
 from lobcq_fx.cli.report import report
 from lobcq_fx.cli.serve import serve
 from lobcq_fx.cli.verify import verify
+from lobcq_fx.errors import RankError
 
 HELP = "LO-BCQ for PyTorch models: 4.5 bits a scalar for weights and activations."
 
@@ -39,6 +40,8 @@ class Commands(TyperGroup):
             if ctx.params["debug"] or not is_ours_to_explain(error):
                 raise
             code, message = explain(error)
+            if not isinstance(error, RankError):
+                messages.quiet = False
             messages.print(f"[bold red]lobcq:[/] {message}", highlight=False, soft_wrap=True)
             raise typer.Exit(code) from None
 

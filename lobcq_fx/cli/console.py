@@ -41,6 +41,11 @@ TITLES = {
 }
 
 
+def speak_for_all(*, first: bool) -> None:
+    """Of the processes of one launch the first prints what is of all; the others only what happens to them alone."""
+    messages.quiet = not first
+
+
 def print_json(values: Mapping[str, Any]) -> None:
     """One JSON object on standard output."""
     typer.echo(json_text(values))

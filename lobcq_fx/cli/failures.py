@@ -7,12 +7,13 @@ import errno
 import typer
 from rich.markup import escape
 
-from lobcq_fx.errors import ConfigError, LobcqError
+from lobcq_fx.errors import ConfigError, LobcqError, RankError
 
 UNEXPECTED, USAGE, BAD_INPUT, CANNOT_WRITE = 1, 2, 3, 4
 
 EXIT_CODES = (
-    "[bold]Exit codes:[/] 0 success · 1 unexpected error · 2 wrong usage or settings · "
+    "[bold]Exit codes:[/] 0 success · 1 unexpected error, or another process of a launch failed · "
+    "2 wrong usage or settings · "
     "3 bad input: no folder, no model, no tokenizer, unsupported architecture, unusable text, no C++ core · "
     "4 cannot write: disk full, no permission, would overwrite"
 )
@@ -51,6 +52,8 @@ def _explain(error: Exception) -> tuple[int, str]:
             return USAGE, text
         case OutputError():
             return CANNOT_WRITE, text
+        case RankError():
+            return UNEXPECTED, text
         case LobcqError():
             return BAD_INPUT, text
         case OSError():

@@ -54,6 +54,15 @@ SamplesOption = Annotated[
     int, typer.Option(min=1, help="Sequences of the calibration text to use, spread evenly over it.")
 ]
 LengthOption = Annotated[int, typer.Option(min=8, help="Tokens in a calibration sequence.")]
+MaxMemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Calibrate a few layers at a time, whose weights, and activations between them, take at most so much, such"
+        " as 8GB. Without, the whole model is loaded.",
+        show_default=False,
+    ),
+]
 TextOption = Annotated[
     Path | None,
     typer.Option("--text", metavar="FILE", help="UTF-8 text; without it the embedded model's held-out text."),

@@ -18,6 +18,7 @@ from lobcq_fx.cli.options import (
     JsonOption,
     KvCacheOption,
     LengthOption,
+    MaxMemoryOption,
     Mode,
     ModelArgument,
     OverwriteOption,
@@ -122,20 +123,35 @@ def quantize(
     dtype: Annotated[Dtype, typer.Option(help="Type of what stays in float; auto is the checkpoint's.")] = Dtype.auto,
     calibration_samples: SamplesOption = 64,
     calibration_length: LengthOption = 512,
+    max_memory: MaxMemoryOption = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Split weights of more than this into several files, as transformers does: 5GB or 500MB, for example;"
+            " the default is its own, 50GB.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
     """Quantize a model and save it with its tokenizer, or with its processor where it takes images.
 
     Without a calibration text nothing needs calibrating: codebooks are universal, each token gets its own scale. The
-    model may then be larger than memory, and the same command goes on with what one that was interrupted has done.
+    model may then be larger than memory, and the same command goes on with what one that was interrupted has done. With
+    a text --max-memory does the same.
+    Processes that torchrun launches divide the work: torchrun --nproc-per-node 2 -m lobcq_fx quantize DIR -o OUT.
     """
-    from lobcq_fx.cli.console import ProgressBars, print_json
+    from lobcq_fx.cli.console import ProgressBars, print_json, speak_for_all
     from lobcq_fx.cli.inputs import model_folder, read_text
     from lobcq_fx.cli.quantizing import quantized_folder
     from lobcq_fx.cli.summary import print_summary, summary
     from lobcq_fx.cli.texts import CalibrationText, check_calibration
+    from lobcq_fx.streaming.ranks import rank_and_count
 
+    rank, _ = rank_and_count()
+    speak_for_all(first=rank == 0)
     config = _config(
         recipe,
         format,
@@ -155,13 +171,17 @@ def quantize(
         activation_bits,
     )
     folder = model_folder(model)
-    _check(config, folder, output, calibrate, overwrite=overwrite)
+    _check(config, folder, output, calibrate, max_shard_size, overwrite=overwrite)
+    if max_memory is not None and calibrate is None:
+        raise typer.BadParameter("--max-memory is for --calibrate TEXT: without one, weights are read one by one")
     if calibrate is not None:
         check_calibration(folder)
     text = CalibrationText(read_text(calibrate)[0], calibration_samples, calibration_length) if calibrate else None
     started = time.perf_counter()
     with ProgressBars() as progress:
-        inventory, decided = quantized_folder(folder, output, config, text, dtype, progress)
+        inventory, decided = quantized_folder(folder, output, config, text, dtype, max_memory, max_shard_size, progress)
+    if rank:
+        return
     result = summary(inventory, decided, output, time.perf_counter() - started)
     if json:
         print_json({"model": model, **result})
@@ -170,15 +190,25 @@ def quantize(
         print_summary(inventory, result, model, generates=folder.generates_text, measured=measured)
 
 
-def _check(config: LobcqConfig, folder: ModelFolder, output: Path, calibrate: Path | None, *, overwrite: bool) -> None:
+def _check(
+    config: LobcqConfig,
+    folder: ModelFolder,
+    output: Path,
+    calibrate: Path | None,
+    max_shard_size: str | None,
+    *,
+    overwrite: bool,
+) -> None:
     """Refuse now what would fail after the long work."""
     from lobcq_fx.cli.outputs import check_folder
     from lobcq_fx.codebook_choice import read_codebooks
     from lobcq_fx.config import CALIBRATED, CODEBOOKS
     from lobcq_fx.storage.checkpoint import is_checkpoint
+    from lobcq_fx.storage.shards import Shards
 
     if config.needs_calibration and calibrate is None:
         raise typer.BadParameter(f"{CALIBRATED} need a text: pass --calibrate TEXT")
+    Shards.split({}, max_shard_size)
     if config.codebooks not in CODEBOOKS:
         for spec in (config.format, config.activations):
             read_codebooks(Path(config.codebooks), spec)

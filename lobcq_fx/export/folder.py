@@ -98,7 +98,7 @@ def write_folder(
     model = to_onnx(FlatModule(graph), signature, fuse=fuse)
     model.metadata_props.update(metadata_of(q, one_sequence=bool(fused), last_logits_only=last_logits_only))
     progress("convert", 1, 1)
-    with replace_folder(out, is_export, PARTS) as folder:
+    with replace_folder(out, is_export, PARTS.__contains__) as folder:
         size = _save(model, folder)
         genai = _write_causal_lm_files(q, folder, tokenizer, include_library=include_library)
         progress("check", 0, None)

@@ -14,7 +14,7 @@ from lobcq_fx.errors import CalibrationError
 from lobcq_fx.export.convert import add_function_bodies
 from lobcq_fx.export.translation import translation_table
 from lobcq_fx.integrations.transformers_onnx import extend_onnx_exporter
-from lobcq_fx.pipeline import make_plan, observe, quantize_graphs
+from lobcq_fx.pipeline import make_plan, quantize_graphs
 from lobcq_fx.tracing.trace import MAIN, own_graph_module
 
 # Now: an exporter looks up what it applies before it asks its quantizer anything.
@@ -65,10 +65,9 @@ class LobcqQuantizer(ExportQuantizer):  # type: ignore[misc]
         graph_module = own_graph_module(model)
         graphs = {MAIN: graph_module}
         plan, _ = make_plan(graphs, self.config)
-        moments = None
+        calls = None
         if self.calibration_dataset:
             names = [str(node.target) for node in graph_module.graph.find_nodes(op="placeholder")]
-            calls = ([inputs[name] for name in names] for inputs in self.traced_calibration(sample_inputs))
-            moments = observe(graph_module, plan, calls)
-        quantize_graphs(graphs, plan, self.config, moments=moments)
+            calls = [[inputs[name] for name in names] for inputs in self.traced_calibration(sample_inputs)]
+        quantize_graphs(graphs, plan, self.config, calls)
         return graph_module

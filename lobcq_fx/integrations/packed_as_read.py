@@ -7,7 +7,7 @@ in its configuration.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,6 +25,7 @@ from lobcq_fx.integrations.stored_layer import StoredLayer, read_by
 from lobcq_fx.modules.packed_product import CONSTANTS, LinearSettings, PackedProduct
 from lobcq_fx.modules.packed_weight import PARTS
 from lobcq_fx.storage.checkpoint import load_checkpoint
+from lobcq_fx.storage.stored_tensors import WEIGHTS_OF_VERSION_1, weights_of
 from lobcq_fx.storage.validate import check_encoded
 
 REMEDY = "Remedy: lobcq_fx.load(folder), which runs the graph"
@@ -37,7 +38,9 @@ class GraphFolder:
     computes with must be there, and nothing of LO-BCQ may be left over.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, files: Sequence[Path]) -> None:
+        """files: those with weights that transformers reads; its index of them may come from anyone."""
+        folder = files[0].parent
         if not (folder / "graph.json").exists():
             raise CheckpointError(
                 f"{folder} has no graph.json. Remedy: pass the whole folder that save_pretrained wrote; of a repository"
@@ -46,6 +49,9 @@ class GraphFolder:
         self.folder = folder
         with torch.device("cpu"):  # transformers makes models on "meta", whatever is allocated meanwhile
             self.saved = load_checkpoint(folder)
+        astray = sorted({*files} ^ {folder / name for name in weights_of(folder) or {WEIGHTS_OF_VERSION_1}})
+        if astray:
+            raise CheckpointError(f"{folder}: its index of shards names other files than it has, as {astray[0]}")
         self.layers: dict[str, StoredLayer] = {}
 
     def prepare(self, model: PreTrainedModel) -> None:

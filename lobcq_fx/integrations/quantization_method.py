@@ -19,7 +19,8 @@ from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import CalibrationError, CheckpointError, ConfigError
 from lobcq_fx.modules.packed_product import LinearSettings
 from lobcq_fx.storage.checkpoint import FORMAT_VERSION, LAYERS, NOTICE_START, QUANT_METHOD, check_version
-from lobcq_fx.storage.stored_tensors import WEIGHTS
+from lobcq_fx.storage.shards import WEIGHTS
+from lobcq_fx.storage.stored_tensors import check_entry
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -30,6 +31,7 @@ class LobcqQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         lobcq_config: what to quantize and how; None means the defaults. What needs calibration data is refused.
         layers: how each layer of a saved model computes, by name; written by `save_pretrained`.
         format_version: of the folder that it comes from.
+        weights: the file that leads to its tensors, where it has a graph; written by `QuantizedModel.save_pretrained`.
         quant_method: always "lobcq".
 
     Raises:
@@ -41,10 +43,12 @@ class LobcqQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         lobcq_config: LobcqConfig | Mapping[str, Any] | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
+        weights: str = WEIGHTS,
         quant_method: str = QUANT_METHOD,
     ) -> None:
         check_version("quantization_config", {"quant_method": quant_method, "format_version": format_version})
         self.quant_method = quant_method
+        self.weights = check_entry("quantization_config", weights)
         given = lobcq_config or {}
         self.lobcq_config = given if isinstance(given, LobcqConfig) else LobcqConfig.from_dict(given)
         try:
@@ -98,7 +102,7 @@ class LobcqHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_attn_implementation(self, config: Any) -> Any:
         """The one call that sees the configuration before the weights are looked for: say in which file they are."""
         if str(getattr(config, "transformers_weights", None)).startswith(NOTICE_START):
-            config.transformers_weights = WEIGHTS
+            config.transformers_weights = self.quantization_config.weights
         return config
 
     update_tp_plan = update_attn_implementation  # the one call of older releases
@@ -115,7 +119,7 @@ class LobcqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         elif settings.layers is not None:
             self._reading = ModuleFolder(settings.layers)
         elif checkpoint_files:
-            self._reading = GraphFolder(Path(checkpoint_files[0]).parent)
+            self._reading = GraphFolder([Path(file) for file in checkpoint_files])
         else:
             raise CheckpointError(f"a LO-BCQ model is read from its folder: pass that to {type(model).__name__}")
         self._reading.prepare(model)

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, fx, nn
 
+from lobcq_fx.calibration.groups import SeenRows
 from lobcq_fx.calibration.statistics import ActivationStatistics
+from lobcq_fx.graph.aliasing import Writes
 from lobcq_fx.graph.attributes import register_attribute
 from lobcq_fx.graph.matmuls import Matmul
 from lobcq_fx.passes.infra import Condition, GraphPass
@@ -18,12 +20,13 @@ PREFIX = "lobcq_observers"
 
 
 class Observer(nn.Module):
-    """Passes its input through and adds it to the statistics."""
+    """Passes its input through and adds it to the statistics, and to what second moments are made of if it has that."""
 
-    def __init__(self, statistics: ActivationStatistics, grouped: bool = False) -> None:
+    def __init__(self, statistics: ActivationStatistics, grouped: bool = False, rows: SeenRows | None = None) -> None:
         super().__init__()
         self.statistics = statistics
         self.grouped = grouped
+        self.rows = rows
 
     def forward(self, x: Tensor, offsets: Tensor | None = None) -> Tensor:
         """x [..., K] unchanged; offsets: where the groups of its rows end, one for each expert."""
@@ -31,6 +34,10 @@ class Observer(nn.Module):
             self.statistics.update_groups(x, offsets)
         else:
             self.statistics.update(x)
+        if self.rows is not None and self.grouped:
+            self.rows.add_groups(x, offsets)
+        elif self.rows is not None:
+            self.rows.add(x)
         return x
 
 
@@ -46,35 +53,46 @@ class PastObservers(fx.Interpreter):
 
 @dataclass(frozen=True)
 class InsertObservers(GraphPass):
-    """One observer for each distinct activation operand: q, k and v share theirs."""
+    """One observer for each distinct activation operand: q, k and v share theirs, unless it is written to meanwhile."""
 
     name: ClassVar[str] = "insert_observers"
     requires: ClassVar[tuple[Condition, ...]] = (normal_form,)
 
     plan: QuantizationPlan
+    moments: bool = False
+    """Whether to gather second moments too, of what compensated weights meet."""
 
     def transform(self, graph_module: fx.GraphModule) -> bool:
         """Insert `call_module` nodes; their statistics are named after the first layer that reads the activation."""
-        by_activation: dict[fx.Node, list[tuple[Matmul, PlannedMatmul]]] = {}
-        for matmul, planned in self.plan.pair(graph_module):
-            if planned.weight is not None and _observer(graph_module, matmul.activation) is None:
-                by_activation.setdefault(matmul.activation, []).append((matmul, planned))
-        for index, (activation, reading) in enumerate(by_activation.items()):
-            matmul, first = reading[0]
-            target = f"{PREFIX}.{index}"
-            statistics = ActivationStatistics(first.layer, first.config.activations)
-            register_attribute(graph_module, target, Observer(statistics, matmul.grouped))
-            graph, offsets = graph_module.graph, matmul.offsets
-            if offsets is None:
-                with graph.inserting_after(activation):
-                    observer = graph.call_module(target, (activation,))
-            else:  # which may be known only after the activation
-                with graph.inserting_before(matmul.node):
-                    observer = graph.call_module(target, (activation, offsets))
-            observer.meta = {"val": activation.meta.get("val")}
-            for reader, _ in reading:
-                reader.node.replace_input_with(activation, observer)
-        return bool(by_activation)
+        found = {matmul.node: (matmul, planned) for matmul, planned in self.plan.pair(graph_module)}
+        by_values: dict[tuple[fx.Node, int], list[tuple[Matmul, PlannedMatmul]]] = {}
+        writes = Writes()
+        for node in graph_module.graph.nodes:
+            if node in found:
+                matmul, planned = found[node]
+                if planned.weight is not None and _observer(graph_module, matmul.activation) is None:
+                    key = matmul.activation, writes.before(matmul.activation)
+                    by_values.setdefault(key, []).append((matmul, planned))
+            writes.visit(node)
+        for index, reading in enumerate(by_values.values()):
+            self._insert(graph_module, f"{PREFIX}.{index}", reading)
+        return bool(by_values)
+
+    def _insert(self, graph_module: fx.GraphModule, target: str, reading: list[tuple[Matmul, PlannedMatmul]]) -> None:
+        """One observer, before the first matmul that reads the activation with the values that it sees."""
+        matmul, first = reading[0]
+        compensated = self.moments and any(planned.compensated for _, planned in reading)
+        statistics = ActivationStatistics(first.layer, first.config.activations)
+        register_attribute(
+            graph_module, target, Observer(statistics, matmul.grouped, SeenRows() if compensated else None)
+        )
+        activation = matmul.activation
+        with graph_module.graph.inserting_before(matmul.node):
+            args = (activation,) if matmul.offsets is None else (activation, matmul.offsets)
+            observer = graph_module.graph.call_module(target, args)
+        observer.meta = {"val": activation.meta.get("val")}
+        for reader, _ in reading:
+            reader.node.replace_input_with(activation, observer)
 
 
 def observed(graph_module: fx.GraphModule, plan: QuantizationPlan) -> dict[PlannedMatmul, ActivationStatistics]:
@@ -85,6 +103,12 @@ def observed(graph_module: fx.GraphModule, plan: QuantizationPlan) -> dict[Plann
         if observer is not None:
             found[planned] = observer.statistics
     return found
+
+
+def seen_rows(graph_module: fx.GraphModule, plan: QuantizationPlan) -> dict[PlannedMatmul, SeenRows]:
+    """What second moments are made of, for the matmuls whose observer has gathered it."""
+    observers = {planned: _observer(graph_module, matmul.activation) for matmul, planned in plan.pair(graph_module)}
+    return {one: found.rows for one, found in observers.items() if found is not None and found.rows is not None}
 
 
 def unobserved(graph_module: fx.GraphModule, activation: fx.Node) -> fx.Node:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lobcq_fx.calibration.codebook_sets import MODULE
@@ -17,7 +17,7 @@ from lobcq_fx.errors import CheckpointError
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.model import QuantizedModel
 from lobcq_fx.storage.checkpoint import is_checkpoint
-from lobcq_fx.storage.stored_tensors import weights_path
+from lobcq_fx.storage.stored_tensors import entry_of, open_weights
 
 CODEBOOKS = f"{MODULE}.codebooks"
 
@@ -57,8 +57,9 @@ class ReportContent:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             settings = LobcqConfig.from_dict(config["quantization_config"]["lobcq_config"])
             inventory = Inventory.from_dict(json.loads((folder / "inventory.json").read_text(encoding="utf-8")))
-            with safe_open(weights_path(folder), framework="pt") as file:
-                codebooks = {key: file.get_tensor(key) for key in sorted(file.keys()) if key.startswith(CODEBOOKS)}
+            with open_weights(folder, entry_of(folder, config["quantization_config"])) as weights:
+                names = sorted(name for name in weights.names if name.startswith(CODEBOOKS))
+                codebooks = {name: weights.get_tensor(name) for name in names}
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise CheckpointError(f"{folder} is damaged: {type(error).__name__}: {error}") from None
         return cls(_name(config), _architecture(config), inventory, settings, codebooks)

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -31,8 +31,15 @@ MODEL = "model"
 """In a folder that is gone on with, the one that will be put in place."""
 
 
+def none(name: str) -> bool:
+    """No file's name is that of one that goes with what is replaced."""
+    return False
+
+
 @contextmanager
-def replace_folder(target: Path, is_ours: Callable[[Path], bool], own: Container[str] = ()) -> Iterator[Path]:
+def replace_folder(
+    target: Path, is_ours: Callable[[Path], bool], is_own: Callable[[str], bool] = none
+) -> Iterator[Path]:
     """Yield an empty folder beside `target`; when the block ends well it becomes `target`, else it is deleted, and so
     are the folders above it that there were not before. SIGTERM and SIGHUP end it as an exception would.
 
@@ -42,7 +49,7 @@ def replace_folder(target: Path, is_ours: Callable[[Path], bool], own: Container
     Args:
         target: a new folder, an empty one, or one of ours.
         is_ours: whether a folder may be replaced.
-        own: names of the files that belong to what is replaced.
+        is_own: whether a file, by its name, belongs to what is replaced.
 
     Raises:
         CheckpointError: `target` cannot be written, or is not ours.
@@ -59,7 +66,7 @@ def replace_folder(target: Path, is_ours: Callable[[Path], bool], own: Container
             locks.enter_context(_locked(fresh))
         try:
             yield fresh
-            _finish(fresh, target, own)
+            _finish(fresh, target, is_own)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
             with suppress(OSError):  # from the innermost out, up to one that holds something
@@ -69,7 +76,7 @@ def replace_folder(target: Path, is_ours: Callable[[Path], bool], own: Container
 
 @contextmanager
 def resumed_folder(
-    target: Path, is_ours: Callable[[Path], bool], own: Container[str], worth: Callable[[Path], bool]
+    target: Path, is_ours: Callable[[Path], bool], is_own: Callable[[str], bool], worth: Callable[[Path], bool]
 ) -> Iterator[Path]:
     """Yield a folder beside `target` that outlives a block that does not end well, and is there again the next time.
 
@@ -78,7 +85,7 @@ def resumed_folder(
     block as an exception would.
 
     Args:
-        target, is_ours, own: as in `replace_folder`.
+        target, is_ours, is_own: as in `replace_folder`.
         worth: whether the folder has anything to go on with; without, it goes when the block fails.
 
     Raises:
@@ -98,7 +105,7 @@ def resumed_folder(
         try:
             (work / MODEL).mkdir(mode=0o700, exist_ok=True)
             yield work
-            _finish(work / MODEL, target, own)
+            _finish(work / MODEL, target, is_own)
         except BaseException:
             if not worth(work):
                 shutil.rmtree(work, ignore_errors=True)
@@ -112,11 +119,11 @@ def unfinished(target: Path) -> Path:
     return target.parent / f".{target.name}{UNFINISHED}"
 
 
-def _finish(fresh: Path, target: Path, own: Container[str]) -> None:
+def _finish(fresh: Path, target: Path, is_own: Callable[[str], bool]) -> None:
     """Put a folder that is complete in place."""
     _give_permissions(fresh)
     if target.is_dir():
-        _keep_the_rest(target, fresh, own)
+        _keep_the_rest(target, fresh, is_own)
     _sync(fresh)
     with _locked(target.parent):  # no other save takes a model that makes way for abandoned
         _put_in_place(fresh, target)
@@ -223,10 +230,10 @@ def _give_permissions(folder: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def _keep_the_rest(old: Path, fresh: Path, own: Container[str]) -> None:
+def _keep_the_rest(old: Path, fresh: Path, is_own: Callable[[str], bool]) -> None:
     """Hard links: the same files, with their modes and times, under a second name until the old folder goes."""
     for entry in os.scandir(old):
-        if entry.name not in own and not os.path.lexists(fresh / entry.name):
+        if not is_own(entry.name) and not os.path.lexists(fresh / entry.name):
             _link(entry, fresh / entry.name)
     shutil.copystat(old, fresh)
 

@@ -1,7 +1,8 @@
 """A quantized model as a folder.
 
 config.json         the Hugging Face configuration (if any) with `quantization_config`: format version, settings
-lobcq.safetensors   packed weights under the format's names, codebooks, and what stayed in float
+lobcq.safetensors   packed weights under the format's names, codebooks, and what stayed in float; where that is too
+                    large, lobcq-00001-of-00002.safetensors and so on, and lobcq.safetensors.index.json
 graph.json          the FX graph and the calling convention, the same of other graphs on these tensors
 inventory.json      every matmul and what became of it
 lobcq.index.json    a digest of each of these files, and of each tensor
@@ -27,23 +28,24 @@ from lobcq_fx.errors import CheckpointError
 from lobcq_fx.graph.shared_tensors import SharingGraphModule
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.storage.atomic_folder import replace_folder
-from lobcq_fx.storage.files import json_object, read_bytes
+from lobcq_fx.storage.files import FILE_LIMIT, json_object, read_bytes
 from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
 from lobcq_fx.storage.index import INDEX, FolderIndex, TensorDigest, described, differing, digest_of, digests_of
 from lobcq_fx.storage.rehearse import META, rehearse
+from lobcq_fx.storage.shards import SHARD_INDEX, WEIGHTS, Shards, is_shard
 from lobcq_fx.storage.stored_tensors import (
-    WEIGHTS,
+    ENTRY,
     WEIGHTS_OF_VERSION_1,
     check_tensors,
+    entry_of,
     open_weights,
     read_tensors,
     root_of,
     stored_names,
     stored_tensors,
     validated_root,
-    weights_path,
 )
-from lobcq_fx.storage.weights_file import check_room, weights_file
+from lobcq_fx.storage.weights_file import check_room, lay_out, weights_files
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.trace import MAIN, TracedModel
 
@@ -69,11 +71,8 @@ LAYERS = "layers"
 INVENTORY = "inventory.json"
 DESCRIPTIONS = ("config.json", "graph.json", INVENTORY)
 
-OWN = (*DESCRIPTIONS, WEIGHTS, INDEX, WEIGHTS_OF_VERSION_1)
-"""Files that belong to a model, and go with it when it is replaced; others are the user's."""
-
-FILE_LIMIT = 64 * 2**20
-"""Bytes of a JSON file. The graphs of an 80-layer Llama take five million."""
+FILES = (*DESCRIPTIONS, WEIGHTS, INDEX)
+"""Of a folder whose weights are one file."""
 
 TRIES = 5
 """Times a folder may be replaced while it is read."""
@@ -134,7 +133,7 @@ def _names_its_kind(name: str, graph: StoredGraph) -> bool:
 
 @contextmanager
 def saved_folder(
-    checkpoint: Checkpoint, directory: Path, companions: Sequence[Any]
+    checkpoint: Checkpoint, directory: Path, companions: Sequence[Any], max_shard_size: int | str | None = None
 ) -> Iterator[tuple[Path, Checkpoint]]:
     """Write a checkpoint beside `directory`, read it back, compare, and put it in place when the block ends well.
 
@@ -142,25 +141,32 @@ def saved_folder(
         checkpoint: what to write.
         directory: new, empty, or a folder of ours, which is replaced as a whole.
         companions: what saves itself into the folder too: a tokenizer, a generation config.
+        max_shard_size: of a file of weights, as `Shards.split` takes it.
 
     Yields:
         The folder that is not in place yet, and what it holds.
+
+    Raises:
+        ConfigError: `max_shard_size` is no size.
     """
     tensors = stored_tensors(checkpoint.root, [one.graph for one in checkpoint.graphs.values()])
-    with replace_folder(directory, is_checkpoint, OWN) as folder:
+    shards = Shards.split({name: described(tensor) for name, tensor in tensors.items()}, max_shard_size)
+    with replace_folder(directory, is_checkpoint, is_own) as folder:
         digests = digests_of(tensors)
         check_room(folder, digests)
-        with weights_file(folder / WEIGHTS, digests) as file:
+        lay_out(folder, shards.files, digests)
+        with weights_files(folder, shards.files, digests) as files:
             for name, tensor in tensors.items():
-                file.write(name, tensor)
-        write_descriptions(folder, descriptions(checkpoint), companions, digests)
+                files.write(name, tensor)
+        write_descriptions(folder, descriptions(checkpoint, shards, digests), companions, digests)
         yield folder, load_checkpoint(folder)
 
 
-def descriptions(checkpoint: Checkpoint) -> dict[str, bytes]:
+def descriptions(checkpoint: Checkpoint, shards: Shards, tensors: Mapping[str, TensorDigest]) -> dict[str, bytes]:
     """What stands beside the weights, by the names of the files."""
-    values = (_config(checkpoint), _graph(checkpoint), checkpoint.inventory.to_dict())
-    return {name: json_bytes(value) for name, value in zip(DESCRIPTIONS, values, strict=True)}
+    values = (_config(checkpoint, shards), _graph(checkpoint), checkpoint.inventory.to_dict())
+    contents = {name: json_bytes(value) for name, value in zip(DESCRIPTIONS, values, strict=True)}
+    return contents | shards.index(tensors)
 
 
 def write_descriptions(
@@ -205,15 +211,15 @@ def verify_folder(directory: Path) -> tuple[FolderIndex, list[str]]:
         CheckpointError: the folder has no index, or a damaged one.
     """
     index = FolderIndex.parse(read_bytes(directory / INDEX, FILE_LIMIT), directory / INDEX)
-    problems = []
-    for name in DESCRIPTIONS:
+    problems, entry = [], SHARD_INDEX if SHARD_INDEX in index.files else WEIGHTS
+    for name in (*DESCRIPTIONS, *({SHARD_INDEX} & index.files.keys())):
         try:
             index.check_file(directory / name, read_bytes(directory / name, FILE_LIMIT))
         except CheckpointError as error:
             problems.append(str(error))
     try:
-        with open_weights(directory / WEIGHTS) as file:
-            found = digests_of({name: file.get_tensor(name) for name in sorted(file.keys())})
+        with open_weights(directory, entry) as weights:
+            found = digests_of({name: weights.get_tensor(name) for name in sorted(weights.names)})
     except CheckpointError as error:
         return index, [*problems, str(error)]
     return index, problems + differing(index.tensors, found)
@@ -230,13 +236,17 @@ def _generation(directory: Path) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class _Described:
-    """What the files beside the weights say. parameters: names of the tensors that are parameters."""
+    """What the files beside the weights say.
+
+    entry: the file that leads to the tensors. parameters: names of those that are parameters.
+    """
 
     graphs: Mapping[str, StoredGraph]
     refused: Mapping[str, str]
     lobcq_config: LobcqConfig
     inventory: Inventory
     config: dict[str, Any] | None
+    entry: str
     parameters: set[str]
     index: FolderIndex | None
 
@@ -264,23 +274,22 @@ def check_written(directory: Path, digest: Callable[[str], str]) -> Checkpoint:
     found = _described(directory)
     assert found.index is not None
     tensors = {}
-    with open_weights(directory / WEIGHTS) as file:
+    with open_weights(directory, found.entry) as weights:
         for name in stored_names(found.fx_graphs):
-            part = file.get_slice(name)
             dtype = getattr(torch, found.index.tensors[name].dtype)
-            tensors[name] = torch.empty(part.get_shape(), dtype=dtype, device=META)
+            tensors[name] = torch.empty(weights.shape(name), dtype=dtype, device=META)
     problems = differing(found.index.tensors, {n: replace(described(t), blake3=digest(n)) for n, t in tensors.items()})
     if problems:
-        raise CheckpointError(f"{directory / WEIGHTS} does not read back as it was written: {problems[0]}")
+        raise CheckpointError(f"{directory / found.entry} does not read back as it was written: {problems[0]}")
     rehearse(found.fx_graphs, tensors)
     return found.checkpoint(root_of(tensors, found.fx_graphs, found.parameters))
 
 
 def _load(directory: Path, *, verify: bool) -> Checkpoint:
     found = _described(directory)
-    tensors = read_tensors(directory, found.fx_graphs)
+    tensors = read_tensors(directory, found.entry, found.fx_graphs)
     if found.index is not None:
-        check_tensors(weights_path(directory), tensors, found.index, verify=verify)
+        check_tensors(directory / found.entry, tensors, found.index, verify=verify)
     return found.checkpoint(validated_root(tensors, found.fx_graphs, found.parameters))
 
 
@@ -305,18 +314,26 @@ def _described(directory: Path) -> _Described:
 
     if index is not None:
         index.check_file(directory / "config.json", content)
+    entry = entry_of(directory, settings)
+    if entry == SHARD_INDEX:
+        read(entry)
     saved = read("graph.json")
     try:
         graphs = {MAIN: StoredGraph(graph_from_json(saved["nodes"]), saved["calling"])}
-        for name, entry in saved.get("variants", {}).items():
-            graphs[name] = StoredGraph(graph_from_json(entry["nodes"]), entry["calling"])
+        for name, one in saved.get("variants", {}).items():
+            graphs[name] = StoredGraph(graph_from_json(one["nodes"]), one["calling"])
         refused = {str(name): str(reason) for name, reason in saved.get("refused_variants", {}).items()}
         inventory = Inventory.from_dict(read(INVENTORY))
         lobcq_config = LobcqConfig.from_dict(settings["lobcq_config"])
         parameters = set(saved["parameters"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory} is damaged: {type(error).__name__}: {error}") from None
-    return _Described(graphs, refused, lobcq_config, inventory, config or None, parameters, index)
+    return _Described(graphs, refused, lobcq_config, inventory, config or None, entry, parameters, index)
+
+
+def is_own(name: str) -> bool:
+    """Whether a file belongs to a model, and goes with it when it is replaced; others are the user's."""
+    return name in (*FILES, SHARD_INDEX, WEIGHTS_OF_VERSION_1) or is_shard(name)
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -328,11 +345,12 @@ def is_checkpoint(directory: Path) -> bool:
         return False
 
 
-def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, shards: Shards) -> dict[str, Any]:
     quantization = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "lobcq_config": checkpoint.lobcq_config.to_dict(),
+        **({} if shards.entry == WEIGHTS else {ENTRY: shards.entry}),
     }
     return {**(checkpoint.config or {}), "transformers_weights": NOTICE, "quantization_config": quantization}
 

@@ -10,6 +10,9 @@ from typing import Any
 
 from lobcq_fx.errors import CheckpointError
 
+FILE_LIMIT = 64 * 2**20
+"""Bytes of a JSON file of a folder. The graphs of an 80-layer Llama take five million."""
+
 
 def check_regular(path: Path) -> None:
     """That `path` is a file, not a pipe or a device, which would hang a reader or never end.

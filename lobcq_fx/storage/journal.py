@@ -69,9 +69,16 @@ class Journal:
         self._size += len(line)
 
 
-def entries_of(path: Path) -> dict[str, dict[str, Any]]:
-    """The entries of a journal, of whichever work; none where there is no such file."""
-    return _named(_whole_lines(path)[0])
+def entries_of(path: Path, work: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """The entries of a journal; none where there is no such file.
+
+    Raises:
+        CheckpointError: it has some, of another work than the one that is given.
+    """
+    lines, _ = _whole_lines(path)
+    if work is not None and len(lines) > 1:
+        _check_same(path, lines[0], work)
+    return _named(lines)
 
 
 def _named(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

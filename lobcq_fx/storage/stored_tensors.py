@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,16 @@ from lobcq_fx.errors import CheckpointError
 from lobcq_fx.graph.attributes import has_attribute, register_attribute
 from lobcq_fx.graph.graph_module import LobcqGraphModule
 from lobcq_fx.modules.packed_weight import PARTS
-from lobcq_fx.storage.files import check_regular
+from lobcq_fx.storage.files import FILE_LIMIT, check_regular, read_bytes
 from lobcq_fx.storage.index import FolderIndex, described, differing, digests_of
 from lobcq_fx.storage.rehearse import rehearse
+from lobcq_fx.storage.shards import SHARD_INDEX, WEIGHTS, Shards, is_shard
 from lobcq_fx.storage.validate import check_parameters, restore_packed_weights
 
-WEIGHTS, WEIGHTS_OF_VERSION_1 = "lobcq.safetensors", "model.safetensors"
+WEIGHTS_OF_VERSION_1 = "model.safetensors"
+
+ENTRY = "weights"
+"""Key of a `quantization_config`: the file that leads to the tensors, where it is not the only one of them."""
 
 SMALL = 4096
 """Bytes of tensors that are always compared with their digests: tensor scales and biases tell two saves apart."""
@@ -54,10 +58,26 @@ def root_of(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: s
     return root
 
 
-def weights_path(directory: Path) -> Path:
-    """The file with a folder's weights, of whichever version it is."""
-    old = directory / WEIGHTS_OF_VERSION_1
-    return directory / WEIGHTS if (directory / WEIGHTS).exists() or not old.exists() else old
+class StoredWeights:
+    """A folder's tensors by name, mapped, whichever file has them."""
+
+    def __init__(self, homes: Mapping[str, Any]) -> None:
+        """homes: each tensor's file, opened."""
+        self._homes = homes
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of all."""
+        return frozenset(self._homes)
+
+    def get_tensor(self, name: str) -> Tensor:
+        """One of them, mapped."""
+        tensor: Tensor = self._homes[name].get_tensor(name)
+        return tensor
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of one."""
+        return list(self._homes[name].get_slice(name).get_shape())
 
 
 def stored_tensors(module: nn.Module, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
@@ -78,15 +98,14 @@ def stored_names(graphs: Sequence[fx.Graph]) -> list[str]:
     return list(dict.fromkeys(str(node.target) for graph in graphs for node in graph.find_nodes(op="get_attr")))
 
 
-def read_tensors(directory: Path, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
-    """What the graphs refer to, mapped from the file."""
+def read_tensors(directory: Path, entry: str, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
+    """What the graphs refer to, mapped from the files that `entry` leads to."""
     wanted = set(stored_names(graphs))
-    path = weights_path(directory)
-    with open_weights(path) as file:
-        missing = wanted - set(file.keys())
+    with open_weights(directory, entry) as weights:
+        missing = wanted - weights.names
         if missing:
-            raise CheckpointError(f"{path} lacks {sorted(missing)[0]} and {len(missing) - 1} more tensors")
-        return {name: file.get_tensor(name) for name in sorted(wanted)}
+            raise CheckpointError(f"{directory / entry} lacks {sorted(missing)[0]} and {len(missing) - 1} more tensors")
+        return {name: weights.get_tensor(name) for name in sorted(wanted)}
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], index: FolderIndex, *, verify: bool) -> None:
@@ -106,13 +125,75 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], index: FolderIndex,
         )
 
 
-@contextmanager
-def open_weights(path: Path) -> Iterator[Any]:
-    """A file of weights, mapped.
+def entry_of(directory: Path, settings: Mapping[str, Any]) -> str:
+    """The file that leads to a folder's tensors, of whichever version it is.
+
+    Args:
+        directory: the folder.
+        settings: its `quantization_config`.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: they name another file.
     """
+    entry = check_entry(str(directory / "config.json"), settings.get(ENTRY, WEIGHTS))
+    old = entry == WEIGHTS and not (directory / WEIGHTS).exists() and (directory / WEIGHTS_OF_VERSION_1).exists()
+    return WEIGHTS_OF_VERSION_1 if old else entry
+
+
+def check_entry(where: str, entry: Any) -> str:
+    """That a name is that of a file that leads to a folder's tensors.
+
+    Raises:
+        CheckpointError: it is another; says `where` it was found.
+    """
+    if entry not in (WEIGHTS, SHARD_INDEX):
+        raise CheckpointError(f"{where} has {ENTRY}={entry!r}, which is neither {WEIGHTS} nor {SHARD_INDEX}")
+    return str(entry)
+
+
+@contextmanager
+def open_weights(directory: Path, entry: str) -> Iterator[StoredWeights]:
+    """A folder's weights, mapped.
+
+    Args:
+        directory: the folder.
+        entry: the file that leads to them: the only one, or the index of several.
+
+    Raises:
+        CheckpointError: they cannot be read, or are not of one save: files that the index does not name, tensors that
+            are not where it has them.
+    """
+    sharded = entry == SHARD_INDEX
+    index = Shards.parse(read_bytes(directory / entry, FILE_LIMIT), directory / entry).files if sharded else {}
+    _check_no_others(directory, {*index, entry})
+    with ExitStack() as stack:
+        homes: dict[str, Any] = {}
+        for name in index or (entry,):
+            file = stack.enter_context(_opened(directory / name))
+            held = set(file.keys())
+            astray = sorted(held ^ set(index[name])) if sharded else []
+            if astray:
+                which = "has" if astray[0] in held else "lacks"
+                raise CheckpointError(f"{directory / name} {which} {astray[0]}, against {entry}: get the folder again")
+            homes |= dict.fromkeys(held, file)
+        yield StoredWeights(homes)
+
+
+def _check_no_others(directory: Path, names: set[str]) -> None:
+    """That no other save's weights are there: who reads by another rule would take those."""
+    others = {*weights_of(directory), *({SHARD_INDEX} if (directory / SHARD_INDEX).exists() else ())} - names
+    if others:
+        path = directory / min(others)
+        raise CheckpointError(f"{path} is not of the model that {directory} holds: get the folder again")
+
+
+def weights_of(directory: Path) -> set[str]:
+    """The names of a folder's files of weights, whatever else may be there."""
+    return {path.name for path in directory.iterdir() if path.name == WEIGHTS or is_shard(path.name)}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:

@@ -10,8 +10,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,60 @@ class WeightsFile:
             write_all(self._descriptor, memoryview(self._header), 0)
 
 
+class WeightsFiles:
+    """The same of several files, each of which has some of the tensors."""
+
+    def __init__(self, homes: Mapping[str, WeightsFile]) -> None:
+        """homes: each tensor's file."""
+        self._homes = homes
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor, on the CPU, in its place; raises as `WeightsFile.write`."""
+        self._homes[name].write(name, tensor)
+
+    def digest(self, name: str) -> str:
+        """BLAKE3 of what is in a tensor's place; raises as `WeightsFile.digest`."""
+        return self._homes[name].digest(name)
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Flush what was written of these tensors to the disk."""
+        for file in {self._homes[name] for name in names}:
+            file.sync()
+
+
+def lay_out(folder: Path, files: Mapping[str, Iterable[str]], tensors: Mapping[str, TensorDigest]) -> None:
+    """Make the files of a folder, with the room for all tensors; those that are there already stay.
+
+    Args:
+        folder: where they are.
+        files: the names of each file's tensors, by its name.
+        tensors: their dtypes and shapes.
+
+    Raises:
+        OSError: there is no room for them, or the disk fails.
+    """
+    for file, names in files.items():
+        with weights_file(folder / file, {name: tensors[name] for name in names}):
+            pass
+
+
+@contextmanager
+def weights_files(
+    folder: Path, files: Mapping[str, Iterable[str]], tensors: Mapping[str, TensorDigest]
+) -> Iterator[WeightsFiles]:
+    """Open files that were laid out; several processes may, if each writes tensors of its own.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    with ExitStack() as stack:
+        homes: dict[str, WeightsFile] = {}
+        for file, names in files.items():
+            held = {name: tensors[name] for name in names}
+            homes |= dict.fromkeys(held, stack.enter_context(_opened(folder / file, held)))
+        yield WeightsFiles(homes)
+
+
 @contextmanager
 def weights_file(path: Path, tensors: Mapping[str, TensorDigest]) -> Iterator[WeightsFile]:
     """Open a file for tensors of these dtypes and shapes, new or as it was left.
@@ -82,27 +136,34 @@ def weights_file(path: Path, tensors: Mapping[str, TensorDigest]) -> Iterator[We
     Raises:
         OSError: there is no room for it, or the disk fails.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        file = WeightsFile(path, descriptor, tensors)
+    with _opened(path, tensors, os.O_CREAT) as file:
         file.lay_out()
         yield file
+
+
+@contextmanager
+def _opened(path: Path, tensors: Mapping[str, TensorDigest], flags: int = 0) -> Iterator[WeightsFile]:
+    descriptor = os.open(path, os.O_RDWR | flags | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        yield WeightsFile(path, descriptor, tensors)
     finally:
         os.close(descriptor)
 
 
-def check_room(folder: Path, tensors: Mapping[str, TensorDigest], there: int = 0) -> None:
+def check_room(folder: Path, tensors: Mapping[str, TensorDigest], there: Iterable[str] = ()) -> None:
     """That the disk has room for tensors.
 
     Args:
         folder: where they will be written.
         tensors: what they are.
-        there: bytes of them that are reserved already.
+        there: names of files in it that may have room for some of them already.
 
     Raises:
         OSError: it has not.
     """
-    needed, free = sum(size_of(one) for one in tensors.values()) - there, shutil.disk_usage(folder).free
+    begun = [folder / name for name in there if (folder / name).exists()]
+    needed = sum(size_of(one) for one in tensors.values()) - sum(file.stat().st_blocks * 512 for file in begun)
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed and {free:,} are free", str(folder))
 

@@ -84,6 +84,10 @@ class FloatFolder:
         # A slice of all of it would be there twice while it is read.
         return self._reading(name, lambda file: file.get_tensor(name))
 
+    def without_content(self, name: str) -> Tensor:
+        """A tensor of the same dtype and shape, in no memory of its own."""
+        return torch.zeros((), dtype=self.dtype(name), device="cpu").expand(self.shape(name))
+
     def digest(self, name: str) -> str:
         """BLAKE3 of a tensor's content, read piece by piece.
 

@@ -44,6 +44,7 @@ class Skeleton:
     model: PreTrainedModel
     provenance: Provenance
     _taken: frozenset[str]
+    _large: frozenset[str]
     _names: Mapping[int, str]
     _real: frozenset[int]
 
@@ -70,11 +71,16 @@ class Skeleton:
         taken = frozenset(aliases[name] for name in loading.taken)
         names = {tensors[name].data_ptr(): name for name in taken if tensors[name].numel()}
         real = frozenset(one.data_ptr() for name, one in tensors.items() if aliases[name] not in taken)
-        return cls(model.eval(), Provenance(loading.sources, aliases), taken, names, real)
+        return cls(model.eval(), Provenance(loading.sources, aliases), taken, frozenset(large), names, real)
 
     def name_of(self, tensor: Tensor) -> str | None:
         """The parameter that a tensor is, or looks at, of those that are made of stored ones; None for others."""
         return self._names.get(tensor.data_ptr())
+
+    def stands_in(self, tensor: Tensor) -> str | None:
+        """The parameter that a tensor stands in for; None for one that is real."""
+        name = self.name_of(tensor)
+        return name if name in self._large else None
 
     def reads(self, name: str) -> bool:
         """Whether a parameter, by any of its names, is made of stored tensors."""

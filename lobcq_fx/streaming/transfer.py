@@ -1,4 +1,4 @@
-"""Parameters from a folder of floats to a file of packed weights, each noted in a journal once it is on the disk."""
+"""Parameters from a folder of floats to files of packed weights, each noted in a journal once it is on the disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lobcq_fx.modules.packed_weight import PARTS
 from lobcq_fx.pipeline import Progress
 from lobcq_fx.storage.index import TensorDigest, described, digested
 from lobcq_fx.storage.journal import Journal
-from lobcq_fx.storage.weights_file import WeightsFile
+from lobcq_fx.storage.weights_file import WeightsFiles
 from lobcq_fx.streaming.emission import Emission
 from lobcq_fx.streaming.float_folder import FloatFolder
 from lobcq_fx.streaming.skeleton import Provenance
@@ -53,35 +53,45 @@ class Finished:
         return cls(tensors, {name: (int(size), float(noise)) for name, (size, noise) in entry["encoded"].items()})
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """What is to be read, and what becomes of it: folder and dtype as `load_through` takes them."""
+
+    folder: FloatFolder
+    dtype: torch.dtype | str
+    provenance: Provenance
+    emission: Emission
+
+
 def transfer(
-    folder: FloatFolder,
-    dtype: torch.dtype | str,
-    provenance: Provenance,
-    emission: Emission,
-    file: WeightsFile,
+    parameters: Parameters,
+    files: WeightsFiles,
     journal: Journal,
+    share: Mapping[str, Finished | None],
     progress: Progress,
 ) -> dict[str, Finished]:
-    """Encode and write every parameter that the journal has not, or that is not on the disk as it says.
+    """Encode and write every parameter of a share that is not on the disk as a journal may have it.
+
+    Returns:
+        What was stored of each.
 
     Raises:
         CheckpointError: the folder cannot be read, or is not what it was.
         LobcqError: a weight holds NaN or infinity.
         OSError: the disk is full, or fails.
     """
-    found = {name: Finished.from_dict(entry) for name, entry in journal.entries.items()}
-    done = {name: one for name, one in found.items() if _is_there(one, file)}
-    if done.keys() != emission.uses.keys():
-        with _Transfer(folder, provenance, emission, file, journal, progress, done) as under_way:
-            load_through(folder, dtype, under_way.read, under_way.take)
-    missing = sorted(emission.uses.keys() - done.keys())
+    done = {name: one for name, one in share.items() if one is not None and _is_there(one, files)}
+    if done.keys() != share.keys():
+        with _Transfer(parameters, files, journal, progress, share.keys() - done.keys(), done) as under_way:
+            load_through(parameters.folder, parameters.dtype, under_way.read, under_way.take)
+    missing = sorted(share.keys() - done.keys())
     if missing:
-        raise CheckpointError(f"{folder.path} gave no {missing[0]}, and {len(missing) - 1} more parameters")
+        raise CheckpointError(f"{parameters.folder.path} gave no {missing[0]}, and {len(missing) - 1} more parameters")
     return done
 
 
-def _is_there(one: Finished, file: WeightsFile) -> bool:
-    return all(file.digest(name) == tensor.blake3 for name, tensor in one.tensors.items())
+def _is_there(one: Finished, files: WeightsFiles) -> bool:
+    return all(files.digest(name) == tensor.blake3 for name, tensor in one.tensors.items())
 
 
 class _Transfer:
@@ -89,18 +99,17 @@ class _Transfer:
 
     def __init__(
         self,
-        folder: FloatFolder,
-        provenance: Provenance,
-        emission: Emission,
-        file: WeightsFile,
+        parameters: Parameters,
+        files: WeightsFiles,
         journal: Journal,
         progress: Progress,
+        left: set[str],
         done: dict[str, Finished],
     ) -> None:
-        self._folder, self._provenance, self._emission = folder, provenance, emission
-        self._file, self._journal, self._progress, self._done = file, journal, progress, done
-        self._left = emission.uses.keys() - done.keys()
-        self._workers = Workers(max(LEAST_LIMIT, 2 * max(emission.sizes.values())))
+        self._folder, self._provenance = parameters.folder, parameters.provenance
+        self._emission = parameters.emission
+        self._files, self._journal, self._progress, self._left, self._done = files, journal, progress, left, done
+        self._workers = Workers(max(LEAST_LIMIT, 2 * max(self._emission.sizes.values())))
 
     def __enter__(self) -> _Transfer:
         self._workers.__enter__()
@@ -120,7 +129,7 @@ class _Transfer:
         elif parameters & self._left:
             self._workers.wait_for_room(whole)
         if not parameters & self._left:
-            return torch.zeros((), dtype=self._folder.dtype(name), device="cpu").expand(self._folder.shape(name))
+            return self._folder.without_content(name)
         return self._folder.read(name)
 
     def take(self, model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -145,9 +154,9 @@ class _Transfer:
         for place, tensor in stored.items():
             if described(tensor) != self._emission.tensors[place]:
                 raise CheckpointError(f"{self._folder.path} gave a {tensor.dtype} {list(tensor.shape)} for {place}")
-            self._file.write(place, tensor)
+            self._files.write(place, tensor)
         finished = Finished({place: digested(tensor) for place, tensor in stored.items()}, encoded)
-        self._file.sync()
+        self._files.sync(stored)
         self._journal.add(name, finished.to_dict())
         self._done[name] = finished
 

@@ -18,6 +18,7 @@ import lobcq_fx
 from lobcq_fx.config import DEFAULT_EXCLUDE
 from lobcq_fx.errors import NotStreamedError
 from lobcq_fx.storage.journal import Journal
+from lobcq_fx.streaming import skeleton
 from tests.cli.conftest import Run
 from tests.cli.test_application import start
 
@@ -77,6 +78,23 @@ def test_settings_reach_the_model(lobcq: Run, llama: Path, text_file: Path, tmp_
     reasons = {row["reason"]: len(row["layers"]) for row in found["left_in_float"]}
     assert reasons["excluded by pattern '*down_proj'"] == 2
     assert reasons["matched by no include pattern"] == 8
+
+
+def test_a_bound_on_memory_changes_nothing_that_is_written(
+    lobcq: Run, llama: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(skeleton, "SMALL", 1024)
+    settings = (
+        "--calibrate", text_file, "--calibration-samples", 3, "--calibration-length", 16, "--rounding", "compensated",
+        "--smoothing", "folded",
+    )  # fmt: skip
+    bounded = lobcq.json("quantize", llama, "-o", tmp_path / "a" / "q", *settings, "--max-memory", "20KB")
+    whole = lobcq.json("quantize", llama, "-o", tmp_path / "b" / "q", *settings)
+    for other in ("output", "seconds"):
+        bounded.pop(other), whole.pop(other)
+    assert bounded == whole
+    written = [{one.name: one.read_bytes() for one in (tmp_path / name / "q").iterdir()} for name in "ab"]
+    assert written[0] == written[1]
 
 
 def test_layers_get_settings_of_their_own(lobcq: Run, llama: Path, tmp_path: Path) -> None:
@@ -204,7 +222,7 @@ def test_places_that_cannot_be_written(
     assert not (tmp_path / "q").exists()
 
 
-def test_settings_that_cannot_be(lobcq: Run, llama: Path, tmp_path: Path) -> None:
+def test_settings_that_cannot_be(lobcq: Run, llama: Path, text_file: Path, tmp_path: Path) -> None:
     output = ("-o", tmp_path / "q")
     assert "pass --calibrate TEXT" in lobcq.refused("quantize", llama, *output, "--codebooks", "fitted", code=2)
     assert "8x64" in lobcq.refused("quantize", llama, *output, "--format", "8by64", code=2)
@@ -213,6 +231,12 @@ def test_settings_that_cannot_be(lobcq: Run, llama: Path, tmp_path: Path) -> Non
     contradiction = ("--mode", "w4a16", "--activation-scale", "static")
     assert "contradicts" in lobcq.refused("quantize", llama, *output, *contradiction, code=2)
     assert "no/file.json" in lobcq.refused("quantize", llama, *output, "--codebooks", "no/file.json", code=2)
+    bound = ("--max-memory", "8GB")
+    assert "is for --calibrate TEXT" in lobcq.refused("quantize", llama, *output, *bound, code=2)
+    fitted = ("--codebooks", "fitted", "--calibrate", text_file)
+    assert "fitted codebooks need all layers" in lobcq.refused("quantize", llama, *output, *fitted, *bound, code=3)
+    much = ("--calibrate", text_file, "--max-memory", "much")
+    assert "max_memory='much': pass a number of bytes" in lobcq.refused("quantize", llama, *output, *much, code=2)
     assert not (tmp_path / "q").exists()
 
 

@@ -33,5 +33,16 @@ def test_all_that_differs_is_named(lobcq: Run, quantized_llama: tuple[Path, dict
     assert len(json.loads(result.stdout)["problems"]) == 2
 
 
+def test_a_model_in_several_files(lobcq: Run, llama: Path, tmp_path: Path) -> None:
+    lobcq("quantize", llama, "-o", tmp_path / "q", "--max-shard-size", "100KB")
+    names = sorted(file.name for file in (tmp_path / "q").glob("lobcq-*"))
+    assert len(names) > 1
+    assert "is what was saved: 4 files" in lobcq("verify", tmp_path / "q").stdout
+    (tmp_path / "q" / names[0]).unlink()
+    assert f"{names[0]} is missing" in lobcq.refused("verify", tmp_path / "q", code=3)
+    message = lobcq.refused("quantize", llama, "-o", tmp_path / "r", "--max-shard-size", "a lot", code=2)
+    assert "max_shard_size='a lot' is no size" in message
+
+
 def test_a_folder_without_digests_says_so(lobcq: Run, tmp_path: Path) -> None:
     assert "lobcq.index.json is missing" in lobcq.refused("verify", tmp_path, code=3)

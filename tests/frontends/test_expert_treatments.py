@@ -18,7 +18,7 @@ from lobcq_fx.graph.attributes import get_attribute
 from lobcq_fx.inventory import MatmulRecord
 from lobcq_fx.passes.insert_observers import InsertObservers, observed
 from lobcq_fx.pipeline import make_plan
-from lobcq_fx.smoothing import smooth
+from lobcq_fx.smoothing import smooth, smoothing_groups
 from lobcq_fx.tracing.trace import MAIN
 from tests.frontends.test_causal_lm_families import batch
 from tests.frontends.test_experts import SMALL, float_model
@@ -109,7 +109,7 @@ def test_smoothed_experts_are_the_same_in_float_to_the_last_bit(family: str) -> 
     ids, mask = batch(3)
     inputs = traced.graphs[MAIN].calling.flatten((), {"input_ids": ids, "attention_mask": mask})
     expected = main(*inputs)[0]
-    result = smooth(plan, traced.graph_modules, observed(main, plan))
+    result = smooth(plan, main, smoothing_groups(plan, traced.graph_modules), observed(main, plan))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     found = {weight.source: scales.columns for weight, scales in result.scales.items() if weight.stacked}
     assert {name.rpartition(".")[2]: tuple(scale.shape) for name, scale in found.items() if scale is not None} == (

@@ -11,11 +11,9 @@ import torch
 
 import lobcq_fx
 from lobcq_fx.errors import CheckpointError
-from lobcq_fx.storage.checkpoint import OWN, WEIGHTS_OF_VERSION_1
+from lobcq_fx.storage.checkpoint import FILES
 from tests.fuzz.results import options, report
 from tests.fuzz.small import X, quantized
-
-FILES = [name for name in OWN if name != WEIGHTS_OF_VERSION_1]
 
 
 def main() -> None:

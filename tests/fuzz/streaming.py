@@ -20,16 +20,16 @@ import transformers
 import lobcq_fx
 from lobcq_fx.storage.atomic_folder import MODEL, unfinished
 from lobcq_fx.storage.journal import entries_of
-from lobcq_fx.storage.stored_tensors import WEIGHTS
-from lobcq_fx.storage.weights_file import weights_file
+from lobcq_fx.storage.weights_file import weights_files
 from lobcq_fx.streaming import quantize_folder as whole
-from lobcq_fx.streaming.emission import Emission
+from lobcq_fx.streaming.emission import Emission, Outline
 from lobcq_fx.streaming.skeleton import Skeleton
+from lobcq_fx.streaming.together import JOURNAL
 from lobcq_fx.streaming.transfer import Finished, _Transfer
 from lobcq_fx.streaming.workers import WORKERS
 from tests.fuzz.results import options, report
 
-SETTINGS = {"static_cache": False}
+SETTINGS: dict[str, Any] = {"static_cache": False, "max_shard_size": "1MB"}
 COUNTS = ("kills", "lost", "done again", "different", "finished", "gone on")
 """Kills; parameters of a journal that are not in its file; kills that left more to do again than there are workers;
 folders that are not what they should be; kills that came too late; and those that left something to go on with."""
@@ -68,7 +68,11 @@ def traced_once() -> Iterator[None]:
 
         return call
 
-    with patch.object(Skeleton, "of", once(Skeleton.of)), patch.object(whole, "emit", once(whole.emit)):
+    with (
+        patch.object(Skeleton, "of", once(Skeleton.of)),
+        patch.object(Outline, "of", once(Outline.of)),
+        patch.object(whole, "emit", once(whole.emit)),
+    ):
         yield
 
 
@@ -134,12 +138,12 @@ def kill(source: Path, target: Path, after: float, number: int) -> set[str]:
 def _kept(target: Path, emission: Emission) -> dict[str, bool]:
     """The parameters of an unfinished folder's journal, and whether each is in the file as it says."""
     place = unfinished(target)
-    entries = entries_of(place / whole.JOURNAL)
+    entries = entries_of(place / JOURNAL)
     if not entries:
         return {}
-    with weights_file(place / MODEL / WEIGHTS, emission.tensors) as file:
+    with weights_files(place / MODEL, emission.shards.files, emission.tensors) as files:
         return {
-            name: all(file.digest(stored) == one.blake3 for stored, one in Finished.from_dict(entry).tensors.items())
+            name: all(files.digest(stored) == one.blake3 for stored, one in Finished.from_dict(entry).tensors.items())
             for name, entry in entries.items()
         }
 

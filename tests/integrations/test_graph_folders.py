@@ -91,6 +91,25 @@ def test_the_weights_are_the_bytes_of_the_folder(tmp_path):
         assert torch.equal(state[name].flatten().view(torch.uint8), stored[name].flatten().view(torch.uint8)), name
 
 
+def test_several_files_are_the_same_model_and_none_outside_is_read(tmp_path):
+    q = lobcq_fx.load(saved(causal_lm(), tmp_path / "whole"))
+    folder = tmp_path / "q"
+    q.save_pretrained(folder, max_shard_size="10KB")
+    assert len(list(folder.glob("lobcq-*.safetensors"))) > 5
+    model = opened(folder)
+    assert torch.equal(results(model), results(q))
+    model.save_pretrained(tmp_path / "modules")
+    assert torch.equal(results(opened(tmp_path / "modules")), results(q))
+    index = json.loads((folder / "lobcq.safetensors.index.json").read_text())
+    first = next(iter(index["weight_map"].values()))
+    shutil.copytree(folder, tmp_path / "other")
+    for place, message in {"..": "has no graph.json", "../other": "its index of shards names other files"}.items():
+        named = {tensor: f"{place}/{file}" if file == first else file for tensor, file in index["weight_map"].items()}
+        (folder / "lobcq.safetensors.index.json").write_text(json.dumps({**index, "weight_map": named}))
+        with pytest.raises(CheckpointError, match=message):
+            opened(folder)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_a_module_can_do_it_does_as_the_graph(tmp_path, name):
     config, calibrated = SETTINGS[name]

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from lobcq_fx.storage.index import FolderIndex, digest_of, digests_of
-from lobcq_fx.storage.stored_tensors import WEIGHTS
+from lobcq_fx.storage.shards import WEIGHTS
 
 
 def reindex(folder: Path) -> None:

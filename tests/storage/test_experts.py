@@ -12,7 +12,7 @@ from torch import nn
 
 import lobcq_fx
 from lobcq_fx.errors import CheckpointError
-from lobcq_fx.storage.stored_tensors import WEIGHTS
+from lobcq_fx.storage.shards import WEIGHTS
 from tests.passes.graphs import values
 from tests.passes.test_grouped_products import EXPERTS, STACK, TOKENS, Experts, K, N
 from tests.storage.reindex import reindex

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 import lobcq_fx
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.storage import checkpoint, stored_tensors
-from lobcq_fx.storage.checkpoint import FILE_LIMIT
+from lobcq_fx.storage.checkpoint import FILES
+from lobcq_fx.storage.files import FILE_LIMIT
 from lobcq_fx.storage.index import INDEX, digest_of, digests_of
-from lobcq_fx.storage.stored_tensors import WEIGHTS
-from tests.fuzz.flips import FILES, flip
+from lobcq_fx.storage.shards import WEIGHTS
+from tests.fuzz.flips import flip
 from tests.fuzz.readers import read
 from tests.fuzz.small import X, quantized
 

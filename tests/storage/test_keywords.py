@@ -42,7 +42,7 @@ def test_keywords_that_change_nothing_are_taken(q, tmp_path):
     assert torch.equal(lobcq_fx.load(tmp_path / "with")(X), q(X))
 
 
-@pytest.mark.parametrize("limit", [10**6, "1000000", "1 MB", "977KiB", "1mb", "1GB", "1TiB", None])
+@pytest.mark.parametrize("limit", [10**6, "1 MB", "1mb", "0.5GB", "1TB", None])
 def test_a_shard_that_has_room_for_all_changes_nothing(q, tmp_path, limit):
     q.save_pretrained(tmp_path / "q", max_shard_size=limit)
 
@@ -53,9 +53,6 @@ def test_a_shard_that_has_room_for_all_changes_nothing(q, tmp_path, limit):
     {"state_dict": {"0.weight": X}},
     {"is_main_process": False},
     {"variant": "fp16"},
-    {"max_shard_size": "10KB"},
-    {"max_shard_size": 1000},
-    {"max_shard_size": "a lot"},
     {"save_function": pickle.dump},
     {"repo_id": "someone/something"},
 ], ids=lambda keywords: next(iter(keywords)))  # fmt: skip

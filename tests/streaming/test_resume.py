@@ -75,6 +75,12 @@ def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, error: Callable[[], 
     return begun
 
 
+def shards_of(target: Path) -> list[Path]:
+    found = sorted((unfinished(target) / MODEL).glob("*.safetensors"))
+    assert len(found) > 2
+    return found
+
+
 def journal_of(target: Path) -> Path:
     return unfinished(target) / "journal"
 
@@ -105,7 +111,7 @@ def test_what_did_not_reach_the_disk_is_done_again(
 ) -> None:
     *_, name, last = entries_of(journal_of(interrupted))
     stored = next(iter(entries_of(journal_of(interrupted))[name]["tensors"]))
-    weights = next((unfinished(interrupted) / MODEL).glob("*.safetensors"))
+    weights = next(one for one in shards_of(interrupted) if f'"{stored}"'.encode() in one.read_bytes())
     content, lines = bytearray(weights.read_bytes()), journal_of(interrupted).read_bytes()
     length = int.from_bytes(content[:8], "little")
     begin = 8 + length + json.loads(content[8 : 8 + length])[stored]["data_offsets"][0]
@@ -127,6 +133,8 @@ def test_other_settings_or_files_do_not_go_on_with_it(source: Path, shard: Path,
     with pytest.raises(CheckpointError, match=rf"was begun with other {shard.name}, and stays"):
         lobcq_fx.quantize_folder(source, interrupted, **SETTINGS)
     os.utime(shard, ns=(found.st_atime_ns, found.st_mtime_ns))
+    with pytest.raises(CheckpointError, match=r"was begun with other max_shard_size"):
+        lobcq_fx.quantize_folder(source, interrupted, **{**SETTINGS, "max_shard_size": "2MB"})
     (source / "config.json").write_text((source / "config.json").read_text() + "\n")
     with pytest.raises(CheckpointError, match=r"was begun with other config.json, and stays"):
         lobcq_fx.quantize_folder(source, interrupted, **SETTINGS)
@@ -160,7 +168,7 @@ def test_a_disk_that_is_full_at_once_leaves_nothing(source: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"No space left on device: .*lobcq.safetensors"):
+    with pytest.raises(OSError, match=r"No space left on device: .*lobcq-00001-of-\d+.safetensors"):
         lobcq_fx.quantize_folder(source, source.with_name("q"), **SETTINGS)
     assert [one.name for one in source.parent.iterdir()] == ["float"]
 
@@ -168,7 +176,7 @@ def test_a_disk_that_is_full_at_once_leaves_nothing(source: Path, monkeypatch: p
 def test_two_calls_at_once_do_not_meet(source: Path) -> None:
     target = source.with_name("q")
     with (
-        resumed_folder(target, lambda _: False, (), lambda _: True),
+        resumed_folder(target, lambda _: False, lambda _: False, lambda _: True),
         pytest.raises(CheckpointError, match="another process is writing"),
     ):
         lobcq_fx.quantize_folder(source, target, **SETTINGS)

@@ -1,0 +1,129 @@
+"""What torchrun launches: `torchrun ... -m tests.streaming.launched FOLDER`; each rank writes down what it saw."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import transformers
+
+import lobcq_fx
+from lobcq_fx import LobcqConfig
+from lobcq_fx.cli import app
+from lobcq_fx.storage.journal import Journal
+from lobcq_fx.streaming import ranks, watch
+from lobcq_fx.streaming.transfer import _Transfer
+from tests.fuzz.streaming import SETTINGS, traced_once
+
+RANK = int(os.environ["RANK"])
+
+
+def quantize(root: Path, name: str, source: str = "float", **settings: Any) -> str:
+    """Into a folder; the error, or how many layers the inventory has."""
+    try:
+        found = lobcq_fx.quantize_folder(root / source, root / name, **{**SETTINGS, **settings})
+    except (lobcq_fx.errors.LobcqError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{len(found.quantized)} layers"
+
+
+def of_several(root: Path) -> dict[str, Any]:
+    """By three ranks, by two of them, and by one, whose place torchrun's variables say; and what they refuse."""
+    said: dict[str, Any] = {}
+    steps: list[tuple[str, int, int | None]] = []
+    said["three"] = quantize(root, "three", progress=lambda *step: steps.append(step))
+    said["steps"] = steps
+    with patch.dict(os.environ, {"WORLD_SIZE": "2"}):
+        said["two"] = quantize(root, "two") if RANK < 2 else str(next(ranks._works))  # calls are counted
+    with patch.dict(os.environ, {"WORLD_SIZE": "1"}):
+        said["one"] = quantize(root, f"one-{RANK}")
+    said["other settings"] = quantize(root, "other", config=LobcqConfig(mode="w4a16") if RANK == 2 else None)
+    said["another folder"] = elsewhere(root)
+    said["a full disk"] = full(root)
+    said["slow"] = slow(root)
+    said["command"] = command(root)
+    said["not a number"] = quantize(root, "nan", "float-nan")
+    return said
+
+
+def elsewhere(root: Path) -> str:
+    """One rank has another disk under the name of the output."""
+    (root / f"disk-{RANK % 2}").mkdir(exist_ok=True)
+    with patch("lobcq_fx.streaming.together.APPEARS", 0.3):
+        return quantize(root, f"disk-{RANK % 2}/q")
+
+
+def full(root: Path) -> str:
+    """The disk of one rank is full after two parameters; then it is not."""
+    add, count = Journal.add, iter(range(100))
+
+    def adding(self: Journal, name: str, entry: Any) -> None:
+        if RANK == 1 and next(count) >= 2:
+            raise OSError(28, "No space left on device", "some/disk")
+        add(self, name, entry)
+
+    with patch.object(Journal, "add", adding):
+        return quantize(root, "full")
+
+
+def slow(root: Path) -> str:
+    """One rank is later than any sign of life may be late; it gives them all the same."""
+    store = _Transfer._store
+
+    def late(self: _Transfer, name: str, parameter: torch.Tensor) -> None:
+        time.sleep(0.2 if RANK == 1 else 0)
+        store(self, name, parameter)
+
+    with patch.object(_Transfer, "_store", late), patch.object(watch, "SILENT", 0.5), patch.object(watch, "EVERY", 0.1):
+        return quantize(root, "slow")
+
+
+def command(root: Path) -> dict[str, Any]:
+    """`lobcq quantize`, twice: the second time the folder is there."""
+    found = {}
+    for name in ("fresh", "taken"):
+        out, messages = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(messages):
+            try:
+                app(["quantize", str(root / "float"), "-o", str(root / "command"), "--max-shard-size", "1MB", "--json"])
+                code = 0
+            except SystemExit as error:
+                code = int(error.code or 0)
+        found[name] = [code, out.getvalue(), messages.getvalue()]
+    return found
+
+
+def killed(root: Path) -> str:
+    """The last rank is killed after three parameters; the others do theirs, and wait for it."""
+    store, count = _Transfer._store, iter(range(100))
+
+    def dying(self: _Transfer, name: str, parameter: torch.Tensor) -> None:
+        store(self, name, parameter)
+        if RANK == 2 and next(count) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with patch.object(_Transfer, "_store", dying):
+        return quantize(root, "killed")
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    root = Path(folder)
+    with traced_once():
+        (root / f"several-{RANK}.json").write_text(json.dumps(of_several(root)))
+        (root / f"killed-{RANK}.json").write_text(json.dumps(killed(root)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
