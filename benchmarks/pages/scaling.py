@@ -46,9 +46,14 @@ def of_size(size: str, sizes: dict[str, Any]) -> list[list[str]]:
     one = sizes[size]
     shape = [f"{one[name]:.2f} GiB" for name in ("float_gib", "packed_gib", "largest_tensor_gib")]
     return [
-        [*shape, way, f"{ways['peak_gib']:.2f}", f"{ways['processor_seconds']:.0f}"]
-        for way, ways in one["ways"].items()
+        [*shape, _titled(way, found), f"{found['peak_gib']:.2f}", f"{found['processor_seconds']:.0f}"]
+        for way, found in one["ways"].items()
     ]
+
+
+def _titled(way: str, found: dict[str, Any]) -> str:
+    """Of several processes the clock's time tells more than the processors'."""
+    return f"{way}, {found['seconds']:.0f} s on the clock" if "processes" in way else way
 
 
 def imported(found: dict[str, Any]) -> float:

@@ -2,16 +2,21 @@
 
 python -m benchmarks.scale.streaming                              # 16 GB: the shape of Llama 3 8B
 python -m benchmarks.scale.streaming --gigabytes 4 --in-memory    # and `quantize` and `save_pretrained` beside it
+python -m benchmarks.scale.streaming --processes 1 2 4            # launched by torchrun, with so many threads each
+python -m benchmarks.scale.streaming --resumed                    # killed when half is done, and called again
 python -m benchmarks.scale.streaming --folder /a/large/disk
 
-Each way runs in a process of its own, whose peak is its VmHWM, what Python and torch take included. What both write is
-compared byte for byte. The results of each size go into benchmarks/results/streaming.json.
+Each way runs in processes of its own, whose peak is their VmHWM, what Python and torch take included; of several, the
+largest, and the sum of their processor times. What all ways write is compared byte for byte. The results of each size
+go into benchmarks/results/streaming.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +39,8 @@ from lobcq_fx.storage.weights_file import check_room, weights_file
 RESULT = Path(__file__).parents[1] / "results" / "streaming.json"
 SHARD = 2**32
 GIB = 2**30
+KILLED = "killed"
+"""The first half of the way that is resumed."""
 FIXED_GIB, LARGEST_TENSORS = 1.5, 2
 """What the peak must stay below: so much, and so many times the largest tensor."""
 
@@ -43,6 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=16)
     parser.add_argument("--in-memory", action="store_true")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1])
+    parser.add_argument("--resumed", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", type=Path, help="where there is room for the float model and the packed one")
     parser.add_argument("--worker", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
@@ -53,7 +62,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
         source = make_checkpoint(folder / "float", given.gigabytes)
-        ways = ("streamed", "in memory") if given.in_memory else ("streamed",)
+        several = (f"{count} processes" for count in given.processes if count > 1)
+        others = {"in memory": given.in_memory, "resumed": given.resumed}
+        ways = ("streamed", *several, *(way for way, wanted in others.items() if wanted))
         found = {way: run(way, folder, given.threads) for way in ways}
         result = source | {"threads": given.threads, "ways": found} | compared(folder, ways)
     results = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"sizes": {}}
@@ -108,29 +119,43 @@ def make_checkpoint(folder: Path, gigabytes: float) -> dict[str, Any]:
 
 
 def run(way: str, folder: Path, threads: int) -> dict[str, Any]:
-    """`measure` in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.scale.streaming", "--threads", str(threads)]
-    done = subprocess.run([*command, "--worker", way, str(folder)], stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    """`measure` in a process of its own, or in as many as the way has."""
+    count, _, _ = way.partition(" processes")
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", count, "-m"] if count.isdigit() else []
+    command = [sys.executable, "-m", *launcher, "benchmarks.scale.streaming", "--threads", str(threads), "--worker"]
+    if way == "resumed":
+        killed = subprocess.run([*command, KILLED, str(folder)], stdout=subprocess.DEVNULL)
+        assert killed.returncode == -signal.SIGKILL
+    started = time.perf_counter()
+    done = subprocess.run([*command, way, str(folder)], stdout=subprocess.PIPE, text=True, check=True)
+    seconds = time.perf_counter() - started
+    found: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {
+        "seconds": seconds,
+        "processor_seconds": sum(one["processor_seconds"] for one in found),
+        **{name: max(one[name] for one in found) for name in ("peak_gib", "imported_gib")},
+        "peak_gib_after": max((one["peak_gib_after"] for one in found), key=len),
+    }
 
 
 def measure(way: str, folder: str, threads: int) -> dict[str, Any]:
     """Quantize one way, and say what it took."""
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
-    source, output = Path(folder) / "float", Path(folder) / way
+    source, output = Path(folder) / "float", Path(folder) / ("resumed" if way == KILLED else way)
     imported, steps = status_mib("VmHWM"), dict[str, float]()
     start = time.process_time()
 
     def note(step: str, done: int, total: int | None) -> None:
         steps[step] = status_mib("VmHWM") / 1024
+        if way == KILLED and step == "encode" and total is not None and 2 * done > total:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    if way == "streamed":
-        lobcq_fx.quantize_folder(source, output, progress=note)
-    else:
+    if way == "in memory":
         model = LlamaForCausalLM.from_pretrained(source, dtype="auto").eval()
         lobcq_fx.quantize(model, inplace=True, progress=note).save_pretrained(output)
+    else:
+        lobcq_fx.quantize_folder(source, output, progress=note)
     return {
         "processor_seconds": time.process_time() - start,
         "peak_gib": status_mib("VmHWM") / 1024,

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.storage.index import PIECE, TensorDigest, bytes_of, digest_of_pieces
+
+if sys.platform != "win32":
+    import fcntl
 
 DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "float8_e5m2": "F8_E5M2", "float8_e4m3fn": "F8_E4M3", "int16": "I16",
@@ -46,7 +49,7 @@ class WeightsFile:
         begin, end = self._places[name]
         content = memoryview(bytes_of(tensor)).cast("B")
         assert len(content) == end - begin, f"{name} has {len(content)} bytes, not {end - begin}"
-        with _naming(self._path):
+        with _naming(self._path), _locked(self._descriptor, begin, end):
             write_all(self._descriptor, content, begin)
 
     def digest(self, name: str) -> str:
@@ -208,6 +211,24 @@ def write_all(descriptor: int, content: memoryview, at: int) -> None:
     while content:
         written = os.pwrite(descriptor, content[: 1 << 30], at)
         content, at = content[written:], at + written
+
+
+@contextmanager
+def _locked(descriptor: int, begin: int, end: int) -> Iterator[None]:
+    """Lock a part of a file, of which other processes write other parts.
+
+    So asks nfs(5): without, a machine may write the whole of a page that it has read a part of.
+    """
+    if sys.platform == "win32" or begin == end:
+        yield
+        return
+    with suppress(OSError):  # some file systems have no locks
+        fcntl.lockf(descriptor, fcntl.LOCK_EX, end - begin, begin)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.lockf(descriptor, fcntl.LOCK_UN, end - begin, begin)
 
 
 @contextmanager

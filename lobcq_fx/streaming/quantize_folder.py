@@ -86,7 +86,7 @@ def quantize_folder(
             calls hold between segments, of which the rest is put on the disk. None: 256 MiB of weights in a segment,
             all that calls hold in memory. Second moments of a segment's activations, and what encoding one weight
             takes, come on top.
-        progress: called as the work goes on.
+        progress: called as the work goes on; of several processes in the first, with what all have done.
 
     Returns:
         What became of every matmul.

@@ -108,7 +108,7 @@ class Ranks:
             if watch is not None and step == STEP:
                 watch.done = done
                 if self.first:
-                    self._say = lambda: report(step, watch.done + watch.done_by_others(), total)
+                    self._say = lambda: report(step, _at_most(watch.done + watch.done_by_others(), total), total)
                 self._say()
             elif self.first:
                 report(step, done, total)
@@ -172,15 +172,14 @@ class Ranks:
         self._watch.start()
 
     def part(self) -> None:
-        """The end of a work that went well."""
-        if not self.first:
-            self._send(f"heard/{self.rank}", None)
+        """The end of a work that went well, whatever becomes of the others now."""
         assert self._watch is not None
-        self._watch.stop()
-        if self.first:
-            with suppress(TimeoutError, RuntimeError):
-                for rank in range(1, self.count):
-                    self._receive(f"heard/{rank}", PARTING)
+        with suppress(TimeoutError, RankError, RuntimeError):
+            if not self.first:
+                self._send(f"heard/{self.rank}", None)
+            self._watch.stop()
+            for rank in range(1, self.count) if self.first else ():
+                self._receive(f"heard/{rank}", PARTING)
 
     def fail(self, error: BaseException) -> None:
         """Tell the others of what ends this rank.
@@ -201,6 +200,11 @@ class Ranks:
             self._watch.leave()
         if cause != own and not isinstance(error, (LobcqError, KeyboardInterrupt)):
             raise RankError(str(cause)) from error
+
+
+def _at_most(done: int, total: int | None) -> int:
+    """The first reports the whole when all are done, of which others have last said a part."""
+    return done if total is None else min(done, total)
 
 
 @contextmanager

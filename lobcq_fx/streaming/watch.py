@@ -109,7 +109,7 @@ class Watch:
 
     def done_by_others(self) -> int:
         """How much the others have done, as far as they have said."""
-        signs = [content for content, _ in self._signs.values() if content != _ENDED]
+        signs = [content for content, _ in tuple(self._signs.values()) if content != _ENDED]
         return sum(int(content.split()[1]) for content in signs)
 
     def look(self) -> None:

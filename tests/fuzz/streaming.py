@@ -44,11 +44,11 @@ def main() -> None:
     report("streaming", tried=counts["kills"], lost=lost, record=given.record, gone_on=counts["gone on"])
 
 
-def float_model(folder: Path) -> Path:
-    """A language model of 14 weights, each larger than what is read before it is encoded."""
+def float_model(folder: Path, layers: int = 2) -> Path:
+    """A language model of 7 weights a layer, each larger than what is read before it is encoded."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=1024, hidden_size=512, intermediate_size=1536, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=1024, hidden_size=512, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=4,
         pad_token_id=0,
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="10MB")

@@ -45,11 +45,15 @@ def of_several(root: Path) -> dict[str, Any]:
     with patch.dict(os.environ, {"WORLD_SIZE": "2"}):
         said["two"] = quantize(root, "two") if RANK < 2 else str(next(ranks._works))  # calls are counted
     with patch.dict(os.environ, {"WORLD_SIZE": "1"}):
-        said["one"] = quantize(root, f"one-{RANK}")
+        said["one"] = quantize(root, "one") if RANK == 0 else None
     said["other settings"] = quantize(root, "other", config=LobcqConfig(mode="w4a16") if RANK == 2 else None)
     said["another folder"] = elsewhere(root)
     said["a full disk"] = full(root)
     said["slow"] = slow(root)
+    said["silent"] = silent(root)
+    torch.distributed.init_process_group("gloo")
+    said["group"] = quantize(root, "group")
+    torch.distributed.destroy_process_group()
     said["command"] = command(root)
     said["not a number"] = quantize(root, "nan", "float-nan")
     return said
@@ -77,14 +81,31 @@ def full(root: Path) -> str:
 
 def slow(root: Path) -> str:
     """One rank is later than any sign of life may be late; it gives them all the same."""
-    store = _Transfer._store
+    store, count = _Transfer._store, iter(range(100))
 
     def late(self: _Transfer, name: str, parameter: torch.Tensor) -> None:
-        time.sleep(0.2 if RANK == 1 else 0)
+        time.sleep(3 if RANK == 1 and next(count) == 1 else 0)
         store(self, name, parameter)
 
-    with patch.object(_Transfer, "_store", late), patch.object(watch, "SILENT", 0.5), patch.object(watch, "EVERY", 0.1):
+    with patch.object(_Transfer, "_store", late), patch.object(watch, "SILENT", 2), patch.object(watch, "EVERY", 0.1):
         return quantize(root, "slow")
+
+
+def silent(root: Path) -> str:
+    """One rank stands still, as a machine that is gone."""
+    store, give = _Transfer._store, watch.Watch._give
+
+    def still(self: _Transfer, name: str, parameter: torch.Tensor) -> None:
+        time.sleep(4 if RANK == 1 else 0)
+        store(self, name, parameter)
+
+    def giving(self: watch.Watch) -> None:
+        if RANK != 1 or self._beats < 1:
+            give(self)
+
+    patches = patch.object(_Transfer, "_store", still), patch.object(watch.Watch, "_give", giving)
+    with patches[0], patches[1], patch.object(watch, "SILENT", 2), patch.object(watch, "EVERY", 0.1):
+        return quantize(root, "silent")
 
 
 def command(root: Path) -> dict[str, Any]:
