@@ -133,7 +133,7 @@ transformers: $(addprefix transformers-,$(TRANSFORMERS))
 transformers-%: $(VENV)/.installed
 	@test -d build/$@ || $(PIP_BESIDE) build/$@ transformers==$* $(BESIDE_$*)
 	PYTHONPATH=build/$@ $(BIN)/python -m pytest -k "not mistral" tests/frontends/test_generation.py \
-	  tests/storage/test_other_readers.py tests/integrations/test_use.py
+	  tests/storage/test_other_readers.py tests/integrations/test_use.py tests/integrations/test_parallel_styles.py
 
 # Every family of transformers through every check, into docs/coverage.md: half an hour, once a night.
 families: $(VENV)/.installed

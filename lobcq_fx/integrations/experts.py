@@ -44,6 +44,7 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     edges = torch.arange(1, first.num_experts + 1, dtype=experts.dtype, device=experts.device)
     ends = torch.searchsorted(experts, edges).to(torch.int32)
     states = first(hidden_states, ends, order // chosen)
+    experts = experts.clamp(max=first.num_experts - 1)  # those beyond are other ranks', in no group and of weight 0
     if module.has_bias:
         states = states + (module.gate_up_proj_bias if module.has_gate else module.up_proj_bias)[experts]
     states = module._apply_gate(states) if module.has_gate else module.act_fn(states)

@@ -94,6 +94,8 @@ class GraphFolder:
             for constant, stored in one.constants.items():
                 if stored is not None:
                     tensor = get_attribute(root, stored)
+                    if constant == "input_scale":
+                        tensor = tensor[packed.own_columns.start : packed.own_columns.stop]
                     kind = getattr(packed, constant)
                     setattr(packed, constant, tensor.to(packed.packed.codes.device, kind.dtype, copy=True))
         settle(model)
@@ -238,7 +240,7 @@ def _check_content(name: str, packed: PackedProduct, settings: LinearSettings) -
             raise CheckpointError(f"the folder lacks {name}.{tensor}. Remedy: get it again")
     parts: dict[str, Tensor] = {part: getattr(packed.packed, part) for part in PARTS}
     kind, weight = (EncodedStack, name) if packed.packed.stack else (Encoded, f"{name}.weight")
-    encoded = kind(**parts, codebooks=packed.codebooks, spec=settings.spec, columns=packed.in_features)
+    encoded = kind(**parts, codebooks=packed.codebooks, spec=settings.spec, columns=packed.packed.columns)
     check_encoded(weight, encoded)
     try:
         check_codebooks(packed.codebooks, settings.spec)

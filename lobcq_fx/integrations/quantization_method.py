@@ -10,6 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from transformers import __version__
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -122,6 +123,32 @@ class LobcqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             raise CheckpointError(f"a LO-BCQ model is read from its folder: pass that to {type(model).__name__}")
         self._reading.prepare(model)
+        self._divided = self._divide(model)
+
+    def _divide(self, model: Any) -> bool:
+        """Whether several ranks are to share the model, which is then prepared for it.
+
+        Raises:
+            ConfigError: they cannot.
+        """
+        config = getattr(model.config, "distributed_config", None)
+        sizes = ("tp_size", "fsdp_size", "dp_replicate_size", "pp_size", "ep_size")
+        if all((getattr(config, name, None) or 1) == 1 for name in sizes):
+            return False
+        if not hasattr(model, "_resolve_parallel_plans"):
+            raise ConfigError(
+                f"transformers {__version__} does not let packed weights be divided among ranks. Remedy: 5.23 or later,"
+                " or one rank"
+            )
+        if not self.pre_quantized:
+            raise ConfigError(
+                "weights are encoded as they are read by one rank alone: the tensor scale is of the whole matrix."
+                " Remedy: lobcq_fx.quantize_folder(folder, output) once, and from_pretrained(output, tp_plan='auto')"
+            )
+        from lobcq_fx.integrations.parallel_styles import divide_packed
+
+        divide_packed(model)
+        return True
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         """Whether a float weight is to be encoded when it arrives."""
@@ -132,9 +159,23 @@ class LobcqHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return self._reading
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if self._divided:
+            from lobcq_fx.integrations.parallel_styles import hold_parts
+
+            hold_parts(model)
         self.quantization_config.layers = self._reading.finish(model)
         del self._reading  # and the tensors that it holds
         return model.requires_grad_(False)  # what is beside packed weights was made to fit them
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
+        """The one call that sees a model that is to be saved.
+
+        Raises:
+            ConfigError: this rank has a part of it.
+        """
+        if self._divided:
+            raise ConfigError("a rank has a part of the packed weights. Remedy: copy the folder that it was read from")
+        return None, {}
 
     def is_serializable(self) -> bool:
         """`save_pretrained` writes a folder that `from_pretrained` opens."""

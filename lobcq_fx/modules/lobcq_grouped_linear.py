@@ -43,8 +43,13 @@ class LobcqGroupedLinear(PackedProduct, PackedWeight):
         """
         PackedWeight.__init__(self, empty_weight(shape, settings.spec, device))
         self.settings, self.layout_of = settings, layout_of
-        self.num_experts, self.out_features, self.in_features = shape
+        _, self.out_features, self.in_features = shape
         self._add_constants(dtype, device)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.stack[0]
 
     @property
     def packed(self) -> PackedWeight:
@@ -78,16 +83,16 @@ class LobcqGroupedLinear(PackedProduct, PackedWeight):
     def _to_input(self, gradient: Tensor, offsets: Tensor, rows: Tensor | None, count: int) -> Tensor:
         """count: T."""
         bounds = group_bounds(offsets.tolist(), len(gradient))
-        out = torch.zeros((len(gradient), self.in_features), dtype=torch.float32, device=gradient.device)
+        out = torch.zeros((len(gradient), self.local_in_features), dtype=torch.float32, device=gradient.device)
         for (start, stop), weight in zip(bounds, self.matrices(self.codebooks), strict=True):
-            out[start:stop] = gradient[start:stop].float() @ weight[:, : self.in_features]
+            out[start:stop] = gradient[start:stop].float() @ weight[:, : self.local_in_features]
         if self.settings.rotated:  # the rotation is its own inverse
             out = ops.rotate(out, self.settings.activations.array_size)
         if self.input_scale is not None:
             out = out * self.input_scale
         if rows is None:
             return out
-        return out.new_zeros((count, self.in_features)).index_add_(0, rows, out)
+        return out.new_zeros((count, self.local_in_features)).index_add_(0, rows, out)
 
     def prepack(self) -> None:
         """Hold the stack in the layout of its device's kernels, if those take stacks."""
@@ -98,29 +103,31 @@ class LobcqGroupedLinear(PackedProduct, PackedWeight):
     def _stored(self, x: Tensor, offsets: Tensor, rows: Tensor | None) -> Tensor:
         weight = (*(getattr(self, part) for part in PARTS), self.codebooks, offsets, rows)
         mode, size, arrays = self.settings.mode, self.settings.spec.array_size, self.settings.activations.array_size
-        read = ops.rotate(x, arrays) if self.settings.rotated else x
+        read, rotated = self._to_encode(x)
+        read = ops.rotate(read, arrays) if rotated else read
         out: Tensor
         if mode == "w4a16":
             out = ops.grouped_linear.float_activation(read.to(x.dtype), *weight, size)
         elif mode == "w4a8":
             encoded = ops.quantize_activation_int8(read, size, self.activation_scale)
-            out = ops.grouped_linear.int8_activation(*encoded, *weight, self.in_features, size, x.dtype)
+            out = ops.grouped_linear.int8_activation(*encoded, *weight, self.columns, size, x.dtype)
         else:
             encoded = ops.quantize_activation(read, self.activation_codebooks, arrays, self.activation_scale)
-            tail = (self.in_features, size, x.dtype, arrays)
+            tail = (self.columns, size, x.dtype, arrays)
             out = ops.grouped_linear(*encoded, self.activation_codebooks, *weight, *tail)
         return out
 
     def _prepacked(self, x: Tensor, offsets: Tensor, rows: Tensor | None) -> Tensor:
-        rotated, arrays = self.settings.rotated, self.settings.activations.array_size
-        stack = (self.prepacked, self.tensor_scale, self.codebook_tables, offsets, rows, self.out_features, arrays)
+        arrays = self.settings.activations.array_size
+        read, rotated = self._to_encode(x)
+        stack = (self.prepacked, self.tensor_scale, self.codebook_tables, offsets, rows, self.rows, arrays)
         out: Tensor
         if self.settings.mode == "w4a16":
-            read = ops.rotate(x, arrays).to(x.dtype) if rotated else x
+            read = ops.rotate(read, arrays).to(x.dtype) if rotated else read
             out = ops.grouped_linear_prepacked.float_activation(read, *stack)
         else:
             encoder = self.activation_tables, self.activation_scale
-            out = ops.grouped_linear_prepacked(x, *encoder, *stack, x.dtype, rotated)
+            out = ops.grouped_linear_prepacked(read, *encoder, *stack, x.dtype, rotated)
         return out
 
     def __getitem__(self, expert: object) -> NoReturn:

@@ -17,6 +17,8 @@ ops = torch.ops.lobcq
 class LobcqLinear(PackedProduct):
     """`x @ w.T + bias` of an activation [..., K] in fp32, bf16 or fp16; the result [..., N] is as x.
 
+    Where it has a part of the columns (`hold_part`), the result is a part of the sum, in fp32.
+
     weight: the packed weight [N, K], a module. bias: [N], or None.
     """
 
@@ -68,9 +70,13 @@ class LobcqLinear(PackedProduct):
             x = x * self.input_scale
         return self._stored(x) if self.weight.layout is None else self._prepacked(x)
 
+    def _result_dtype(self, x: Tensor) -> torch.dtype:
+        """What is to be added to others' parts is rounded when it is whole."""
+        return x.dtype if self.local_in_features == self.in_features else torch.float32
+
     def _to_input(self, gradient: Tensor) -> Tensor:
         (weight,) = self.weight.matrices(self.codebooks)
-        out = gradient.float() @ weight[:, : self.in_features]
+        out = gradient.float() @ weight[:, : self.local_in_features]
         if self.settings.rotated:  # the rotation is its own inverse
             out = ops.rotate(out, self.settings.activations.array_size)
         return out if self.input_scale is None else out * self.input_scale
@@ -78,34 +84,36 @@ class LobcqLinear(PackedProduct):
     def _stored(self, x: Tensor) -> Tensor:
         weight = (*(getattr(self.weight, part) for part in PARTS), self.codebooks)
         mode, size, arrays = self.settings.mode, self.settings.spec.array_size, self.settings.activations.array_size
-        read = ops.rotate(x, arrays) if self.settings.rotated else x
+        read, rotated = self._to_encode(x)
+        read, dtype = ops.rotate(read, arrays) if rotated else read, self._result_dtype(x)
         out: Tensor
         if mode == "w4a16":
-            out = ops.linear.float_activation(read.to(x.dtype), *weight, self.bias, size)
+            out = ops.linear.float_activation(read.to(x.dtype).to(dtype), *weight, self.bias, size)
         elif mode == "w4a8":
             encoded = ops.quantize_activation_int8(read, size, self.activation_scale)
-            out = ops.linear.int8_activation(*encoded, *weight, self.bias, self.in_features, size, x.dtype)
+            out = ops.linear.int8_activation(*encoded, *weight, self.bias, self.weight.columns, size, dtype)
         else:
             encoded = ops.quantize_activation(read, self.activation_codebooks, arrays, self.activation_scale)
-            tail = (self.bias, self.in_features, size, x.dtype, arrays)
+            tail = (self.bias, self.weight.columns, size, dtype, arrays)
             out = ops.linear(*encoded, self.activation_codebooks, *weight, *tail)
         return out
 
     def _prepacked(self, x: Tensor) -> Tensor:
-        rotated, arrays = self.settings.rotated, self.settings.activations.array_size
+        arrays = self.settings.activations.array_size
+        (read, rotated), dtype = self._to_encode(x), self._result_dtype(x)
         absent = torch.empty(0, dtype=torch.float32, device=x.device)
         weight = (
             [self.weight.prepacked],
             [self.weight.tensor_scale],
             self.codebook_tables,
             [absent if self.bias is None else self.bias],
-            [self.out_features],
+            [self.weight.rows],
             arrays,
         )
         out: list[Tensor]
         if self.settings.mode == "w4a16":
-            read = ops.rotate(x, arrays).to(x.dtype) if rotated else x
-            out = ops.linear_prepacked.float_activation(read, *weight)
+            read = ops.rotate(read, arrays).to(x.dtype) if rotated else read
+            out = ops.linear_prepacked.float_activation(read.to(dtype), *weight)
         else:
-            out = ops.linear_prepacked(x, self.activation_tables, self.activation_scale, *weight, x.dtype, rotated)
+            out = ops.linear_prepacked(read, self.activation_tables, self.activation_scale, *weight, dtype, rotated)
         return out[0]

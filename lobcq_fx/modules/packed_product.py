@@ -13,6 +13,9 @@ from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import OperandError
 from lobcq_fx.format import FormatSpec
 from lobcq_fx.modules.packed_weight import PackedWeight, WeightLayout
+from lobcq_fx.modules.weight_part import WholeRows, with_zero_array
+
+ops = torch.ops.lobcq
 
 LayoutOf = Callable[[torch.device], WeightLayout | None]
 """The weight layout of a device's kernels; None where the ops read weights as they are stored."""
@@ -70,12 +73,17 @@ class PackedProduct(nn.Module):
     []. input_scale: [K].
 
     Once `prepack` was called, the weight lies as the kernels of its device want it, wherever the module is moved.
+
+    in_features: K. out_features: N. Where several processes have a part of the weight each (`hold_part`), they are of
+    the whole, and own_columns are those of K that this process reads.
     """
 
     settings: LinearSettings
     layout_of: LayoutOf
     in_features: int
     out_features: int
+    own_columns: range
+    whole_rows: WholeRows | None
     codebooks: Tensor
     activation_codebooks: Tensor | None
     activation_scale: Tensor | None
@@ -99,6 +107,34 @@ class PackedProduct(nn.Module):
         buffer("activation_codebooks", (settings.activations.num_codebooks, 16), torch.int8, settings.mode == "w4a4")
         buffer("activation_scale", (), torch.float32, settings.static_scale)
         buffer("input_scale", (self.in_features,), dtype, settings.input_scale)
+        self.own_columns, self.whole_rows = range(self.in_features), None
+
+    @property
+    def local_in_features(self) -> int:
+        """How many columns of an activation this process multiplies."""
+        return len(self.own_columns)
+
+    def hold_part(self, parts: Mapping[str, Tensor], group: torch.distributed.ProcessGroup) -> None:
+        """Have a part of the weight from now on: some rows, some matrices of a stack, or its `own_columns`.
+
+        Args:
+            parts: of it, as they are stored.
+            group: the processes that have the others.
+        """
+        spec, count = self.settings.spec, self.local_in_features
+        encodes = self.settings.mode != "w4a16" and not self.settings.static_scale
+        if encodes and count != self.in_features:
+            self.whole_rows = WholeRows(group, spec.array_size)
+            parts, count = with_zero_array(parts, spec, count), count + spec.array_size
+        self.packed.hold(parts, count)
+
+    def _to_encode(self, x: Tensor) -> tuple[Tensor, bool]:
+        """What is encoded of an activation, and whether it is to be rotated first."""
+        if self.whole_rows is None:
+            return x, self.settings.rotated
+        if self.settings.rotated:
+            x = ops.rotate(x, self.settings.activations.array_size)
+        return self.whole_rows.largest_beside(x), False
 
     def prepack(self) -> None:
         """Hold the weight in the layout of its device's kernels, if that has one."""
@@ -119,8 +155,8 @@ class PackedProduct(nn.Module):
         Raises:
             OperandError: it is none.
         """
-        if x.shape[-1] != self.in_features:  # kernels know K but for padding
-            raise OperandError(f"x is {list(x.shape)}: the layer takes [..., {self.in_features}]")
+        if x.shape[-1] != self.local_in_features:  # kernels know K but for padding
+            raise OperandError(f"x is {list(x.shape)}: the layer takes [..., {self.local_in_features}]")
 
     def _look_up(self, layout: WeightLayout) -> None:
         """Make the kernels' look-up tables of the codebooks."""

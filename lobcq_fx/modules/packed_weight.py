@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
@@ -123,6 +123,15 @@ class PackedWeight(nn.Module):
         del self.prepacked
         self.layout = None
         for name, tensor in parts.items():
+            self.register_buffer(name, tensor)
+
+    def hold(self, parts: Mapping[str, Tensor], columns: int) -> None:
+        """Hold another weight of the same format, as it is stored: its parts by name, and K."""
+        assert self.layout is None, "in a kernel layout"
+        *stack, self.rows, _ = parts["codes"].shape
+        self.stack, self.columns = tuple(stack), columns
+        for name, tensor in parts.items():
+            delattr(self, name)  # perhaps no buffer, but a parameter of several processes
             self.register_buffer(name, tensor)
 
     def matrices(self, codebooks: Tensor) -> Iterator[Tensor]:
