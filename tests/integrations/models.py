@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import transformers
 
@@ -38,7 +40,7 @@ def uneven():
 
 def bert(kind=transformers.BertModel):
     torch.manual_seed(0)
-    return kind(BERT).eval()
+    return kind(copy.deepcopy(BERT)).eval()  # what a model notes in its configuration is its own
 
 
 def batches(count=3):
