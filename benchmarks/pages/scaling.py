@@ -1,4 +1,4 @@
-"""Put what benchmarks/scale/streaming.py measured into docs/scaling.md, between its markers.
+"""Put what the scripts of benchmarks/scale measured into docs/scaling.md, between its markers.
 
 python -m benchmarks.pages.scaling           # rewrite the page
 python -m benchmarks.pages.scaling --check   # exit with 1 if it differs
@@ -14,7 +14,7 @@ from benchmarks.pages.markdown import keep_page, table
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "scaling.md"
-RESULT = ROOT / "benchmarks" / "results" / "streaming.json"
+RESULTS = ROOT / "benchmarks" / "results"
 
 DEFAULT = "16"
 """Gigabytes that the script makes if it is not told otherwise."""
@@ -24,8 +24,13 @@ HEADER = ["float model", "packed", "largest tensor", "way", "peak, GiB", "proces
 
 def main() -> None:
     """Fill the page."""
-    found = json.loads(RESULT.read_text(encoding="utf-8"))
-    keep_page(PAGE, {"streaming": streaming(found)}, "scaling", __doc__)
+    found, traced, simulated = (
+        json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("streaming", "tracing", "plan")
+    )
+    parts = {
+        "streaming": streaming(found), "loading": loading(found), "tracing": tracing(traced), "plan": plan(simulated),
+    }  # fmt: skip
+    keep_page(PAGE, parts, "scaling", __doc__)
 
 
 def streaming(found: dict[str, Any]) -> str:
@@ -37,6 +42,51 @@ def streaming(found: dict[str, Any]) -> str:
         f" {found['machine']['versions']['torch']}, transformers {found['transformers']}. The peak is the process's, of"
         f" which {imported(found):.2f} GiB are Python and its modules:\n\n{table(HEADER, rows)}"
     )
+
+
+def loading(found: dict[str, Any]) -> str:
+    """What loading takes, of each size that was loaded."""
+    rows = []
+    for size in sorted(found["sizes"], key=float):
+        one = found["sizes"][size]
+        if "loading" in one:
+            peak = one["loading"]["peak_gib"] - one["loading"]["imported_gib"]
+            shares = f"{peak:.2f} GiB, {peak / one['packed_gib']:.2f} times"
+            rows.append([f"{one['packed_gib']:.2f} GiB", shares, f"{one['loading']['processor_seconds']:.0f}"])
+    return (
+        table(["packed", "peak of `load`, above the modules", "processor time, s"], rows) if rows else "Not measured."
+    )
+
+
+def tracing(found: dict[str, Any]) -> str:
+    """Seconds by layers."""
+    rows = [
+        [str(row["layers"]), *(f"{row[name]:.1f}" for name in ("growing_seconds", "both_seconds"))]
+        for row in found["rows"]
+    ]
+    versions = f"torch {found['machine']['versions']['torch']}, transformers {found['transformers']}"
+    header = ["layers", "growing caches, s", "and static ones, s"]
+    return f"{found['machine']['cpu']}, 1 thread, {versions}, processor time:\n\n{table(header, rows)}"
+
+
+def plan(found: dict[str, Any]) -> str:
+    """What larger models would take, and how far the simulation is off where it was checked."""
+    ranks = list(found["rows"][0]["hours"])
+    header = ["planned", "float model", "packed", "memory of a rank", *(f"{one} thread(s), hours" for one in ranks)]
+    rows = [
+        [
+            row["model"],
+            *(f"{row[name]:.0f} GiB" for name in ("float_gib", "packed_gib", "memory_gib")),
+            *(f"{hours:.2f}" for hours in row["hours"].values()),
+        ]
+        for row in found["rows"]
+    ]
+    checks = [
+        f"{one['gigabytes']} GB in {one['processes']} processes took {one['seconds']:.0f} s, simulated"
+        f" {one['simulated_seconds']:.0f} s"
+        for one in found["checked"]
+    ]
+    return f"{table(header, rows)}\n\nChecked: {'; '.join(checks) or 'not measured'}."
 
 
 def of_size(size: str, sizes: dict[str, Any]) -> list[list[str]]:

@@ -4,11 +4,12 @@ python -m benchmarks.scale.streaming                              # 16 GB: the s
 python -m benchmarks.scale.streaming --gigabytes 4 --in-memory    # and `quantize` and `save_pretrained` beside it
 python -m benchmarks.scale.streaming --processes 1 2 4            # launched by torchrun, with so many threads each
 python -m benchmarks.scale.streaming --resumed                    # killed when half is done, and called again
+python -m benchmarks.scale.streaming --gigabytes 4 --calibrated   # and with data, segment by segment
 python -m benchmarks.scale.streaming --folder /a/large/disk
 
 Each way runs in processes of its own, whose peak is their VmHWM, what Python and torch take included; of several, the
-largest, and the sum of their processor times. What all ways write is compared byte for byte. The results of each size
-go into benchmarks/results/streaming.json.
+largest, and the sum of their processor times. What all ways write is compared byte for byte, but for what is
+calibrated. Loading what was written is measured too. Results go into benchmarks/results/streaming.json, size by size.
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ KILLED = "killed"
 FIXED_GIB, LARGEST_TENSORS = 1.5, 2
 """What the peak must stay below: so much, and so many times the largest tensor."""
 
+CALIBRATED, LOADED = "calibrated", "loaded"
+CALLS, TOKENS, MAX_MEMORY = 16, 512, 2**31
+"""Calibration data, of random tokens, and what the segments and their values get."""
+
 
 def main() -> None:
     """Make a checkpoint, measure, compare, print, write."""
@@ -52,6 +57,7 @@ def main() -> None:
     parser.add_argument("--in-memory", action="store_true")
     parser.add_argument("--processes", type=int, nargs="+", default=[1])
     parser.add_argument("--resumed", action="store_true")
+    parser.add_argument("--calibrated", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", type=Path, help="where there is room for the float model and the packed one")
     parser.add_argument("--worker", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
@@ -67,6 +73,9 @@ def main() -> None:
         ways = ("streamed", *several, *(way for way, wanted in others.items() if wanted))
         found = {way: run(way, folder, given.threads) for way in ways}
         result = source | {"threads": given.threads, "ways": found} | compared(folder, ways)
+        if given.calibrated:
+            found[CALIBRATED] = run(CALIBRATED, folder, given.threads)
+        result["loading"] = run(LOADED, folder, given.threads)
     results = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"sizes": {}}
     results |= {"machine": machine(), "transformers": version("transformers")}
     results["sizes"][f"{given.gigabytes:g}"] = result
@@ -143,7 +152,12 @@ def measure(way: str, folder: str, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     source, output = Path(folder) / "float", Path(folder) / ("resumed" if way == KILLED else way)
-    imported, steps = status_mib("VmHWM"), dict[str, float]()
+    steps = dict[str, float]()
+    if way == LOADED:  # on top of what Python, the modules and the core take
+        lobcq_fx.quantize_folder(lobcq_fx.default_model_path(), Path(folder) / "small", static_cache=False)
+        lobcq_fx.load(Path(folder) / "small")
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls back to what is resident now
+    imported = status_mib("VmHWM")
     start = time.process_time()
 
     def note(step: str, done: int, total: int | None) -> None:
@@ -154,6 +168,15 @@ def measure(way: str, folder: str, threads: int) -> dict[str, Any]:
     if way == "in memory":
         model = LlamaForCausalLM.from_pretrained(source, dtype="auto").eval()
         lobcq_fx.quantize(model, inplace=True, progress=note).save_pretrained(output)
+    elif way == CALIBRATED:
+        generator = torch.Generator().manual_seed(1)
+        ids = [torch.randint(1, 128256, (1, TOKENS), generator=generator) for _ in range(CALLS)]
+        data = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
+        lobcq_fx.quantize_folder(
+            source, output, recipe="balanced", calibration_data=data, max_memory=MAX_MEMORY, progress=note
+        )
+    elif way == LOADED:
+        lobcq_fx.load(Path(folder) / "streamed")
     else:
         lobcq_fx.quantize_folder(source, output, progress=note)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -30,14 +31,14 @@ SMALL = 4096
 """Bytes of tensors that are always compared with their digests: tensor scales and biases tell two saves apart."""
 
 MAPPED = tuple(f".{part}" for part in PARTS if part != "tensor_scale")
-"""Ends of the names of tensors that stay where the file is mapped until they are repacked."""
+"""Ends of the names of tensors that stay where a file is mapped until they are repacked."""
+
+READ_AT_ONCE = 2**24
+"""Bytes of tensors for which a file is mapped anew: what was read of a mapping is resident while any look into it."""
 
 
 def validated_root(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
     """`_root`, once its tensors and graphs are known to be such as can run."""
-    # These look into the mapped file. Weights leave it when they are repacked; one tensor that stays would keep all of
-    # it mapped, and resident.
-    tensors = {name: tensor if name.endswith(MAPPED) else tensor.clone() for name, tensor in tensors.items()}
     check_parameters({name: tensor for name, tensor in tensors.items() if name in parameters})
     root = root_of(tensors, graphs, parameters)
     restore_packed_weights(root, graphs)
@@ -99,13 +100,22 @@ def stored_names(graphs: Sequence[fx.Graph]) -> list[str]:
 
 
 def read_tensors(directory: Path, entry: str, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
-    """What the graphs refer to, mapped from the files that `entry` leads to."""
-    wanted = set(stored_names(graphs))
-    with open_weights(directory, entry) as weights:
-        missing = wanted - weights.names
-        if missing:
-            raise CheckpointError(f"{directory / entry} lacks {sorted(missing)[0]} and {len(missing) - 1} more tensors")
-        return {name: weights.get_tensor(name) for name in sorted(wanted)}
+    """What the graphs refer to, from the files that `entry` leads to: copied, or where it is to be repacked mapped."""
+    wanted = sorted(set(stored_names(graphs)))
+    mapped = deque(name for name in wanted if name.endswith(MAPPED))
+    copied, tensors = deque(name for name in wanted if not name.endswith(MAPPED)), dict[str, Tensor]()
+    while waiting := copied or mapped:
+        with open_weights(directory, entry) as weights:
+            missing = sorted({*waiting} - weights.names)
+            if missing:
+                raise CheckpointError(f"{directory / entry} lacks {missing[0]} and {len(missing) - 1} more tensors")
+            room = READ_AT_ONCE
+            while waiting and room > 0:
+                name = waiting.popleft()
+                tensor = weights.get_tensor(name)
+                tensors[name] = tensor.clone() if waiting is copied else tensor
+                room -= tensor.nbytes
+    return {name: tensors[name] for name in wanted}
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], index: FolderIndex, *, verify: bool) -> None:
