@@ -10,9 +10,8 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
@@ -20,21 +19,17 @@ import torch.distributed as dist
 from lobcq_fx.errors import CheckpointError, LobcqError, RankError
 from lobcq_fx.pipeline import Progress
 from lobcq_fx.storage.terminations import terminations_unwind
-from lobcq_fx.streaming.watch import Failure, Member, Watch, blame, first_failure, lost
+from lobcq_fx.streaming.meeting import POLL, meet
+from lobcq_fx.streaming.watch import Failure, Member, Watch, blame, lost
 
 STEP = "encode"
 """The step of the work that the ranks share."""
-
-MEETING = 600.0
-"""Seconds that the first of them waits for the last."""
 
 PARTING = 30.0
 """Seconds that the first waits for the others to have heard that all is done: its end may be that of the store."""
 
 PIECE = 4 * 2**20
 """Bytes of a value in the store, which refuses those of more than eight million."""
-
-_POLL = 0.1
 
 _works = itertools.count()
 
@@ -45,10 +40,12 @@ class Ranks:
     rank: its number. count: how many there are.
     """
 
-    def __init__(self, store: Any = None, rank: int = 0, count: int = 1) -> None:
-        self.rank, self.count = rank, count
-        self._store, self._this = store, Member.this(rank)
-        self._watch: Watch | None = None
+    def __init__(self, store: Any = None, members: Sequence[Member] = (), rank: int = 0) -> None:
+        """store: of these members alone; None where there are none but this process."""
+        self.rank, self.count = rank, max(1, len(members))
+        self._store, self._this = store, members[rank] if members else Member.this(rank)
+        others = [one for one in members if one.rank != rank]
+        self._watch = Watch(store, self._this, others) if others else None
         self._say: Callable[[], None] = lambda: None
         self._keys = itertools.count()
 
@@ -142,34 +139,9 @@ class Ranks:
         while not self._store.check([key]):
             if limit is not None and time.monotonic() - started > limit:
                 raise TimeoutError(key)
-            if self._watch is None:
-                failure = first_failure(self._store)
-                if failure is not None:
-                    raise RankError(str(failure))
             self.check()
             self._say()
-            time.sleep(_POLL)
-
-    def meet(self) -> None:
-        """Wait for all others.
-
-        Raises:
-            RankError: some do not come, or fail.
-        """
-        self._send(f"here/{self.rank}", asdict(self._this))
-        members = []
-        for rank in range(self.count):
-            try:
-                members.append(Member(**self._receive(f"here/{rank}", MEETING)))
-            except TimeoutError:
-                raise RankError(
-                    f"rank {rank} of {self.count} has not called quantize_folder in {MEETING:.0f} seconds: all ranks of"
-                    " a launch have to"
-                ) from None
-        self._watch = Watch(self._store, self._this, [one for one in members if one.rank != self.rank])
-        self.gathered(None)  # all have given a sign
-        self.shared(lambda: None)
-        self._watch.start()
+            time.sleep(POLL)
 
     def part(self) -> None:
         """The end of a work that went well, whatever becomes of the others now."""
@@ -220,10 +192,9 @@ def joined() -> Iterator[Ranks]:
     if count == 1:
         yield Ranks()
         return
-    ranks = Ranks(store, rank, count)
     with terminations_unwind():
+        ranks = _met(store, rank, count)
         try:
-            ranks.meet()
             yield ranks
         except BaseException as error:
             ranks.fail(error)
@@ -240,6 +211,18 @@ def rank_and_count() -> tuple[int, int]:
     if dist.is_torchelastic_launched():
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return 0, 1
+
+
+def _met(store: Any, rank: int, count: int) -> Ranks:
+    """This process among the others, once they are there."""
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    this = Member.this(rank)
+    try:
+        word, members = meet(store, this, count)
+        return Ranks(PrefixStore(word, store), members, rank)
+    except RuntimeError as error:  # torch's, of a connection
+        raise RankError(str(lost(this, error))) from error
 
 
 def _launch() -> tuple[Any, int, int]:

@@ -26,6 +26,9 @@ lock for much of a minute; who is killed on the same machine is noticed at once,
 KILLED = "it has ended without a word, as what is killed does; the system kills where memory runs short"
 GONE = f"nothing was heard of it for {SILENT:.0f} seconds: it stands still, or its machine is gone"
 
+NO_SIGN = "0 0"
+"""What stands where a process gives its signs before its first; each is a number of its own, and how much is done."""
+
 _FAILURE, _ENDED = "failure", b"ended"
 
 
@@ -69,32 +72,34 @@ class Failure:
         return f"rank {self.rank} on {self.host} failed: {self.why}"
 
 
+def sign(rank: int) -> str:
+    """The key under which a process gives its signs."""
+    return f"alive/{rank}"
+
+
 def blame(store: Any, failure: Failure) -> Failure:
     """Tell all of a failure; the first that was told, which is the cause of the others."""
     return Failure(**json.loads(store.compare_set(_FAILURE, "", json.dumps(asdict(failure)))))
 
 
-def first_failure(store: Any) -> Failure | None:
+def _first_failure(store: Any) -> Failure | None:
     """The first that was told of."""
     return Failure(**json.loads(store.get(_FAILURE))) if store.check([_FAILURE]) else None
 
 
 class Watch:
-    """Gives this process's signs of life, and looks for those of the others, in a thread.
+    """Gives this process's signs of life, and looks for those of the others, in a thread that runs from now on.
 
     done: how much this one has done. failure: what has happened to one of them.
     """
 
     def __init__(self, store: Any, this: Member, others: Sequence[Member]) -> None:
-        self.done, self.failure = 0, first_failure(store)
+        self.done = 0
+        self.failure: Failure | None = None
         self._store, self._this, self._others = store, this, others
         self._signs: dict[int, tuple[bytes, float]] = {}
         self._beats, self._lock, self._end = 0, threading.Lock(), threading.Event()
-        self._give()
         self._thread = threading.Thread(target=self._run, name="lobcq-watch", daemon=True)
-
-    def start(self) -> None:
-        """Begin, when all of them have given their first."""
         self._thread.start()
 
     def leave(self) -> None:
@@ -105,7 +110,7 @@ class Watch:
         """The same, and the others are told that nothing is wrong."""
         self._end.set()
         self._thread.join()
-        self._store.set(_sign(self._this.rank), _ENDED)
+        self._store.set(sign(self._this.rank), _ENDED)
 
     def done_by_others(self) -> int:
         """How much the others have done, as far as they have said."""
@@ -115,7 +120,7 @@ class Watch:
     def look(self) -> None:
         """Look now."""
         with self._lock:
-            self.failure = self.failure or first_failure(self._store) or self._dead()
+            self.failure = self.failure or _first_failure(self._store) or self._dead()
 
     def _run(self) -> None:
         while not self._end.wait(EVERY):
@@ -128,7 +133,7 @@ class Watch:
 
     def _give(self) -> None:
         self._beats += 1
-        self._store.set(_sign(self._this.rank), f"{self._beats} {self.done}")
+        self._store.set(sign(self._this.rank), f"{self._beats} {self.done}")
 
     def _dead(self) -> Failure | None:
         now = time.monotonic()
@@ -143,7 +148,7 @@ class Watch:
         return None
 
     def _read(self, members: Sequence[Member]) -> list[bytes]:
-        found: list[bytes] = self._store.multi_get([_sign(one.rank) for one in members]) if members else []
+        found: list[bytes] = self._store.multi_get([sign(one.rank) for one in members]) if members else []
         return found
 
 
@@ -153,7 +158,3 @@ def lost(this: Member, error: Exception) -> Failure:
     return Failure(
         this.rank, this.host, f"it has lost the others, whose launcher or machine has ended, or the network ({text})"
     )
-
-
-def _sign(rank: int) -> str:
-    return f"alive/{rank}"

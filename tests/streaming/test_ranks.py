@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lobcq_fx
+from lobcq_fx.errors import RankError
 from lobcq_fx.storage.atomic_folder import unfinished
 from lobcq_fx.storage.journal import entries_of
+from lobcq_fx.streaming import meeting
 from lobcq_fx.streaming.shares import divided
+from lobcq_fx.streaming.watch import Member
 from tests.fuzz.streaming import SETTINGS, contents, float_model, traced_once
 from tests.streaming.test_resume import stop_after
 
@@ -148,6 +153,23 @@ def test_a_killed_rank_is_named_and_what_all_have_done_is_kept(
     assert not {name for names in kept for name in names} & {*begun}
     assert begun
     assert contents(root / "killed") == contents(root / "expected")
+
+
+def test_ranks_that_are_started_again_meet_in_the_store_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.HashStore()
+    words = []
+    for delay in (0.0, 0.5, 0.5):  # the first finds the second of the start before
+        with ThreadPoolExecutor(2) as threads:
+            first = threads.submit(meeting.meet, store, Member.this(0), 2)
+            time.sleep(delay)
+            second = threads.submit(meeting.meet, store, Member.this(1), 2)
+        assert first.result() == second.result()
+        assert [one.rank for one in first.result()[1]] == [0, 1]
+        words.append(first.result()[0])
+    assert len({*words}) == 3
+    monkeypatch.setattr(meeting, "MEETING", 0.3)
+    with pytest.raises(RankError, match=r"rank 1 of 2 has not called quantize_folder"):
+        meeting.meet(torch.distributed.HashStore(), Member.this(0), 2)
 
 
 def test_shares_are_of_like_cost_and_do_not_depend_on_the_order() -> None:
