@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -240,7 +241,7 @@ class QuantizedModel(NotPickled):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point type of the parameters that stayed in float."""
+        """Floating-point type of the parameters that stayed in float, of most scalars where they are of several."""
         return dtype_of(self.graph_module)
 
     def to(self, *args: Any, **kwargs: Any) -> QuantizedModel:
@@ -308,8 +309,12 @@ class QuantizedModel(NotPickled):
 
 
 def dtype_of(root: nn.Module) -> torch.dtype:
-    """Floating-point type of the parameters that stayed in float."""
-    return next((p.dtype for p in root.parameters() if p.dtype.is_floating_point), torch.float32)
+    """Floating-point type of most of the parameters that stayed in float: routers, for example, may be in another."""
+    sizes = Counter[torch.dtype]()
+    for one in root.parameters():
+        if one.dtype.is_floating_point:
+            sizes[one.dtype] += one.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
 def saved_config(config: Any, dtype: torch.dtype) -> dict[str, Any] | None:

@@ -62,9 +62,13 @@ def root_of(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: s
 class StoredWeights:
     """A folder's tensors by name, mapped, whichever file has them."""
 
-    def __init__(self, homes: Mapping[str, Any]) -> None:
-        """homes: each tensor's file, opened."""
-        self._homes = homes
+    def __init__(self, homes: Mapping[str, Any], paths: Mapping[str, Path]) -> None:
+        """homes: each tensor's file, opened. paths: its path."""
+        self._homes, self._paths = homes, paths
+
+    def path(self, name: str) -> Path:
+        """The file that has a tensor."""
+        return self._paths[name]
 
     @property
     def names(self) -> frozenset[str]:
@@ -102,20 +106,30 @@ def stored_names(graphs: Sequence[fx.Graph]) -> list[str]:
 def read_tensors(directory: Path, entry: str, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
     """What the graphs refer to, from the files that `entry` leads to: copied, or where it is to be repacked mapped."""
     wanted = sorted(set(stored_names(graphs)))
-    mapped = deque(name for name in wanted if name.endswith(MAPPED))
-    copied, tensors = deque(name for name in wanted if not name.endswith(MAPPED)), dict[str, Tensor]()
-    while waiting := copied or mapped:
-        with open_weights(directory, entry) as weights:
-            missing = sorted({*waiting} - weights.names)
-            if missing:
-                raise CheckpointError(f"{directory / entry} lacks {missing[0]} and {len(missing) - 1} more tensors")
-            room = READ_AT_ONCE
-            while waiting and room > 0:
-                name = waiting.popleft()
-                tensor = weights.get_tensor(name)
-                tensors[name] = tensor.clone() if waiting is copied else tensor
-                room -= tensor.nbytes
+    with open_weights(directory, entry) as weights:
+        missing = sorted({*wanted} - weights.names)
+        if missing:
+            raise CheckpointError(f"{directory / entry} lacks {missing[0]} and {len(missing) - 1} more tensors")
+        paths = {name: weights.path(name) for name in wanted}
+    tensors: dict[str, Tensor] = {}
+    for waiting in _by_file(paths).values():
+        while waiting:
+            with _opened(paths[waiting[0]]) as file:
+                room = READ_AT_ONCE
+                while waiting and room > 0:
+                    name = waiting.popleft()
+                    tensor = file.get_tensor(name)
+                    tensors[name] = tensor if name.endswith(MAPPED) else tensor.clone()
+                    room -= tensor.nbytes
     return {name: tensors[name] for name in wanted}
+
+
+def _by_file(paths: Mapping[str, Path]) -> dict[tuple[Path, bool], deque[str]]:
+    """Names by file, those that stay mapped for themselves: copies would keep them company."""
+    found: dict[tuple[Path, bool], deque[str]] = {}
+    for name, path in paths.items():
+        found.setdefault((path, name.endswith(MAPPED)), deque()).append(name)
+    return found
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor], index: FolderIndex, *, verify: bool) -> None:
@@ -178,6 +192,7 @@ def open_weights(directory: Path, entry: str) -> Iterator[StoredWeights]:
     _check_no_others(directory, {*index, entry})
     with ExitStack() as stack:
         homes: dict[str, Any] = {}
+        paths: dict[str, Path] = {}
         for name in index or (entry,):
             file = stack.enter_context(_opened(directory / name))
             held = set(file.keys())
@@ -186,7 +201,8 @@ def open_weights(directory: Path, entry: str) -> Iterator[StoredWeights]:
                 which = "has" if astray[0] in held else "lacks"
                 raise CheckpointError(f"{directory / name} {which} {astray[0]}, against {entry}: get the folder again")
             homes |= dict.fromkeys(held, file)
-        yield StoredWeights(homes)
+            paths |= dict.fromkeys(held, directory / name)
+        yield StoredWeights(homes, paths)
 
 
 def _check_no_others(directory: Path, names: set[str]) -> None:
