@@ -44,7 +44,7 @@ class QuantizedCacheCall(CallingConvention):
         rows = cache.rows(self.row_bytes, ids.shape[0], ids.device)
         heads, width, _ = self.causal.cache_heads[0]
         first_key = torch.empty((ids.shape[0], heads, rows[0].shape[1], width), dtype=torch.uint8, device="meta")
-        return [*self.causal.inputs_of(call, ids, first_key), *rows, *self.constants]
+        return [*self.causal.inputs_of(call, ids, first_key, rows[0].shape[1]), *rows, *self.constants]
 
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As `CausalLMCall.unflatten`."""
