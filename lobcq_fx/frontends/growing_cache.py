@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lobcq_fx.errors import CallError
 from lobcq_fx.tracing.example import LARGEST_SIZE
+
+LENGTH = 2
+"""Dimension of the tokens in keys and values [B, H, P, D]."""
 
 Windows = tuple[int | None, ...]
 """For each layer how many positions a token sees, itself included; None is all. Empty: the graph takes whole layers."""
@@ -60,18 +64,20 @@ def check_windows(cache: Cache, windows: Windows) -> None:
     """
     if len(cache.layers) != len(windows):
         raise CallError(f"past_key_values has {len(cache.layers)} layers, the model {len(windows)}: pass a new one")
-    lengths = set()
+    sliding = [
+        layer.keys.shape[LENGTH]
+        for layer, window in zip(cache.layers, windows, strict=True)
+        if window and layer.is_initialized
+    ]
     for layer, window in zip(cache.layers, windows, strict=True):
         if type(layer) is DynamicSlidingWindowLayer and layer.sliding_window != window:
             raise CallError(
                 f"past_key_values holds a DynamicSlidingWindowLayer of {layer.sliding_window} where the model's window"
                 f" is {window or 'without an end'}: pass DynamicCache(config=model.config)"
             )
-        if window is not None and layer.is_initialized:
-            lengths.add(layer.keys.shape[2])
-    if len(lengths) > 1:
+    if any(length != sliding[0] for length in sliding):
         raise CallError(
-            f"past_key_values has layers of {sorted(lengths)} positions that slide the same window: pass"
+            f"past_key_values has layers of {sliding} positions that slide the same window: pass"
             " DynamicCache(config=model.config), new or as a call returned it"
         )
 
@@ -117,14 +123,16 @@ def grow(cache: Cache, states: Sequence[Tensor], windows: Windows = (), query: i
 
 def _slide(layer: DynamicSlidingWindowLayer, keys: Tensor, values: Tensor, query: int) -> None:
     """As the layer's `update`; while it records its past, which a `crop` may ask for, all is kept."""
-    if not getattr(layer, "record_past", False):
-        keys, values = (state[:, :, 1 - layer.sliding_window :] for state in (keys, values))
+    kept = layer.sliding_window - 1
+    if keys.shape[LENGTH] > kept and not getattr(layer, "record_past", False):
+        # Copies, not views, which would keep the whole prompt's states alive.
+        keys, values = (state[:, :, -kept:].clone(memory_format=torch.contiguous_format) for state in (keys, values))
     _hold(layer, keys, values)
     layer.cumulative_length = layer.cumulative_length + query
 
 
 def _hold(layer: DynamicLayer, keys: Tensor, values: Tensor) -> None:
-    """Contiguous states, which keep nothing else alive.
+    """Contiguous states.
 
     A compiled prompt would lay its keys and values out as its projections did, and the next call be compiled for those
     strides alone.
