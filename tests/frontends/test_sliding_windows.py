@@ -18,6 +18,8 @@ from lobcq_fx.frontends.growing_cache import check_windows
 from lobcq_fx.frontends.output_types import CACHE_NAME
 from tests.families import VOCABULARY, causal_lm, fake_quantized, quantized_causal_lm, quantized_layers
 from tests.frontends.test_causal_lm_families import assert_logits_close
+from tests.frontends.test_vision_language import generated, pair_of
+from tests.vision_language import IMAGE
 
 WINDOW, LENGTH = 4, 23
 FAMILIES = ["mistral", "gemma2"]
@@ -126,28 +128,32 @@ WAYS = {
     "greedy": {},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "prompt in pieces": {"prefill_chunk_size": 3},
-    "a prompt that looks ahead": {"prompt_lookup_num_tokens": 3},
-    "an assistant": {"assistant": True},
 }
 
 
 @pytest.mark.parametrize("length", [2, 13])
 @pytest.mark.parametrize("way", WAYS)
-def test_tokens_are_those_of_the_fake_quantized_model(pair, way, length):
-    model, q = pair
-    alone = way in ("a prompt that looks ahead", "an assistant")
-    ids, mask = prompt(1 if alone else 3, length, 0 if alone else 1)
+def test_tokens_are_those_of_the_fake_quantized_model(mixed, way, length):
+    """Of a model whose layers all slide: test_generation.py."""
+    model, q = mixed
+    ids, mask = prompt(3, length, 1)
     settings = {**SETTINGS, "attention_mask": mask, **WAYS[way]}
-    if settings.pop("assistant", False):
-        settings["assistant_model"] = deepcopy(model)  # not faked: it is often wrong, and tokens are taken back
     out = q.generate(ids, return_dict_in_generate=True, **settings)
-    plain = {name: value for name, value in settings.items() if not alone or name in (*SETTINGS, "attention_mask")}
     with fake_quantized(model, quantized_layers(q), exact=True):
-        expected = model.generate(ids, **plain)
-    assert torch.equal(out.sequences, expected)
-    total = out[CACHE_NAME].get_seq_length()
-    assert total >= length + SETTINGS["max_new_tokens"] - 1
-    assert set(kept(out[CACHE_NAME])) <= {WINDOW - 1, total}
+        assert torch.equal(out.sequences, model.generate(ids, **settings))
+    assert kept(out[CACHE_NAME]) == [WINDOW - 1, length + SETTINGS["max_new_tokens"] - 1]
+
+
+@pytest.mark.parametrize("helper", ["the prompt", "another model"])
+def test_speculation_takes_tokens_back(pair, helper):
+    model, q = pair
+    ids, mask = prompt(1, 13, 0)
+    settings = {**SETTINGS, "attention_mask": mask}
+    # The float model, not faked, is often wrong.
+    guessed = {"prompt_lookup_num_tokens": 3} if helper == "the prompt" else {"assistant_model": deepcopy(model)}
+    out = q.generate(ids, return_dict_in_generate=True, **settings, **guessed)
+    with fake_quantized(model, quantized_layers(q), exact=True):
+        assert torch.equal(out.sequences, model.generate(ids, **settings))
     assert min(kept(out[CACHE_NAME])) == WINDOW - 1
 
 
@@ -221,6 +227,26 @@ def test_rows_are_reordered_repeated_and_selected(mixed):
     actual = q(ids[order, 9:], attention_mask=mask[order], position_ids=positions, **{CACHE_NAME: cache}).logits
     expected, _ = by_pieces(q, ids[order], mask[order], own_cache(q), (9, LENGTH))
     torch.testing.assert_close(actual, expected[:, 9:])
+
+
+def test_images_and_a_second_turn_with_some():
+    """Gemma 3, of which every other layer slides."""
+    of_images, turns = pair_of("gemma3"), []
+    for model in (of_images.model, of_images.q):
+        with of_images.fake():
+            cache = own_cache(model)
+            first = generated(model, of_images.call, past_key_values=cache)
+            ids = torch.cat((first, of_images.call["input_ids"]), dim=1)
+            seen = of_images.call["attention_mask"]
+            answer = torch.ones_like(first[:, seen.shape[1] :])
+            call = of_images.call | {
+                "input_ids": ids,
+                "attention_mask": torch.cat((seen, answer, seen), dim=1),
+                "token_type_ids": (ids == IMAGE).long(),
+            }
+            turns.append(generated(model, call, past_key_values=cache))
+            assert kept(cache) == [WINDOW - 1, turns[-1].shape[1] - 1]
+    assert torch.equal(*turns)
 
 
 @torch.no_grad()
