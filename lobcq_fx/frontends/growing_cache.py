@@ -124,7 +124,7 @@ def grow(cache: Cache, states: Sequence[Tensor], windows: Windows = (), query: i
 def _slide(layer: DynamicSlidingWindowLayer, keys: Tensor, values: Tensor, query: int) -> None:
     """As the layer's `update`; while it records its past, which a `crop` may ask for, all is kept."""
     kept = layer.sliding_window - 1
-    if keys.shape[LENGTH] > kept and not getattr(layer, "record_past", False):
+    if keys.shape[LENGTH] > kept and not layer.record_past:
         # Copies, not views, which would keep the whole prompt's states alive.
         keys, values = (state[:, :, -kept:].clone(memory_format=torch.contiguous_format) for state in (keys, values))
     _hold(layer, keys, values)

@@ -172,7 +172,7 @@ def test_a_second_turn_goes_on_with_the_cache_of_the_first(pair):
             ids, mask = prompt(3, 9)
             cache = own_cache(called)
             for _ in range(2):
-                ids = called.generate(ids, attention_mask=mask, past_key_values=cache, **SETTINGS)
+                ids = called.generate(ids, attention_mask=mask, **{CACHE_NAME: cache}, **SETTINGS)
                 more = prompt(3, 6, 0)[0]
                 ids = torch.cat((ids, more), dim=1)
                 mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
@@ -235,7 +235,7 @@ def test_images_and_a_second_turn_with_some():
     for model in (of_images.model, of_images.q):
         with of_images.fake():
             cache = own_cache(model)
-            first = generated(model, of_images.call, past_key_values=cache)
+            first = generated(model, of_images.call, **{CACHE_NAME: cache})
             ids = torch.cat((first, of_images.call["input_ids"]), dim=1)
             seen = of_images.call["attention_mask"]
             answer = torch.ones_like(first[:, seen.shape[1] :])
@@ -244,7 +244,7 @@ def test_images_and_a_second_turn_with_some():
                 "attention_mask": torch.cat((seen, answer, seen), dim=1),
                 "token_type_ids": (ids == IMAGE).long(),
             }
-            turns.append(generated(model, call, past_key_values=cache))
+            turns.append(generated(model, call, **{CACHE_NAME: cache}))
             assert kept(cache) == [WINDOW - 1, turns[-1].shape[1] - 1]
     assert torch.equal(*turns)
 
