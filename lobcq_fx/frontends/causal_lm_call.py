@@ -17,9 +17,9 @@ from lobcq_fx.frontends.growing_cache import (
     check_windows,
     grow,
     is_empty,
-    new_cache,
     states_of,
     tokens_in,
+    windowed_cache,
     windows_from,
 )
 from lobcq_fx.frontends.output_types import cache_field, output_type
@@ -244,7 +244,7 @@ class CausalLMCall(CallingConvention):
         """Put the grown keys and values into the caller's cache, as a Hugging Face model does; or into a new one."""
         cache = call.get("past_key_values")
         if cache is None:
-            cache = new_cache(self.windows)
+            cache = windowed_cache(self.windows)
         grow(cache, states, self.windows, call["input_ids"].shape[1])
         return cache
 

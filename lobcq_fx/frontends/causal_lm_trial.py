@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.float_causal_lm import as_named_by, cache_argument, counted, mask_of_step, new_cache, takes
-from lobcq_fx.frontends.growing_cache import new_cache as windowed_cache
+from lobcq_fx.frontends.growing_cache import windowed_cache
 from lobcq_fx.frontends.plain_outputs import plain_outputs
 from lobcq_fx.frontends.static_cache_call import static_cache
 from lobcq_fx.trial import Callee, Outcome, Trial

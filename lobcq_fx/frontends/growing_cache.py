@@ -34,7 +34,7 @@ def is_empty(cache: Any) -> bool:
     return tokens_in(cache) == 0
 
 
-def new_cache(windows: Windows) -> DynamicCache:
+def windowed_cache(windows: Windows) -> DynamicCache:
     """An empty cache that keeps no more than a model with these windows needs."""
     cache = DynamicCache()
     cache.layers = [DynamicLayer() if one is None else DynamicSlidingWindowLayer(one) for one in windows]

@@ -34,6 +34,7 @@ from lobcq_fx.frontends.float_causal_lm import (
     default_positions,
     has_shifted_loss,
     has_states,
+    windows_of,
 )
 from lobcq_fx.frontends.generation_overrides import check_overrides
 from lobcq_fx.frontends.graph_check import default_positions_hold
@@ -45,7 +46,7 @@ from lobcq_fx.frontends.recurrent_call import RecurrentCall
 from lobcq_fx.frontends.recurrent_states import FixedState, LayerStates
 from lobcq_fx.frontends.static_cache_call import StaticCacheCall
 from lobcq_fx.frontends.traced_states import ReplacedStates, ReplacedStatesAndKeys, scans_as_operators
-from lobcq_fx.frontends.windowed_layers import sliding, windows_of
+from lobcq_fx.frontends.windowed_layers import sliding
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.tracing.assumptions import SizeDecisions
 from lobcq_fx.tracing.calling import bind_arguments
@@ -102,7 +103,7 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
     Raises:
         TraceError: the model cannot be captured, keeps a cache of another kind, or generates in a way of its own.
     """
-    windows = () if has_states(model) else windows_of(model)
+    windows = windows_of(model)
     if windows:
         try:
             return _trace_causal_lm(model, windows)

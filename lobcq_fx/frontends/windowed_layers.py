@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import DynamicCache, PreTrainedModel, masking_utils
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel, masking_utils
+from transformers.cache_utils import Cache, DynamicLayer
 
-from lobcq_fx.frontends.growing_cache import Windows
+from lobcq_fx.frontends.growing_cache import LENGTH, Windows
 
 KEPT = 4
 """Positions in the example's windows: another number than any other size of it, whatever window the model has."""
@@ -45,19 +45,8 @@ class WindowedLayer(DynamicLayer):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length of the keys, and the position of the first."""
-        length = self.keys.shape[2]
+        length = self.keys.shape[LENGTH]
         return length + query_length, self.tokens - length
-
-
-def windows_of(model: PreTrainedModel) -> Windows:
-    """Those of the cache that the model's `generate()` makes; empty where none of its layers slides.
-
-    Layers of several windows would hold different numbers of positions, and share a mask all the same.
-    """
-    layers = DynamicCache(config=model.config).layers
-    windows = tuple(one.sliding_window if type(one) is DynamicSlidingWindowLayer else None for one in layers)
-    (window, *others) = {one for one in windows if one is not None} or {0}
-    return windows if window > 1 and not others else ()
 
 
 @contextmanager
