@@ -170,7 +170,9 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
 
     def _new_cache(self) -> LobcqCache | None:
         config = self.lobcq_config
-        return None if config.kv_cache is None else LobcqCache(config.kv_cache, attention=config.attention)
+        if config.kv_cache is None:
+            return None
+        return LobcqCache(config.kv_cache, attention=config.attention, config=self.config)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -16,8 +16,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from lobcq_fx.errors import CallError
 from lobcq_fx.tracing.example import LARGEST_SIZE
 
-LENGTH = 2
-"""Dimension of the tokens in keys and values [B, H, P, D]."""
+LENGTH = -2
+"""Dimension of the tokens in keys and values [B, H, P, D], and in encoded ones [B, P, row_bytes]."""
 
 Windows = tuple[int | None, ...]
 """For each layer how many positions a token sees, itself included; None is all. Empty: the graph takes whole layers."""
@@ -70,15 +70,15 @@ def check_windows(cache: Cache, windows: Windows) -> None:
         if window and layer.is_initialized
     ]
     for layer, window in zip(cache.layers, windows, strict=True):
-        if type(layer) is DynamicSlidingWindowLayer and layer.sliding_window != window:
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window != window:
             raise CallError(
-                f"past_key_values holds a DynamicSlidingWindowLayer of {layer.sliding_window} where the model's window"
-                f" is {window or 'without an end'}: pass DynamicCache(config=model.config)"
+                f"past_key_values holds a {type(layer).__name__} of {layer.sliding_window} where the model's window is"
+                f" {window or 'without an end'}: pass {type(cache).__name__}(config=model.config)"
             )
     if any(length != sliding[0] for length in sliding):
         raise CallError(
             f"past_key_values has layers of {sliding} positions that slide the same window: pass"
-            " DynamicCache(config=model.config), new or as a call returned it"
+            f" {type(cache).__name__}(config=model.config), new or as a call returned it"
         )
 
 
@@ -111,32 +111,28 @@ def grow(cache: Cache, states: Sequence[Tensor], windows: Windows = (), query: i
     """
     layers = []
     for place, (keys, values) in enumerate(zip(states[0::2], states[1::2], strict=True)):
-        layer = cache.layers[place] if place < len(cache.layers) and windows else None
+        layer: Any = cache.layers[place] if place < len(cache.layers) and windows else None
         if type(layer) is DynamicSlidingWindowLayer and windows[place] is not None:
-            _slide(layer, keys, values, query)
+            keys, values = keep_window(layer, (keys, values), query)
         else:
             layer = DynamicLayer()
-            _hold(layer, keys, values)
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        # A compiled prompt would lay its keys and values out as its projections did, and the next call be compiled for
+        # those strides alone.
+        layer.keys, layer.values = keys.contiguous(), values.contiguous()
         layers.append(layer)
     cache.layers = layers
 
 
-def _slide(layer: DynamicSlidingWindowLayer, keys: Tensor, values: Tensor, query: int) -> None:
-    """As the layer's `update`; while it records its past, which a `crop` may ask for, all is kept."""
-    kept = layer.sliding_window - 1
-    if keys.shape[LENGTH] > kept and not layer.record_past:
-        # Copies, not views, which would keep the whole prompt's states alive.
-        keys, values = (state[:, :, -kept:].clone(memory_format=torch.contiguous_format) for state in (keys, values))
-    _hold(layer, keys, values)
-    layer.cumulative_length = layer.cumulative_length + query
+def keep_window(layer: DynamicSlidingWindowLayer, states: Sequence[Tensor], query: int) -> list[Tensor]:
+    """Let a layer count a call's tokens; of its grown keys and values return what it keeps, as its `update` does.
 
-
-def _hold(layer: DynamicLayer, keys: Tensor, values: Tensor) -> None:
-    """Contiguous states.
-
-    A compiled prompt would lay its keys and values out as its projections did, and the next call be compiled for those
-    strides alone.
+    While it records its past, which a `crop` may ask for, that is all.
     """
-    if not layer.is_initialized:
-        layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys.contiguous(), values.contiguous()
+    layer.cumulative_length = layer.cumulative_length + query
+    kept = layer.sliding_window - 1
+    if layer.record_past or states[0].shape[LENGTH] <= kept:
+        return list(states)
+    # Copies, not views, which would keep the whole prompt's states alive.
+    return [state[..., -kept:, :].clone(memory_format=torch.contiguous_format) for state in states]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 import lobcq_fx
+from lobcq_fx import LobcqCache
 from lobcq_fx.errors import CallError, TraceError
 from lobcq_fx.frontends import transformers_trace
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
@@ -250,6 +252,53 @@ def test_images_and_a_second_turn_with_some():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("whose", ["quantized", "float"])
+def test_encoded_keys_and_values_slide_too(pair, whose):
+    """To those of a cache that is whole, which has other tests."""
+    model, q = pair
+    called = q if whose == "quantized" else model
+    ids, mask = prompt()
+    stops = (2, 3, 4, 11, 12, LENGTH)
+    expected, whole = by_pieces(called, ids, mask, LobcqCache(), stops)
+    actual, cache = by_pieces(called, ids, mask, LobcqCache(config=q.config), stops)
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()])
+    sliding = [one.is_sliding for one in own_cache(q).layers]
+    lengths = [WINDOW - 1 if one else LENGTH for one in sliding]
+    assert [layer.keys.shape[1] for layer in cache.layers] == lengths
+    assert cache.nbytes * LENGTH * len(lengths) == whole.nbytes * sum(lengths)
+    for one, other in zip(cache.layers, whole.layers, strict=True):
+        assert torch.equal(one.keys[1:], other.keys[1:, -one.keys.shape[1] :])  # the first row's padding reads nothing
+
+
+@torch.no_grad()
+def test_encoded_tokens_are_taken_back(pair):
+    _, q = pair
+    ids, mask = prompt(1, 13, 0)
+    settings = {**SETTINGS, "attention_mask": mask}
+    caches = [LobcqCache(), LobcqCache(config=q.config)]
+    expected = q.generate(ids, **{CACHE_NAME: caches[0]}, **settings)
+    assert torch.equal(q.generate(ids, **{CACHE_NAME: caches[1]}, prompt_lookup_num_tokens=3, **settings), expected)
+    beams = [
+        q.generate(ids, **{CACHE_NAME: cache}, num_beams=3, **settings)
+        for cache in (LobcqCache(), LobcqCache(config=q.config))
+    ]
+    assert torch.equal(*beams)
+    caches[1].reset()
+    assert torch.equal(q.generate(ids, **{CACHE_NAME: caches[1]}, **settings), expected)
+
+
+def test_a_model_with_a_quantized_cache_of_its_own_slides(mixed):
+    q = deepcopy(mixed[1])
+    ids, mask = prompt()
+    expected = q.generate(ids, attention_mask=mask, **{CACHE_NAME: LobcqCache()}, **SETTINGS)
+    q.lobcq_config = replace(q.lobcq_config, kv_cache="8x64")
+    out = q.generate(ids, attention_mask=mask, return_dict_in_generate=True, **SETTINGS)
+    assert torch.equal(out.sequences, expected)
+    total = LENGTH + SETTINGS["max_new_tokens"] - 1
+    assert [layer.keys.shape[1] for layer in out[CACHE_NAME].layers] == [WINDOW - 1, total]
+
+
+@torch.no_grad()
 def test_compiled_steps_share_their_graphs():
     _, q = quantized_causal_lm("mistral")
     torch._dynamo.reset()
@@ -285,9 +334,16 @@ def test_saved_models_keep_windows_and_those_of_earlier_releases_whole_layers(mi
     out = old.generate(ids, attention_mask=mask, return_dict_in_generate=True, **SETTINGS)
     assert torch.equal(out.sequences, expected)
     assert {type(layer) for layer in out[CACHE_NAME].layers} == {DynamicLayer}
-    _, filled = by_pieces(q, ids, mask, own_cache(q), (9,))
-    with pytest.raises(CallError, match="holds a DynamicSlidingWindowLayer; the graph grows DynamicLayers"):
-        old(ids[:, 9:], attention_mask=mask, **{CACHE_NAME: filled})
+    encoded = LobcqCache(config=q.config)
+    old.generate(ids, attention_mask=mask, **{CACHE_NAME: encoded}, **SETTINGS)
+    assert len({layer.keys.shape for layer in encoded.layers}) == 1
+    for cache, message in (
+        (own_cache(q), "holds a DynamicSlidingWindowLayer; the graph grows DynamicLayers"),
+        (LobcqCache(config=q.config), "pass a new LobcqCache"),
+    ):
+        _, filled = by_pieces(q, ids, mask, cache, (9,))
+        with pytest.raises(CallError, match=message):
+            old(ids[:, 9:], attention_mask=mask, **{CACHE_NAME: filled})
 
 
 def layers_of(q, *layers):
@@ -305,6 +361,8 @@ def test_caches_that_do_not_fit_are_refused(mixed):
         "of 4 where the model's window is without an end": layers_of(q, *[DynamicSlidingWindowLayer(4)] * 2),
         "1 layers, the model 2": layers_of(q, DynamicLayer()),
     }
+    encoded = LobcqCache(config=transformers.Gemma2Config(sliding_window=3, num_hidden_layers=2))
+    wrong["a LobcqSlidingWindowLayer of 3 .* pass LobcqCache"] = encoded
     for message, cache in wrong.items():
         with pytest.raises(CallError, match=message):
             q(ids, **{CACHE_NAME: cache})
