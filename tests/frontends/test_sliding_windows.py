@@ -110,8 +110,8 @@ def test_a_cache_of_whole_layers_stays_whole_and_gives_the_same(pair):
     assert_logits_close(whole, sliding, mask)
     assert {type(layer) for layer in large.layers} == {DynamicLayer}
     assert kept(large) == [LENGTH] * len(large.layers)
-    for one, other in zip(small.layers, large.layers, strict=True):
-        torch.testing.assert_close(one.keys[1:], other.keys[1:, :, -one.keys.shape[2] :])
+    # Of the layers behind the first one, sums in another order may change the code of an activation.
+    assert torch.equal(small.layers[0].keys, large.layers[0].keys[:, :, 1 - WINDOW :])
 
 
 @torch.no_grad()
@@ -208,7 +208,7 @@ def test_tokens_are_taken_back_as_transformers_does_it(pair):
     assert kept(cache) == [19] * len(cache.layers)
     cache.crop(-4)
     actual = q(ids[:, 15:], attention_mask=mask, **{CACHE_NAME: cache}).logits
-    torch.testing.assert_close(actual, expected[:, 15:])
+    assert_logits_close(actual, expected[:, 15:], mask[:, 15:])
     with pytest.raises(RuntimeError, match="does not track past states"):
         by_pieces(q, ids, mask, own_cache(q), (15,))[1].crop(-1)
     short = by_pieces(q, ids, mask, own_cache(q), (WINDOW - 1,))[1]
@@ -228,7 +228,7 @@ def test_rows_are_reordered_repeated_and_selected(mixed):
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[order, 9:]
     actual = q(ids[order, 9:], attention_mask=mask[order], position_ids=positions, **{CACHE_NAME: cache}).logits
     expected, _ = by_pieces(q, ids[order], mask[order], own_cache(q), (9, LENGTH))
-    torch.testing.assert_close(actual, expected[:, 9:])
+    assert_logits_close(actual, expected[:, 9:], mask[order, 9:])
 
 
 def test_images_and_a_second_turn_with_some():
@@ -261,12 +261,11 @@ def test_encoded_keys_and_values_slide_too(pair, whose):
     stops = (2, 3, 4, 11, 12, LENGTH)
     expected, whole = by_pieces(called, ids, mask, LobcqCache(), stops)
     actual, cache = by_pieces(called, ids, mask, LobcqCache(config=q.config), stops)
-    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()])
+    assert_logits_close(actual, expected, mask)
     sliding = [one.is_sliding for one in own_cache(q).layers]
     lengths = [WINDOW - 1 if one else LENGTH for one in sliding]
     assert [layer.keys.shape[1] for layer in cache.layers] == lengths
     assert cache.nbytes * LENGTH * len(lengths) == whole.nbytes * sum(lengths)
-    # Of the layers behind the first one, sums in another order may change a code.
     assert torch.equal(cache.layers[0].keys, whole.layers[0].keys[:, 1 - WINDOW :])
 
 
