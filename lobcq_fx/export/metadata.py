@@ -43,7 +43,8 @@ def metadata_of(q: QuantizedModel, *, one_sequence: bool, last_logits_only: bool
         inputs, guards = q.calling.inputs, q.calling.guards
         if KEPT in inputs:
             inputs, guards = tuple(name for name in inputs if name != KEPT), guards.without(inputs.index(KEPT))
-        calling = dataclasses.replace(q.calling, inputs=inputs, guards=guards, cache_dtype="float32")
+        # All layers share the length of the past, as onnxruntime-genai has it: those that slide a window are whole.
+        calling = dataclasses.replace(q.calling, inputs=inputs, guards=guards, cache_dtype="float32", windows=())
         metadata[CALLING] = json.dumps(calling.to_dict())
     return metadata
 

@@ -86,7 +86,8 @@ class CausalLMForward(WholeBatches):
             input_ids: [B, T] token ids.
             attention_mask: [B, P + T], 0 at padding, with P cached tokens; None means no padding.
             position_ids: [B, T]; None counts as the float model does.
-            past_key_values: a DynamicCache or a LobcqCache, which grow in place; None starts a new one. Or a static
+            past_key_values: a DynamicCache or a LobcqCache, which grow in place; None starts a new one, whose layers
+                that slide a window keep what it can still see, as those of DynamicCache(config=config) do. Or a static
                 cache, which has a fixed length C: see `QuantizedCausalLM.static_cache`; the mask may then be [B, C], 0
                 or 1 past P + T.
             labels: [B, T]; adds the shifted cross-entropy as `loss`.
@@ -169,7 +170,9 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
 
     def _new_cache(self) -> LobcqCache | None:
         config = self.lobcq_config
-        return None if config.kv_cache is None else LobcqCache(config.kv_cache, attention=config.attention)
+        if config.kv_cache is None:
+            return None
+        return LobcqCache(config.kv_cache, attention=config.attention, config=self.config)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

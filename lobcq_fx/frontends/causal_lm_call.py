@@ -8,11 +8,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
 from lobcq_fx.errors import CallError
+from lobcq_fx.frontends.growing_cache import (
+    Windows,
+    check_windows,
+    grow,
+    is_empty,
+    states_of,
+    tokens_in,
+    windowed_cache,
+    windows_from,
+)
 from lobcq_fx.frontends.output_types import cache_field, output_type
 from lobcq_fx.tracing.calling import CallingConvention
 from lobcq_fx.tracing.example import LARGEST_SIZE
@@ -60,6 +69,7 @@ class CausalLMCall(CallingConvention):
     default_positions: False where the model counts by a rule of its own, so that calls have to pass position_ids.
     shifted_loss: labels give the cross-entropy with the next token, as they do by default.
     first_position: 1 where the model counts from there on.
+    windows: of the layers that slide one; empty where none does, and where the graph takes whole layers alone.
     guards: what the trace assumed of the sizes of `inputs` and of the first key.
     """
 
@@ -74,6 +84,7 @@ class CausalLMCall(CallingConvention):
     default_positions: bool = True
     shifted_loss: bool = True
     first_position: int = 0
+    windows: Windows = ()
     guards: SizeGuards = field(default_factory=SizeGuards)
     output_class: type[ModelOutput] = field(init=False, repr=False, compare=False)
     cache_name: str = field(init=False, repr=False, compare=False)
@@ -91,8 +102,9 @@ class CausalLMCall(CallingConvention):
         """input_ids, attention_mask, position_ids and logits_to_keep as the graph has them, then keys and values."""
         call = self.arguments(args, kwargs)
         ids = input_ids_of(call)
-        past = self._past(call.get("past_key_values"), ids)
-        return self.inputs_of(call, ids, past[0]) + past
+        cache = call.get("past_key_values")
+        past = self._past(cache, ids)
+        return self.inputs_of(call, ids, past[0], tokens_in(cache)) + past
 
     def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call as {name: value}.
@@ -102,20 +114,25 @@ class CausalLMCall(CallingConvention):
         """
         return call_arguments(args, kwargs)
 
-    def inputs_of(self, call: Mapping[str, Any], ids: Tensor, first_key: Tensor) -> list[Tensor]:
-        """The graph's inputs before the cache, of which a tensor of the first key's shape [B, H, P, D] tells the sizes.
+    def inputs_of(self, call: Mapping[str, Any], ids: Tensor, first_key: Tensor, past: int) -> list[Tensor]:
+        """The graph's inputs before the cache.
+
+        Args:
+            call: as `arguments` gives it.
+            ids: its input_ids [B, T].
+            first_key: a tensor of the first key's shape [B, H, P, D], or of fewer tokens where that layer slides.
+            past: tokens before the call, P.
 
         Raises:
             CallError: the traced graph cannot serve the call.
         """
         batch, query = ids.shape
-        length = first_key.shape[2]
         mask = call.get("attention_mask")
         if mask is None:
             refuse_packed(call)
-            mask = torch.ones((batch, length + query), dtype=torch.long, device=ids.device)
-        if tuple(mask.shape) != (batch, length + query):
-            wanted = f"[{batch}, {length + query}], cached tokens included"
+            mask = torch.ones((batch, past + query), dtype=torch.long, device=ids.device)
+        if tuple(mask.shape) != (batch, past + query):
+            wanted = f"[{batch}, {past + query}], cached tokens included"
             raise CallError(f"attention_mask has shape {list(mask.shape)}: pass {wanted}")
         values = {
             "input_ids": ids,
@@ -140,7 +157,7 @@ class CausalLMCall(CallingConvention):
         """The model's output class with logits, the loss if labels were given, and the cache unless use_cache=False."""
         call = self.arguments(args, kwargs)
         logits, *states = outputs
-        cache = None if call.get("use_cache") is False else self._grown(call.get("past_key_values"), states)
+        cache = None if call.get("use_cache") is False else self._grown(call, states)
         return self.output(logits, cache, call)
 
     def output(self, logits: Tensor, cache: Any, call: Mapping[str, Any]) -> Any:
@@ -169,6 +186,8 @@ class CausalLMCall(CallingConvention):
         del settings["output_class"], settings["cache_name"]  # what output_type names
         if not self.first_position:
             del settings["first_position"]  # which earlier releases do not know
+        if not self.windows:
+            del settings["windows"]  # nor that
         return {"kind": self.kind, **settings, "guards": self.guards.to_list()}
 
     @classmethod
@@ -198,6 +217,7 @@ class CausalLMCall(CallingConvention):
             raise ValueError(f"inputs are {settings['inputs']}; they may be {', '.join(sorted(GRAPH_INPUTS))}")
         settings["cache_heads"] = tuple((heads, key, value) for heads, key, value in settings["cache_heads"])
         settings["guards"] = guards_of(values, settings["inputs"])
+        settings["windows"] = windows_from(values.get("windows", ()), len(settings["cache_heads"]))
         sizes = [settings["vocab_size"], *(size for layer in settings["cache_heads"] for size in layer)]
         if settings.get("first_position", 0) not in (0, 1):
             raise ValueError(f"first_position is {settings['first_position']!r}")
@@ -213,22 +233,19 @@ class CausalLMCall(CallingConvention):
                 " takes (key, value) for each layer, and grows in place"
             )
         if is_empty(cache):
+            if self.windows and cache is not None and cache.layers:
+                check_windows(cache, self.windows)
             dtype = getattr(torch, self.cache_dtype)
             shapes = [(ids.shape[0], heads, 0, width) for heads, *widths in self.cache_heads for width in widths]
             return [torch.empty(shape, dtype=dtype, device=ids.device) for shape in shapes]
-        if not isinstance(cache, Cache) or len(cache.layers) != len(self.cache_heads):
-            raise CallError(f"past_key_values must be a DynamicCache of {len(self.cache_heads)} layers, not {cache!r}")
-        for layer in cache.layers:
-            if type(layer) is not DynamicLayer:
-                kind = type(layer).__name__
-                raise CallError(f"past_key_values holds a {kind}; the graph grows DynamicLayers: pass DynamicCache()")
-        return [state for layer in cache.layers for state in (layer.keys, layer.values)]
+        return states_of(cache, len(self.cache_heads), self.windows)
 
-    def _grown(self, cache: Any, states: Sequence[Tensor]) -> Any:
+    def _grown(self, call: Mapping[str, Any], states: Sequence[Tensor]) -> Any:
         """Put the grown keys and values into the caller's cache, as a Hugging Face model does; or into a new one."""
+        cache = call.get("past_key_values")
         if cache is None:
-            cache = DynamicCache()
-        grow(cache, states)
+            cache = windowed_cache(self.windows)
+        grow(cache, states, self.windows, call["input_ids"].shape[1])
         return cache
 
     def check_default_positions(self) -> None:
@@ -321,23 +338,3 @@ def kept_positions(kept: int | Tensor | None, query: int, device: torch.device) 
     if isinstance(kept, Tensor):
         return kept
     return torch.arange(max(0, query - kept) if kept else 0, query, dtype=torch.long, device=device)
-
-
-def is_empty(cache: Any) -> bool:
-    """Whether there is no cache yet, or one that holds no tokens."""
-    empty: bool = cache is None or cache.get_seq_length() == 0
-    return empty
-
-
-def grow(cache: Cache, states: Sequence[Tensor]) -> None:
-    """Put the grown keys and values of every layer in turn into a cache, as a Hugging Face model does."""
-    layers = []
-    # A compiled prompt would lay its keys and values out as its projections did, and the next call be compiled for
-    # those strides alone.
-    states = [state.contiguous() for state in states]
-    for keys, values in zip(states[0::2], states[1::2], strict=True):
-        layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        layers.append(layer)
-    cache.layers = layers

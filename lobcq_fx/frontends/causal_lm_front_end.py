@@ -55,7 +55,7 @@ class CausalLMFrontEnd(LanguageModelFrontEnd):
         assert isinstance(model, PreTrainedModel)
         calling = traced.graphs[MAIN].calling
         assert isinstance(calling, CausalLMCall)
-        return {MAIN: causal_lm_trial.growing(model), STATIC_CACHE: causal_lm_trial.static(model, calling)}
+        return {MAIN: causal_lm_trial.growing(model, calling), STATIC_CACHE: causal_lm_trial.static(model, calling)}
 
     def build(self, parts: ModelParts) -> QuantizedModel:
         """A model with `generate()`."""

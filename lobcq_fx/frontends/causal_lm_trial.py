@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.float_causal_lm import as_named_by, cache_argument, counted, mask_of_step, new_cache, takes
+from lobcq_fx.frontends.growing_cache import windowed_cache
 from lobcq_fx.frontends.plain_outputs import plain_outputs
 from lobcq_fx.frontends.static_cache_call import static_cache
 from lobcq_fx.trial import Callee, Outcome, Trial
@@ -27,9 +28,14 @@ def call_with(cache: Cache, callee: Callee, arguments: dict[str, Any]) -> Any:
         return callee(**as_named_by(callee, kept))
 
 
-def growing(model: PreTrainedModel) -> Trial:
+def trial_cache(model: PreTrainedModel, calling: CausalLMCall) -> Cache:
+    """An empty one, with layers that slide if the graph takes such."""
+    return windowed_cache(calling.windows) if calling.windows else new_cache(model)
+
+
+def growing(model: PreTrainedModel, calling: CausalLMCall) -> Trial:
     """With a cache that grows."""
-    return _trial(model, lambda: new_cache(model))
+    return _trial(model, lambda: trial_cache(model, calling))
 
 
 def static(model: PreTrainedModel, calling: CausalLMCall) -> Trial:

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lobcq_fx.errors import TraceError
+from lobcq_fx.frontends.growing_cache import Windows
 from lobcq_fx.frontends.output_types import CACHE_NAME, CACHE_PARAMS
 from lobcq_fx.frontends.plain_outputs import FORM, plain_outputs
 from lobcq_fx.frontends.recurrent_states import KNOWN, LayerStates
@@ -35,8 +36,7 @@ CACHE_REMEDY = (
 def continuation(model: PreTrainedModel) -> tuple[dict[str, Any], Any]:
     """A call with QUERY tokens after PAST cached ones, one sequence padded on the left, and what the PAST ones gave.
 
-    The cache is made of full layers even where the model slides a window: the mask applies the window, and one graph
-    then serves prompts of any length.
+    The cache is made of full layers even where the model slides a window, which the mask applies.
 
     Raises:
         TraceError: the model keeps a cache of another kind.
@@ -73,6 +73,18 @@ def has_states(model: PreTrainedModel) -> bool:
 def attends(model: PreTrainedModel) -> bool:
     """Whether any layer of the model keeps keys and values."""
     return any(isinstance(one, DynamicLayer) for one in _own_layers(model))
+
+
+def windows_of(model: PreTrainedModel) -> Windows:
+    """Those of the cache that the model's `generate()` makes; empty where no layer slides, or others keep states.
+
+    Layers of several windows would hold different numbers of positions, and share a mask all the same.
+    """
+    windows = tuple(
+        one.sliding_window if type(one) is DynamicSlidingWindowLayer else None for one in _own_layers(model)
+    )
+    (window, *others) = {one for one in windows if one is not None} or {0}
+    return windows if window > 1 and not others and not has_states(model) else ()
 
 
 def mask_of_step(model: PreTrainedModel, mask: Tensor, past: int) -> Tensor:

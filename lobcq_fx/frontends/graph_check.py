@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lobcq_fx.errors import TraceError
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
@@ -37,13 +37,16 @@ def _agree(model: PreTrainedModel, traced: TracedModel, given: dict[str, Tensor]
     """Whether a prompt and a step through a cache have the logits of one call of the model."""
     ids, mask = _example(model)
     expected = model(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True, **given).logits
-    calling, cache = traced.calling, DynamicCache()
+    calling, cache = traced.calling, None
+    assert isinstance(calling, CausalLMCall)
     pieces = []
     for start, stop in ((0, LENGTH - 1), (LENGTH - 1, LENGTH)):
         call: dict[str, Any] = {name: value[:, start:stop] for name, value in {"input_ids": ids, **given}.items()}
         call |= {"attention_mask": mask[:, :stop], "past_key_values": cache}
         outputs = traced.graph_module(*calling.flatten((), call))
-        pieces.append(calling.unflatten(outputs, (), call).logits)
+        output = calling.unflatten(outputs, (), call)
+        cache = getattr(output, calling.cache_name)
+        pieces.append(output.logits)
     seen = mask.bool()
     difference = (torch.cat(pieces, dim=1) - expected)[seen].abs().float().median()
     # Not a number where the weights are none: the error that names them comes later.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall, input_ids_of
+from lobcq_fx.frontends.growing_cache import tokens_in
 from lobcq_fx.frontends.lobcq_cache import LobcqCache
 from lobcq_fx.frontends.lobcq_static_cache import LobcqStaticLayer
 from lobcq_fx.frontends.static_cache_call import StaticCacheCall
@@ -41,10 +42,10 @@ class QuantizedCacheCall(CallingConvention):
         ids = input_ids_of(call)
         cache = call["past_key_values"]
         assert isinstance(cache, LobcqCache)
-        rows = cache.rows(self.row_bytes, ids.shape[0], ids.device)
+        rows = cache.rows(self.row_bytes, self.causal.windows, ids.shape[0], ids.device)
         heads, width, _ = self.causal.cache_heads[0]
         first_key = torch.empty((ids.shape[0], heads, rows[0].shape[1], width), dtype=torch.uint8, device="meta")
-        return [*self.causal.inputs_of(call, ids, first_key), *rows, *self.constants]
+        return [*self.causal.inputs_of(call, ids, first_key, tokens_in(cache)), *rows, *self.constants]
 
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As `CausalLMCall.unflatten`."""
@@ -53,7 +54,7 @@ class QuantizedCacheCall(CallingConvention):
         cache = call["past_key_values"]
         result = self.causal.output(logits, cache, call)  # may refuse the labels: then the cache stays as it was
         if call.get("use_cache") is not False:
-            cache.grow(rows)
+            cache.grow(rows, self.causal.windows, input_ids_of(call).shape[1])
         return result
 
     @property

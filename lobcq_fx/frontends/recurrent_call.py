@@ -49,7 +49,7 @@ class RecurrentCall(CausalLMCall):
         if not self.attends:
             call = {**call, "attention_mask": _of_new_tokens(call.get("attention_mask"), ids)}
         first_key = past[0] if past else torch.empty((ids.shape[0], 1, 0, 1), dtype=torch.uint8, device="meta")
-        return [*self.inputs_of(call, ids, first_key), *past, *states]
+        return [*self.inputs_of(call, ids, first_key, first_key.shape[2]), *past, *states]
 
     @property
     def arity(self) -> tuple[int, int]:
@@ -121,8 +121,9 @@ class RecurrentCall(CausalLMCall):
                 found.append(state)
         return found
 
-    def _grown(self, cache: Any, states: Sequence[Tensor]) -> Any:
+    def _grown(self, call: Mapping[str, Any], states: Sequence[Tensor]) -> Any:
         """Put the states of the graph into the caller's cache, as a Hugging Face model does; or into a new one."""
+        cache = call.get("past_key_values")
         cache = DynamicCache() if cache is None else cache
         # As in `grow`; and a state that is a part of something larger would keep that alive.
         states = [state.contiguous() for state in states]

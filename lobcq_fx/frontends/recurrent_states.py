@@ -31,7 +31,7 @@ STATES_ARE_SERVED = DummyLayer is not None and hasattr(Cache, "get_recurrent_sta
 
 _WITH_STATES = (DummyLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer)
 KNOWN: tuple[type, ...] = (DynamicLayer, DynamicSlidingWindowLayer, *(_WITH_STATES if STATES_ARE_SERVED else ()))
-"""Layers of transformers' caches that are understood. A window is kept whole: the graph's mask applies it."""
+"""Layers of transformers' caches that are understood. Beside states a window is kept whole, and the mask applies it."""
 
 
 @dataclass(frozen=True)

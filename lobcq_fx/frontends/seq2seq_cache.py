@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from lobcq_fx.errors import CallError
-from lobcq_fx.frontends.causal_lm_call import grow
+from lobcq_fx.frontends.growing_cache import grow
 
 
 def new_cache() -> EncoderDecoderCache:

@@ -18,7 +18,8 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.utils import ModelOutput
 
 from lobcq_fx.errors import CallError
-from lobcq_fx.frontends.causal_lm_call import CACHE_DTYPES, grow
+from lobcq_fx.frontends.causal_lm_call import CACHE_DTYPES
+from lobcq_fx.frontends.growing_cache import grow
 from lobcq_fx.frontends.output_types import CACHE_NAME, LAST_HIDDEN_STATE, RETURNED_OF_SEQ2SEQ, output_type
 from lobcq_fx.frontends.seq2seq_cache import fill_cross, new_cache, states_of
 from lobcq_fx.frontends.seq2seq_labels import IGNORED_LABEL, SHIFTS, shifted

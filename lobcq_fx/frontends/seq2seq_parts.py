@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from lobcq_fx.errors import CallError, TraceError
-from lobcq_fx.frontends.causal_lm_call import grow
+from lobcq_fx.frontends.growing_cache import grow
 from lobcq_fx.frontends.seq2seq_cache import states_of
 from lobcq_fx.frontends.seq2seq_call import MASK, Seq2SeqCall, mask_of
 from lobcq_fx.graph.shared_tensors import SharingGraphModule

@@ -41,7 +41,7 @@ class StaticImagesCall(CallingConvention):
         past = int(layers[0].cumulative_length)
         states = [state[:, :, :past] for layer in layers for state in (layer.keys, layer.values)]
         call["attention_mask"] = None if mask is None else mask[:, : past + query]
-        return [*self.images.inputs_of(call, ids, states[0]), *states]
+        return [*self.images.inputs_of(call, ids, states[0], past), *states]
 
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As `ImagesCall.unflatten`; the cache holds the call's tokens too."""

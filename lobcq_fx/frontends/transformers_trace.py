@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from lobcq_fx.errors import CallError, TraceError
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
@@ -33,9 +34,11 @@ from lobcq_fx.frontends.float_causal_lm import (
     default_positions,
     has_shifted_loss,
     has_states,
+    windows_of,
 )
 from lobcq_fx.frontends.generation_overrides import check_overrides
 from lobcq_fx.frontends.graph_check import default_positions_hold
+from lobcq_fx.frontends.growing_cache import Windows
 from lobcq_fx.frontends.in_place_cache import InPlaceCache
 from lobcq_fx.frontends.output_types import language_model_output_name
 from lobcq_fx.frontends.plain_outputs import plain_outputs
@@ -43,6 +46,7 @@ from lobcq_fx.frontends.recurrent_call import RecurrentCall
 from lobcq_fx.frontends.recurrent_states import FixedState, LayerStates
 from lobcq_fx.frontends.static_cache_call import StaticCacheCall
 from lobcq_fx.frontends.traced_states import ReplacedStates, ReplacedStatesAndKeys, scans_as_operators
+from lobcq_fx.frontends.windowed_layers import sliding
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.tracing.assumptions import SizeDecisions
 from lobcq_fx.tracing.calling import bind_arguments
@@ -57,6 +61,8 @@ from lobcq_fx.tracing.trace import (
     tracing,
     widen_batch,
 )
+
+logger = logging.getLogger(__name__)
 
 TRUSTED = "transformers"
 """Its attention asks whether there is one token, to take another kernel for the same result."""
@@ -90,12 +96,24 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
 
     Inputs: input_ids [B, T], attention_mask [B, P + T], position_ids [B, T] and logits_to_keep [L] where the model
     takes them, then key and value [B, H, P, D] of each layer that attends. Outputs: logits [B, L or T, V], then the
-    grown keys and values [B, H, P + T, D]. Of a recurrent or hybrid model both end with the states of a fixed size;
-    where nothing attends, the mask is [B, T].
+    grown keys and values [B, H, P + T, D]. Layers that slide a window may come with fewer positions than P, all with
+    the last W ones, and grow to W + T. Of a recurrent or hybrid model both end with the states of a fixed size; where
+    nothing attends, the mask is [B, T].
 
     Raises:
         TraceError: the model cannot be captured, keeps a cache of another kind, or generates in a way of its own.
     """
+    windows = windows_of(model)
+    if windows:
+        try:
+            return _trace_causal_lm(model, windows)
+        except TraceError as error:
+            logger.info("layers that slide a window are kept whole: %s", error)
+    return _trace_causal_lm(model, ())
+
+
+def _trace_causal_lm(model: PreTrainedModel, windows: Windows) -> TracedModel:
+    """The graph that takes layers with these windows, or whole ones alone."""
     vocab_size = model.config.get_text_config().vocab_size
     with tracing(model), torch.no_grad(), SizeDecisions(TRUSTED) as decisions:
         check_cache_layers(model)
@@ -107,7 +125,7 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
             layers = inputs["past_key_values"].layers
             kept = [LayerStates.of(layer) for layer in layers]
             attending = [layer for layer, of in zip(layers, kept, strict=True) if of.attends]
-            graph_module = _causal_lm_graph(model, inputs, kept)
+            graph_module = _causal_lm_graph(model, inputs, kept, windows)
             names = tuple(name for name in inputs if name != "past_key_values")
             settings: dict[str, Any] = {
                 "inputs": names,
@@ -119,6 +137,7 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
                 "vocab_size": vocab_size,
                 "output_type": output_type,
                 "shifted_loss": shifted_loss,
+                "windows": windows,
                 "guards": _guards(decisions, graph_module, (*names, *(["a key"] if attending else []))),
             }
             calling = CausalLMCall(**settings)
@@ -129,10 +148,13 @@ def trace_causal_lm(model: PreTrainedModel) -> TracedModel:
             return replace(traced, calling=replace(calling, default_positions=default_positions_hold(model, traced)))
 
 
-def _causal_lm_graph(model: PreTrainedModel, inputs: dict[str, Any], kept: Sequence[LayerStates]) -> fx.GraphModule:
+def _causal_lm_graph(
+    model: PreTrainedModel, inputs: dict[str, Any], kept: Sequence[LayerStates], windows: Windows
+) -> fx.GraphModule:
     """The graph of a continuation, whose cache has layers that keep what `kept` says."""
     if not has_states(model):
-        graph_module = plain_graph_module(export(model, inputs, _causal_lm_dynamic_shapes(inputs)))
+        with sliding(model, inputs["past_key_values"], windows):
+            graph_module = plain_graph_module(export(model, inputs, _causal_lm_dynamic_shapes(inputs)))
         drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
         return graph_module
     cache = inputs["past_key_values"]
@@ -381,9 +403,9 @@ def _batch_and_length(leaf: Any) -> Any:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """The exporter warns about being experimental and about version drift; our tests are what validates it here."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        transformers_logging.set_verbosity(level)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lobcq_fx.errors import CallError
 from lobcq_fx.frontends.causal_lm_call import CACHE_DTYPES, CausalLMCall, call_arguments, input_ids_of
+from lobcq_fx.frontends.growing_cache import tokens_in
 from lobcq_fx.frontends.image_inputs import KINDS, PIXELS, ImageInputs, described
 from lobcq_fx.frontends.multimodal_positions import image_positions, rows_of_positions
 from lobcq_fx.tracing.calling import CallingConvention
@@ -222,8 +223,9 @@ class WholeCall(CallingConvention):
         call = self._call(args, kwargs)
         ids = input_ids_of(call)
         pixels = self.vision.flatten((), {**call, "device": ids.device})
-        past = self.images._past(call.get("past_key_values"), ids)
-        return [*pixels, *self._language.inputs_of(call, ids, past[0]), *past]
+        cache = call.get("past_key_values")
+        past = self.images._past(cache, ids)
+        return [*pixels, *self._language.inputs_of(call, ids, past[0], tokens_in(cache)), *past]
 
     def unflatten(self, outputs: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As that of the images' graph."""

@@ -65,8 +65,8 @@ class VisionLanguageFrontEnd(CausalLMFrontEnd):
         if not isinstance(whole, WholeCall):
             return super().trials(model, example_inputs, traced)
         return {
-            MAIN: vision_language_trial.with_images(model, whole.vision.images),
-            TEXT: causal_lm_trial.growing(model),
+            MAIN: vision_language_trial.with_images(model, whole.images),
+            TEXT: causal_lm_trial.growing(model, whole.images),
             STATIC_CACHE: causal_lm_trial.static(model, whole.images),
         }
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lobcq_fx.errors import CallError
 from lobcq_fx.frontends.causal_lm import QuantizedCausalLM
-from lobcq_fx.frontends.causal_lm_call import is_empty
 from lobcq_fx.frontends.generation_overrides import POSITIONS, UPDATE, delegated
+from lobcq_fx.frontends.growing_cache import is_empty
 from lobcq_fx.frontends.image_inputs import GRID, PIXEL_MASK, PIXELS
 from lobcq_fx.frontends.lobcq_cache import LobcqCache
 from lobcq_fx.frontends.lobcq_static_cache import LobcqStaticCache

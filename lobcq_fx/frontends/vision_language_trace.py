@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from lobcq_fx.errors import TraceError
 from lobcq_fx.frontends.causal_lm_call import CausalLMCall
-from lobcq_fx.frontends.float_causal_lm import KEPT, PAST, as_named_by, continuation, counted, new_cache, takes
+from lobcq_fx.frontends.causal_lm_trial import trial_cache
+from lobcq_fx.frontends.float_causal_lm import KEPT, PAST, as_named_by, continuation, counted, takes
 from lobcq_fx.frontends.image_features import features_of, image_inputs, traceable_images
 from lobcq_fx.frontends.image_inputs import PIXELS, ImageInputs
 from lobcq_fx.frontends.multimodal_positions import image_positions
@@ -29,6 +30,7 @@ from lobcq_fx.frontends.vision_language_call import (
     WholeCall,
     feature_names,
 )
+from lobcq_fx.frontends.windowed_layers import sliding
 from lobcq_fx.graph.shared_tensors import SharingGraphModule
 from lobcq_fx.passes.eliminate_dead_code import EliminateDeadCode
 from lobcq_fx.tracing.assumptions import SizeDecisions
@@ -65,7 +67,7 @@ def trace_vision_language(model: PreTrainedModel, causal: CausalLMCall) -> Trace
         token_type = _token_type(model)
         with plain_outputs(model):
             inputs = _continuation(model, causal, images, prompt)
-            with _tensors_of_images(model, images):
+            with sliding(model, inputs["past_key_values"], causal.windows), _tensors_of_images(model, images):
                 graph_module = plain_graph_module(export(model, inputs, _dynamic_shapes(inputs)))
             drop_constant_inputs(graph_module, pytree.tree_leaves(inputs))
             _name_sizes(graph_module)
@@ -220,7 +222,7 @@ def _check(model: PreTrainedModel, traced: TracedModel) -> None:
         given["position_ids"] = counted(whole_mask)[:, PAST:] if positions is None else positions + PAST
     if TOKEN_TYPES in prompt:
         given[TOKEN_TYPES] = torch.nn.functional.pad(prompt[TOKEN_TYPES], (PAST, 0))
-    cache, own = new_cache(model), new_cache(model)
+    cache, own = (trial_cache(model, whole.images) for _ in range(2))
     for call, seen in ((text, text["attention_mask"]), (prompt | given, mask)):
         expected = model(**as_named_by(model, {**call, "past_key_values": cache}), return_dict=True).logits
         call = {**call, "past_key_values": own}

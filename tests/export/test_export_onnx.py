@@ -16,6 +16,7 @@ import lobcq_fx
 from lobcq_fx.errors import CheckpointError, ExportError
 from lobcq_fx.export import OnnxCausalLM, export_onnx, folder, self_check
 from lobcq_fx.format import decode
+from lobcq_fx.frontends.output_types import CACHE_NAME
 from lobcq_fx.modules.packed_weight import PackedWeight
 from tests.export.sessions import Session
 from tests.families import VOCABULARY, causal_lm, quantized_causal_lm
@@ -126,6 +127,11 @@ def test_other_families_export(family, tmp_path):
     names = [value.name for value in Session(tmp_path / "out").inner.get_outputs()]
     assert names[:3] == ["logits", "present.0.key", "present.0.value"]
     assert (tmp_path / "out" / "genai_config.json").is_file()
+    ids = torch.randint(3, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    out = OnnxCausalLM(tmp_path / "out", threads=1).generate(ids, return_dict_in_generate=True, **settings)
+    assert torch.equal(out.sequences, q.generate(ids, **settings))
+    assert {layer.keys.shape[2] for layer in out[CACHE_NAME].layers} == {12}  # windows are kept whole
 
 
 def test_matmulnbits(tmp_path):
