@@ -231,6 +231,7 @@ def test_rows_are_reordered_repeated_and_selected(mixed):
     assert_logits_close(actual, expected[:, 9:], mask[order, 9:])
 
 
+@pytest.mark.nightly
 def test_images_and_a_second_turn_with_some():
     """Gemma 3, of which every other layer slides."""
     of_images, turns = pair_of("gemma3"), []
@@ -298,6 +299,7 @@ def test_a_model_with_a_quantized_cache_of_its_own_slides(mixed):
 
 
 @torch.no_grad()
+@pytest.mark.nightly
 def test_compiled_steps_share_their_graphs():
     _, q = quantized_causal_lm("mistral")
     torch._dynamo.reset()
