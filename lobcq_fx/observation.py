@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Mu
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from operator import length_hint
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -24,7 +24,7 @@ from lobcq_fx.graph.attributes import get_attribute
 from lobcq_fx.graph.graph_module import LobcqGraphModule
 from lobcq_fx.graph.segments import Segment, segments
 from lobcq_fx.graph.written import kept, state_of
-from lobcq_fx.passes.insert_observers import InsertObservers, observed, seen_rows
+from lobcq_fx.passes.insert_observers import InsertObservers, Observer, observed, observers_of, seen_rows
 from lobcq_fx.plan import PlannedMatmul, PlannedWeight, QuantizationPlan
 
 SEGMENT = 2**28
@@ -78,6 +78,16 @@ class Observed:
                 yield weight, sums.pop(weight, None)
 
 
+class Relay(Protocol):
+    """Between processes that have some of the calls each, and see the same together."""
+
+    def receive(self, index: int, observers: Sequence[Observer]) -> None:
+        """Before a segment runs: what the calls of those before have shown goes into its observers."""
+
+    def pass_on(self, observers: Sequence[Observer], seen: Observed) -> None:
+        """Afterwards: for those that come next."""
+
+
 class Observation:
     """A graph that is observed segment by segment.
 
@@ -126,6 +136,7 @@ class Observation:
         loaded: Callable[[Segment], AbstractContextManager[Any]] | None = None,
         between: Callable[[], MutableSequence[Values]] = list,
         known: Container[int] = (),
+        relay: Relay | None = None,
     ) -> Iterator[Observed]:
         """Run the graph, once.
 
@@ -136,6 +147,8 @@ class Observation:
             loaded: enters a context in which a segment's attributes are what they should be, until it was used.
             between: makes what holds the calls' values between segments.
             known: indices of segments that only run, and are not yielded.
+            relay: gets what is seen, in the place of the caller, to whom nothing is yielded then; a process among
+                several may have no call.
 
         Raises:
             CalibrationError: there is no call; or a layer saw NaN or infinity.
@@ -144,22 +157,30 @@ class Observation:
         values: Iterable[Values] = (dict(zip(self._inputs, inputs, strict=True)) for inputs in calls)
         held = between()
         for index, segment in enumerate(self.segments):
+            plan = self.plan_of(segment)
+            observed_here = index not in known
             with (loaded or _nothing_to_load)(segment):
-                graph_module, plan = self._graph_module(segment), self.plan_of(segment)
-                if index not in known:
+                graph_module = self._graph_module(segment)
+                if observed_here:
                     InsertObservers(plan, moments)(graph_module)
+                observers = observers_of(graph_module)
+                if relay is not None and observed_here:
+                    relay.receive(index, observers)
                 for number, found in enumerate(_after(segment, graph_module, values)):
                     if index == 0:
                         held.append(found)
                     else:
                         held[number] = found
                     work.step()
-                work.check()
+                if relay is None:
+                    work.check()
                 seen = Observed(index, plan, observed(graph_module, plan), seen_rows(graph_module, plan))
                 del graph_module  # with the weights
                 self._forget(index)
-                if index not in known:
+                if relay is None and observed_here:
                     yield seen
+            if relay is not None and observed_here:
+                relay.pass_on(observers, seen)
             values = held
 
     def _graph_module(self, segment: Segment) -> fx.GraphModule:

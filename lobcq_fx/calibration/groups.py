@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,6 +138,14 @@ class SeenRows:
         """Add one whose rows are of groups, as `Groups.of` takes it. A copy is kept: x may be written to later on."""
         groups = Groups.of(x, offsets)
         self._groups.append(Groups(groups.rows.clone(), groups.bounds))
+
+    def state(self) -> dict[str, Any]:
+        """All of it, for `restore`: tensors and numbers."""
+        return {"sum": self._sum, "groups": [(one.rows, one.bounds) for one in self._groups]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where another one was."""
+        self._sum, self._groups = state["sum"], [Groups(*one) for one in state["groups"]]
 
     def moments(self, encoded: Callable[[Tensor, int], Tensor]) -> Moments:
         """Of all that was added, at least once.

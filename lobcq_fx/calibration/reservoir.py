@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,17 @@ class Reservoir:
         order = merged.argsort(stable=True)[: self.capacity]
         self._keys = merged[order]
         self._rows = candidates[order] if self._rows is None else torch.cat((self._rows, candidates))[order]
+
+    def state(self) -> dict[str, Any]:
+        """All of it, for `restore`: numbers and tensors."""
+        return {
+            "num_seen": self.num_seen, "keys": self._keys, "rows": self._rows, "generator": self._generator.get_state(),
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where another one of the same capacity was."""
+        self.num_seen, self._keys, self._rows = state["num_seen"], state["keys"], state["rows"]
+        self._generator.set_state(state["generator"])
 
     def replaced(self, rows: Tensor) -> Reservoir:
         """A reservoir with other rows in the place of each of these."""

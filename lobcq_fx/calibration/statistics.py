@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +22,9 @@ SAMPLED_ARRAYS = 4096
 
 CHUNK = 1 << 20
 """Scalars that are looked at together, 4 MiB in fp32: each look sorts the sample anew."""
+
+
+_SEEN = ("num_updates", "num_rows", "num_scalars", "group_rows", "_absmax", "_square_sums")
 
 
 class ActivationStatistics:
@@ -48,6 +53,16 @@ class ActivationStatistics:
         self._sample = Reservoir(sampled_arrays, seed)
         self._divisor: Tensor | None = None  # fp32 [E or 1, K]: what became of the columns since they were seen
         self._rotated_columns = 0
+
+    def state(self) -> dict[str, Any]:
+        """What was seen, for `restore`: numbers and tensors. Not of statistics that were divided or rotated."""
+        return {**{name: getattr(self, name) for name in _SEEN}, "sample": self._sample.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Have seen what others have that were made alike, and nothing else; go on as they would."""
+        for name in _SEEN:
+            setattr(self, name, state[name])
+        self._sample.restore(state["sample"])
 
     @property
     def seen(self) -> bool:

@@ -44,13 +44,10 @@ def quantized_folder(
     made_up = folder.generates_text or folder.is_encoder_decoder or reader is None
     example = None if made_up else example_call(reader)
     _, count = rank_and_count()
-    if count > 1 and (text is not None or not has_safetensors(folder.path)):
-        raise ConfigError(
-            f"{count} processes divide a model in safetensors that needs no calibration, and no other. Remedy: leave"
-            " torchrun out"
-        )
+    if count > 1 and not has_safetensors(folder.path):
+        raise ConfigError(f"{count} processes divide a model in safetensors, and no other. Remedy: leave torchrun out")
     data = None if text is None else text.batches(reader, causal=folder.is_causal_lm)
-    if max_memory is not None or (data is None and has_safetensors(folder.path)):
+    if count > 1 or max_memory is not None or (data is None and has_safetensors(folder.path)):
         try:
             with _saying_what_is_kept(output):
                 inventory = lobcq_fx.quantize_folder(

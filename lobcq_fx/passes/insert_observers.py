@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,6 +40,16 @@ class Observer(nn.Module):
         elif self.rows is not None:
             self.rows.add(x)
         return x
+
+    def state(self) -> dict[str, Any]:
+        """What it has gathered, for `restore`: numbers and tensors."""
+        return {"statistics": self.statistics.state(), "rows": None if self.rows is None else self.rows.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where another one, of the same activation, was."""
+        self.statistics.restore(state["statistics"])
+        if self.rows is not None:
+            self.rows.restore(state["rows"])
 
 
 class PastObservers(fx.Interpreter):
@@ -109,6 +120,11 @@ def seen_rows(graph_module: fx.GraphModule, plan: QuantizationPlan) -> dict[Plan
     """What second moments are made of, for the matmuls whose observer has gathered it."""
     observers = {planned: _observer(graph_module, matmul.activation) for matmul, planned in plan.pair(graph_module)}
     return {one: found.rows for one, found in observers.items() if found is not None and found.rows is not None}
+
+
+def observers_of(graph_module: fx.GraphModule) -> list[Observer]:
+    """All of a graph, in the order in which they were inserted."""
+    return [one for one in graph_module.modules() if isinstance(one, Observer)]
 
 
 def unobserved(graph_module: fx.GraphModule, activation: fx.Node) -> fx.Node:

@@ -6,8 +6,9 @@ once more, for what the next ones see, and encodes nothing twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,16 +29,20 @@ from lobcq_fx.plan import PlannedMatmul, PlannedWeight
 from lobcq_fx.preparation import Preparation
 from lobcq_fx.storage.atomic_folder import flush
 from lobcq_fx.storage.index import TensorDigest, bytes_of, digest_of, digest_of_pieces, digested
-from lobcq_fx.storage.journal import Journal
+from lobcq_fx.storage.journal import Journal, entries_of
 from lobcq_fx.storage.weights_file import size_of
 from lobcq_fx.streaming.emission import Made, Outline
 from lobcq_fx.streaming.float_folder import FloatFolder
+from lobcq_fx.streaming.handover import Handover, own_calls
 from lobcq_fx.streaming.parameters import read_parameters
+from lobcq_fx.streaming.ranks import Ranks
 from lobcq_fx.streaming.skeleton import SMALL
 from lobcq_fx.streaming.spilled import SpilledValues
 
-PIECES, VALUES = "segments", "values"
-"""Folders beside the journal: of what is made of each segment, and of what calls hold between two."""
+JOURNAL = "journal-segments"
+PIECES, VALUES, HANDED = "segments", "values", "handed"
+"""Folders beside the journals: of what is made of each segment, of what calls hold between two, and of what a rank has
+seen and another goes on with."""
 
 
 @dataclass(frozen=True)
@@ -104,39 +109,77 @@ class Calibration:
         self._preparation = Preparation(outline.plan, outline.graph_modules)
         self._encoded = 0
 
-    def run(self, calls: Sequence[Sequence[Any]], journal: Journal, progress: Progress) -> Calibrated:
-        """Do what the journal has not.
+    def run(
+        self, calls: Sequence[Sequence[Any]], ranks: Ranks, work: Mapping[str, Any], progress: Progress
+    ) -> Calibrated:
+        """Do what no journal has, together with the other ranks; what is made does not depend on how many there are.
 
         Args:
-            calls: flat inputs of the main graph.
-            journal: gets an entry for each segment.
+            calls: flat inputs of the main graph, all of them in every rank.
+            ranks: which are all to call this.
+            work: what a journal has to be of. Each rank's gets an entry for each segment that it encodes.
             progress: called as the work goes on.
 
         Raises:
             CalibrationError: a layer saw NaN or infinity, or no data.
             CheckpointError: the folder cannot be read, or is not what it was.
+            RankError: another rank has failed.
             LobcqError: a weight holds NaN or infinity.
             OSError: the disk is full, or fails.
         """
         observation = self._preparation.observation(SEGMENT if self._half is None else self._half)
-        (self._place / PIECES).mkdir(exist_ok=True)
-        pieces = dict(self._done(journal, len(observation.segments)))
-        if len(pieces) < len(observation.segments):
-            between: Callable[[], Any] = list
-            if self._half is not None:
-                between = partial(SpilledValues, self._place / VALUES, self._half)
-            parts = observation.run(
-                calls,
-                moments=True,
-                progress=partial(progress, "calibrate"),
-                loaded=partial(self._loaded, observation),
-                between=between,
-                known=pieces,
-            )
-            self._encoded = sum(len(self._weights(piece)) for piece in pieces.values())
-            for part in parts:
-                pieces[part.index] = self._piece(part, progress)
-                journal.add(_name(part.index), pieces[part.index].to_dict())
+        count = len(observation.segments)
+        with closing(Journal(self._place / f"{JOURNAL}-{ranks.rank}", work)) as journal:
+            begun = ranks.shared(lambda: self._begin(work, count))
+            pieces = {int(index): Piece.from_dict(entry) for index, entry in begun.items()}
+            own: dict[int, Piece] = {}
+
+            def encode(part: Observed) -> None:
+                own[part.index] = self._piece(part, progress)
+                journal.add(_name(part.index), own[part.index].to_dict())
+
+            if len(pieces) < count:
+                self._encoded = sum(len(self._weights(piece)) for piece in pieces.values()) if ranks.first else 0
+                self._run(observation, calls, ranks, pieces.keys(), encode, progress)
+        gathered = ranks.gathered({index: piece.to_dict() for index, piece in own.items()})
+        for entries in ranks.shared(lambda: gathered):
+            pieces |= {int(index): Piece.from_dict(entry) for index, entry in entries.items()}
+        return self._calibrated(dict(sorted(pieces.items())))
+
+    def _run(
+        self,
+        observation: Observation,
+        calls: Sequence[Sequence[Any]],
+        ranks: Ranks,
+        known: Container[int],
+        encode: Callable[[Observed], None],
+        progress: Progress,
+    ) -> None:
+        between: Callable[[], Any] = list
+        if self._half is not None:
+            between = partial(SpilledValues, self._place / f"{VALUES}-{ranks.rank}", self._half)
+        loaded = partial(self._loaded, observation)
+
+        def load_and_encode(part: Observed) -> None:
+            with loaded(observation.segments[part.index]):
+                encode(part)
+
+        relay = Handover(ranks, self._place / HANDED, load_and_encode) if ranks.count > 1 else None
+        parts = observation.run(
+            own_calls(calls, ranks),
+            moments=True,
+            progress=partial(progress, "calibrate"),
+            loaded=loaded,
+            between=between,
+            known=known,
+            relay=relay,
+        )
+        for part in parts:
+            encode(part)
+        if relay is not None:
+            relay.encode(wait=True)
+
+    def _calibrated(self, pieces: Mapping[int, Piece]) -> Calibrated:
         matmuls = self._outline.plan.matmuls
         found: dict[str, TensorDigest] = {}
         small: dict[str, Tensor] = {}
@@ -149,15 +192,19 @@ class Calibration:
             Made(found, small, rotated), records, {self._file(index): one for index, one in pieces.items()}
         )
 
-    def _done(self, journal: Journal, segments: int) -> Iterator[tuple[int, Piece]]:
-        """What the journal has, as far as the files are what it says."""
-        for index in range(segments):
-            if _name(index) not in journal.entries:
-                return
-            piece = Piece.from_dict(journal.entries[_name(index)])
-            if not _is_there(self._file(index), piece):
-                return
-            yield index, piece
+    def _begin(self, work: Mapping[str, Any], segments: int) -> dict[int, dict[str, Any]]:
+        """What the journals of however many ranks have, as far as files are what they say; nothing is handed on yet."""
+        (self._place / PIECES).mkdir(exist_ok=True)
+        shutil.rmtree(self._place / HANDED, ignore_errors=True)
+        (self._place / HANDED).mkdir()
+        entries: dict[str, dict[str, Any]] = {}
+        for path in sorted(self._place.glob(f"{JOURNAL}-*")):
+            entries |= entries_of(path, work)
+        return {
+            index: entries[_name(index)]
+            for index in range(segments)
+            if _name(index) in entries and _is_there(self._file(index), Piece.from_dict(entries[_name(index)]))
+        }
 
     def _piece(self, part: Observed, progress: Progress) -> Piece:
         """Decide on a segment, encode its weights, and store what comes of that."""

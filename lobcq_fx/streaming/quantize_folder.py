@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from lobcq_fx.storage.checkpoint import (
     write_descriptions,
 )
 from lobcq_fx.storage.index import TensorDigest, digested
-from lobcq_fx.storage.journal import Journal
 from lobcq_fx.storage.shards import Shards
 from lobcq_fx.storage.weights_file import weights_files
 from lobcq_fx.streaming.calibrated import Calibrated, Calibration, digest_of_calls
@@ -37,7 +35,7 @@ from lobcq_fx.streaming.emission import Emission, Outline, emit
 from lobcq_fx.streaming.float_folder import FloatFolder, changed
 from lobcq_fx.streaming.ranks import Ranks, joined
 from lobcq_fx.streaming.skeleton import Skeleton
-from lobcq_fx.streaming.together import JOURNAL, one_folder, transfer_together
+from lobcq_fx.streaming.together import one_folder, transfer_together
 from lobcq_fx.streaming.transfer import Finished, Parameters
 from lobcq_fx.tracing.autocast import no_autocast
 from lobcq_fx.tracing.trace import MAIN
@@ -124,7 +122,7 @@ def _quantized(
     progress: Progress,
 ) -> Inventory:
     """What `quantize_folder` does, in each rank of a launch."""
-    _check_settings(config, ranks, given=calibration_data is not None)
+    _check_settings(config, given=calibration_data is not None)
     Shards.split({}, max_shard_size)  # refuses now what is no size
     report = ranks.reporting(progress)
     if ranks.first:
@@ -149,8 +147,7 @@ def _quantized(
     with one_folder(ranks, output) as place:
         calibrated = None
         if calls is not None:
-            with closing(Journal(place / f"{JOURNAL}-segments", work)) as journal:
-                calibrated = Calibration(source, dtype, outline, place, memory).run(calls, journal, report)
+            calibrated = Calibration(source, dtype, outline, place, memory).run(calls, ranks, work, report)
             del calls
         emission = emit(outline, None if calibrated is None else calibrated.made, max_shard_size)
         del outline
@@ -169,7 +166,7 @@ def _quantized(
     return Inventory.from_dict(ranks.shared(lambda: written))
 
 
-def _check_settings(config: LobcqConfig, ranks: Ranks, *, given: bool) -> None:
+def _check_settings(config: LobcqConfig, *, given: bool) -> None:
     if config.needs_calibration and not given:
         raise CalibrationError(
             f"{CALIBRATED} need data. Remedy: pass calibration_data, or leave out {', '.join(config.calibrated)}"
@@ -178,11 +175,6 @@ def _check_settings(config: LobcqConfig, ranks: Ranks, *, given: bool) -> None:
         raise CalibrationError(
             f"{'a budget of bits' if config.bits is not None else 'fitted codebooks'} need all layers at once, and so a"
             " model in memory. Remedy: leave out max_memory, or call lobcq_fx.quantize(model, calibration_data, config)"
-        )
-    if given and ranks.count > 1:
-        raise ConfigError(
-            f"{ranks.count} processes divide a model that needs no calibration, and no other. Remedy: leave torchrun"
-            " out, or calibration_data"
         )
 
 

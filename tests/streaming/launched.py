@@ -19,12 +19,16 @@ import transformers
 import lobcq_fx
 from lobcq_fx import LobcqConfig
 from lobcq_fx.cli import app
-from lobcq_fx.storage.journal import Journal
-from lobcq_fx.streaming import ranks, watch
+from lobcq_fx.observation import Observed
+from lobcq_fx.pipeline import Progress
+from lobcq_fx.storage.atomic_folder import unfinished
+from lobcq_fx.storage.journal import Journal, entries_of
+from lobcq_fx.streaming import ranks, skeleton, watch
+from lobcq_fx.streaming.calibrated import Calibration, Piece
 from lobcq_fx.streaming.transfer import _Transfer
 from tests.fuzz.streaming import SETTINGS, traced_once
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", 0))
 
 
 def quantize(root: Path, name: str, source: str = "float", **settings: Any) -> str:
@@ -57,6 +61,47 @@ def of_several(root: Path) -> dict[str, Any]:
     said["command"] = command(root)
     said["not a number"] = quantize(root, "nan", "float-nan")
     return said
+
+
+def calibrated(root: Path) -> dict[str, Any]:
+    """The same with calibration data, of which one of three ranks gets none; and by one what three have begun."""
+    said = {"three": quantize(root, "calibrated-three", "tiny", **calibrating())}
+    with patch.dict(os.environ, {"WORLD_SIZE": "2"}):
+        two = quantize(root, "calibrated-two", "tiny", **calibrating()) if RANK < 2 else str(next(ranks._works))
+    add, count = Journal.add, iter(range(100))
+
+    def adding(self: Journal, name: str, entry: Any) -> None:
+        if RANK == 1 and next(count) >= 1:
+            raise OSError(28, "No space left on device", "some/disk")
+        add(self, name, entry)
+
+    with patch.object(Journal, "add", adding):
+        full = quantize(root, "calibrated-full", "tiny", **calibrating())
+    said |= {"two": two, "a full disk": full}
+    with patch.dict(os.environ, {"WORLD_SIZE": "1"}):
+        return said | (resumed(root) if RANK == 0 else {})
+
+
+def resumed(root: Path) -> dict[str, list[str]]:
+    """The segments that journals have, and those that are encoded then."""
+    kept = {one for path in unfinished(root / "calibrated-full").glob("journal*") for one in entries_of(path)}
+    piece, encoded = Calibration._piece, list[str]()
+
+    def noting(self: Calibration, part: Observed, progress: Progress) -> Piece:
+        encoded.append(f"segment {part.index}")
+        return piece(self, part, progress)
+
+    with patch.object(Calibration, "_piece", noting):
+        quantize(root, "calibrated-full", "tiny", **calibrating())
+    return {"kept": sorted(kept), "encoded": encoded}
+
+
+def calibrating() -> dict[str, Any]:
+    """Settings that need data, and two calls."""
+    generator = torch.Generator().manual_seed(1)
+    ids = [torch.randint(3, 60, (2, 12), generator=generator) for _ in range(2)]
+    data = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
+    return {"config": LobcqConfig.of_recipe("best"), "calibration_data": data, "max_memory": 1000}
 
 
 def elsewhere(root: Path) -> str:
@@ -141,6 +186,8 @@ def main(folder: str) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     root = Path(folder)
+    with patch.object(skeleton, "SMALL", 1024):
+        (root / f"calibrated-{RANK}.json").write_text(json.dumps(calibrated(root)))
     with traced_once():
         (root / f"several-{RANK}.json").write_text(json.dumps(of_several(root)))
         (root / f"killed-{RANK}.json").write_text(json.dumps(killed(root)))

@@ -14,16 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import lobcq_fx
 from lobcq_fx.errors import RankError
 from lobcq_fx.storage.atomic_folder import unfinished
 from lobcq_fx.storage.journal import entries_of
-from lobcq_fx.streaming import meeting
+from lobcq_fx.streaming import meeting, skeleton
 from lobcq_fx.streaming.shares import divided
 from lobcq_fx.streaming.watch import Member
+from tests.families import ONE_LAYER
 from tests.fuzz.streaming import SETTINGS, contents, float_model, traced_once
+from tests.streaming.launched import calibrating
 from tests.streaming.test_resume import stop_after
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +42,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     tensors = load_file(shard)
     tensors[next(one for one in tensors if "proj" in one)][1, 2] = torch.nan
     save_file(tensors, shard, metadata={"format": "pt"})
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**ONE_LAYER, "num_hidden_layers": 2})
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(skeleton, "SMALL", 1024)
+        lobcq_fx.quantize_folder(folder / "tiny", folder / "calibrated", **{**SETTINGS, **calibrating()})
     with traced_once():
         lobcq_fx.quantize_folder(folder / "float", folder / "expected", **SETTINGS)
         yield folder
@@ -65,6 +74,33 @@ def said(root: Path, launch: subprocess.CompletedProcess[str]) -> list[dict[str,
 def test_what_is_written_is_the_same_for_any_number_of_ranks(root: Path, said: list[Any], name: str) -> None:
     assert contents(root / name) == contents(root / "expected")
     assert not unfinished(root / name).exists()
+
+
+@pytest.fixture(scope="module")
+def calibrated(root: Path, launch: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    files = [root / f"calibrated-{rank}.json" for rank in range(3)]
+    assert all(file.exists() for file in files), launch.stderr
+    return [json.loads(file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize("count", ["two", "three"])
+def test_what_is_calibrated_is_the_same_for_any_number_of_ranks(
+    root: Path, calibrated: list[dict[str, Any]], count: str
+) -> None:
+    assert {one[count] for one in calibrated[: 2 if count == "two" else 3]} == {"14 layers"}
+    assert contents(root / f"calibrated-{count}") == contents(root / "calibrated")
+    assert not unfinished(root / f"calibrated-{count}").exists()
+
+
+def test_one_rank_goes_on_with_what_several_have_calibrated(root: Path, calibrated: list[dict[str, Any]]) -> None:
+    messages = [one["a full disk"] for one in calibrated]
+    assert messages[1] == "OSError: [Errno 28] No space left on device: 'some/disk'"
+    assert all(one.startswith("RankError: rank 1 on") for one in (messages[0], messages[2]))
+    kept, encoded = calibrated[0]["kept"], calibrated[0]["encoded"]
+    assert kept
+    assert encoded
+    assert not {*kept} & {*encoded}
+    assert contents(root / "calibrated-full") == contents(root / "calibrated")
 
 
 def test_each_rank_gets_the_inventory_and_the_first_reports(said: list[Any]) -> None:
