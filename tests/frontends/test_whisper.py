@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import wave
+
 import pytest
 import torch
 import transformers
@@ -66,6 +70,30 @@ def test_tokens_are_those_of_the_fake_quantized_model(pair, way):
         expected = transcribed(model, way)
     assert len(set(expected.flatten().tolist())) > 2
     assert torch.equal(transcribed(q, way), expected)
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng, which speaks")
+def test_what_a_voice_says_is_transcribed_as_by_the_fake_quantized_model(pair, tmp_path):
+    model, q = pair
+    features, mask = spoken("Four bits are enough for all of these words", tmp_path / "voice.wav")
+    settings = {"attention_mask": mask, "return_timestamps": True, "max_new_tokens": 8}
+    with fake_quantized(model, quantized_layers(q), exact=True):
+        expected = model.generate(features, **settings)
+    assert len(set(expected.flatten().tolist())) > 2
+    assert torch.equal(q.generate(features, **settings), expected)
+
+
+def spoken(text, path):
+    """Features of a second of speech, as Whisper's own extractor makes them, and their mask."""
+    subprocess.run(["espeak-ng", "-w", str(path), text], check=True)
+    with wave.open(str(path)) as file:
+        rate, content = file.getframerate(), bytearray(file.readframes(file.getnframes()))
+    samples = torch.frombuffer(content, dtype=torch.int16).float()[None, None] / 32768
+    samples = torch.nn.functional.interpolate(samples, scale_factor=16000 / rate, mode="linear")[0, 0, :16000]
+    assert samples.std() > 0.01
+    extractor = transformers.WhisperFeatureExtractor(feature_size=BINS, chunk_length=1)
+    found = extractor(samples.numpy(), sampling_rate=16000, return_tensors="pt", return_attention_mask=True)
+    return found["input_features"], found["attention_mask"]
 
 
 @torch.no_grad()
