@@ -57,12 +57,14 @@ class Observed:
     ) -> Iterator[tuple[PlannedWeight, Moments | None]]:
         """Every weight of the plan once, in execution order, with the second moments of all that it meets as encoded.
 
-        None for weights that are not compensated. Two weights of one activation get the same tensor.
+        None for weights that are not compensated. Two weights of one activation get the same tensor. To be called once:
+        what second moments are made of goes as they are made, and they go with the last weight that gets them.
 
         Args:
             statistics: say what becomes of an activation before it is encoded.
         """
         waiting = Counter(matmul.weight for matmul in self.plan.quantized)
+        readers = Counter(id(statistics[matmul]) for matmul in self.plan.quantized if matmul.compensated)
         made: dict[int, Moments] = {}
         sums: dict[PlannedWeight, Any] = {}
         for matmul in self.plan.quantized:
@@ -73,6 +75,9 @@ class Observed:
                 if id(seen) not in made:
                     made[id(seen)] = self.rows[matmul].moments(seen.encoded_moments)
                 sums[weight] = sums[weight] + made[id(seen)] if weight in sums else made[id(seen)]
+                readers[id(seen)] -= 1
+                if not readers[id(seen)]:
+                    del made[id(seen)]
             waiting[weight] -= 1
             if not waiting[weight]:
                 yield weight, sums.pop(weight, None)

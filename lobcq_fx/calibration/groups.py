@@ -148,15 +148,16 @@ class SeenRows:
         self._sum, self._groups = state["sum"], [Groups(*one) for one in state["groups"]]
 
     def moments(self, encoded: Callable[[Tensor, int], Tensor]) -> Moments:
-        """Of all that was added, at least once.
+        """Of all that was added, at least once; it is let go.
 
         encoded: what becomes of second moments [K, K] in a group before the weight is encoded; 0 is the only one where
             there are none.
         """
-        if self._groups:
-            return GroupMoments(self._groups, encoded)
-        assert self._sum is not None, "nothing was added"
-        return encoded(self._sum, 0)
+        total, groups, self._sum, self._groups = self._sum, self._groups, None, []
+        if groups:
+            return GroupMoments(groups, encoded)
+        assert total is not None, "nothing was added"
+        return encoded(total, 0)
 
 
 @torch.no_grad()
