@@ -82,8 +82,8 @@ def plan(found: dict[str, Any]) -> str:
         for row in found["rows"]
     ]
     checks = [
-        f"{one['gigabytes']} GB in {one['processes']} processes took {one['seconds']:.0f} s, simulated"
-        f" {one['simulated_seconds']:.0f} s"
+        f"{one['gigabytes']} GB in {one['processes']} processes took {one['seconds']:.0f} s of processor time,"
+        f" simulated {one['simulated_seconds']:.0f} s"
         for one in found["checked"]
     ]
     return f"{table(header, rows)}\n\nChecked: {'; '.join(checks) or 'not measured'}."
