@@ -35,6 +35,11 @@ class TensorDigest:
     shape: tuple[int, ...]
     blake3: str
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TensorDigest:
+        """Of JSON values, as `asdict` gives them."""
+        return cls(str(values["dtype"]), tuple(map(int, values["shape"])), str(values["blake3"]))
+
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}, blake3 {self.blake3[:12]}..."
 
@@ -69,10 +74,7 @@ class FolderIndex:
         found = json_object(content, path)
         try:
             files = {str(name): str(digest) for name, digest in found["files"].items()}
-            tensors = {
-                str(name): TensorDigest(str(one["dtype"]), tuple(map(int, one["shape"])), str(one["blake3"]))
-                for name, one in found["tensors"].items()
-            }
+            tensors = {str(name): TensorDigest.from_dict(one) for name, one in found["tensors"].items()}
             expected = str(found["blake3"])
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,11 @@ def entries_of(path: Path, work: Mapping[str, Any] | None = None) -> dict[str, d
     if work is not None and len(lines) > 1:
         _check_same(path, lines[0], work)
     return _named(lines)
+
+
+def entries_of_all(paths: Iterable[Path], work: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """The entries of several journals together; raises as `entries_of`."""
+    return {name: entry for path in sorted(paths) for name, entry in entries_of(path, work).items()}
 
 
 def _named(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

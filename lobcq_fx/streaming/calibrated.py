@@ -29,7 +29,7 @@ from lobcq_fx.plan import PlannedMatmul, PlannedWeight
 from lobcq_fx.preparation import Preparation
 from lobcq_fx.storage.atomic_folder import flush
 from lobcq_fx.storage.index import TensorDigest, bytes_of, digest_of, digest_of_pieces, digested
-from lobcq_fx.storage.journal import Journal, entries_of
+from lobcq_fx.storage.journal import Journal, entries_of_all
 from lobcq_fx.storage.weights_file import size_of
 from lobcq_fx.streaming.emission import Made, Outline
 from lobcq_fx.streaming.float_folder import FloatFolder
@@ -64,10 +64,7 @@ class Piece:
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Piece:
         """Inverse of `to_dict`."""
-        tensors = {
-            name: TensorDigest(one["dtype"], tuple(one["shape"]), one["blake3"])
-            for name, one in entry["tensors"].items()
-        }
+        tensors = {name: TensorDigest.from_dict(one) for name, one in entry["tensors"].items()}
         records = {int(place): MatmulRecord.from_dict(record) for place, record in entry["records"].items()}
         return cls(tensors, records, entry["rotated"])
 
@@ -197,9 +194,7 @@ class Calibration:
         (self._place / PIECES).mkdir(exist_ok=True)
         shutil.rmtree(self._place / HANDED, ignore_errors=True)
         (self._place / HANDED).mkdir()
-        entries: dict[str, dict[str, Any]] = {}
-        for path in sorted(self._place.glob(f"{JOURNAL}-*")):
-            entries |= entries_of(path, work)
+        entries = entries_of_all(self._place.glob(f"{JOURNAL}-*"), work)
         return {
             index: entries[_name(index)]
             for index in range(segments)

@@ -13,7 +13,7 @@ from lobcq_fx.errors import CheckpointError
 from lobcq_fx.pipeline import Progress
 from lobcq_fx.storage.atomic_folder import MODEL, resumed_folder, unfinished
 from lobcq_fx.storage.checkpoint import is_checkpoint, is_own
-from lobcq_fx.storage.journal import Journal, entries_of
+from lobcq_fx.storage.journal import Journal, entries_of_all
 from lobcq_fx.storage.weights_file import check_room, lay_out, weights_files
 from lobcq_fx.streaming.emission import Emission
 from lobcq_fx.streaming.ranks import STEP, Ranks
@@ -99,11 +99,8 @@ def _begin(
 
 
 def _begun(place: Path, work: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
-    """The entries of all journals of a folder, of however many ranks; raises as `entries_of`."""
-    entries: dict[str, dict[str, Any]] = {}
-    for path in sorted(place.glob(f"{JOURNAL}*")):
-        entries |= entries_of(path, work)
-    return entries
+    """The entries of all journals of a folder, of however many ranks, and of what was calibrated."""
+    return entries_of_all(place.glob(f"{JOURNAL}*"), work)
 
 
 def _check_seen(ranks: Ranks, place: Path) -> None:

@@ -46,10 +46,7 @@ class Finished:
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> Finished:
         """Inverse of `to_dict`."""
-        tensors = {
-            name: TensorDigest(one["dtype"], tuple(one["shape"]), one["blake3"])
-            for name, one in entry["tensors"].items()
-        }
+        tensors = {name: TensorDigest.from_dict(one) for name, one in entry["tensors"].items()}
         return cls(tensors, {name: (int(size), float(noise)) for name, (size, noise) in entry["encoded"].items()})
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -68,16 +69,8 @@ def calibrated(root: Path) -> dict[str, Any]:
     said = {"three": quantize(root, "calibrated-three", "tiny", **calibrating())}
     with patch.dict(os.environ, {"WORLD_SIZE": "2"}):
         two = quantize(root, "calibrated-two", "tiny", **calibrating()) if RANK < 2 else str(next(ranks._works))
-    add, count = Journal.add, iter(range(100))
-
-    def adding(self: Journal, name: str, entry: Any) -> None:
-        if RANK == 1 and next(count) >= 1:
-            raise OSError(28, "No space left on device", "some/disk")
-        add(self, name, entry)
-
-    with patch.object(Journal, "add", adding):
-        full = quantize(root, "calibrated-full", "tiny", **calibrating())
-    said |= {"two": two, "a full disk": full}
+    with full_after(1):
+        said |= {"two": two, "a full disk": quantize(root, "calibrated-full", "tiny", **calibrating())}
     with patch.dict(os.environ, {"WORLD_SIZE": "1"}):
         return said | (resumed(root) if RANK == 0 else {})
 
@@ -113,15 +106,22 @@ def elsewhere(root: Path) -> str:
 
 def full(root: Path) -> str:
     """The disk of one rank is full after two parameters; then it is not."""
+    with full_after(2):
+        return quantize(root, "full")
+
+
+@contextlib.contextmanager
+def full_after(entries: int) -> Iterator[None]:
+    """Within, the disk of rank 1 is full once its journals have so many entries."""
     add, count = Journal.add, iter(range(100))
 
     def adding(self: Journal, name: str, entry: Any) -> None:
-        if RANK == 1 and next(count) >= 2:
+        if RANK == 1 and next(count) >= entries:
             raise OSError(28, "No space left on device", "some/disk")
         add(self, name, entry)
 
     with patch.object(Journal, "add", adding):
-        return quantize(root, "full")
+        yield
 
 
 def slow(root: Path) -> str:

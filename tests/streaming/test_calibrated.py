@@ -26,6 +26,8 @@ from lobcq_fx.streaming import calibrated, skeleton
 from lobcq_fx.streaming.spilled import SpilledValues
 from lobcq_fx.tracing.trace import MAIN
 from tests.families import ONE_LAYER
+from tests.fuzz.streaming import contents
+from tests.streaming.float_models import save_float_model
 
 MODELS = {
     "llama": lambda: transformers.LlamaConfig(**{**ONE_LAYER, "num_hidden_layers": 3}),
@@ -57,12 +59,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Float models by name, in several files."""
     root = tmp_path_factory.mktemp("float")
     for name, config in MODELS.items():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config())
-        for tensor in model.parameters():
-            if tensor.dim() == 1:
-                tensor.data += 0.1 * torch.randn_like(tensor)
-        model.save_pretrained(root / name, max_shard_size="40KB")
+        save_float_model(config(), root / name, max_shard_size="40KB")
     return root
 
 
@@ -70,10 +67,6 @@ def data(count: int = 3) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     ids = [torch.randint(3, 60, (2, 12), generator=generator) for _ in range(count)]
     return [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("case", CASES)

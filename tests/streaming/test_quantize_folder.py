@@ -21,6 +21,8 @@ from lobcq_fx.streaming import skeleton
 from lobcq_fx.streaming.emission import _check_tensors
 from lobcq_fx.streaming.float_folder import FloatFolder
 from tests.families import ONE_LAYER, TOKENS
+from tests.fuzz.streaming import contents
+from tests.streaming.float_models import save_float_model
 
 CONFIGS = {
     # Of head and embedding, which are one, the files have the embedding.
@@ -47,18 +49,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Float models by name, most in several files."""
     root = tmp_path_factory.mktemp("float")
     for name, config in CONFIGS.items():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config())
-        for tensor in (*model.parameters(), *model.buffers()):  # biases and norms are constants at first
-            if tensor.is_floating_point() and tensor.dim() == 1 and tensor.requires_grad:
-                tensor.data += 0.1 * torch.randn_like(tensor)
+        dtype = getattr(torch, DTYPES.get(name, "float32"))
         size = "5GB" if name == "gpt2-transposed" else "40KB"
-        model.to(getattr(torch, DTYPES.get(name, "float32"))).save_pretrained(root / name, max_shard_size=size)
+        save_float_model(config(), root / name, dtype=dtype, max_shard_size=size)
     return root
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def in_memory(
