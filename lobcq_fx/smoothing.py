@@ -26,7 +26,6 @@ from lobcq_fx.graph.attributes import get_attribute, has_attribute, register_att
 from lobcq_fx.graph.columns import CASTS, same_columns, with_these_columns
 from lobcq_fx.graph.matmuls import Matmul
 from lobcq_fx.graph.operands import readers_of
-from lobcq_fx.passes.insert_observers import unobserved
 from lobcq_fx.plan import PlannedMatmul, PlannedWeight, QuantizationPlan
 from lobcq_fx.tracing.trace import MAIN
 
@@ -79,7 +78,7 @@ def smoothing_groups(plan: QuantizationPlan, graph_modules: Mapping[str, fx.Grap
 
     Args:
         plan: made of the graphs.
-        graph_modules: by name, `MAIN` among them.
+        graph_modules: by name, `MAIN` among them, without observers.
     """
     others = [(_groups(plan, one), one) for name, one in graph_modules.items() if name != MAIN]
     times_read = plan.times_read
@@ -183,10 +182,9 @@ def _groups(plan: QuantizationPlan, graph_module: fx.GraphModule) -> list[Smooth
     planned_of = {matmul.node: planned for matmul, planned in pairs}
     sources: dict[fx.Node, tuple[Absorber | None, list[Matmul]]] = {}
     for matmul, _ in pairs:
-        activation = unobserved(graph_module, matmul.activation)
-        source, absorber = _absorbed(activation, linears)
+        source, absorber = _absorbed(matmul.activation, linears)
         sources.setdefault(source, (absorber, []))[1].append(matmul)
-    return [_group(source, *found, planned_of, linears, graph_module) for source, found in sources.items()]
+    return [_group(source, *found, planned_of, linears) for source, found in sources.items()]
 
 
 def _absorbed(activation: fx.Node, linears: Mapping[fx.Node, Matmul]) -> tuple[fx.Node, Absorber | None]:
@@ -204,35 +202,32 @@ def _group(
     members: list[Matmul],
     planned_of: Mapping[fx.Node, PlannedMatmul],
     linears: Mapping[fx.Node, Matmul],
-    graph_module: fx.GraphModule,
 ) -> SmoothingGroup:
     reading: dict[fx.Node, list[PlannedMatmul]] = {}
     for one in members:
-        reading.setdefault(unobserved(graph_module, one.activation), []).append(planned_of[one.node])
+        reading.setdefault(one.activation, []).append(planned_of[one.node])
     readings = tuple(map(tuple, reading.values()))
     floats = [one for one in members if planned_of[one.node].weight is None]
-    alone = {one.node for one in members} == _readers(source, graph_module)
+    alone = {one.node for one in members} == _readers(source)
     if absorber is None or not alone or not all(map(_can_be_multiplied, floats)):
         return SmoothingGroup(readings)
     names = tuple((str(one.weight.target), one.flipped) for one in floats if one.weight is not None)
     if absorber.linear is None:
         return SmoothingGroup(readings, absorber.parameters, floats=names, free=True)
     divided = planned_of[absorber.linear].weight
-    if divided is None or (
-        divided.stacked and not _in_its_groups(source, linears[absorber.linear], members, graph_module)
-    ):
+    if divided is None or (divided.stacked and not _in_its_groups(source, linears[absorber.linear], members)):
         return SmoothingGroup(readings)
     return SmoothingGroup(readings, absorber.parameters, divided, absorber.rows, names, divided.stacked, free=True)
 
 
-def _readers(source: fx.Node, graph_module: fx.GraphModule) -> set[fx.Node]:
-    """What reads the columns of a node, behind observers and operators that leave them alone."""
+def _readers(source: fx.Node) -> set[fx.Node]:
+    """What reads the columns of a node, behind operators that leave them alone."""
     found: set[fx.Node] = set()
     waiting = [source]
     while waiting:
         node = waiting.pop()
         for user in node.users:
-            if same_columns(user) is node or unobserved(graph_module, user) is not user:
+            if same_columns(user) is node:
                 waiting.append(user)
             else:
                 found.add(user)
@@ -246,12 +241,12 @@ def _can_be_multiplied(matmul: Matmul) -> bool:
     return alone and matmul.weight.meta["val"].dtype in (torch.float32, torch.bfloat16)
 
 
-def _in_its_groups(source: fx.Node, stack: Matmul, members: list[Matmul], graph_module: fx.GraphModule) -> bool:
+def _in_its_groups(source: fx.Node, stack: Matmul, members: list[Matmul]) -> bool:
     """Whether one matmul alone reads what a stack gives, its rows grouped as they were."""
     (reader, *others) = members
     if others or not reader.grouped or reader.offsets is not stack.offsets:
         return False
-    moves = takewhile(lambda node: node is not source, with_these_columns(unobserved(graph_module, reader.activation)))
+    moves = takewhile(lambda node: node is not source, with_these_columns(reader.activation))
     return all(node.target in CASTS for node in moves)
 
 

@@ -113,9 +113,9 @@ def smoothed_graph(
     inputs = x if isinstance(x, tuple) else (x,)
     graph_module = trace_module(model, inputs).graph_module
     plan, _ = make_plan({MAIN: graph_module}, LobcqConfig(smoothing=smoothing))
+    groups = smoothing_groups(plan, {MAIN: graph_module})
     InsertObservers(plan)(graph_module)
     graph_module(*inputs)
-    groups = smoothing_groups(plan, {MAIN: graph_module})
     result = smooth(plan, graph_module, groups, observed(graph_module, plan))
     return graph_module, plan, result, list(plan.quantized)
 
@@ -276,10 +276,11 @@ def test_folding_sees_all_layers_of_a_llama() -> None:
     traced = front_end_of(model).trace(model, None, static_cache=False)
     plan, _ = make_plan(traced.graph_modules, LobcqConfig(smoothing="folded"))
     main = traced.graphs[MAIN].graph_module
+    groups = smoothing_groups(plan, traced.graph_modules)
     InsertObservers(plan)(main)
     ids = torch.arange(12).view(1, 12) + 3
     main(*traced.graphs[MAIN].calling.flatten((), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
-    result = smooth(plan, main, smoothing_groups(plan, traced.graph_modules), observed(main, plan))
+    result = smooth(plan, main, groups, observed(main, plan))
     smoothed = {weight.source.split(".")[-2] for weight, scales in result.scales.items() if scales.columns is not None}
     assert smoothed == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"}  # o_proj's is attention's
 

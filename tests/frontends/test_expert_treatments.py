@@ -105,11 +105,12 @@ def test_smoothed_experts_are_the_same_in_float_to_the_last_bit(family: str) -> 
     traced = front_end_of(model).trace(model, None, static_cache=False)
     plan, _ = make_plan(traced.graph_modules, LobcqConfig(smoothing="folded"))
     main = traced.graphs[MAIN].graph_module
+    groups = smoothing_groups(plan, traced.graph_modules)
     InsertObservers(plan)(main)
     ids, mask = batch(3)
     inputs = traced.graphs[MAIN].calling.flatten((), {"input_ids": ids, "attention_mask": mask})
     expected = main(*inputs)[0]
-    result = smooth(plan, main, smoothing_groups(plan, traced.graph_modules), observed(main, plan))
+    result = smooth(plan, main, groups, observed(main, plan))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     found = {weight.source: scales.columns for weight, scales in result.scales.items() if weight.stacked}
     assert {name.rpartition(".")[2]: tuple(scale.shape) for name, scale in found.items() if scale is not None} == (
