@@ -159,6 +159,9 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
         super().__init__(front_end, parts)
         if parts.generation_config is not None:
             self.generation_config = parts.generation_config
+        self.loss_type = (
+            "ForCausalLM"  # which transformers guesses from a class's name: its Trainer counts tokens by it
+        )
         # What generation asks before it takes tokens back (assisted decoding), which states do not allow.
         self._is_stateful = isinstance(self.calling, RecurrentCall)
         refusal = cache_refusal(parts.lobcq_config) if self._is_stateful else None
