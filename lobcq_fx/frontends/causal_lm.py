@@ -24,6 +24,8 @@ from lobcq_fx.frontends.plain_outputs import without_extra_outputs
 from lobcq_fx.frontends.quantized_cache_call import QuantizedCacheCall, QuantizedStaticCacheCall
 from lobcq_fx.frontends.recurrent_call import NO_STATIC_CACHE, RecurrentCall
 from lobcq_fx.frontends.recurrent_states import holds_tokens
+from lobcq_fx.frontends.reserving_cache import ReservingCache, appends_in_place
+from lobcq_fx.frontends.reserving_cache_call import ReservingCacheCall
 from lobcq_fx.frontends.static_cache_call import (
     STATIC_CACHE,
     StaticCacheCall,
@@ -171,11 +173,12 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
     def _base_arguments(self, parts: ModelParts) -> tuple[Any, ...]:
         return (parts.config,)
 
-    def _new_cache(self) -> LobcqCache | None:
+    def _new_cache(self) -> LobcqCache | ReservingCache | None:
         config = self.lobcq_config
-        if config.kv_cache is None:
-            return None
-        return LobcqCache(config.kv_cache, attention=config.attention, config=self.config)
+        if config.kv_cache is not None:
+            return LobcqCache(config.kv_cache, attention=config.attention, config=self.config)
+        eager_cpu = self.device.type == "cpu" and not torch.compiler.is_compiling()
+        return ReservingCache() if eager_cpu and self._for_appending is not None else None
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -268,6 +271,15 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
     def _prepack(self) -> None:
         super()._prepack()
         self._quantized_caches: dict[tuple[str, CacheFormat], ModelGraph] = {}  # made of what was lowered just now
+        self._for_appending = self._appending_graph()
+
+    def _appending_graph(self) -> ModelGraph | None:
+        """The graph for static caches as it serves caches that append in place; None where layers slide a window."""
+        graph, calling = self.graphs.get(STATIC_CACHE), self.calling
+        if graph is None or type(calling) is not CausalLMCall or calling.windows:
+            return None
+        assert isinstance(graph.calling, StaticCacheCall)
+        return ModelGraph(graph.graph_module, graph.stored, ReservingCacheCall(graph.calling))
 
     def _for_quantized_cache(self, cache_format: CacheFormat, graph: ModelGraph | None = None) -> ModelGraph:
         """A graph, the main one or that for static caches, as it serves quantized caches; made at the first call.
@@ -318,6 +330,8 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
             return self._for_quantized_cache(kwargs["past_key_values"].format)
         if isinstance(kwargs.get("past_key_values"), LobcqStaticCache):
             return self._for_quantized_cache(kwargs["past_key_values"].format, self._static_graph())
+        if self._for_appending is not None and appends_in_place(kwargs.get("past_key_values")):
+            return self._for_appending
         if not is_static(kwargs.get("past_key_values")):
             return super()._serving(args, kwargs)
         return self._static_graph()

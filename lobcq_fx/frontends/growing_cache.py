@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lobcq_fx.errors import CallError
+from lobcq_fx.frontends.reserving_cache import ReservingLayer
 from lobcq_fx.tracing.example import LARGEST_SIZE
 
 LENGTH = -2
@@ -90,7 +91,7 @@ def states_of(cache: Any, layers: int, windows: Windows) -> list[Tensor]:
     """
     if not isinstance(cache, Cache) or len(cache.layers) != layers:
         raise CallError(f"past_key_values must be a DynamicCache of {layers} layers, not {cache!r}")
-    known = (DynamicLayer, DynamicSlidingWindowLayer) if windows else (DynamicLayer,)
+    known = (DynamicLayer, ReservingLayer, *((DynamicSlidingWindowLayer,) if windows else ()))
     for layer in cache.layers:
         if type(layer) not in known:
             kind = type(layer).__name__

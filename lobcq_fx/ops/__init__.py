@@ -2,7 +2,8 @@
 
 import lobcq_fx.ops.fused
 import lobcq_fx.ops.linear_prepacked  # noqa: F401  (its schemas and fake kernels: only devices implement it)
-from lobcq_fx.ops.attention import attention
+from lobcq_fx.ops.attention import attention, attention_float_states
+from lobcq_fx.ops.between import rms_norm, rotate_half
 from lobcq_fx.ops.chunk_scan import chunk_scan
 from lobcq_fx.ops.compensate import compensate
 from lobcq_fx.ops.dequantize_weight import dequantize_weight
@@ -22,6 +23,7 @@ from lobcq_fx.ops.states import dequantize_states, quantize_states
 
 __all__ = [
     "attention",
+    "attention_float_states",
     "chunk_scan",
     "compensate",
     "dequantize_states",
@@ -38,6 +40,8 @@ __all__ = [
     "quantize_states",
     "quantize_weight",
     "quantize_weight_searched",
+    "rms_norm",
     "rotate",
+    "rotate_half",
     "selective_scan",
 ]

@@ -1,9 +1,10 @@
-"""`lobcq::attention`: default implementation and fake kernel."""
+"""`lobcq::attention`, over encoded and over float keys and values: default implementations and fake kernels."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from lobcq_fx.errors import OperandError
 from lobcq_fx.format import Encoded, FormatSpec, encode_int8
@@ -11,7 +12,7 @@ from lobcq_fx.format.encoded import selected_entries
 from lobcq_fx.format.int8_attention import StateEntries, attend_int8
 from lobcq_fx.format.state_rows import StateRows
 from lobcq_fx.ops.operand_checks import Arguments, check, check_fake, refuse_gradient
-from lobcq_fx.ops.schemas import ATTENTION
+from lobcq_fx.ops.schemas import ATTENTION, ATTENTION_FLOAT_STATES
 from lobcq_fx.ops.states import dequantize_states
 
 WIDEST_HEAD = 1024
@@ -103,7 +104,37 @@ def check_attention(given: Arguments) -> None:
         raise OperandError(f"{ATTENTION}: heads is {heads}, which does not divide the {query_heads} of query")
 
 
+def attention_float_states(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    """`scaled_dot_product_attention`, for which a device may have a kernel of its own where queries are few.
+
+    Args:
+        query: [B, Hq, T, D], fp32, bf16 or fp16.
+        key, value: [B, H, P, D] and [B, H, P, E], of the query's dtype.
+        mask: as for `attention`.
+        scale: None is D ** -0.5.
+        enable_gqa: whether H may be less than Hq, which it divides.
+
+    Returns:
+        [B, Hq, T, E] in the query's dtype, the heads of a token side by side in memory.
+
+    Raises:
+        OperandError: an operand is not what `contracts` says, or H does not fit Hq.
+        LobcqError: an operand requires a gradient.
+    """
+    check(ATTENTION_FLOAT_STATES, locals())
+    for one in (query, key, value):
+        refuse_gradient(one)
+    query_heads, heads = query.shape[1], key.shape[1]
+    if query_heads != heads and not (enable_gqa and heads and query_heads % heads == 0):
+        raise OperandError(f"{ATTENTION_FLOAT_STATES}: key has {heads} heads, query {query_heads}")
+    out = scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=enable_gqa)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 torch.library.impl(ATTENTION, "CompositeExplicitAutograd", attention)
+torch.library.impl(ATTENTION_FLOAT_STATES, "CompositeExplicitAutograd", attention_float_states)
 
 
 @torch.library.register_fake(ATTENTION)
@@ -122,3 +153,12 @@ def _fake(
 ) -> Tensor:
     check_fake(ATTENTION, locals())
     return query.new_empty((*query.shape[:-1], value_width))
+
+
+@torch.library.register_fake(ATTENTION_FLOAT_STATES)
+def _float_states_fake(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, enable_gqa: bool
+) -> Tensor:
+    check_fake(ATTENTION_FLOAT_STATES, locals())
+    batch, heads, queries, _ = query.shape
+    return query.new_empty((batch, queries, heads, value.shape[3])).transpose(1, 2)

@@ -107,6 +107,18 @@ OPERANDS: dict[str, tuple[Operand, ...]] = {
         _CODEBOOKS,
         Operand("mask", (torch.bool, *FLOATS), ("batch or 1", "query_heads or 1", "queries or 1", "tokens or 1")),
     ),
+    schemas.ATTENTION_FLOAT_STATES: (
+        Operand("query", FLOATS, ("B", "H", "T", "D")),
+        Operand("key", FLOATS, ("query.0", "S", "P", "query.3"), like="query"),
+        Operand("value", FLOATS, ("query.0", "key.1", "key.2", "S"), like="query"),
+        Operand("mask", (torch.bool, *FLOATS), ("batch or 1", "query_heads or 1", "queries or 1", "tokens or 1")),
+    ),
+    schemas.RMS_NORM: (_X, Operand("weight", FLOATS, ("K",))),
+    schemas.ROTATE_HALF: (
+        Operand("x", FLOATS, ("B", "H", "T", "D")),
+        Operand("cos", FLOATS, ("x.0 or 1", "x.1 or 1", "x.2 or 1", "x.3")),
+        Operand("sin", FLOATS, ("x.0 or 1", "x.1 or 1", "x.2 or 1", "x.3")),
+    ),
     schemas.SELECTIVE_SCAN: (
         Operand("x", FLOAT32, ("B", "H", "T")),
         Operand("dt", FLOAT32, ("x.0", "x.1", "x.2")),

@@ -142,9 +142,10 @@ class _Sizes:
     def size(self, name: str, tensor: Tensor, index: int) -> int | None:
         """One size of an operand."""
         if "." in name:
-            other, _, dimension = name.partition(".")
+            other, _, dimension = name.removesuffix(" or 1").partition(".")
             known: int = self.given[other].shape[int(dimension)]
-            return known
+            repeated = name.endswith(" or 1") and int(dimension) < tensor.dim() and tensor.shape[int(dimension)] == 1
+            return 1 if repeated else known
         match name:
             case "K":
                 return self.columns
@@ -193,7 +194,8 @@ class _Sizes:
     def attention(self) -> dict[str, int]:
         """Sizes of an attention's mask, in order."""
         batch, heads, queries, _ = self.given["query"].shape
-        return {"batch": batch, "query_heads": heads, "queries": queries, "tokens": self.given["keys"].shape[1]}
+        tokens = self.given["keys"].shape[1] if "keys" in self.given else self.given["key"].shape[2]
+        return {"batch": batch, "query_heads": heads, "queries": queries, "tokens": tokens}
 
     def row_bytes(self, width: int, array_size: int) -> int:
         """Of a token's keys or values."""

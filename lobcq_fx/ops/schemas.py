@@ -32,6 +32,9 @@ COMPENSATE = "lobcq::compensate"
 QUANTIZE_STATES = "lobcq::quantize_states"
 DEQUANTIZE_STATES = "lobcq::dequantize_states"
 ATTENTION = "lobcq::attention"
+ATTENTION_FLOAT_STATES = "lobcq::attention.float_states"
+RMS_NORM = "lobcq::rms_norm"
+ROTATE_HALF = "lobcq::rotate_half"
 SELECTIVE_SCAN = "lobcq::selective_scan"
 CHUNK_SCAN = "lobcq::chunk_scan"
 GATED_DELTA_RULE = "lobcq::gated_delta_rule"
@@ -86,6 +89,12 @@ torch.library.define(
     "(Tensor query, Tensor keys, Tensor values, Tensor codebooks, Tensor? mask, int heads, int value_width,"
     " int key_array_size, int value_array_size, float scale, bool in_int8=False) -> Tensor",
 )
+torch.library.define(
+    ATTENTION_FLOAT_STATES,
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, bool enable_gqa) -> Tensor",
+)
+torch.library.define(RMS_NORM, "(Tensor x, Tensor weight, float eps, ScalarType normalized) -> Tensor")
+torch.library.define(ROTATE_HALF, "(Tensor x, Tensor cos, Tensor sin, int half) -> Tensor")
 torch.library.define(
     SELECTIVE_SCAN, "(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor state) -> (Tensor y, Tensor new_state)"
 )
@@ -188,8 +197,8 @@ for _name in _ON_STORED:
 # A registered formula is Python that runs on every call, with gradients off too. The kernels of these refuse by
 # themselves an activation that requires a gradient.
 _BY_KERNEL = (
-    QUANTIZE_STATES, ATTENTION, LINEAR_PREPACKED, LINEAR_PREPACKED_FLOAT_ACTIVATION, *_FUSED, GROUPED_LINEAR_PREPACKED,
-    GROUPED_LINEAR_PREPACKED_FLOAT_ACTIVATION,
+    QUANTIZE_STATES, ATTENTION, ATTENTION_FLOAT_STATES, RMS_NORM, ROTATE_HALF, LINEAR_PREPACKED,
+    LINEAR_PREPACKED_FLOAT_ACTIVATION, *_FUSED, GROUPED_LINEAR_PREPACKED, GROUPED_LINEAR_PREPACKED_FLOAT_ACTIVATION,
 )  # fmt: skip
 for _name in _BY_KERNEL:
     torch.library.impl(_name, "Autograd", torch.library.fallthrough_kernel)

@@ -26,12 +26,15 @@ from lobcq_fx.refusal import Refusal
 aten = torch.ops.aten
 lobcq = torch.ops.lobcq
 
+ATTENTION = (aten.scaled_dot_product_attention.default, lobcq.attention.float_states)
+"""As a model was traced, and as it is lowered."""
+
 
 @dataclass(frozen=True)
 class FuseCachedAttention(GraphPass):
-    """For devices with a kernel for `lobcq::attention`, after `QuantizeCache` and `GroupQueryHeads`.
+    """For devices with a kernel for `lobcq::attention`, after `QuantizeCache`, `GroupQueryHeads` and `AttendFloats`.
 
-    Attention that is no `scaled_dot_product_attention`, or reads what is not cached, stays as it is.
+    Attention that is written out, or reads what is not cached, stays as it is.
 
     in_int8: multiply integers instead of decoded keys and values.
     """
@@ -43,8 +46,9 @@ class FuseCachedAttention(GraphPass):
     def attempt(self, graph_module: fx.GraphModule) -> tuple[bool, list[Refusal]]:
         """Fuse every attention of the graph; what only decoded for one of them goes."""
         graph, modified, refusals = graph_module.graph, False, []
-        for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        for node in [one for target in ATTENTION for one in graph.find_nodes(op="call_function", target=target)]:
             given = named_arguments(node)
+            given.setdefault("attn_mask", given.pop("mask", None))
             value, key = _cached(given["value"]), _cached(_unguarded(given["key"], given["value"]))
             if key is None or value is None or value.rotation is not None:
                 refusals.append(Refusal(self.name, node.name, "it reads other keys or values than cached ones"))

@@ -79,11 +79,17 @@ def _repeated_sizes(node: Any) -> list[Any] | None:
 
 def _unsqueezed(node: Any) -> fx.Node | None:
     """What `node` is after `unsqueeze(..., 2)` and slices that keep everything."""
-    while isinstance(node, fx.Node) and node.target is aten.slice.Tensor and keeps_everything(*node.args[1:]):
-        node = node.args[0]
+    node = unsliced(node)
     if not isinstance(node, fx.Node) or node.target is not aten.unsqueeze.default or node.args[1] != GROUPS:
         return None
-    return node.args[0]  # type: ignore[return-value]
+    return unsliced(node.args[0])  # type: ignore[no-any-return]
+
+
+def unsliced(node: Any) -> Any:
+    """What slices that keep everything are taken of."""
+    while isinstance(node, fx.Node) and node.target is aten.slice.Tensor and keeps_everything(*node.args[1:]):
+        node = node.args[0]
+    return node
 
 
 def keeps_everything(_dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> bool:

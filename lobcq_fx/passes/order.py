@@ -19,9 +19,11 @@ from torch import fx
 from lobcq_fx.calibration.codebook_sets import CodebookSets
 from lobcq_fx.kernels.bind import attends
 from lobcq_fx.passes.annotate_values import AnnotateValues
+from lobcq_fx.passes.attend_floats import AttendFloats
 from lobcq_fx.passes.emit import Emit
 from lobcq_fx.passes.fold_weights import FoldWeights
 from lobcq_fx.passes.fuse_activation_encode import FuseActivationEncode
+from lobcq_fx.passes.fuse_between_linears import FuseBetweenLinears
 from lobcq_fx.passes.fuse_cached_attention import FuseCachedAttention
 from lobcq_fx.passes.fuse_norm_encode import FuseNormEncode
 from lobcq_fx.passes.fuse_residual import FuseResidual
@@ -56,11 +58,12 @@ def emitting(plan: QuantizationPlan, codebooks: CodebookSets, rotated: AbstractS
 def lowering(device: torch.device, prepack: Prepack) -> tuple[GraphPass, ...]:
     """From a stored graph to the one that a device runs.
 
-    On the CPU nothing is fused into linears, and attention reads grouped heads unrepeated. The fused attention of GPUs
-    takes those only without a mask; there the encoders take over what comes before them.
+    On the CPU nothing is fused into linears; attention reads grouped heads unrepeated, few queries in the core's own
+    kernel, and norms and rotations are one call each. The fused attention of GPUs takes grouped heads only without a
+    mask; there the encoders take over what comes before them.
     """
     if device.type == "cpu":
-        return (prepack, MergeSiblings(), GroupQueryHeads(), *GUARDS)
+        return (prepack, MergeSiblings(), GroupQueryHeads(), AttendFloats(), FuseBetweenLinears(), *GUARDS)
     # Residuals before norms: a sum that a linear makes is not made again by the norm that follows.
     return (prepack, MergeSiblings(), FuseActivationEncode(), FuseResidual(), FuseNormEncode(), *GUARDS)
 

@@ -62,6 +62,9 @@ DEFAULTS = {
     schemas.QUANTIZE_STATES: lobcq_fx.ops.quantize_states,
     schemas.DEQUANTIZE_STATES: lobcq_fx.ops.dequantize_states,
     schemas.ATTENTION: lobcq_fx.ops.attention,
+    schemas.ATTENTION_FLOAT_STATES: lobcq_fx.ops.attention_float_states,
+    schemas.RMS_NORM: lobcq_fx.ops.rms_norm,
+    schemas.ROTATE_HALF: lobcq_fx.ops.rotate_half,
     schemas.SELECTIVE_SCAN: lobcq_fx.ops.selective_scan,
     schemas.CHUNK_SCAN: lobcq_fx.ops.chunk_scan,
     schemas.GATED_DELTA_RULE: lobcq_fx.ops.gated_delta_rule,
@@ -74,7 +77,9 @@ DEFAULTS = {
 }
 
 
-IN_CPP = (schemas.QUANTIZE_STATES, schemas.ATTENTION)
+IN_CPP = (
+    schemas.QUANTIZE_STATES, schemas.ATTENTION, schemas.ATTENTION_FLOAT_STATES, schemas.RMS_NORM, schemas.ROTATE_HALF,
+)  # fmt: skip
 """Of the stored ops those that the core registers itself: torch makes a RuntimeError of what C++ throws."""
 
 

@@ -201,6 +201,15 @@ def stored_call(op: str, device: torch.device) -> dict[str, Any]:
         values |= {"query": query, "keys": keys, "values": rows, "heads": 2, "value_width": 40, "scale": 0.3}
         values |= {"in_int8": False}
         values |= {"mask": torch.ones(3, 1, 3, 3, device=device) > 0, "key_array_size": 32, "value_array_size": 32}
+    if op == schemas.ATTENTION_FLOAT_STATES:
+        query, key, value = (torch.randn(3, n, 3, d, generator=generator) for n, d in ((4, 50), (2, 50), (2, 40)))
+        values |= {"query": query, "key": key, "value": value, "scale": 0.3, "enable_gqa": True}
+        values |= {"mask": torch.ones(3, 1, 3, 3, device=device) > 0}
+    if op == schemas.RMS_NORM:
+        values |= {"weight": torch.ones(200, device=device), "eps": 1e-5, "normalized": torch.float32}
+    if op == schemas.ROTATE_HALF:
+        states, cos, sin = (torch.randn(3, n, 3, 50, generator=generator).to(device) for n in (4, 1, 1))
+        values |= {"x": states, "cos": cos, "sin": sin, "half": 25}
     if op in SCANS:
         sizes = {"B": 2, "H": 4, "T": 7, "D": 3, "P": 2, "S": 5}
         for operand in OPERANDS[op]:

@@ -22,12 +22,14 @@ from lobcq_fx.kernels.cpu.operands import (
     CFeedback,
     CNewStates,
     CProduct,
+    CStates,
     Int8Operand,
     KernelActivation,
     KernelWeight,
     PackedOperand,
     Tables,
     c_activation,
+    c_float_states,
     c_int8,
     c_matrix,
     c_packed,
@@ -36,7 +38,7 @@ from lobcq_fx.kernels.cpu.operands import (
     require,
 )
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 ALIGNMENT = 64
 """Bytes: where the core's opaque buffers start. torch's CPU allocator aligns to as much."""
 
@@ -46,6 +48,7 @@ COUPLING_PANEL = 16
 _ENCODED, _FLOAT, _INT8 = 0, 1, 2
 _SHARED_SCALE, _ROW_SCALES, _ABSMAX_SCALES = 0, 1, 2
 _NO_MASK, _BOOL_MASK, _ADDED_MASK = 0, 1, 2
+_FLOAT_PRODUCTS, _INT8_PRODUCTS, _FLOAT_STATES = 0, 1, 2
 _NOT_FINITE = 5
 
 
@@ -337,9 +340,23 @@ class Core:
             scale: of the scores.
             in_int8: whether its products are of integers.
         """
-        (batch, query_heads, queries), tokens = query.shape[:3], keys[0].shape[1]
-        require("query", query, query.dtype, (batch, query_heads, queries, keys[1].width))
-        out = torch.empty((batch, query_heads, queries, values[1].width), dtype=query.dtype, device="cpu")
+        require("query", query, query.dtype, (*query.shape[:3], keys[1].width))
+        states = (c_states(*keys), c_states(*values))
+        products = _INT8_PRODUCTS if in_int8 else _FLOAT_PRODUCTS
+        return self._attend(tables, query, states, (keys[1].heads, keys[0].shape[1]), mask, scale, products)
+
+    def float_attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """The same over keys and values as floats, [B, H, P, D], any strides but that of the last dimension."""
+        states = (c_float_states(key), c_float_states(value))
+        require("query", query, query.dtype, (*query.shape[:3], key.shape[3]))
+        return self._attend(None, query, states, (key.shape[1], key.shape[2]), mask, scale, _FLOAT_STATES)
+
+    def _attend(
+        self, tables: Tables | None, query: Tensor, states: tuple[CStates, CStates], heads_and_tokens: tuple[int, int],
+        mask: Tensor | None, scale: float, products: int,
+    ) -> Tensor:  # fmt: skip
+        (batch, query_heads, queries), (heads, tokens) = query.shape[:3], heads_and_tokens
+        out = torch.empty((batch, query_heads, queries, states[1].width), dtype=query.dtype, device="cpu")
         strides: tuple[int, ...] = (0, 0, 0, 0)
         address, kind, mask_dtype = None, _NO_MASK, 0
         if mask is not None:
@@ -349,11 +366,12 @@ class Core:
             strides, address, kind = mask.stride(), mask.data_ptr(), _ADDED_MASK if added else _BOOL_MASK
             mask_dtype = DTYPES[mask.dtype] if added else 0
         operands = CAttention(
-            query.data_ptr(), (ctypes.c_int64 * 3)(*query.stride()[:3]), c_states(*keys), c_states(*values), address,
-            (ctypes.c_int64 * 4)(*strides), out.data_ptr(), batch, query_heads, queries, keys[1].heads, tokens, scale,
-            DTYPES[query.dtype], kind, mask_dtype, in_int8,
+            query.data_ptr(), (ctypes.c_int64 * 3)(*query.stride()[:3]), *states, address,
+            (ctypes.c_int64 * 4)(*strides), out.data_ptr(), (ctypes.c_int64 * 3)(*out.stride()[:3]),
+            batch, query_heads, queries, heads, tokens, scale, DTYPES[query.dtype], kind, mask_dtype, products,
         )  # fmt: skip
-        self._call("attend", _pointer(tables.data), ctypes.byref(operands), self._parallel())
+        given = None if tables is None else _pointer(tables.data)
+        self._call("attend", given, ctypes.byref(operands), self._parallel())
         return out
 
     def _weight_bytes(self, rows: int, columns: int, spec: FormatSpec) -> int:

@@ -191,6 +191,8 @@ class CStates(ctypes.Structure):
         ("row_bytes", ctypes.c_int64),
         ("width", ctypes.c_int64),
         ("array_size", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("strides", ctypes.c_int64 * 3),
     )
 
 
@@ -217,6 +219,7 @@ class CAttention(ctypes.Structure):
         ("mask", ctypes.c_void_p),
         ("mask_strides", ctypes.c_int64 * 4),
         ("out", ctypes.c_void_p),
+        ("out_strides", ctypes.c_int64 * 3),
         *((name, ctypes.c_int64) for name in ("batch", "query_heads", "queries", "heads", "tokens")),
         ("scale", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("dtype", "mask_kind", "mask_dtype", "products")),
@@ -231,6 +234,17 @@ def c_states(rows: Tensor, layout: StateRows) -> CStates:
     """
     require("rows", rows, torch.uint8, (*rows.shape[:2], layout.row_bytes))
     return CStates(rows.data_ptr(), layout.row_bytes, layout.width, layout.spec.array_size)
+
+
+def c_float_states(x: Tensor) -> CStates:
+    """The structure of keys or values [B, H, P, D] as floats.
+
+    Raises:
+        ValueError: they are none on the CPU in a float dtype of the format, or those of a head are apart.
+    """
+    if x.dim() != 4 or x.dtype not in DTYPES or x.device.type != "cpu" or (x.shape[3] > 1 and x.stride(3) != 1):
+        raise ValueError(f"{x.dtype} {tuple(x.shape)} of strides {x.stride()} on {x.device}: pass CPU states of floats")
+    return CStates(x.data_ptr(), 0, x.shape[3], 0, DTYPES[x.dtype], (ctypes.c_int64 * 3)(*x.stride()[:3]))
 
 
 def c_matrix(x: Tensor) -> CMatrix:

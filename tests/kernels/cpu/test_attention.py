@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 import lobcq_fx.ops
 from lobcq_fx.format import FormatSpec, universal_codebooks
@@ -102,6 +103,43 @@ def test_queries_in_many_blocks(core: Core) -> None:
     call.mask = torch.ones(131, 131, dtype=torch.bool).tril().expand(2, 6, 131, 131)
     torch.testing.assert_close(call.on(core), call.default(), rtol=1e-5, atol=1e-5)
     assert torch.equal(call.on(core, in_int8=True), call.default(in_int8=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_over_floats_it_is_torch_s_own(core: Core, width: int, dtype: torch.dtype) -> None:
+    """Keys and values in longer memory, as a cache with room for more has them; values wider than keys."""
+    call = Call(FormatSpec(), width)
+    key, value = (torch.randn(2, 2, 90, n, generator=torch.Generator().manual_seed(n)) for n in (width, width + 16))
+    operands = [one.to(dtype) for one in (call.query, key, value)]
+    operands[1:] = (one[:, :, :70] for one in operands[1:])
+    exact = [one.double() for one in operands]
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    added = torch.where(call.mask, 0.0, -torch.inf)
+    for mask in (None, call.mask, added.to(dtype), torch.where(call.mask, 0.5, torch.finfo(dtype).min).to(dtype)):
+        double = mask.double() if mask is not None and mask.dtype != torch.bool else mask
+        expected = scaled_dot_product_attention(*exact, double, scale=0.2, enable_gqa=True)
+        actual = core.float_attention(*operands, mask, 0.2)
+        torch.testing.assert_close(actual.double(), expected, **tolerance)
+        for query in (0, 8):  # bits depend on nothing but a query's own operands
+            part = slice(query, query + 1)
+            one = core.float_attention(
+                operands[0][:, :, part].contiguous(), *operands[1:], None if mask is None else mask[:, :, part], 0.2
+            )
+            assert torch.equal(one, actual[:, :, part])
+
+
+def test_over_floats_a_query_that_looks_nowhere_gives_zeros_and_nan_reaches_those_that_look(core: Core) -> None:
+    query, key, value = (torch.randn(1, 4, n, 64) for n in (3, 40, 40))
+    mask = torch.ones(1, 4, 3, 40, dtype=torch.bool)
+    mask[:, :, 1] = False
+    out = core.float_attention(query, key, value, mask, 0.125)
+    assert not out[:, :, 1].any()
+    assert out[:, :, 0].any()
+    value[:, 1, 7] = torch.nan
+    out = core.float_attention(query, key, value, mask, 0.125)
+    assert out[:, 1, 0].isnan().all()
+    assert not out[:, 0].isnan().any()
 
 
 def test_what_the_core_refuses(core: Core) -> None:

@@ -119,15 +119,23 @@ int32_t check_states(const lobcq_states& s, int64_t heads, int32_t num_codebooks
     return s.row_bytes == state_row_bytes(s, heads, num_codebooks) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
 }
 
+int32_t check_float_states(const lobcq_states& s, const lobcq_attention& a) {
+    if (s.width < 1 || round_up(s.width, 16) > kMaxWidth || !valid_dtype(s.dtype)) return LOBCQ_INVALID_ARGUMENT;
+    return a.tokens == 0 || aligned(s.rows, scalar_bytes(s.dtype)) ? LOBCQ_OK : LOBCQ_INVALID_ARGUMENT;
+}
+
 int32_t check_attention(const void* tables, const lobcq_attention* a) {
-    if (!valid_tables(tables) || !a || a->heads < 1 || a->heads > kMaxSize || a->query_heads < 0)
-        return LOBCQ_INVALID_ARGUMENT;
+    if (!a || a->heads < 1 || a->heads > kMaxSize || a->query_heads < 0) return LOBCQ_INVALID_ARGUMENT;
+    const bool floats = a->products == LOBCQ_FLOAT_STATES;
+    if (!floats && !valid_tables(tables)) return LOBCQ_INVALID_ARGUMENT;
     if (a->query_heads % a->heads || a->mask_kind < LOBCQ_NO_MASK || a->mask_kind > LOBCQ_ADDED_MASK ||
-        a->products < LOBCQ_FLOAT_PRODUCTS || a->products > LOBCQ_INT8_PRODUCTS || !valid_dtype(a->dtype) ||
+        a->products < LOBCQ_FLOAT_PRODUCTS || a->products > LOBCQ_FLOAT_STATES || !valid_dtype(a->dtype) ||
         (a->mask_kind == LOBCQ_ADDED_MASK && !valid_dtype(a->mask_dtype)))
         return LOBCQ_INVALID_ARGUMENT;
     for (const lobcq_states* s : {&a->keys, &a->values})
-        if (const int32_t status = check_states(*s, a->heads, as_tables(tables).num_codebooks)) return status;
+        if (const int32_t status = floats ? check_float_states(*s, *a)
+                                          : check_states(*s, a->heads, as_tables(tables).num_codebooks))
+            return status;
     const int64_t rows = a->queries;
     if (!valid_shape(a->batch, a->query_heads) || !valid_shape(a->batch * a->query_heads, rows) ||
         !valid_shape(a->batch * a->query_heads * rows, kMaxWidth) || !valid_shape(a->batch, a->tokens))
@@ -146,7 +154,7 @@ int32_t check_new_states(const void* tables, const lobcq_new_states* s) {
     if (!valid_shape(s->batch, s->tokens) || !valid_shape(s->heads, s->width) ||
         !valid_shape(s->batch * s->tokens, s->heads * s->width))
         return LOBCQ_INVALID_ARGUMENT;
-    const lobcq_states as_stored{s->rows, s->row_bytes, s->width, s->array_size};
+    const lobcq_states as_stored{s->rows, s->row_bytes, s->width, s->array_size, s->dtype, {}};
     if (s->row_bytes != state_row_bytes(as_stored, s->heads, as_tables(tables).num_codebooks))
         return LOBCQ_INVALID_ARGUMENT;
     if (s->batch * s->tokens == 0) return LOBCQ_OK;
@@ -445,7 +453,8 @@ int32_t lobcq_encode_states(const void* tables, const lobcq_new_states* states, 
 
 int32_t lobcq_attend(const void* tables, const lobcq_attention* attention, lobcq_parallel_for parallel) {
     if (const int32_t status = check_attention(tables, attention)) return status;
-    const Attention work(as_tables(tables), *attention);
+    static const Tables none{};
+    const Attention work(attention->products == LOBCQ_FLOAT_STATES ? none : as_tables(tables), *attention);
     return run(work.tasks(), work.grain(), parallel, [&](int64_t begin, int64_t end) { work.run(begin, end); });
 }
 

@@ -19,8 +19,17 @@ struct StateRows {
     int64_t arrays() const { return padded / array_size; }
 };
 
+// Tokens of one head as floats, each `width` scalars, `stride` scalars after the one before it.
+struct FloatStates {
+    const uint8_t* data;  // of the first token
+    int64_t stride, width, padded;
+    int32_t dtype;
+
+    const uint8_t* token(int64_t i) const { return data + i * stride * scalar_bytes(dtype); }
+};
+
 struct Attention {
-    const Tables& tables;
+    const Tables& tables;  // of encoded states
     const lobcq_attention& a;
     int64_t group;  // query heads of a head of keys and values
     int64_t rows;   // queries of all of those
@@ -32,6 +41,10 @@ struct Attention {
     int64_t grain() const;  // how many tasks are worth a thread
     void run(int64_t begin, int64_t end) const;
     StateRows states(const lobcq_states& s, int64_t batch) const;
+    FloatStates float_states(const lobcq_states& s, int64_t batch, int64_t head) const;
+
+  private:
+    int64_t padded(const lobcq_states& s) const;
 };
 
 // The queries of one task: rows [first, first + rows) of a head. The query heads that share it lie side by side, so that
@@ -52,8 +65,9 @@ struct QueryBlock {
     // Where a row's result goes.
     void* result(int64_t row) const {
         const lobcq_attention& a = work.a;
-        const int64_t place = (batch * a.query_heads + query_head(row)) * a.queries + query(row);
-        return static_cast<uint8_t*>(a.out) + place * a.values.width * scalar_bytes(a.dtype);
+        const int64_t* s = a.out_strides;
+        const int64_t place = batch * s[0] + query_head(row) * s[1] + query(row) * s[2];
+        return static_cast<uint8_t*>(a.out) + place * scalar_bytes(a.dtype);
     }
 };
 

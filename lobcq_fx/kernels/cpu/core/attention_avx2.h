@@ -47,6 +47,26 @@ inline void quads_of(const uint8_t* entries, int64_t padded, int64_t tokens, uin
         }
 }
 
+// A square of kLanes floats a side, its rows `stride` apart, to rows `apart`.
+inline void transpose_floats(const float* from, int64_t stride, float* to, int64_t apart) {
+    __m256 x[8], y[8];
+    for (int i = 0; i < 4; ++i)
+        for (int half = 0; half < 2; ++half)  // rows i and i + 4 side by side
+            x[i + 4 * half] = _mm256_set_m128(_mm_loadu_ps(from + (i + 4) * stride + 4 * half),
+                                              _mm_loadu_ps(from + i * stride + 4 * half));
+    for (int half = 0; half < 8; half += 4) {
+        for (int i = 0; i < 4; i += 2) {
+            y[half + i] = _mm256_unpacklo_ps(x[half + i], x[half + i + 1]);
+            y[half + i + 1] = _mm256_unpackhi_ps(x[half + i], x[half + i + 1]);
+        }
+        for (int k = 0; k < 2; ++k) {
+            const __m256 low = y[half + k], high = y[half + k + 2];
+            _mm256_storeu_ps(to + (half + 2 * k) * apart, _mm256_shuffle_ps(low, high, 0x44));
+            _mm256_storeu_ps(to + (half + 2 * k + 1) * apart, _mm256_shuffle_ps(low, high, 0xee));
+        }
+    }
+}
+
 inline void columns_of(const uint8_t* entries, int64_t padded, int64_t tokens, int8_t* to) {
     const __m128i bias = _mm_set1_epi8(kBias);
     for (int64_t j = 0; j < tokens; j += 4, entries += 4 * padded, to += 4 * padded)

@@ -72,6 +72,13 @@ inline void transpose_quads(const uint8_t* from, int64_t stride, uint8_t* to, in
     }
 }
 
+// A square of kLanes floats a side, its rows `stride` apart, to rows `apart`.
+inline void transpose_floats(const float* from, int64_t stride, float* to, int64_t apart) {
+    constexpr int64_t kBytes = sizeof(float);
+    transpose_quads(reinterpret_cast<const uint8_t*>(from), stride * kBytes, reinterpret_cast<uint8_t*>(to),
+                    apart * kBytes);
+}
+
 // These two go over columns 64 at a time. What they write behind the last ones nobody reads, or is written again.
 inline void quads_of(const uint8_t* entries, int64_t padded, int64_t tokens, uint8_t* to) {
     for (int64_t j = 0; j < tokens; j += 16)

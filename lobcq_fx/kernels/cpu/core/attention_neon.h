@@ -30,6 +30,10 @@ inline void quads_of(const uint8_t* entries, int64_t padded, int64_t tokens, uin
     copy_quads(entries, padded, tokens, to);
 }
 
+inline void transpose_floats(const float* from, int64_t stride, float* to, int64_t apart) {
+    transpose_square<kLanes>(from, stride, to, apart);
+}
+
 inline void columns_of(const uint8_t* entries, int64_t padded, int64_t tokens, int8_t* to) {
     const uint8x16_t bias = vdupq_n_u8(kBias);
     for (int64_t j = 0; j < tokens; j += 4, entries += 4 * padded, to += 4 * padded)

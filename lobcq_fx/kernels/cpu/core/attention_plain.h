@@ -43,5 +43,12 @@ inline void copy_columns(const uint8_t* entries, int64_t padded, int64_t tokens,
             for (int k = 0; k < 4; ++k) to[d * 4 + k] = static_cast<int8_t>(entries[k * padded + d] - kBias);
 }
 
+// A square of a side, its rows `stride` apart, to rows `apart`.
+template <int kSide>
+void transpose_square(const float* from, int64_t stride, float* to, int64_t apart) {
+    for (int i = 0; i < kSide; ++i)
+        for (int j = 0; j < kSide; ++j) to[j * apart + i] = from[i * stride + j];
+}
+
 }  // namespace
 }  // namespace lobcq

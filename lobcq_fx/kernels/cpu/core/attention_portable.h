@@ -28,6 +28,10 @@ inline void quads_of(const uint8_t* entries, int64_t padded, int64_t tokens, uin
     copy_quads(entries, padded, tokens, to);
 }
 
+inline void transpose_floats(const float* from, int64_t stride, float* to, int64_t apart) {
+    transpose_square<kLanes>(from, stride, to, apart);
+}
+
 inline void columns_of(const uint8_t* entries, int64_t padded, int64_t tokens, int8_t* to) {
     copy_columns(entries, padded, tokens, to);
 }

@@ -34,8 +34,9 @@ const Isa kAvx2 = {
     .fused = avx2::fused,
     .decode = avx2::decode,
     .multiply = avx2::multiply,
-    .attend = attend_block<FloatProducts>,
+    .attend = attend_block<FloatProducts<EncodedStates>>,
     .attend_int8 = attend_block<Int8Products>,
+    .attend_floats = attend_block<FloatProducts<PlainStates>>,
     .finish = finish_row,
 };
 

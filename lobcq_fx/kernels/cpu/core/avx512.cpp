@@ -33,8 +33,9 @@ const Isa kAvx512 = {
     .fused = avx512::fused,
     .decode = avx512::decode,
     .multiply = avx512::multiply,
-    .attend = attend_block<FloatProducts>,
+    .attend = attend_block<FloatProducts<EncodedStates>>,
     .attend_int8 = attend_block<Int8Products>,
+    .attend_floats = attend_block<FloatProducts<PlainStates>>,
     .finish = finish_row,
 };
 

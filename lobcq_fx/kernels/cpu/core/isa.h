@@ -67,9 +67,10 @@ struct Isa {
                    WeightTile* tile);
     void (*multiply)(const WeightTile& tile, const ActivationView& a, int64_t first_row, int64_t rows, int64_t chunk,
                      int64_t chunks, float* sums);
-    // Attention of a block of queries, its products in fp32 or in integers.
+    // Attention of a block of queries over encoded states, its products in fp32 or in integers, and over floats.
     void (*attend)(const QueryBlock& block);
     void (*attend_int8)(const QueryBlock& block);
+    void (*attend_floats)(const QueryBlock& block);
     // out[i] = (sum over planes of sums[p * sums_stride + i]) * row_scale * weight_scale + bias[i], in a dtype.
     void (*finish)(const float* sums, int64_t sums_stride, int planes, int64_t n, float row_scale, float weight_scale,
                    const float* bias, int32_t dtype, void* out);

@@ -32,7 +32,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a declaration in this header changes its meaning. */
-#define LOBCQ_ABI_VERSION 7
+#define LOBCQ_ABI_VERSION 8
 
 enum lobcq_status {
     LOBCQ_OK = 0,
@@ -247,17 +247,21 @@ LOBCQ_API int32_t lobcq_grouped_linear(const lobcq_product* products, const int6
 
 enum lobcq_mask { LOBCQ_NO_MASK = 0, LOBCQ_BOOL_MASK = 1 /* uint8, 0: not looked at */, LOBCQ_ADDED_MASK = 2 /* of mask_dtype */ };
 
-/* fp32: of decoded keys and values. int8: integers, as docs/format.md says. */
-enum lobcq_products { LOBCQ_FLOAT_PRODUCTS = 0, LOBCQ_INT8_PRODUCTS = 1 };
+/* fp32: of decoded keys and values. int8: integers, as docs/format.md says. float states: fp32, of keys and values that
+ * are not encoded. */
+enum lobcq_products { LOBCQ_FLOAT_PRODUCTS = 0, LOBCQ_INT8_PRODUCTS = 1, LOBCQ_FLOAT_STATES = 2 };
 
 /* Keys or values of a cache, of a batch of sequences of as many tokens. `rows` is uint8 [batch, tokens, row bytes]: a
  * row is the token's tensor scale, fp32, anywhere in memory, and for each head its codes, selectors and scales, each as
- * one row of lobcq_packed with `width` columns. Any bytes decode to something. */
+ * one row of lobcq_packed with `width` columns. Any bytes decode to something.
+ * Or, for LOBCQ_FLOAT_STATES, `rows` is [batch, heads, tokens, width] of `dtype`, of any strides but that of the last
+ * dimension, which is 1. */
 typedef struct {
     const uint8_t* rows;
-    int64_t row_bytes; /* of a token, as the caller sees it: checked */
-    int64_t width;     /* 1 to 1024, rounded up to a multiple of array_size */
-    int32_t array_size;
+    int64_t row_bytes; /* of an encoded token, as the caller sees it: checked */
+    int64_t width;     /* 1 to 1024, rounded up to a multiple of array_size, of floats to one of 16 */
+    int32_t array_size, dtype;
+    int64_t strides[3]; /* of floats, in elements */
 } lobcq_states;
 
 /* Encodes tokens' keys or values, x [batch, heads, tokens, width], as rows of such a cache: each head as lobcq_encode
@@ -275,9 +279,11 @@ typedef struct {
 
 LOBCQ_API int32_t lobcq_encode_states(const void* tables, const lobcq_new_states* states, lobcq_parallel_for parallel);
 
-/* Scaled dot-product attention over encoded keys and values, its products as `products` (enum lobcq_products) says.
+/* Scaled dot-product attention over keys and values, its products as `products` (enum lobcq_products) says. Where they
+ * are not encoded, no tables are needed.
  *   query [batch, query_heads, queries, keys.width], of any strides but that of the last dimension, which is 1
- *   out   [batch, query_heads, queries, values.width], contiguous, of the query's dtype
+ *   out   [batch, query_heads, queries, values.width], of any strides but that of the last dimension, which is 1, of the
+ *         query's dtype
  *   mask  as mask_kind (enum lobcq_mask) says, [batch, query_heads, queries, tokens] with strides in elements, which may
  *         be 0; NULL for LOBCQ_NO_MASK
  *   heads of keys and values, which divides query_heads: query heads that follow one another share one
@@ -289,6 +295,7 @@ typedef struct {
     const void* mask;
     int64_t mask_strides[4];
     void* out;
+    int64_t out_strides[3]; /* in elements */
     int64_t batch, query_heads, queries, heads, tokens;
     float scale;
     int32_t dtype, mask_kind, mask_dtype, products;

@@ -33,8 +33,9 @@ const Isa kNeon = {
     .fused = neon::fused,
     .decode = neon::decode,
     .multiply = neon::multiply,
-    .attend = attend_block<FloatProducts>,
+    .attend = attend_block<FloatProducts<EncodedStates>>,
     .attend_int8 = attend_block<Int8Products>,
+    .attend_floats = attend_block<FloatProducts<PlainStates>>,
     .finish = finish_row,
 };
 

@@ -124,8 +124,9 @@ const Isa kPortable = {
     .fused = nullptr,
     .decode = decode,
     .multiply = multiply,
-    .attend = attend_block<FloatProducts>,
+    .attend = attend_block<FloatProducts<EncodedStates>>,
     .attend_int8 = attend_block<Int8Products>,
+    .attend_floats = attend_block<FloatProducts<PlainStates>>,
     .finish = finish_row,
 };
 

@@ -7,6 +7,10 @@ Api api;
 Tensor Tensor::empty(const std::vector<int64_t>& sizes, int32_t dtype) {
     std::vector<int64_t> strides(sizes.size(), 1);
     for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * (sizes[i] > 1 ? sizes[i] : 1);
+    return empty(sizes, strides, dtype);
+}
+
+Tensor Tensor::empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype) {
     void* handle = nullptr;
     check(api.aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
                                        api.aoti_torch_device_type_cpu(), 0, &handle),
@@ -60,16 +64,16 @@ bool requires_grad(const Tensor& x) {
     return (stack[0] & 1) == 0;
 }
 
-Tensor take_optional_tensor(Value value) {
+namespace {
+
+std::optional<Value> take_optional(Value value) {
     auto* boxed = reinterpret_cast<Value*>(value);
-    if (!boxed) return Tensor();
-    Tensor tensor(*boxed);
+    if (!boxed) return std::nullopt;
+    const Value inner = *boxed;
     if (api.torch_delete_stable_ivalue) api.torch_delete_stable_ivalue(boxed);
     else delete boxed;
-    return tensor;
+    return inner;
 }
-
-namespace {
 
 template <class Item, class Make>
 std::vector<Item> take_list(Value value, Make make) {
@@ -88,6 +92,33 @@ std::vector<Item> take_list(Value value, Make make) {
 }
 
 }  // namespace
+
+Tensor take_optional_tensor(Value value) { return Tensor(take_optional(value).value_or(0)); }
+
+std::optional<double> take_optional_double(Value value) {
+    const std::optional<Value> inner = take_optional(value);
+    return inner ? std::optional(take_double(*inner)) : std::nullopt;
+}
+
+double take_double(Value value) {
+    double number;
+    std::memcpy(&number, &value, sizeof number);
+    return number;
+}
+
+Value give_double(double value) {
+    Value bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+Value give_optional(Value value) {
+    Value* boxed = nullptr;
+    if (!api.torch_new_stable_ivalue) boxed = new Value;
+    else check(api.torch_new_stable_ivalue(&boxed), "new_stable_ivalue");
+    *boxed = value;
+    return reinterpret_cast<Value>(boxed);
+}
 
 std::vector<Tensor> take_tensors(Value value) {
     return take_list<Tensor>(value, [](Value item) { return Tensor(item); });

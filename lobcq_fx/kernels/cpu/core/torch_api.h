@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -52,7 +53,8 @@ struct Api {
     int32_t (*aoti_torch_dtype_int8)();
     int32_t (*aoti_torch_dtype_bool)();
     int32_t (*aoti_torch_device_type_cpu)();
-    int32_t (*torch_delete_stable_ivalue)(Value* value);  // since 2.13; null before: C++ `delete`
+    int32_t (*torch_new_stable_ivalue)(Value** value);    // since 2.13; null before: C++ `new`
+    int32_t (*torch_delete_stable_ivalue)(Value* value);  // the same of `delete`
     lobcq_parallel_for torch_parallel_for;
 };
 
@@ -79,6 +81,7 @@ class Tensor {
     }
 
     static Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype);  // contiguous, on the CPU
+    static Tensor empty(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, int32_t dtype);
 
     Tensor another() const;  // reference to the same tensor
 
@@ -134,5 +137,10 @@ std::vector<Tensor> take_tensors(Value value);
 std::vector<int64_t> take_integers(Value value);
 
 Value give_tensors(std::vector<Tensor> tensors);
+Value give_optional(Value value);
+
+Value give_double(double value);
+double take_double(Value value);
+std::optional<double> take_optional_double(Value value);
 
 }  // namespace lobcq::torch

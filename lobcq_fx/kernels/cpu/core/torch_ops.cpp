@@ -4,6 +4,7 @@
 #include "half.h"
 #include "lobcq_torch.h"
 #include "torch_activation.h"
+#include "torch_between.h"
 #include "torch_grouped.h"
 #include "torch_states.h"
 
@@ -135,7 +136,8 @@ bool find(void* library, const char* name, Function* function) {
 
 bool find_all(void* torch) {
 #define LOBCQ_FIND(name) find(torch, #name, &api.name)
-    LOBCQ_FIND(torch_delete_stable_ivalue);  // may be absent
+    LOBCQ_FIND(torch_new_stable_ivalue);  // may be absent, both
+    LOBCQ_FIND(torch_delete_stable_ivalue);
     return LOBCQ_FIND(aoti_torch_library_init_impl) && LOBCQ_FIND(torch_library_impl) &&
            LOBCQ_FIND(torch_call_dispatcher) && LOBCQ_FIND(aoti_torch_get_data_ptr) &&
            LOBCQ_FIND(aoti_torch_get_dim) && LOBCQ_FIND(aoti_torch_get_sizes) &&
@@ -170,6 +172,9 @@ int32_t lobcq_register_torch_ops(void* libtorch) {
         api.torch_library_impl(library, "grouped_linear_prepacked.float_activation",
                                grouped_linear_prepacked_float_activation, kVersion) ||
         api.torch_library_impl(library, "quantize_states", quantize_states, kVersion) ||
-        api.torch_library_impl(library, "attention", attention, kVersion);
+        api.torch_library_impl(library, "attention", attention, kVersion) ||
+        api.torch_library_impl(library, "attention.float_states", attention_float_states, kVersion) ||
+        api.torch_library_impl(library, "rms_norm", rms_norm, kVersion) ||
+        api.torch_library_impl(library, "rotate_half", rotate_half, kVersion);
     return failed ? LOBCQ_INVALID_ARGUMENT : LOBCQ_OK;
 }

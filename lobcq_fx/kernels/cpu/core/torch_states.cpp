@@ -1,6 +1,9 @@
-// The ops of a quantized cache. They run many times a token, on few numbers each: what they check is what
+// The ops of a cache. They run many times a token, on few numbers each: what they check is what
 // lobcq_fx/ops/contracts.py says.
 #include "torch_states.h"
+
+#include <algorithm>
+#include <cmath>
 
 #include "attention.h"
 #include "layout.h"
@@ -70,6 +73,32 @@ Tensor quantized(const Tensor& given, const Tensor& codebooks, int64_t array_siz
     return rows;
 }
 
+// Refuses a mask of another shape, or dtype; dimensions of size 1 are repeated.
+void require_mask(const Tensor& mask, const std::vector<int64_t>& wanted) {
+    if (!mask) return;
+    std::vector<int32_t> dtypes = floats();
+    dtypes.insert(dtypes.begin(), api.aoti_torch_dtype_bool());
+    const std::vector<int64_t> sizes = mask.sizes();
+    std::vector<int64_t> expected = wanted;
+    for (size_t i = 0; i < expected.size() && i < sizes.size(); ++i)
+        if (sizes[i] == 1) expected[i] = 1;
+    require({"mask", dtypes, expected}, mask);
+}
+
+// Puts such a mask into a call; returns what owns it.
+Tensor take_mask(Tensor mask, lobcq_attention* call) {
+    if (!mask) return mask;
+    const std::vector<int64_t> sizes = mask.sizes();
+    const bool added = mask.dtype() != api.aoti_torch_dtype_bool();
+    call->mask_kind = added ? LOBCQ_ADDED_MASK : LOBCQ_BOOL_MASK;
+    call->mask_dtype = added ? float_dtype(mask.dtype()) : 0;
+    mask = realigned(std::move(mask), added ? static_cast<uintptr_t>(scalar_bytes(call->mask_dtype)) : 1);
+    call->mask = mask.data<void>();
+    const std::vector<int64_t> strides = mask.strides();
+    for (size_t i = 0; i < strides.size(); ++i) call->mask_strides[i] = sizes[i] == 1 ? 0 : strides[i];
+    return mask;
+}
+
 // The arguments of lobcq::attention; see lobcq_fx/ops/attention.py.
 struct Attend {
     Tensor query, keys, values, codebooks, mask;
@@ -78,28 +107,7 @@ struct Attend {
     bool in_int8;
 
     Tensor run();
-
-  private:
-    void take_mask(const std::vector<int64_t>& wanted, lobcq_attention* call);
 };
-
-// Checks a mask, whose dimensions of size 1 are repeated.
-void Attend::take_mask(const std::vector<int64_t>& wanted, lobcq_attention* call) {
-    if (!mask) return;
-    std::vector<int32_t> dtypes = floats();
-    dtypes.insert(dtypes.begin(), api.aoti_torch_dtype_bool());
-    std::vector<int64_t> sizes = mask.sizes(), expected = wanted;
-    for (size_t i = 0; i < expected.size() && i < sizes.size(); ++i)
-        if (sizes[i] == 1) expected[i] = 1;
-    require({"mask", dtypes, expected}, mask);
-    const bool added = mask.dtype() != api.aoti_torch_dtype_bool();
-    call->mask_kind = added ? LOBCQ_ADDED_MASK : LOBCQ_BOOL_MASK;
-    call->mask_dtype = added ? float_dtype(mask.dtype()) : 0;
-    mask = realigned(std::move(mask), added ? static_cast<uintptr_t>(scalar_bytes(call->mask_dtype)) : 1);
-    call->mask = mask.data<void>();
-    const std::vector<int64_t> strides = mask.strides();
-    for (size_t i = 0; i < strides.size(); ++i) call->mask_strides[i] = sizes[i] == 1 ? 0 : strides[i];
-}
 
 Tensor Attend::run() {
     require({"query", floats(), {-1, -1, -1, -1}}, query);
@@ -121,6 +129,7 @@ Tensor Attend::run() {
     require({"keys", bytes, {batch, -1, key_bytes}}, keys);
     const int64_t tokens = keys.sizes()[1];
     require({"values", bytes, {batch, tokens, value_bytes}}, values);
+    require_mask(mask, {batch, query_heads, queries, tokens});
     if (requires_grad(query)) refuse(kNoGradient);
     query = readable(std::move(query));
     keys = contiguous(std::move(keys));
@@ -133,12 +142,85 @@ Tensor Attend::run() {
     call.keys = {keys.data<uint8_t>(), key_bytes, width, key_size};
     call.values = {values.data<uint8_t>(), value_bytes, value_width, value_size};
     call.out = out.data<void>();
+    const std::vector<int64_t> out_strides = out.strides();
+    std::memcpy(call.out_strides, out_strides.data(), sizeof call.out_strides);
     call.batch = batch, call.query_heads = query_heads, call.queries = queries;
     call.heads = heads, call.tokens = tokens, call.scale = scale;
     call.dtype = float_dtype(query.dtype());
     call.products = in_int8 ? LOBCQ_INT8_PRODUCTS : LOBCQ_FLOAT_PRODUCTS;
-    take_mask({batch, query_heads, queries, tokens}, &call);
+    const Tensor owned = take_mask(std::move(mask), &call);
     check_core(lobcq_attend(&tables, &call, api.torch_parallel_for));
+    return out;
+}
+
+constexpr int64_t kFewRows = 16;  // of several queries of one key head up to which the core is faster than torch
+
+// The arguments of lobcq::attention.float_states.
+struct AttendFloats {
+    Tensor query, key, value, mask;
+    std::optional<double> scale;
+    bool enable_gqa;
+
+    Tensor run();
+
+  private:
+    Tensor by_torch();
+};
+
+Tensor AttendFloats::by_torch() {
+    Value stack[8] = {query.release(), key.release(), value.release(), mask ? give_optional(mask.release()) : 0,
+                      give_double(0.0), 0, scale ? give_optional(give_double(*scale)) : 0, enable_gqa};
+    check(api.torch_call_dispatcher("aten::scaled_dot_product_attention", "", stack, kVersion),
+          "scaled_dot_product_attention");
+    return Tensor(stack[0]);
+}
+
+Tensor AttendFloats::run() {
+    const int32_t dtype = query.dtype();
+    require({"query", floats(), {-1, -1, -1, -1}}, query);
+    const std::vector<int64_t> sizes = query.sizes();
+    const int64_t batch = sizes[0], query_heads = sizes[1], queries = sizes[2], width = sizes[3];
+    require({"key", {dtype}, {batch, -1, -1, width}}, key);
+    const int64_t heads = key.sizes()[1], tokens = key.sizes()[2];
+    require({"value", {dtype}, {batch, heads, tokens, -1}}, value);
+    const int64_t value_width = value.sizes()[3], group = enable_gqa && heads > 0 ? query_heads / heads : 1;
+    if (query_heads != heads * group)
+        refuse("key has " + std::to_string(heads) + " heads, which query's " + std::to_string(query_heads) +
+               (enable_gqa ? " are no multiple of" : " have to be, without enable_gqa"));
+    require_mask(mask, {batch, query_heads, queries, tokens});
+    if (requires_grad(query) || requires_grad(key) || requires_grad(value)) refuse(kNoGradient);
+    // As torch's own attention lays its result out: the heads of a token side by side.
+    const std::vector<int64_t> strides{queries * query_heads * value_width, value_width, query_heads * value_width, 1};
+    Tensor out = Tensor::empty({batch, query_heads, queries, value_width}, strides, dtype);
+    const bool few = queries == 1 || (group > 1 && queries * group <= kFewRows);
+    const bool fits = std::min({width, value_width, tokens}) > 0 && std::max(width, value_width) <= kMaxWidth;
+    if (!few || !fits) {
+        Value stack[3] = {out.another().release(), by_torch().release(), 0};
+        check(api.torch_call_dispatcher("aten::copy_", "", stack, kVersion), "copy_");
+        return Tensor(stack[0]);
+    }
+    query = readable(std::move(query));
+    key = readable(std::move(key));
+    value = readable(std::move(value));
+    lobcq_attention call{};
+    call.query = query.data<void>();
+    call.out = out.data<void>();
+    const std::vector<int64_t> query_strides = query.strides();
+    std::memcpy(call.query_strides, query_strides.data(), sizeof call.query_strides);
+    std::memcpy(call.out_strides, strides.data(), sizeof call.out_strides);
+    const auto states = [&](const Tensor& x, lobcq_states* to) {
+        const std::vector<int64_t> x_strides = x.strides();
+        *to = {x.data<uint8_t>(), 0, x.sizes()[3], 0, float_dtype(dtype), {x_strides[0], x_strides[1], x_strides[2]}};
+    };
+    states(key, &call.keys);
+    states(value, &call.values);
+    call.batch = batch, call.query_heads = query_heads, call.queries = queries;
+    call.heads = heads, call.tokens = tokens;
+    call.scale = static_cast<float>(scale ? *scale : 1 / std::sqrt(static_cast<double>(width)));
+    call.dtype = float_dtype(dtype);
+    call.products = LOBCQ_FLOAT_STATES;
+    const Tensor owned = take_mask(std::move(mask), &call);
+    check_core(lobcq_attend(nullptr, &call, api.torch_parallel_for));
     return out;
 }
 
@@ -155,10 +237,16 @@ void attention(Value* stack, uint64_t, uint64_t) {
     in_op("lobcq::attention", [stack] {
         Attend call{Tensor(stack[0]), Tensor(stack[1]), Tensor(stack[2]), Tensor(stack[3]),
                     take_optional_tensor(stack[4]), static_cast<int64_t>(stack[5]), static_cast<int64_t>(stack[6]),
-                    static_cast<int64_t>(stack[7]), static_cast<int64_t>(stack[8]), 0.0f, (stack[10] & 1) != 0};
-        double scale;
-        std::memcpy(&scale, stack + 9, sizeof scale);
-        call.scale = static_cast<float>(scale);
+                    static_cast<int64_t>(stack[7]), static_cast<int64_t>(stack[8]),
+                    static_cast<float>(take_double(stack[9])), (stack[10] & 1) != 0};
+        stack[0] = call.run().release();
+    });
+}
+
+void attention_float_states(Value* stack, uint64_t, uint64_t) {
+    in_op("lobcq::attention", [stack] {
+        AttendFloats call{Tensor(stack[0]), Tensor(stack[1]), Tensor(stack[2]), take_optional_tensor(stack[3]),
+                          take_optional_double(stack[4]), (stack[5] & 1) != 0};
         stack[0] = call.run().release();
     });
 }
