@@ -24,8 +24,8 @@ void decode(const Tables& t, const WeightView& w, int64_t panel, int64_t chunk, 
 void multiply(const WeightTile& tile, const ActivationView& a, int64_t first_row, int64_t rows, int64_t chunk,
               int64_t chunks, float* sums);
 
-constexpr int64_t kFusedRows = 8;
-constexpr int64_t kFusedLimit = 24;
+constexpr int64_t kFusedRows = 16;
+constexpr int64_t kFusedLimit = 16;
 
 // All 256 biased entries: byte look-ups by selector << 4 | code.
 struct EntryTable {

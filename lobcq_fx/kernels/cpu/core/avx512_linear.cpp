@@ -133,12 +133,19 @@ class PanelsAhead {
     intptr_t next_;
 };
 
+// Rows up to which sums stay in registers beside the products of an array; of more rows they are in the L1 cache.
+constexpr int kRegisterRows = 8;
+
 template <int kRows, bool kSixteen>
 void fused_rows(const Tables& t, const WeightView& w, const ActivationView& a, int64_t panel, float* sums) {
     Decoder<kSixteen> decoder(t, w, panel, 0);
     const int pairs = w.array_size / kPairColumns;
-    __m512 sum[kRows];
-    for (int m = 0; m < kRows; ++m) sum[m] = _mm512_setzero_ps();
+    constexpr bool kRegisters = kRows <= kRegisterRows;
+    __m512 sum[kRegisters ? kRows : 1];
+    for (int m = 0; m < kRows; ++m) {
+        if (kRegisters) sum[m] = _mm512_setzero_ps();
+        else _mm512_storeu_ps(sums + m * kPanel, _mm512_setzero_ps());
+    }
     PanelsAhead ahead(w, panel);
     const int8_t* entries = a.entries;
     int64_t pair = 0;
@@ -153,7 +160,7 @@ void fused_rows(const Tables& t, const WeightView& w, const ActivationView& a, i
             decoder.prefetch(kPrefetch);
             Block low, high;
             decoder.next(static_cast<int>(pair % 4), &low, &high);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int m = 0; m < kRows; ++m) {
                 const int8_t* row = entries + m * a.stride;
                 dot[m] = _mm512_dpbusd_epi32(dot[m], low.first, four_columns(row));
@@ -163,10 +170,15 @@ void fused_rows(const Tables& t, const WeightView& w, const ActivationView& a, i
             }
         }
         const __m512 w_scale = scales_of(w.scales_at(panel, g));
-#pragma GCC unroll 8
-        for (int m = 0; m < kRows; ++m) sum[m] = scaled(dot[m], w_scale, a.scales_at(m)[g], sum[m]);
+#pragma GCC unroll 16
+        for (int m = 0; m < kRows; ++m) {
+            const float a_scale = a.scales_at(m)[g];
+            float* to = sums + m * kPanel;
+            if (kRegisters) sum[m] = scaled(dot[m], w_scale, a_scale, sum[m]);
+            else _mm512_storeu_ps(to, scaled(dot[m], w_scale, a_scale, _mm512_loadu_ps(to)));
+        }
     }
-    for (int m = 0; m < kRows; ++m) _mm512_storeu_ps(sums + m * kPanel, sum[m]);
+    for (int m = 0; kRegisters && m < kRows; ++m) _mm512_storeu_ps(sums + m * kPanel, sum[m]);
 }
 
 template <bool kSixteen>
@@ -229,7 +241,9 @@ template <bool kSixteen>
 void fused_any(const Tables& t, const WeightView& w, const ActivationView& a, int64_t panel, float* sums) {
     constexpr decltype(&fused) kernels[kFusedRows] = {
         fused_rows<1, kSixteen>, fused_rows<2, kSixteen>, fused_rows<3, kSixteen>, fused_rows<4, kSixteen>,
-        fused_rows<5, kSixteen>, fused_rows<6, kSixteen>, fused_rows<7, kSixteen>, fused_rows<8, kSixteen>};
+        fused_rows<5, kSixteen>, fused_rows<6, kSixteen>, fused_rows<7, kSixteen>, fused_rows<8, kSixteen>,
+        fused_rows<9, kSixteen>, fused_rows<10, kSixteen>, fused_rows<11, kSixteen>, fused_rows<12, kSixteen>,
+        fused_rows<13, kSixteen>, fused_rows<14, kSixteen>, fused_rows<15, kSixteen>, fused_rows<16, kSixteen>};
     kernels[a.rows * a.planes - 1](t, w, a, panel, sums);
 }
 

@@ -7,7 +7,7 @@ namespace {
 constexpr int64_t kMaxBlockRows = 288;
 // Blocks of rows are multiples of this: whole micro-kernels (6 or 4 rows) and whole sets of planes (1, 3 or 4).
 constexpr int64_t kRowStep = 12;
-constexpr int64_t kMaxFusedRows = 8;
+constexpr int64_t kMaxFusedRows = 16;
 constexpr int64_t kDecodeCost = 8;  // of a panel, in rows that are multiplied with it
 constexpr int64_t kGrainProducts = 1 << 18;  // below this a thread costs more than it saves
 

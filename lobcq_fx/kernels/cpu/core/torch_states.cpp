@@ -46,7 +46,7 @@ int32_t array_size_of(int64_t size, const char* name) {
 }
 
 int64_t row_bytes(int64_t heads, int64_t width, int32_t array_size, const Tables& tables) {
-    return state_row_bytes({nullptr, 0, width, array_size}, heads, tables.num_codebooks);
+    return state_row_bytes({nullptr, 0, width, array_size, 0, {}}, heads, tables.num_codebooks);
 }
 
 // x [.., D] of strides that the core reads: those of the last dimension are 1, and addresses are a scalar's.
@@ -139,8 +139,8 @@ Tensor Attend::run() {
     lobcq_attention call{};
     call.query = query.data<void>();
     std::memcpy(call.query_strides, strides.data(), sizeof call.query_strides);
-    call.keys = {keys.data<uint8_t>(), key_bytes, width, key_size};
-    call.values = {values.data<uint8_t>(), value_bytes, value_width, value_size};
+    call.keys = {keys.data<uint8_t>(), key_bytes, width, key_size, 0, {}};
+    call.values = {values.data<uint8_t>(), value_bytes, value_width, value_size, 0, {}};
     call.out = out.data<void>();
     const std::vector<int64_t> out_strides = out.strides();
     std::memcpy(call.out_strides, out_strides.data(), sizeof call.out_strides);
