@@ -52,7 +52,7 @@ class TracedGraphs:
 
     refusals: graphs that could not be made, and why, by name.
     optional: paths of modules that graphs beside the main one may leave out, all of them.
-    repeated: not every layer was traced: what they give has to be nearer to the model's results than rounding is.
+    repeated: not every layer was traced: they have to be nearer to the model than rounding alone would ask for.
     """
 
     graphs: dict[str, TracedModel]
