@@ -39,8 +39,12 @@ def streaming(found: dict[str, Any]) -> str:
     """A row for each size and way."""
     rows = [row for size in sorted({*found["sizes"], DEFAULT}, key=float) for row in of_size(size, found["sizes"])]
     threads = sorted({one["threads"] for one in found["sizes"].values()})
+    cpus: dict[str, list[str]] = {}
+    for one in found["sizes"].values():
+        cpus.setdefault(one["machine"]["cpu"], []).append(f"{one['float_gib']:.2f} GiB")
+    machines = "; ".join(f"{cpu} ({', '.join(sizes)})" for cpu, sizes in cpus.items())
     return (
-        f"{found['machine']['cpu']}, {' or '.join(map(str, threads))} thread(s), torch"
+        f"{machines}, {' or '.join(map(str, threads))} thread(s), torch"
         f" {found['machine']['versions']['torch']}, transformers {found['transformers']}. The peak is the process's, of"
         f" which {imported(found):.2f} GiB are Python and its modules:\n\n{table(HEADER, rows)}"
     )
@@ -86,6 +90,9 @@ def tracing(found: dict[str, Any]) -> str:
     ]
     versions = f"torch {found['machine']['versions']['torch']}, transformers {found['transformers']}"
     header = ["layers", "all layers, growing caches, s", "and static ones, s", "both, of three layers, s"]
+    other = found.get("repeated_machine", found["machine"])["cpu"]
+    if other != found["machine"]["cpu"]:
+        header[-1] += f" ({other})"
     return f"{found['machine']['cpu']}, 1 thread, {versions}, processor time:\n\n{table(header, rows)}"
 
 

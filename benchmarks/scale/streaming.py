@@ -72,7 +72,7 @@ def main() -> None:
         others = {"in memory": given.in_memory, "resumed": given.resumed}
         ways = ("streamed", *several, *(way for way, wanted in others.items() if wanted))
         found = {way: run(way, folder, given.threads) for way in ways}
-        result = source | {"threads": given.threads, "ways": found} | compared(folder, ways)
+        result = source | {"machine": machine(), "threads": given.threads, "ways": found} | compared(folder, ways)
         if given.calibrated:
             found[CALIBRATED] = run(CALIBRATED, folder, given.threads)
         result["loading"] = run(LOADED, folder, given.threads)
