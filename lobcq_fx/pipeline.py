@@ -134,8 +134,8 @@ def trace_and_plan(
     if refusal is not None:
         raise ConfigError(refusal)
     with counted_calls(model, partial(report, "trace")):
-        traced = front_end.trace(model, example_inputs, static_cache=static_cache)
-    tried = Tried.of(front_end, model, example_inputs, traced)
+        tried = Tried.by_tracing(front_end, model, example_inputs, static_cache=static_cache)
+    traced = tried.traced
     roles = front_end.roles(model)
     plan, others = make_plan(traced.graph_modules, config, roles, traced.optional)
     return Planned(tried, plan, {**tried.unlike, **others}, roles)

@@ -23,11 +23,14 @@ from lobcq_fx.tracing.trace import MAIN, TracedGraphs, TracedModel
 
 logger = logging.getLogger(__name__)
 
-TRACED = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""Relative RMS error that a traced graph may have, by dtypes of its results and parameters: rounding alone."""
+WIDE = (torch.float32, torch.float64)
 
-TRACED_NARROW = 1e-1
-"""The same for bf16 and fp16."""
+TRACED, TRACED_NARROW = 1e-3, 1e-1
+"""Relative RMS error that a traced graph may have whose results and parameters are of these types, and whose are bf16
+or fp16: rounding alone."""
+
+REPEATED, REPEATED_NARROW = 1e-5, 2e-2
+"""Both of graphs of which not every layer was traced: what their operators, the model's own, are seen to differ by."""
 
 SUSPICIOUS = 1.0
 """Relative RMS error of a quantized model from which on a warning says so: its results have little in common."""
@@ -102,11 +105,13 @@ def differing(traced: TracedGraphs, trials: Mapping[str, Trial], expected: Mappi
     """Run every traced graph; why those besides the main one do not compute what the model does, by name.
 
     Raises:
-        TraceError: the main one does not.
+        TraceError: the main one does not; or any, of which not every layer was traced.
     """
     found = {}
     for name, one in traced.graphs.items():
-        reason = _difference_of_traced(one, trials[name], expected[name])
+        reason = _difference_of_traced(one, trials[name], expected[name], repeated=traced.repeated)
+        if reason is not None and traced.repeated:
+            raise TraceError(f"layers are not alike: the {name} graph that was made so is not the model: {reason}")
         if reason is not None and name == MAIN:
             raise TraceError(
                 f"the traced graph is not the model: {reason}. Remedy: pass example_inputs that take the branch you"
@@ -118,7 +123,7 @@ def differing(traced: TracedGraphs, trials: Mapping[str, Trial], expected: Mappi
     return found
 
 
-def _difference_of_traced(traced: TracedModel, trial: Trial, expected: Outcome) -> str | None:
+def _difference_of_traced(traced: TracedModel, trial: Trial, expected: Outcome, *, repeated: bool) -> str | None:
     """What the traced graph does otherwise than the float model, or None."""
     try:
         with kept(state_of(traced.graph_module)):
@@ -131,7 +136,9 @@ def _difference_of_traced(traced: TracedModel, trial: Trial, expected: Outcome) 
     error_ = relative_error(expected, outcome)
     # Logits may be cast to fp32 at the end of a model in bf16, which rounds as such.
     parameters = [one for one in traced.graph_module.parameters() if one.is_floating_point()]
-    allowed = max([TRACED.get(one.dtype, TRACED_NARROW) for one in (*expected.tensors, *parameters)], default=0.0)
+    wide, narrow = (REPEATED, REPEATED_NARROW) if repeated else (TRACED, TRACED_NARROW)
+    types = {one.dtype for one in (*expected.tensors, *parameters)}
+    allowed = max((wide if one in WIDE else narrow for one in types), default=0.0)
     if error_ > allowed:
         return f"its results differ from the model's by {100 * error_:.3g} % (relative RMS)"
     return None

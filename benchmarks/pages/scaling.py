@@ -7,6 +7,7 @@ python -m benchmarks.pages.scaling --check   # exit with 1 if it differs
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def main() -> None:
         json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("streaming", "tracing", "plan")
     )
     parts = {
-        "streaming": streaming(found), "loading": loading(found), "tracing": tracing(traced), "plan": plan(simulated),
+        "streaming": streaming(found), "steps": steps(found),
+        "loading": loading(found), "tracing": tracing(traced), "plan": plan(simulated),
     }  # fmt: skip
     keep_page(PAGE, parts, "scaling", __doc__)
 
@@ -37,11 +39,32 @@ def streaming(found: dict[str, Any]) -> str:
     """A row for each size and way."""
     rows = [row for size in sorted({*found["sizes"], DEFAULT}, key=float) for row in of_size(size, found["sizes"])]
     threads = sorted({one["threads"] for one in found["sizes"].values()})
+    cpus: dict[str, list[str]] = {}
+    for one in found["sizes"].values():
+        cpus.setdefault(one["machine"]["cpu"], []).append(f"{one['float_gib']:.2f} GiB")
+    machines = "; ".join(f"{cpu} ({', '.join(sizes)})" for cpu, sizes in cpus.items())
     return (
-        f"{found['machine']['cpu']}, {' or '.join(map(str, threads))} thread(s), torch"
+        f"{machines}, {' or '.join(map(str, threads))} thread(s), torch"
         f" {found['machine']['versions']['torch']}, transformers {found['transformers']}. The peak is the process's, of"
         f" which {imported(found):.2f} GiB are Python and its modules:\n\n{table(HEADER, rows)}"
     )
+
+
+STEPS = {"load": "stand-ins", "trace": "graphs", "encode": "weights", "save": "reading back"}
+"""What happens in each, as the page calls it."""
+
+
+def steps(found: dict[str, Any]) -> str:
+    """Processor seconds of each step, of each size of which they are known."""
+    rows = []
+    for size in sorted(found["sizes"], key=float):
+        one = found["sizes"][size]
+        after = one["ways"]["streamed"].get("processor_seconds_after")
+        if after:
+            ends = [0.0, *(after[step] for step in STEPS)]
+            taken = [end - begin for begin, end in pairwise(ends)]
+            rows.append([f"{one['float_gib']:.2f} GiB", *(f"{value:.0f}" for value in taken)])
+    return table(["float model", *(f"{title}, s" for title in STEPS.values())], rows) if rows else "Not measured."
 
 
 def loading(found: dict[str, Any]) -> str:
@@ -60,12 +83,16 @@ def loading(found: dict[str, Any]) -> str:
 
 def tracing(found: dict[str, Any]) -> str:
     """Seconds by layers."""
+    names = ("growing_seconds", "both_seconds", "repeated_seconds")
     rows = [
-        [str(row["layers"]), *(f"{row[name]:.1f}" for name in ("growing_seconds", "both_seconds"))]
+        [str(row["layers"]), *("-" if row[name] is None else f"{row[name]:.1f}" for name in names)]
         for row in found["rows"]
     ]
     versions = f"torch {found['machine']['versions']['torch']}, transformers {found['transformers']}"
-    header = ["layers", "growing caches, s", "and static ones, s"]
+    header = ["layers", "all layers, growing caches, s", "and static ones, s", "both, of three layers, s"]
+    other = found.get("repeated_machine", found["machine"])["cpu"]
+    if other != found["machine"]["cpu"]:
+        header[-1] += f" ({other})"
     return f"{found['machine']['cpu']}, 1 thread, {versions}, processor time:\n\n{table(header, rows)}"
 
 

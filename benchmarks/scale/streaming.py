@@ -72,7 +72,7 @@ def main() -> None:
         others = {"in memory": given.in_memory, "resumed": given.resumed}
         ways = ("streamed", *several, *(way for way, wanted in others.items() if wanted))
         found = {way: run(way, folder, given.threads) for way in ways}
-        result = source | {"threads": given.threads, "ways": found} | compared(folder, ways)
+        result = source | {"machine": machine(), "threads": given.threads, "ways": found} | compared(folder, ways)
         if given.calibrated:
             found[CALIBRATED] = run(CALIBRATED, folder, given.threads)
         result["loading"] = run(LOADED, folder, given.threads)
@@ -143,7 +143,7 @@ def run(way: str, folder: Path, threads: int) -> dict[str, Any]:
         "seconds": seconds,
         "processor_seconds": sum(one["processor_seconds"] for one in found),
         **{name: max(one[name] for one in found) for name in ("peak_gib", "imported_gib")},
-        "peak_gib_after": max((one["peak_gib_after"] for one in found), key=len),
+        **{name: max((one[name] for one in found), key=len) for name in ("peak_gib_after", "processor_seconds_after")},
     }
 
 
@@ -152,7 +152,7 @@ def measure(way: str, folder: str, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     source, output = Path(folder) / "float", Path(folder) / ("resumed" if way == KILLED else way)
-    steps = dict[str, float]()
+    steps, taken = dict[str, float](), dict[str, float]()
     if way == LOADED:  # on top of what Python, the modules and the core take
         lobcq_fx.quantize_folder(lobcq_fx.default_model_path(), Path(folder) / "small", static_cache=False)
         lobcq_fx.load(Path(folder) / "small")
@@ -161,7 +161,7 @@ def measure(way: str, folder: str, threads: int) -> dict[str, Any]:
     start = time.process_time()
 
     def note(step: str, done: int, total: int | None) -> None:
-        steps[step] = status_mib("VmHWM") / 1024
+        steps[step], taken[step] = status_mib("VmHWM") / 1024, time.process_time() - start
         if way == KILLED and step == "encode" and total is not None and 2 * done > total:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -184,6 +184,7 @@ def measure(way: str, folder: str, threads: int) -> dict[str, Any]:
         "peak_gib": status_mib("VmHWM") / 1024,
         "imported_gib": imported / 1024,
         "peak_gib_after": steps,
+        "processor_seconds_after": taken,
     }
 
 

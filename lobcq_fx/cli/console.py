@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
@@ -52,9 +53,15 @@ def print_json(values: Mapping[str, Any]) -> None:
 
 
 class ProgressBars:
-    """Bars on standard error, one a step; called as `progress(step, done, total)`, total None where unknown."""
+    """Bars on standard error, one a step; called as `progress(step, done, total)`, total None where unknown.
+
+    seconds: what each step has taken so far. What passes until a report is of its step, unless that begins just then.
+    """
 
     def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._reported = time.perf_counter()
+        self._step: str | None = None
         self._tasks: dict[str, TaskID] = {}
         self._bars = Progress(
             SpinnerColumn(finished_text="[green]✓[/]"),
@@ -92,6 +99,10 @@ class ProgressBars:
             title = TITLES.get(step, step.capitalize())
             self._tasks[step] = self._bars.add_task(title, total=total)
         self._bars.update(self._tasks[step], completed=done, total=total)
+        now, begins = time.perf_counter(), done == 0 and step not in self.seconds
+        self.seconds.setdefault(step, 0.0)
+        self.seconds[self._step if begins and self._step else step] += now - self._reported
+        self._step, self._reported = step, now
 
 
 class _RateColumn(ProgressColumn):

@@ -182,7 +182,7 @@ def quantize(
         inventory, decided = quantized_folder(folder, output, config, text, dtype, max_memory, max_shard_size, progress)
     if rank:
         return
-    result = summary(inventory, decided, output, time.perf_counter() - started)
+    result = summary(inventory, decided, output, time.perf_counter() - started, progress.seconds)
     if json:
         print_json({"model": model, **result})
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lobcq_fx.cli.console import TITLES
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.inventory import Inventory, readable_size
 
 WORST = 5
 
 
-def summary(inventory: Inventory, config: LobcqConfig, output: Path, seconds: float) -> dict[str, Any]:
-    """What was done, as JSON-ready values; shares from 0 to 1, SQNR in dB."""
+def summary(
+    inventory: Inventory, config: LobcqConfig, output: Path, seconds: float, steps: Mapping[str, float]
+) -> dict[str, Any]:
+    """What was done, as JSON-ready values; shares from 0 to 1, SQNR in dB.
+
+    seconds: in all. steps: of each step, by name.
+    """
     return {
         "output": str(output),
         "config": config.to_dict(),
@@ -38,6 +45,7 @@ def summary(inventory: Inventory, config: LobcqConfig, output: Path, seconds: fl
             for reason, records in inventory.left_alone_by_reason.items()
         ],
         "seconds": round(seconds, 2),
+        "seconds_by_step": {step: round(taken, 2) for step, taken in steps.items()},
     }
 
 
@@ -91,6 +99,8 @@ def _totals(inventory: Inventory, result: dict[str, Any]) -> Table:
     table.add_row("All parameters", f"{sizes} ({shrunk:.1f}x smaller)")
     table.add_row("On disk", readable_size(result["bytes_on_disk"]))
     table.add_row("Time", f"{result['seconds']:.1f} s")
+    for step, taken in result["seconds_by_step"].items():
+        table.add_row(f"  {TITLES.get(step, step)}", f"{taken:.1f} s")
     return table
 
 

@@ -6,10 +6,16 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lobcq_fx.format.codes import CHUNK
 from lobcq_fx.format.encoded import Operand, decode
+
+ROWS = 1 << 18
+"""Scalars of the rows that are decoded at a time: few enough for caches, many enough that the call costs little."""
+
+LEAST = 1e-25
+"""Sum of a row's squares from which on those that fp32 is too small for do not count."""
 
 
 def sqnr_db(x: Tensor, encoded: Operand, decoded: Callable[[Any], Tensor] = decode) -> float:
@@ -30,11 +36,19 @@ def sqnr_db_of_all(operands: Iterable[tuple[Tensor, Operand]], decoded: Callable
     """The same of several operands together, such as the matrices of a stack."""
     signal = noise = 0.0
     for x, encoded in operands:
-        step = max(1, CHUNK // max(1, encoded.columns))
+        step = max(1, ROWS // max(1, encoded.columns))
         for start in range(0, x.shape[0], step):
-            part = x[start : start + step].double()
-            signal += float(part.square().sum())
-            noise += float((part - decoded(encoded.rows(start, start + step))).square().sum())
+            part = x[start : start + step].float()
+            signal += _square(part)
+            noise += _square(part - decoded(encoded.rows(start, start + step)))
     if signal == 0:
         return math.nan
     return math.inf if noise == 0 else 10 * math.log10(signal / noise)
+
+
+def _square(x: Tensor) -> float:
+    """The sum of squares of [R, K] fp32: a row's in fp32, if that has the range for them, and all rows' in double."""
+    rows = torch.linalg.vecdot(x, x)
+    if not bool(((rows > LEAST) & rows.isfinite()).all()):
+        rows = x.double().square().sum(1)
+    return float(rows.sum(dtype=torch.float64))

@@ -43,6 +43,17 @@ class FrontEnd(ABC):
             TraceError: the model cannot be captured.
         """
 
+    def trace_repeated(self, model: nn.Module, *, static_cache: bool) -> TracedGraphs | None:
+        """The same graphs as `trace` gives without an example, of a model with many layers alike.
+
+        Only a few are traced, and the others made of them, which a call of the model has to prove right. None where
+        models of this kind are traced as a whole.
+
+        Raises:
+            TraceError: this model has to be.
+        """
+        return None
+
     def example_of(self, item: Any) -> Any:
         """What of an item of calibration data the model is traced with."""
         return item

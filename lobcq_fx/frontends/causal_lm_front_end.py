@@ -16,6 +16,7 @@ from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.float_causal_lm import has_states
 from lobcq_fx.frontends.language_model import LanguageModelFrontEnd
 from lobcq_fx.frontends.recurrent_call import NO_STATIC_CACHE, RecurrentCall
+from lobcq_fx.frontends.repeated_layers import trace_repeated
 from lobcq_fx.frontends.static_cache_call import STATIC_CACHE, StaticCacheCall
 from lobcq_fx.frontends.transformers_trace import trace_causal_lm, trace_static_cache
 from lobcq_fx.model import ModelParts, QuantizedModel
@@ -24,6 +25,8 @@ from lobcq_fx.tracing.trace import MAIN, TracedGraphs
 from lobcq_fx.trial import Trial
 
 logger = logging.getLogger(__name__)
+
+NOT_WANTED = "quantize() was called with static_cache=False"
 
 
 class CausalLMFrontEnd(LanguageModelFrontEnd):
@@ -39,7 +42,7 @@ class CausalLMFrontEnd(LanguageModelFrontEnd):
         assert isinstance(model, PreTrainedModel)
         main = trace_causal_lm(model)
         if not static_cache:
-            return TracedGraphs({MAIN: main}, {STATIC_CACHE: "quantize() was called with static_cache=False"})
+            return TracedGraphs({MAIN: main}, {STATIC_CACHE: NOT_WANTED})
         assert isinstance(main.calling, CausalLMCall)
         if isinstance(main.calling, RecurrentCall):
             return TracedGraphs({MAIN: main}, {STATIC_CACHE: NO_STATIC_CACHE})
@@ -49,6 +52,12 @@ class CausalLMFrontEnd(LanguageModelFrontEnd):
             logger.warning("the quantized model will refuse static caches: %s", error)
             return TracedGraphs({MAIN: main}, {STATIC_CACHE: str(error)})
         return TracedGraphs({MAIN: main, STATIC_CACHE: static})
+
+    def trace_repeated(self, model: nn.Module, *, static_cache: bool) -> TracedGraphs | None:
+        """Of models with many layers alike."""
+        assert isinstance(model, PreTrainedModel)
+        graphs = trace_repeated(model, static_cache=static_cache)
+        return TracedGraphs(graphs, {} if static_cache else {STATIC_CACHE: NOT_WANTED}, repeated=True)
 
     def trials(self, model: nn.Module, example_inputs: Any, traced: TracedGraphs) -> dict[str, Trial]:
         """A prompt and a step, on each kind of cache."""

@@ -125,7 +125,10 @@ def default_positions(model: PreTrainedModel) -> dict[str, Any]:
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[0, -1]
         return float((default - logits).abs().max())
 
-    from_0, from_1, by_mask = distance(index), distance(index + 1), distance(counted(mask))
+    from_0 = distance(index)
+    if from_0 == 0:  # nothing is nearer, and a call takes a pass through all weights
+        return {"positions_from_mask": False, "first_position": 0}
+    from_1, by_mask = distance(index + 1), distance(counted(mask))
     return {
         "positions_from_mask": by_mask < min(from_0, from_1),
         "first_position": int(from_1 < min(from_0, by_mask)),

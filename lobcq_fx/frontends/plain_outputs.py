@@ -27,7 +27,7 @@ def plain_outputs(model: PreTrainedModel, settings: Collection[str] = PLAIN.keys
         settings: which of them to make plain.
     """
     saved = []
-    for config in _configs(model):
+    for config in configurations(model):
         values = vars(config)
         names = values.keys() & settings
         saved.append((values, {name: values[name] for name in names}))
@@ -45,7 +45,7 @@ def without_extra_outputs(config: Any) -> None:
         vars(one).update(dict.fromkeys(EXTRA_OUTPUTS & vars(one).keys(), False))
 
 
-def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+def configurations(model: PreTrainedModel) -> list[PreTrainedConfig]:
     """Every configuration that a part of the model reads."""
     owned = (getattr(module, "config", None) for module in model.modules())
     found = {id(one): one for config in owned if isinstance(config, PreTrainedConfig) for one in _nested(config)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 from torch import fx, nn
 
 from lobcq_fx.config import LobcqConfig
+from lobcq_fx.errors import TraceError
 from lobcq_fx.frontends.base import FrontEnd
 from lobcq_fx.graph.aliasing import written_attributes
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.model import ModelParts, QuantizedModel
 from lobcq_fx.tracing.trace import MAIN, TracedGraphs, TracedModel
 from lobcq_fx.trial import Outcome, Trial, check_quantized, differing, expected_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,28 @@ class Tried:
     unlike: dict[str, str]
 
     @classmethod
+    def by_tracing(cls, front_end: FrontEnd, model: nn.Module, example_inputs: Any, *, static_cache: bool) -> Tried:
+        """Trace a model, and compare the graphs with it: a few of many layers alike where that is enough, else all.
+
+        Raises:
+            TraceError: as `FrontEnd.trace`, and as `of`.
+        """
+        try:
+            repeated = front_end.trace_repeated(model, static_cache=static_cache)
+            if repeated is not None:
+                return cls.of(front_end, model, example_inputs, repeated)
+        except TraceError as error:
+            logger.info("every layer of %s is traced: %s", type(model).__name__, error)
+        traced = front_end.trace(model, example_inputs, static_cache=static_cache)
+        return cls.of(front_end, model, example_inputs, traced)
+
+    @classmethod
     def of(cls, front_end: FrontEnd, model: nn.Module, example_inputs: Any, traced: TracedGraphs) -> Tried:
         """Compare them.
 
         Raises:
-            TraceError: the model itself fails on the call, or its main graph gives something else.
+            TraceError: the model itself fails on the call, or its main graph gives something else, or any graph that
+                was not traced as a whole.
         """
         trials = front_end.trials(model, example_inputs, traced)
         references = {name: front_end.reference(name, traced) for name in traced.graphs}

@@ -58,6 +58,10 @@ class VisionLanguageFrontEnd(CausalLMFrontEnd):
         graphs = {MAIN: whole, TEXT: text.graphs.pop(MAIN), **text.graphs}
         return TracedGraphs(graphs, text.refusals, optional)
 
+    def trace_repeated(self, model: nn.Module, *, static_cache: bool) -> TracedGraphs | None:
+        """None: what images need is traced with all layers, and so is the rest."""
+        return None
+
     def trials(self, model: nn.Module, example_inputs: Any, traced: TracedGraphs) -> dict[str, Trial]:
         """A prompt with images and a step; for the graphs for text a prompt without."""
         assert isinstance(model, PreTrainedModel)

@@ -37,7 +37,7 @@ from lobcq_fx.tracing.assumptions import SizeDecisions
 from lobcq_fx.tracing.part import part_of
 from lobcq_fx.tracing.sizes import fixed_size
 from lobcq_fx.tracing.trace import TracedModel, drop_constant_inputs, plain_graph_module, tracing
-from lobcq_fx.trial import TRACED, TRACED_NARROW
+from lobcq_fx.trial import TRACED, TRACED_NARROW, WIDE
 
 COUNT, OTHER_COUNT = 3, 2
 """In the example, and in the calls on which graph and model are compared."""
@@ -238,7 +238,7 @@ def _check(model: PreTrainedModel, traced: TracedModel) -> None:
 
 def _tolerance(model: PreTrainedModel) -> float:
     """Relative RMS error of logits that rounding may explain."""
-    return TRACED.get(model.dtype, TRACED_NARROW)
+    return TRACED if model.dtype in WIDE else TRACED_NARROW
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

@@ -52,11 +52,13 @@ class TracedGraphs:
 
     refusals: graphs that could not be made, and why, by name.
     optional: paths of modules that graphs beside the main one may leave out, all of them.
+    repeated: not every layer was traced: they have to be nearer to the model than rounding alone would ask for.
     """
 
     graphs: dict[str, TracedModel]
     refusals: dict[str, str] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
+    repeated: bool = False
 
     @property
     def graph_modules(self) -> dict[str, fx.GraphModule]:

@@ -44,6 +44,21 @@ def test_the_summary_agrees_with_the_float_model(quantized_llama: tuple[Path, di
     assert found["mac_coverage"] + sum(row["mac_share"] for row in found["left_in_float"]) == pytest.approx(1)
 
 
+def test_the_steps_take_the_time_that_all_takes(lobcq: Run, llama: Path, tmp_path: Path) -> None:
+    found = lobcq.json("quantize", llama, "-o", tmp_path / "q")
+    steps = found["seconds_by_step"]
+    assert list(steps) == ["load", "trace", "encode", "save"]
+    assert min(steps.values()) >= 0
+    assert 0.5 * found["seconds"] < sum(steps.values()) <= found["seconds"] + 0.02  # importing comes before the first
+    assert max(steps, key=steps.__getitem__) == "trace"
+    lines = lobcq("quantize", llama, "-o", tmp_path / "other").stdout.splitlines()
+    (start,) = [place for place, line in enumerate(lines) if re.search(r"Time .* s", line)]
+    titles = ("Load model", "Trace the graph", "Encode weights", "Save and verify")
+    assert all(
+        re.search(rf"{title}\W+\d+\.\d s", line) for title, line in zip(titles, lines[start + 1 :], strict=False)
+    )
+
+
 def test_the_worst_layers_come_first_and_were_measured(quantized_llama: tuple[Path, dict[str, Any]]) -> None:
     worst = quantized_llama[1]["worst_layers"]
     least = [min(row["weight_sqnr_db"], row["activation_sqnr_db"]) for row in worst]
@@ -90,7 +105,7 @@ def test_a_bound_on_memory_changes_nothing_that_is_written(
     )  # fmt: skip
     bounded = lobcq.json("quantize", llama, "-o", tmp_path / "a" / "q", *settings, "--max-memory", "20KB")
     whole = lobcq.json("quantize", llama, "-o", tmp_path / "b" / "q", *settings)
-    for other in ("output", "seconds"):
+    for other in ("output", "seconds", "seconds_by_step"):
         bounded.pop(other), whole.pop(other)
     assert bounded == whole
     written = [{one.name: one.read_bytes() for one in (tmp_path / name / "q").iterdir()} for name in "ab"]
