@@ -10,7 +10,7 @@ from typing import Any
 from lobcq_fx.benchmarking.ours import require_core
 
 CPU_INFO = Path("/proc/cpuinfo")
-PACKAGES = ("torch", "onnxruntime", "torchao")
+PACKAGES = ("torch", "onnxruntime", "openvino", "torchao")
 
 
 def machine() -> dict[str, Any]:

@@ -41,7 +41,7 @@ def bench(
     ] = 5,
     json: JsonOption = False,
 ) -> None:
-    """Time the C++ core's linear against torch's, ONNX Runtime's and torchao's, those of them that are installed.
+    """Time the C++ core's linear against those of torch, ONNX Runtime, OpenVINO and torchao that are installed.
 
     Every product is checked before it is timed. The encoding of activations is part of our time. Up to 8 tokens the
     weights lie in no cache, as when a model writes one token after the other.
