@@ -22,7 +22,7 @@ class OtherTokensError(LobcqError):
 
 @dataclass(frozen=True)
 class Generated:
-    """New tokens, int64 [B, S], the seconds until the first of each row was there, and those until the last after it."""
+    """New tokens, int64 [B, S], the seconds until the first of each row was there, and from then until the last was."""
 
     tokens: Tensor
     first_seconds: float

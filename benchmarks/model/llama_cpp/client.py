@@ -61,9 +61,7 @@ class LlamaCpp:
 
     def close(self) -> None:
         """End the process: it ends where there are no more requests."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()
         self._errors.close()
 
     def call(self, name: str, **values: Any) -> Any:

@@ -27,6 +27,9 @@ KINDS = {
 CELLS = 256
 """The cache of a sequence is a multiple of so many tokens."""
 
+LEAST_LEVEL = 3
+"""Of what llama.cpp says: warnings and errors. By default it says much more."""
+
 Ids = list[list[int]]
 """A prompt for each sequence, all of one length."""
 
@@ -181,10 +184,18 @@ class Server:
 CALLS = ("versions", "write", "quantize", "open", "logits", "prefill", "decode", "generate")
 
 
+@api.llama_log_callback
+def log(level: int, text: bytes, _data: Any) -> None:
+    """Warnings and errors, to standard error."""
+    if level in (LEAST_LEVEL, LEAST_LEVEL + 1):
+        os.write(2, text)
+
+
 def main() -> None:
     """Answer until there are no more requests."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever llama.cpp prints goes to standard error
+    api.llama_log_set(log, ctypes.c_void_p())
     api.llama_backend_init()
     server = Server()
     for line in sys.stdin:
