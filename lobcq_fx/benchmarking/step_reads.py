@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lobcq_fx.benchmarking.generating import generate
+from lobcq_fx.frontends.output_types import CACHE_NAME, CACHE_PARAMS
 
 LOOKED_UP = ("aten.embedding", "aten.index", "aten.index_select", "aten.gather")
 """These read single rows of a table."""
@@ -31,12 +32,10 @@ def bytes_of_a_step(model: nn.Module, ids: Tensor) -> int:
 
 def bytes_of_states(model: Any, ids: Tensor) -> int:
     """Of keys and values, or whatever else the model keeps of a prompt [B, T] for the next step."""
-    from lobcq_fx.frontends.output_types import CACHE_NAME
-
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, return_dict_in_generate=True
     )
-    cache = output.get(CACHE_NAME)
+    cache = output.get(CACHE_NAME) or output.get(CACHE_PARAMS)
     tensors = {id(one): one.nbytes for layer in getattr(cache, "layers", ()) for one in _tensors(vars(layer))}
     return sum(tensors.values())
 

@@ -43,13 +43,17 @@ def bench_model(asked: Asked) -> dict[str, Any]:
     """
     from lobcq_fx.benchmarking.model_speed import measure_models
     from lobcq_fx.cli.console import ProgressBars
+    from lobcq_fx.cli.failures import InputError
 
-    folders = [_folder(given) for given in (asked.model, asked.against) if given is not None]
+    given = [one for one in (asked.model, asked.against) if one is not None]
+    folders = [_folder(one) for one in given]
+    if asked.onnx is not None and not (asked.onnx / ONNX_MODEL).is_file():
+        raise InputError(f"--onnx {asked.onnx} holds no {ONNX_MODEL}: pass a folder that `lobcq export onnx` wrote")
     if asked.plot is not None:
         _check_plot(asked.plot, overwrite=asked.overwrite)
     load = _load(folders, asked)
     with ProgressBars() as progress:
-        runners = _torch_runners(folders, progress)
+        runners = _torch_runners(folders, given, progress)
         exported, not_run = _onnx_runners(asked.onnx, load.threads)
         found = measure_models([*runners, *exported], load, progress) | {"not_run": not_run}
     if asked.plot is not None:
@@ -98,12 +102,16 @@ def _load(folders: list[ModelFolder], asked: Asked) -> Load:
     return Load(prompt, new, asked.rounds, asked.threads or torch.get_num_threads())
 
 
-def _torch_runners(folders: list[ModelFolder], progress: Any) -> list[Runner]:
+def _torch_runners(folders: list[ModelFolder], given: list[str], progress: Any) -> list[Runner]:
+    """By the names of their folders, or all of the paths where those are the same."""
     from lobcq_fx.benchmarking.model_speed import Runner
     from lobcq_fx.cli.measures import loaded
 
     models = loaded(folders, [None] * len(folders), progress)
-    return [Runner(one.name, one.model) for one in models]
+    names = [one.name for one in models]
+    if len(set(names)) < len(names):
+        names = [f"{path}, {place}." for place, path in enumerate(given, 1)] if len(set(given)) < len(given) else given
+    return [Runner(name, one.model) for name, one in zip(names, models, strict=True)]
 
 
 def _onnx_runners(folder: Path | None, threads: int) -> tuple[list[Runner], list[dict[str, str]]]:

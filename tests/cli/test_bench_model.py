@@ -61,6 +61,12 @@ def test_people_see_a_table_and_a_plot(
     assert "exists: pass --overwrite" in lobcq.refused("bench", *arguments, "--plot", plot, code=4)
 
 
+def test_models_of_one_name_are_told_apart(lobcq: Run, llama: Path) -> None:
+    twice = ("--model", llama, "--against", llama, "--rounds", 1, "--threads", 1, "--new-tokens", 2)
+    names = [row["model"] for row in lobcq.json("bench", *twice)["results"]]
+    assert names == [f"{llama}, 1.", f"{llama}, 2."]
+
+
 def test_defaults_fit_into_the_model(lobcq: Run, llama: Path) -> None:
     found = lobcq.json("bench", "--model", llama, "--rounds", 1, "--threads", 1)
     assert found["prompt_tokens"] + found["new_tokens"] == 64
@@ -82,6 +88,7 @@ def test_what_cannot_be_measured(lobcq: Run, llama: Path, bert: Path, tmp_path: 
     assert "there is no folder" in lobcq.refused("bench", "--model", tmp_path / "none", code=3)
     assert "lower one" in lobcq.refused("bench", "--model", llama, "--prompt-tokens", 62, "--new-tokens", 3, code=2)
     assert "leave it out, or --model" in lobcq.refused("bench", "--model", llama, "--rows", 1, code=2)
+    assert "`lobcq export onnx` wrote" in lobcq.refused("bench", "--model", llama, "--onnx", tmp_path, code=3)
     assert "pass --model DIR too" in lobcq.refused("bench", "--against", llama, code=2)
     assert ".png, .svg, .pdf" in lobcq.refused("bench", "--model", llama, "--plot", tmp_path / "plot.txt", code=2)
 
