@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.model.folders import LLAMA_CPP
 from benchmarks.model.llama_cpp.client import LlamaCppModel
 from benchmarks.model.torch_model import TorchModel
 from lobcq_fx.benchmarking.generating import Generated, OtherTokensError, check_tokens, timed_generate
@@ -63,17 +64,20 @@ def generate_columns(
     """A contender's tokens a second, how many times as fast as `base`, and how many times as long as its own loop.
 
     Of a prompt of `length` tokens ("prefill", until the first new token), of the new ones behind that ("decode"), and
-    new ones over all seconds.
+    new ones over all seconds; "x" a llama.cpp contender: how many times as fast as that.
     """
     spans = times[name][CALL]
-    seconds = _totals(spans)
+    seconds, (first, rest) = _totals(spans), zip(*spans, strict=True)
     columns = {
         "generate_tokens_per_second": steps / statistics.median(seconds),
         "generate_ratio": median_ratio(_totals(times[base][CALL]), seconds),
-        "generate_prefill_tokens_per_second": length / statistics.median(first for first, _ in spans),
-        "generate_decode_tokens_per_second": (steps - 1) / statistics.median(rest for _, rest in spans),
-        "generate_decode_ratio": median_ratio([rest for _, rest in times[base][CALL]], [rest for _, rest in spans]),
+        "generate_prefill_tokens_per_second": length / statistics.median(first),
+        "generate_decode_tokens_per_second": (steps - 1) / statistics.median(rest),
     }
+    for other, title in {base: "ratio", **{one: f"x_{one}" for one in LLAMA_CPP if one in times}}.items():
+        others = zip(*times[other][CALL], strict=True)
+        for what, theirs, own in zip(("prefill", "decode"), others, (first, rest), strict=True):
+            columns[f"generate_{what}_{title}"] = median_ratio(theirs, own)
     if LOOP in times[name]:
         columns["generate_to_loop"] = median_ratio(seconds, _totals(times[name][LOOP]))
     return columns

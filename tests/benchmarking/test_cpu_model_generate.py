@@ -34,7 +34,7 @@ def test_columns():
     times = {
         "float": {CALL: [(2.0, 6.0), (4.0, 4.0), (2.0, 2.0)], LOOP: [(1.0, 3.0)] * 3},
         "ours": {CALL: [(1.0, 1.0), (2.0, 2.0), (0.5, 0.5)], LOOP: [(0.5, 0.5)] * 3},
-        "theirs": {CALL: [(1.0, 3.0)] * 3},
+        "llama.cpp Q4_0": {CALL: [(1.0, 3.0)] * 3},
     }
     columns = generate_columns(times, "ours", "float", length=64, steps=16)
     assert columns == {
@@ -42,7 +42,10 @@ def test_columns():
         "generate_ratio": 4.0,
         "generate_prefill_tokens_per_second": 64.0,
         "generate_decode_tokens_per_second": 15.0,
+        "generate_prefill_ratio": 2.0,
         "generate_decode_ratio": 4.0,
+        "generate_prefill_x_llama.cpp Q4_0": 1.0,
+        "generate_decode_x_llama.cpp Q4_0": 3.0,
         "generate_to_loop": 2.0,
     }
-    assert "generate_to_loop" not in generate_columns(times, "theirs", "float", length=64, steps=16)
+    assert "generate_to_loop" not in generate_columns(times, "llama.cpp Q4_0", "float", length=64, steps=16)

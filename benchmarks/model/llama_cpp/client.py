@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.benchmarking.generating import WARM_PROMPT, Generated
+from lobcq_fx.benchmarking.race import SETTLE_SECONDS
 
 ROOT = Path(__file__).parents[3]
 PACKAGES = ("llama_cpp", "gguf", "safetensors")
@@ -96,12 +98,12 @@ class LlamaCppModel:
 
     def prefill_seconds(self, ids: Tensor) -> float:
         """Of reading a prompt [1, T]."""
-        found: float = self.process.call("prefill", prompts=ids.tolist(), warm=ids[:, :WARM_PROMPT].tolist())
+        found: float = self._timed("prefill", prompts=ids.tolist(), warm=ids[:, :WARM_PROMPT].tolist())
         return found
 
     def decode_seconds(self, ids: Tensor, steps: int) -> float:
         """Of a step behind ids [B, T], the mean of some; ends the benchmark if it chose other tokens than before."""
-        found = self.process.call("decode", prompts=ids.tolist(), steps=steps)
+        found = self._timed("decode", prompts=ids.tolist(), steps=steps)
         if self._decoded.setdefault((*ids.shape, steps), found["tokens"]) != found["tokens"]:
             raise SystemExit("llama.cpp chose other tokens than in the round before, so no speed for it")
         seconds: float = found["seconds"]
@@ -110,5 +112,10 @@ class LlamaCppModel:
     def generate(self, ids: Tensor, steps: int) -> Generated:
         """The likeliest `steps` tokens behind ids [1, T]."""
         warm = ids[:, :WARM_PROMPT].tolist()
-        found = self.process.call("generate", prompts=ids.tolist(), steps=steps, warm=warm)
+        found = self._timed("generate", prompts=ids.tolist(), steps=steps, warm=warm)
         return Generated(torch.tensor(found["tokens"]).t(), found["first_seconds"], found["rest_seconds"])
+
+    def _timed(self, name: str, **values: Any) -> Any:
+        """A call of the server's, when the threads of whoever had the turn before have stopped spinning."""
+        time.sleep(SETTLE_SECONDS)
+        return self.process.call(name, **values)
