@@ -25,8 +25,8 @@ class TorchModel:
         """Logits [B, V] of the last position of ids [B, T], and the cache."""
         return self.step(ids, DynamicCache(config=self.config))
 
-    def step(self, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, DynamicCache]:
-        """The same after some cached tokens; the cache grows in place."""
+    def step(self, ids: Tensor, cache: DynamicCache | None) -> tuple[Tensor, DynamicCache]:
+        """The same after some cached tokens; the cache grows in place. None: a prompt, and the model's own cache."""
         out = self.call(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
         return out.logits[:, -1], out[CACHE_NAME]
 
