@@ -6,7 +6,7 @@ the int4 model (MatMulNBits, head included) in ONNX Runtime; Q4_0 and Q4_K, head
 reference; then all take turns, and ratios are medians over the rounds. A decode burst starts from the same prompt each
 time. Those are loops written by hand; plain, uncompiled `generate()` is measured too, the prompt and what follows
 apart, for torch's side and beside llama.cpp. Memory is measured with each contender in a process of its own. Writes
-benchmarks/results/cpu_model.json; the saved models go to a temporary folder (15 GB).
+benchmarks/results/cpu_model.json; the saved models go to a temporary folder (20 GB).
 
     python -m benchmarks.model.generation --layers 2 --rounds 2 --output /tmp/smoke.json    # a quick look
     python -m benchmarks.model.generation --decode-from 128 2048 --batches 1 4 16           # longer, and more at once
