@@ -21,7 +21,10 @@ from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, univer
 
 TORCH_FP32, TORCH_BF16, ORT_FP32, ORT_INT4 = "torch fp32", "torch bf16", "ORT fp32", "ORT int4"
 W4A4, W4A4_HEAD, W4A16 = "lobcq W4A4", "lobcq W4A4, head W4A16", "lobcq W4A16"
-NAMES = (TORCH_FP32, TORCH_BF16, W4A4, W4A4_HEAD, W4A16, ORT_FP32, ORT_INT4)
+LLAMA_CPP = {"llama.cpp Q4_0": "Q4_0", "llama.cpp Q4_K": "Q4_K"}
+"""Contenders in llama.cpp, and what it calls their weights' format."""
+
+NAMES = (TORCH_FP32, TORCH_BF16, W4A4, W4A4_HEAD, W4A16, ORT_FP32, ORT_INT4, *LLAMA_CPP)
 
 CONFIGS = {
     W4A4: lobcq_fx.LobcqConfig(),
@@ -51,6 +54,10 @@ class Folders:
         """An ONNX contender's graph."""
         return self.of(name) / "model.onnx"
 
+    def gguf(self, name: str) -> Path:
+        """A llama.cpp contender's file."""
+        return self.of(name) / "model.gguf"
+
     def bytes_of(self, name: str) -> int:
         """Size on disk."""
         return sum(file.stat().st_size for file in self.of(name).rglob("*") if file.is_file())
@@ -70,14 +77,14 @@ def model_config(layers: int) -> LlamaConfig:
         num_attention_heads=32,
         num_key_value_heads=8,
         vocab_size=VOCABULARY,
-        max_position_embeddings=2048,
+        max_position_embeddings=4096,
         tie_word_embeddings=False,
     )
 
 
-def prompt(length: int) -> Tensor:
-    """Token ids [1, length], always the same."""
-    return torch.randint(0, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(length))
+def prompt(length: int, batch: int = 1) -> Tensor:
+    """Token ids [batch, length], always the same."""
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
 @torch.no_grad()
@@ -88,7 +95,7 @@ def save_torch_models(folders: Folders, layers: int, names: tuple[str, ...]) -> 
     model = LlamaForCausalLM(model_config(layers)).eval()
     model.save_pretrained(folders.of(TORCH_FP32))
     exact = _last_logits(model)
-    logits = dict.fromkeys((TORCH_FP32, TORCH_BF16, ORT_FP32, ORT_INT4), exact)
+    logits = dict.fromkeys((TORCH_FP32, TORCH_BF16, ORT_FP32, ORT_INT4, *LLAMA_CPP), exact)
     for name in names:
         if name in CONFIGS:
             print(f"saving {name}", flush=True)
@@ -128,11 +135,11 @@ def _fake_quantized_logits(model: nn.Module) -> dict[str, Tensor]:
 
     head = linears.pop("lm_head")
     for linear in linears.values():
-        linear.weight.copy_(decode(encode(linear.weight, spec, books)))
+        linear.weight.copy_(decode(encode(linear.weight, spec, books, search_scales=True)))
     logits = {W4A16: _last_logits(model)}
     for linear in linears.values():
         linear.register_forward_pre_hook(encoded_input)
     logits[W4A4] = _last_logits(model)
-    head.weight.copy_(decode(encode(head.weight, spec, books)))
+    head.weight.copy_(decode(encode(head.weight, spec, books, search_scales=True)))
     logits[W4A4_HEAD] = _last_logits(model)
     return logits

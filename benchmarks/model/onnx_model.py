@@ -81,7 +81,7 @@ class OnnxModel:
         self.empty = [self._value(np.zeros((1, s[1], 0, s[3]), dtype=np.float32)) for s in shapes]
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, list[Any]]:
-        """Logits [V] of the last position, and the cache."""
+        """Logits [1, V] of the last position of ids [1, T], and the cache."""
         return self._run(ids, self.empty)
 
     def step(self, ids: Tensor, cache: list[Any]) -> tuple[Tensor, list[Any]]:
@@ -103,4 +103,4 @@ class OnnxModel:
         taken = len(self.inputs) - len(cache)  # ours has no logits_to_keep: its head computes the last position alone
         values = [*map(self._value, arrays[:taken]), *cache]
         logits, *grown = self.session.run_with_ort_values(self.outputs, dict(zip(self.inputs, values, strict=True)))
-        return torch.from_numpy(logits.numpy())[0, -1], grown
+        return torch.from_numpy(logits.numpy())[:, -1], grown

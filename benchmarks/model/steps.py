@@ -7,13 +7,16 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.model.folders import Folders, prompt
-from benchmarks.model.speed import GRAPHS, Generation
+from benchmarks.model.speed import GRAPHS
 from benchmarks.model.torch_model import TorchModel, load_torch_model
+from benchmarks.model.turns import Generation
+from lobcq_fx.benchmarking.race import race
+from lobcq_fx.benchmarking.reading import MODEL_BYTES, read_rate, reading_bursts
+from lobcq_fx.benchmarking.step_reads import bytes_of_a_step, bytes_of_states
 
 GROUPS = {
     "our kernels": ("lobcq::",),
@@ -23,7 +26,7 @@ GROUPS = {
     "guards": ("TorchDynamo Cache Lookup",),
 }
 REST = "the rest (Python, dispatch, allocation)"
-READ_BYTES = 1 << 28
+READ_ROUNDS = 7
 
 
 @torch.no_grad()
@@ -36,7 +39,7 @@ def measure_steps(folders: Folders, name: str, threads: int, length: int, steps:
     model, graphs = TorchModel(module), []
     logits, cache = model.prefill(prompt(length))
     graphs.append(_graphs())
-    generation = Generation(model, logits.argmax().view(1, 1), cache)
+    generation = Generation(model, logits.argmax(dim=-1, keepdim=True), cache)
     for _ in range(steps):
         generation.step()
         graphs.append(_graphs())
@@ -45,8 +48,8 @@ def measure_steps(folders: Folders, name: str, threads: int, length: int, steps:
     generation.rewind()
     with profile(activities=[ProfilerActivity.CPU]) as events:
         profiled = [_timed(generation) for _ in range(steps)]
-    weights, caches = _bytes_read(module), sum(s.nbytes for layer in cache.layers for s in (layer.keys, layer.values))
-    bandwidth = _read_bandwidth()
+    weights, caches = bytes_of_a_step(module, prompt(length)), bytes_of_states(module, prompt(length))
+    bandwidth = read_rate(race(reading_bursts(MODEL_BYTES), READ_ROUNDS), MODEL_BYTES)
     return {
         "contender": name,
         "threads": threads,
@@ -78,22 +81,3 @@ def _parts(events: profile, step_ms: float, steps: int) -> dict[str, float]:
             if event.key.startswith(prefixes):
                 parts[group] += event.cpu_time_total / 1e3 / steps
     return parts | {REST: step_ms - sum(parts.values())}
-
-
-def _bytes_read(module: nn.Module) -> int:
-    """Of all tensors, each once; of the embedding's table one row at most, so not at all."""
-    tensors: list[Tensor] = [*module.parameters(), *module.buffers()]
-    table = next(p for name, p in module.named_parameters() if "embed" in name)
-    return sum(tensor.nbytes for tensor in tensors if tensor is not table)
-
-
-def _read_bandwidth() -> float:
-    """Bytes a second of torch's vectorised sum, the best of some."""
-    plain = torch.ones(READ_BYTES // 4)
-    plain.sum()
-    best = 1e9
-    for _ in range(7):
-        start = time.perf_counter()
-        plain.sum()
-        best = min(best, time.perf_counter() - start)
-    return plain.nbytes / best

@@ -22,13 +22,13 @@ class TorchModel:
         self.call = torch.compile(model, fullgraph=True, dynamic=True) if compiled else model
 
     def prefill(self, ids: Tensor) -> tuple[Tensor, DynamicCache]:
-        """Logits [V] of the last position, and the cache."""
+        """Logits [B, V] of the last position of ids [B, T], and the cache."""
         return self.step(ids, DynamicCache(config=self.config))
 
-    def step(self, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, DynamicCache]:
-        """The same after some cached tokens; the cache grows in place."""
+    def step(self, ids: Tensor, cache: DynamicCache | None) -> tuple[Tensor, DynamicCache]:
+        """The same after some cached tokens; the cache grows in place. None: a prompt, and the model's own cache."""
         out = self.call(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
-        return out.logits[0, -1], out[CACHE_NAME]
+        return out.logits[:, -1], out[CACHE_NAME]
 
     def fork(self, cache: DynamicCache) -> DynamicCache:
         """A cache that can grow while this one stays: growing makes new tensors, so that none is copied here."""

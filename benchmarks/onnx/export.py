@@ -41,7 +41,8 @@ from benchmarks.model.folders import (
 from benchmarks.model.generation import alone, cpu_name, describe
 from benchmarks.model.memory import MIB, status_mib
 from benchmarks.model.onnx_model import OnnxModel, quantize_onnx
-from benchmarks.model.speed import CODES_FLIP, Generation, relative
+from benchmarks.model.speed import CODES_FLIP, relative
+from benchmarks.model.turns import Generation
 from lobcq_fx.benchmarking.race import median_ratio, race
 from lobcq_fx.export.library import is_available
 
@@ -162,7 +163,7 @@ def measure_speed(folders: Folders, threads: int, prompts: list[int], steps: int
     for name in NAMES:
         models[name] = open_model(folders, name, threads)
         found, _ = models[name].prefill(prompt(CHECKED_TOKENS))
-        errors[name] = relative(found, references.get(name, logits[ORT_FP32]))
+        errors[name] = relative(found[0], references.get(name, logits[ORT_FP32]))
         if not errors[name] <= TOLERANCES[name]:
             raise SystemExit(f"{name} is wrong: relative error {errors[name]:.3g}, so no speed for it")
     result: dict[str, Any] = {"threads": threads, "errors": errors, "load": os.getloadavg(), "prefill": {}}

@@ -103,18 +103,37 @@ def cpu_model() -> str:
         return NOT_MEASURED
     report = results("cpu_model")
     resident = {row["contender"]: row["used_mib"] for row in report["memory"]}
-    quantities = ["decode", *(f"prefill_{length}" for length in report["prompts"])]
+    columns = cpu_model_columns(report)
     rows = [
         [
             row["contender"],
             str(row["threads"]),
-            *(f"{row[f'{what}_tokens_per_second']:.1f} ({row[f'{what}_ratio']:.2f}x)" for what in quantities),
+            *(_speed_and_ratio(row, what) for what in columns),
             f"{resident[row['contender']] / 1024:.2f}",
         ]
         for row in report["speed"]
     ]
-    prompts = [f"prompt of {length}" for length in report["prompts"]]
-    return table(["model", "threads", "decode, tokens/s", *prompts, "resident GiB"], rows)
+    parts = [table(["model", "threads", *columns.values(), "resident GiB"], rows)]
+    absent = [f"{name} ({reason})" for name, reason in report.get("not_run", {}).items()]
+    return "\n\n".join([*parts, *([f"Not run: {'; '.join(absent)}."] if absent else [])])
+
+
+def cpu_model_columns(report: dict[str, Any]) -> dict[str, str]:
+    """Titles by what results call it: loops written by hand, then plain `generate()` where it was measured."""
+    longer, prompts = report.get("decode_from", [])[1:], report["prompts"]
+    columns = {"decode": "decode, tokens/s"}
+    columns |= {f"decode_{length}": f"decode behind {length}" for length in longer}
+    columns |= {f"decode_batch_{batch}": f"decode, batch {batch}" for batch in report.get("batches", []) if batch > 1}
+    columns |= {f"prefill_{length}": f"prompt of {length}" for length in prompts}
+    if "generate_decode_ratio" in report["speed"][0]:
+        columns["generate_decode"] = "decode by `generate()`"
+        columns |= {f"generate_{length}_decode": f"behind {length}" for length in longer}
+    return columns
+
+
+def _speed_and_ratio(row: dict[str, Any], what: str) -> str:
+    rate, ratio = (row.get(f"{what}_{end}") for end in ("tokens_per_second", "ratio"))
+    return "-" if rate is None else f"{rate:.1f} ({ratio:.2f}x)"
 
 
 def cpu_model_step() -> str:

@@ -77,12 +77,18 @@ class Starter:
             raise WrongProductError(f"the product is wrong: relative error {error:.3g}, at most {tolerance:g} expected")
 
     def burst(self, x: Tensor) -> Burst:
-        """One call for each copy that x [M, K] needs."""
+        """One call for each copy that x [M, K] needs, each of them made once already.
+
+        Some lay out a weight, or choose kernels, in their first call with a number of rows.
+        """
         wanted = copies_needed(self.contender.weight_bytes, x.shape[0])
         while len(self._copies) < wanted:
             self._copies.append(self.contender.copy())
         accepted = self.contender.accept(x)
-        return [partial(copy, accepted) for copy in self._copies[:wanted]]
+        calls = [partial(copy, accepted) for copy in self._copies[:wanted]]
+        for call in calls:
+            call()
+        return calls
 
 
 def copies_needed(weight_bytes: int, rows: int) -> int:

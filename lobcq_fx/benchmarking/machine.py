@@ -10,7 +10,7 @@ from typing import Any
 from lobcq_fx.benchmarking.ours import require_core
 
 CPU_INFO = Path("/proc/cpuinfo")
-PACKAGES = ("torch", "onnxruntime", "torchao")
+PACKAGES = ("torch", "onnxruntime", "openvino", "torchao")
 
 
 def machine() -> dict[str, Any]:
@@ -18,8 +18,13 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "isa": require_core().isa,
-        "versions": {package: installed_version(package) for package in PACKAGES},
+        "versions": installed_versions(),
     }
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Of what computes, ours excepted; None where it is not installed."""
+    return {package: installed_version(package) for package in PACKAGES}
 
 
 def cpu_name() -> str:

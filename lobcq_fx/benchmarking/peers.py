@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from lobcq_fx.benchmarking import onnx_peers, torchao_peers
+from lobcq_fx.benchmarking import onnx_peers, openvino_peers, torchao_peers
 from lobcq_fx.benchmarking.contender import Contender
 from lobcq_fx.benchmarking.torch_peers import torch_bf16, torch_fp32, torch_int4
 
@@ -42,6 +42,7 @@ PEERS = (
     Peer("torch int4", torch_int4),
     Peer("ORT fp32", onnx_peers.ort_fp32, onnx_peers.PACKAGES),
     Peer("ORT int4", onnx_peers.ort_int4, onnx_peers.PACKAGES),
+    Peer("OpenVINO int4", openvino_peers.openvino_int4, openvino_peers.PACKAGES),
     Peer("torchao int8", torchao_peers.torchao_int8, torchao_peers.PACKAGES),
     Peer("torchao codebook", torchao_peers.torchao_codebook, torchao_peers.PACKAGES),
 )

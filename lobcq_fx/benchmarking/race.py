@@ -19,6 +19,7 @@ SETTLE_SECONDS = 0.02
 """Before each turn, so that the worker threads of the one before have stopped spinning."""
 
 T = TypeVar("T")
+Found = TypeVar("Found")
 
 Burst = Sequence[Callable[[], object]]
 """Calls that are timed together: one for each copy of a weight, say, so that none finds its weight in a cache."""
@@ -29,12 +30,12 @@ def race(contenders: Mapping[str, Burst], rounds: int) -> dict[str, list[float]]
 
     A turn begins with the burst's last call, untimed: it wakes the threads and warms the code.
     """
-    return take_turns(contenders, rounds, _turn)
+    return take_turns(contenders, rounds, timed_turn)
 
 
-def take_turns(contenders: Mapping[str, T], rounds: int, turn: Callable[[T], float]) -> dict[str, list[float]]:
+def take_turns(contenders: Mapping[str, T], rounds: int, turn: Callable[[T], Found]) -> dict[str, list[Found]]:
     """What `turn` says of every contender in every round, seconds for example."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[str, list[Found]] = {name: [] for name in contenders}
     order = random.Random(0)  # orders that differ from round to round, but not from run to run
     with _no_collection():
         for _ in range(rounds):
@@ -48,7 +49,8 @@ def median_ratio(slower: Sequence[float], faster: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
-def _turn(burst: Burst) -> float:
+def timed_turn(burst: Burst) -> float:
+    """Seconds per call."""
     time.sleep(SETTLE_SECONDS)
     burst[-1]()
     start = time.perf_counter()

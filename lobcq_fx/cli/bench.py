@@ -1,15 +1,17 @@
-"""`lobcq bench`: our linear against those of others, on this machine and on shapes of one's own."""
+"""`lobcq bench`: our linear against those of others, on this machine and on shapes of one's own; or a whole model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lobcq_fx.cli.options import JsonOption, Mode
+from lobcq_fx.cli.bench_model import Asked, bench_model, print_models
+from lobcq_fx.cli.options import JsonOption, Mode, OverwriteOption
 
 if TYPE_CHECKING:
     from lobcq_fx.format import FormatSpec
@@ -34,26 +36,89 @@ def bench(
         list[str] | None,
         typer.Option("--format", metavar="NxL", help="As of [bold]lobcq quantize[/]; repeatable. Default: 8x64."),
     ] = None,
-    mode: Annotated[Mode, typer.Option(help="Activations in 4 bits as weights are, in 8, or in float.")] = Mode.w4a4,
+    mode: Annotated[
+        Mode | None,
+        typer.Option(
+            help="Activations in 4 bits as weights are, in 8, or in float. Default: w4a4.", show_default=False
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR_or_default",
+            show_default=False,
+            help="Instead of linears: let this language model generate, quantized or not.",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="DIR_or_default", help="With --model: a second model to race, the float one."),
+    ] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="With --model: what [bold]lobcq export onnx[/] made of it, to race as well."),
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="With --model: length of the prompt. Default: 128, or what fits.")
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(min=2, help="With --model: tokens to generate. Default: 32, or what fits.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --model: draw the result, as .png, .svg or .pdf.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="For everybody; default: what torch uses.")] = None,
     rounds: Annotated[
         int, typer.Option(min=1, help="Each contender takes a turn a round; medians over the rounds are printed.")
     ] = 5,
+    overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Time the C++ core's linear against torch's, ONNX Runtime's and torchao's, those of them that are installed.
+    """Time the C++ core's linear against those of torch, ONNX Runtime, OpenVINO and torchao that are installed.
 
     Every product is checked before it is timed. The encoding of activations is part of our time. Up to 8 tokens the
     weights lie in no cache, as when a model writes one token after the other.
+
+    With --model, time generate() of a model of yours instead, as you would call it: tokens a second of the prompt and
+    of what follows, beside the most that the speed of memory allows. Each has to choose the same tokens in every run.
     """
+    from lobcq_fx.cli.console import print_json
+
+    of_linears = {"--shape": shape, "--rows": rows, "--format": format, "--mode": mode}
+    of_models: dict[str, object] = {"--against": against, "--onnx": onnx, "--plot": plot}
+    of_models |= {"--prompt-tokens": prompt_tokens, "--new-tokens": new_tokens}
+    if model is None:
+        _refuse(of_models, "it is about a model: pass --model DIR too")
+        found, shown = _linears(shape, rows, format or ["8x64"], mode or Mode.w4a4, threads, rounds), _print
+    else:
+        _refuse(of_linears, "it is about linears: leave it out, or --model")
+        asked = Asked(model, against, onnx, prompt_tokens, new_tokens, threads, rounds, plot, overwrite)
+        found, shown = bench_model(asked), print_models
+    if json:
+        print_json(found)
+    else:
+        shown(found)
+
+
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    """See that none of them was given."""
+    for option, value in options.items():
+        if value is not None:
+            raise typer.BadParameter(f"{option}: {why}")
+
+
+def _linears(
+    shape: list[str] | None, rows: list[int] | None, formats: list[str], mode: Mode, threads: int | None, rounds: int
+) -> dict[str, Any]:
+    """What `measure` finds."""
     import torch
 
     from lobcq_fx.benchmarking.comparison import ROWS, SHAPES, Plan
     from lobcq_fx.benchmarking.measure import measure
-    from lobcq_fx.cli.console import ProgressBars, print_json
+    from lobcq_fx.cli.console import ProgressBars
 
     plan = Plan(
-        formats=_formats(format or ["8x64"]),
+        formats=_formats(formats),
         rows=tuple(dict.fromkeys(rows or ROWS)),
         rounds=rounds,
         threads=threads or torch.get_num_threads(),
@@ -61,11 +126,7 @@ def bench(
     )
     shapes = [_shape(text) for text in dict.fromkeys(shape)] if shape else list(SHAPES)
     with ProgressBars() as progress:
-        found = measure(shapes, plan, progress)
-    if json:
-        print_json(found)
-    else:
-        _print(found)
+        return measure(shapes, plan, progress)
 
 
 def _shape(text: str) -> tuple[int, int]:

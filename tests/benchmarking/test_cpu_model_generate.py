@@ -26,11 +26,26 @@ def test_a_generate_that_chooses_other_tokens_is_not_timed():
     _, q = quantized_causal_lm("llama")
     other = copy.deepcopy(q)
     other.generation_config.suppress_tokens = q.generate(IDS, max_new_tokens=1, do_sample=False)[0, -1:].tolist()
-    with pytest.raises(SystemExit, match="quantized: generate"):
+    with pytest.raises(SystemExit, match=r"quantized generate\(\): from new token 0 on"):
         race_generate({"quantized": other}, IDS, steps=4, rounds=1)
 
 
 def test_columns():
-    times = {"float": {CALL: [8.0, 8.0, 4.0], LOOP: [4.0, 4.0, 4.0]}, "ours": {CALL: [2.0, 4.0, 1.0], LOOP: [1.0] * 3}}
-    columns = generate_columns(times, "ours", "float", steps=16)
-    assert columns == {"generate_tokens_per_second": 8.0, "generate_ratio": 4.0, "generate_to_loop": 2.0}
+    times = {
+        "float": {CALL: [(2.0, 6.0), (4.0, 4.0), (2.0, 2.0)], LOOP: [(1.0, 3.0)] * 3},
+        "ours": {CALL: [(1.0, 1.0), (2.0, 2.0), (0.5, 0.5)], LOOP: [(0.5, 0.5)] * 3},
+        "llama.cpp Q4_0": {CALL: [(1.0, 3.0)] * 3},
+    }
+    columns = generate_columns(times, "ours", "float", length=64, steps=16)
+    assert columns == {
+        "generate_tokens_per_second": 8.0,
+        "generate_ratio": 4.0,
+        "generate_prefill_tokens_per_second": 64.0,
+        "generate_decode_tokens_per_second": 15.0,
+        "generate_prefill_ratio": 2.0,
+        "generate_decode_ratio": 4.0,
+        "generate_prefill_x_llama.cpp Q4_0": 1.0,
+        "generate_decode_x_llama.cpp Q4_0": 3.0,
+        "generate_to_loop": 2.0,
+    }
+    assert "generate_to_loop" not in generate_columns(times, "llama.cpp Q4_0", "float", length=64, steps=16)
