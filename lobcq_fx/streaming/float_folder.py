@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.storage.files import check_regular, json_object, read_bytes
-from lobcq_fx.storage.index import PIECE, bytes_of, digest_of, digest_of_pieces
+from lobcq_fx.storage.index import bytes_of, digest_of
 from lobcq_fx.storage.weights_file import DTYPES
 
 SINGLE, SHARDED = "model.safetensors", "model.safetensors.index.json"
@@ -84,7 +84,7 @@ class FloatFolder:
         Raises:
             CheckpointError: its file cannot be read.
         """
-        # A slice of all of it would be there twice while it is read.
+        # A slice, of all or of a part of it, would be cut out of the whole.
         return self._reading(name, lambda file: file.get_tensor(name))
 
     def without_content(self, name: str) -> Tensor:
@@ -92,21 +92,12 @@ class FloatFolder:
         return torch.zeros((), dtype=self.dtype(name), device="cpu").expand(self.shape(name))
 
     def digest(self, name: str) -> str:
-        """BLAKE3 of a tensor's content, read piece by piece.
+        """BLAKE3 of a tensor's content.
 
         Raises:
             CheckpointError: its file cannot be read.
         """
-        shape = self.shape(name)
-        if not shape:
-            return digest_of(bytes_of(self.read(name)))
-        rows = max(1, PIECE * shape[0] // max(1, self.size(name)))
-
-        def part(start: int) -> Tensor:
-            rows_of_it = slice(start, min(start + rows, shape[0]))
-            return self._reading(name, lambda file: file.get_slice(name)[rows_of_it])
-
-        return digest_of_pieces(bytes_of(part(start)) for start in range(0, shape[0], rows))
+        return digest_of(bytes_of(self.read(name)))
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells whether the folder is the same later: of each file of weights its size, its time and a digest of
