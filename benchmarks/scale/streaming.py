@@ -10,7 +10,7 @@ python -m benchmarks.scale.streaming --folder /a/large/disk
 Each way runs in processes of its own, whose peak is their VmHWM, what Python and torch take included; of several, the
 largest, and the sum of their processor times. What all ways write is compared byte for byte, but for what is
 calibrated. Loading what was written is measured too. Results go into benchmarks/results/streaming.json, size by size;
-those of ways that are not run again stay.
+those of ways that are not run again stay, each with the processor that it was measured on.
 """
 
 from __future__ import annotations
@@ -147,6 +147,7 @@ def run(way: str, folder: Path, threads: int) -> dict[str, Any]:
         "processor_seconds": sum(one["processor_seconds"] for one in found),
         **{name: max(one[name] for one in found) for name in ("peak_gib", "imported_gib")},
         "peak_gib_after": max((one["peak_gib_after"] for one in found), key=len),
+        "cpu": machine()["cpu"],
     }
 
 
