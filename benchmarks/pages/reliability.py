@@ -18,14 +18,17 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 TRIALS = {
     "crash": ("A save that is killed leaves the old model or the new one, whole.", "kills at random moments"),
-    "streaming": ("A killed `quantize_folder` loses no more than was under way.", "kills, each gone on from"),
+    "streaming": (
+        "A killed `quantize_folder` loses no more than was under way, and ends in the same bytes.",
+        "kills, {calibrated} of them of calibrated work; {gone_on} left something to go on with",
+    ),
     "faults": ("A save that the system fails leaves the old model or the new one.", "system calls, each failed once"),
     "readers": ("Who loads while another saves gets one of the models.", "loads beside a thread that saves"),
     "flips": ("What is damaged is refused, or computes what was saved.", "damaged files"),
     "loader": ("A folder that was made to deceive is refused, or is a model that runs.", "crafted folders"),
     "core": ("An op's wrong operands are refused; with right ones it gives the reference's result.", "calls"),
 }
-"""Each trial of tests/fuzz: what is promised, and what is counted."""
+"""Each trial of tests/fuzz: what is promised, and what is counted; other counts of it stand in braces."""
 
 
 def main() -> None:
@@ -64,7 +67,9 @@ def cost_of_digests(found: dict[str, Any]) -> str:
 
 def tried(counts: dict[str, Any] | None, what: str) -> tuple[str, str]:
     """Two cells."""
-    return ("not measured", "") if counts is None else (f"{counts['tried']:,} {what}", f"{counts['lost']:,}")
+    if counts is None:
+        return "not measured", ""
+    return f"{counts['tried']:,} {what.format(**counts)}", f"{counts['lost']:,}"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DEFAULT = "16"
 """Gigabytes that the script makes if it is not told otherwise."""
 
-HEADER = ["float model", "packed", "largest tensor", "way", "peak, GiB", "processor time, s"]
+HEADER = ["float model", "packed", "largest tensor", "way", "peak, GiB", "processor time, s", "processor"]
 
 
 def main() -> None:
@@ -39,12 +39,8 @@ def streaming(found: dict[str, Any]) -> str:
     """A row for each size and way."""
     rows = [row for size in sorted({*found["sizes"], DEFAULT}, key=float) for row in of_size(size, found["sizes"])]
     threads = sorted({one["threads"] for one in found["sizes"].values()})
-    cpus: dict[str, list[str]] = {}
-    for one in found["sizes"].values():
-        cpus.setdefault(one["machine"]["cpu"], []).append(f"{one['float_gib']:.2f} GiB")
-    machines = "; ".join(f"{cpu} ({', '.join(sizes)})" for cpu, sizes in cpus.items())
     return (
-        f"{machines}, {' or '.join(map(str, threads))} thread(s), torch"
+        f"{' or '.join(map(str, threads))} thread(s), torch"
         f" {found['machine']['versions']['torch']}, transformers {found['transformers']}. The peak is the process's, of"
         f" which {imported(found):.2f} GiB are Python and its modules:\n\n{table(HEADER, rows)}"
     )
@@ -75,10 +71,10 @@ def loading(found: dict[str, Any]) -> str:
         if "loading" in one:
             peak = one["loading"]["peak_gib"] - one["loading"]["imported_gib"]
             shares = f"{peak:.2f} GiB, {peak / one['packed_gib']:.2f} times"
-            rows.append([f"{one['packed_gib']:.2f} GiB", shares, f"{one['loading']['processor_seconds']:.0f}"])
-    return (
-        table(["packed", "peak of `load`, above the modules", "processor time, s"], rows) if rows else "Not measured."
-    )
+            seconds = f"{one['loading']['processor_seconds']:.0f}"
+            rows.append([f"{one['packed_gib']:.2f} GiB", shares, seconds, one["loading"]["cpu"]])
+    header = ["packed", "peak of `load`, above the modules", "processor time, s", "processor"]
+    return table(header, rows) if rows else "Not measured."
 
 
 def tracing(found: dict[str, Any]) -> str:
@@ -123,7 +119,7 @@ def of_size(size: str, sizes: dict[str, Any]) -> list[list[str]]:
     one = sizes[size]
     shape = [f"{one[name]:.2f} GiB" for name in ("float_gib", "packed_gib", "largest_tensor_gib")]
     return [
-        [*shape, _titled(way, found), f"{found['peak_gib']:.2f}", f"{found['processor_seconds']:.0f}"]
+        [*shape, _titled(way, found), f"{found['peak_gib']:.2f}", f"{found['processor_seconds']:.0f}", found["cpu"]]
         for way, found in one["ways"].items()
     ]
 

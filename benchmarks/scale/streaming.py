@@ -9,7 +9,8 @@ python -m benchmarks.scale.streaming --folder /a/large/disk
 
 Each way runs in processes of its own, whose peak is their VmHWM, what Python and torch take included; of several, the
 largest, and the sum of their processor times. What all ways write is compared byte for byte, but for what is
-calibrated. Loading what was written is measured too. Results go into benchmarks/results/streaming.json, size by size.
+calibrated. Loading what was written is measured too. Results go into benchmarks/results/streaming.json, size by size;
+those of ways that are not run again stay, each with the processor that it was measured on.
 """
 
 from __future__ import annotations
@@ -72,13 +73,15 @@ def main() -> None:
         others = {"in memory": given.in_memory, "resumed": given.resumed}
         ways = ("streamed", *several, *(way for way, wanted in others.items() if wanted))
         found = {way: run(way, folder, given.threads) for way in ways}
-        result = source | {"machine": machine(), "threads": given.threads, "ways": found} | compared(folder, ways)
+        result = source | {"threads": given.threads, "ways": found} | compared(folder, ways)
         if given.calibrated:
             found[CALIBRATED] = run(CALIBRATED, folder, given.threads)
         result["loading"] = run(LOADED, folder, given.threads)
     results = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"sizes": {}}
     results |= {"machine": machine(), "transformers": version("transformers")}
-    results["sizes"][f"{given.gigabytes:g}"] = result
+    before = results["sizes"].get(f"{given.gigabytes:g}", {"ways": {}})
+    result["ways"] = before["ways"] | found
+    results["sizes"][f"{given.gigabytes:g}"] = before | {name: one for name, one in result.items() if one is not None}
     print(json.dumps(result, indent=1))
     RESULT.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     peak, bound = found["streamed"]["peak_gib"], result["bound_gib"]
@@ -144,6 +147,7 @@ def run(way: str, folder: Path, threads: int) -> dict[str, Any]:
         "processor_seconds": sum(one["processor_seconds"] for one in found),
         **{name: max(one[name] for one in found) for name in ("peak_gib", "imported_gib")},
         **{name: max((one[name] for one in found), key=len) for name in ("peak_gib_after", "processor_seconds_after")},
+        "cpu": machine()["cpu"],
     }
 
 

@@ -25,6 +25,9 @@ from lobcq_fx.format.packing import pack_codes, pack_selectors
 DAMPING = 0.01
 """Of the mean of H's diagonal, added to it: columns that always move together would take each other's errors whole."""
 
+ROWS = 256
+"""Of a matrix [K, K] that are looked at together, where a copy of it would count."""
+
 
 def compensate(weight: Tensor, second_moments: Tensor, nearest: Encoded) -> Encoded:
     """Encode a weight with feedback of its rounding errors.
@@ -42,13 +45,14 @@ def compensate(weight: Tensor, second_moments: Tensor, nearest: Encoded) -> Enco
     Raises:
         CalibrationError: the second moments hold NaN or infinity.
     """
-    if not bool(torch.isfinite(second_moments).all()):
+    if not all(bool(torch.isfinite(rows).all()) for rows in second_moments.split(ROWS)):
         raise CalibrationError("the second moments of the layer's inputs hold NaN or infinity")
     spec, columns = nearest.spec, nearest.columns
-    moments = _normalised(second_moments.to(weight.device), spec.padded_columns(columns))
-    order = moments.diagonal().view(-1, spec.array_size).sum(1).argsort(descending=True, stable=True)
+    second_moments = second_moments.to(weight.device)
+    mean = float(second_moments.diagonal().double().mean()) or 1.0
+    order = _order(second_moments.diagonal() / mean, spec)
     places = _columns_of(order, spec)
-    coupling, power, damping = _factor(moments[places][:, places])
+    coupling, power, damping = _factor(second_moments, mean, places)
     nearest_errors = weight - decoded_weight(nearest)
     codes, selectors, scales, costs = torch.ops.lobcq.compensate(
         block_arrays(weight, spec)[:, order].flatten(1),
@@ -78,12 +82,11 @@ def decoded_weight(w: Encoded) -> Tensor:
     return values
 
 
-def _normalised(moments: Tensor, padded: int) -> Tensor:
-    """fp32 [Kp, Kp], zeros in the padding; the diagonal's mean, without it, is 1, so that no square overflows."""
-    mean = float(moments.diagonal().double().mean()) or 1.0
-    result = torch.zeros(padded, padded, dtype=torch.float32, device=moments.device)
-    torch.div(moments, mean, out=result[: len(moments), : len(moments)])
-    return result
+def _order(powers: Tensor, spec: FormatSpec) -> Tensor:
+    """Of the block arrays, by their inputs' powers [K]."""
+    padded = powers.new_zeros(spec.padded_columns(len(powers)))
+    padded[: len(powers)] = powers
+    return padded.view(-1, spec.array_size).sum(1).argsort(descending=True, stable=True)
 
 
 def _columns_of(order: Tensor, spec: FormatSpec) -> Tensor:
@@ -93,20 +96,41 @@ def _columns_of(order: Tensor, spec: FormatSpec) -> Tensor:
 
 
 @single_thread()  # the bits of the libraries' factors depend on the number of threads
-def _factor(moments: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Coupling [Kp, Kp] and power [Kp], as the op takes them, of damped moments [Kp, Kp]; and the damping."""
-    reversed_moments = moments.flip(0, 1)
+def _factor(moments: Tensor, mean: float, places: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Of damped moments over their mean, in another order: coupling [Kp, Kp] and power [Kp], as the op takes them.
+
+    Besides the moments [K, K] two matrices are in memory, no more: for many columns they are the most that encoding
+    takes. places: [Kp], of the columns, those from K on being padding. The third result is the damping.
+    """
     damping = DAMPING
     while True:
-        damped = reversed_moments.clone()
-        damped.diagonal().add_(damping)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower = _arranged(moments, mean, places.flip(0))
+        lower.diagonal().add_(damping)
+        _, failed = torch.linalg.cholesky_ex(lower, out=(lower, places.new_empty((), dtype=torch.int32)))
         if not int(failed):
             break
         damping *= 10  # fp32 did not suffice: at the latest when the identity outweighs the rest, it does
-    factor = lower.flip(0, 1)  # upper triangular: its product with its transpose is the damped moments
+    # Upper triangular: its product with its transpose is the damped moments.
+    factor = torch.empty_like(lower, memory_format=torch.contiguous_format)
+    for start in range(0, len(factor), ROWS):
+        rows = factor[start : start + ROWS]
+        rows.copy_(lower[len(lower) - start - len(rows) : len(lower) - start].flip(0, 1))
     diagonal = factor.diagonal().clone()
-    return factor / diagonal, diagonal.square(), damping
+    return factor.div_(diagonal), diagonal.square(), damping
+
+
+def _arranged(moments: Tensor, mean: float, places: Tensor) -> Tensor:
+    """Moments [K, K] over their mean, so that no square overflows, at places [Kp]; zeros in the padding.
+
+    The columns are contiguous, as LAPACK has them.
+    """
+    padded, columns = len(places), len(moments)
+    result = torch.empty(padded, padded, dtype=torch.float32, device=moments.device).t()
+    for part, rows in zip(places.split(ROWS), result.split(ROWS), strict=True):
+        taken, there = moments.new_zeros(len(part), padded, dtype=torch.float32), part < columns
+        taken[there, :columns] = moments[part[there]] / mean
+        rows.copy_(taken[:, places])
+    return result
 
 
 def _arrays_in(order: Tensor, parts: Tensor) -> Tensor:

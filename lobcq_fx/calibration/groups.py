@@ -165,7 +165,8 @@ def second_moments(activations: Iterable[Tensor], total: Tensor | None = None) -
     """The sum of x^T x, fp32 [K, K], over the rows x of activations [..., K], at least one, and `total`."""
     for x in activations:
         for rows in x.reshape(x.shape[:-1].numel(), x.shape[-1]).split(ROWS):
-            product = rows.float().t() @ rows.float()
+            rows = rows.float()
+            product = rows.t() @ rows
             total = product if total is None else total.add_(product)
     assert total is not None
     return total

@@ -24,6 +24,9 @@ CHUNK = 1 << 20
 """Scalars that are looked at together, 4 MiB in fp32: each look sorts the sample anew."""
 
 
+ROWS = 256
+"""Of second moments that are rotated together."""
+
 _SEEN = ("num_updates", "num_rows", "num_scalars", "group_rows", "_absmax", "_square_sums")
 
 
@@ -224,10 +227,12 @@ class ActivationStatistics:
         """Second moments fp32 [K, K] of a group as it was seen, divided and rotated as these statistics were."""
         if self._divisor is not None:
             divisor = self._divisor[group if len(self._divisor) > 1 else 0].to(moments.device)
-            moments = moments / divisor / divisor[:, None]
+            moments = (moments / divisor).div_(divisor[:, None])
         if self._rotated_columns:
-            for _ in range(2):  # columns, and rows as columns of the transpose
-                moments = rotate(moments, self._rotated_columns).t()
+            moments = moments.clone() if self._divisor is None else moments
+            for matrix in (moments, moments.t()):  # columns, and rows as columns of the transpose
+                for rows in matrix.split(ROWS):  # rotated apart from each other: of all at once there would be copies
+                    rows.copy_(rotate(rows, self._rotated_columns))
         return moments
 
     def _add(self, seen: Groups) -> None:

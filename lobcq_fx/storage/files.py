@@ -23,7 +23,7 @@ def check_regular(path: Path) -> None:
     try:
         found = path.stat()
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: {path.parent} is no complete quantized model") from None
+        raise CheckpointError(f"{path} is missing: {path.parent} is not complete. Remedy: get it again") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from None
     if not stat.S_ISREG(found.st_mode):

@@ -12,7 +12,7 @@ from typing import Any
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.storage.atomic_folder import flush
 from lobcq_fx.storage.index import digest_of
-from lobcq_fx.storage.weights_file import write_all
+from lobcq_fx.storage.weights_file import naming, write_all
 
 NAME = "name"
 
@@ -64,8 +64,9 @@ class Journal:
     def _append(self, value: dict[str, Any]) -> None:
         text = json.dumps(value, separators=(",", ":"), sort_keys=True)
         line = f"{digest_of(text.encode())} {text}\n".encode()
-        write_all(self._descriptor, memoryview(line), self._size)  # over what a failed call may have left
-        os.fsync(self._descriptor)
+        with naming(self._path):
+            write_all(self._descriptor, memoryview(line), self._size)  # over what a failed call may have left
+            os.fsync(self._descriptor)
         self._size += len(line)
 
 
@@ -112,5 +113,5 @@ def _check_same(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any])
     if differing:
         raise CheckpointError(
             f"{path.parent} was begun with other {', '.join(differing)}, and stays as it is. Remedy: call again as it"
-            " was begun; or delete it, to begin anew"
+            " was begun, with files of the same content and time (as `cp -p` copies them); or delete it, to begin anew"
         )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx, nn
 
@@ -17,7 +20,7 @@ from lobcq_fx.graph.attributes import has_attribute, register_attribute
 from lobcq_fx.graph.graph_module import LobcqGraphModule
 from lobcq_fx.modules.packed_weight import PARTS
 from lobcq_fx.storage.files import FILE_LIMIT, check_regular, read_bytes
-from lobcq_fx.storage.index import FolderIndex, described, differing, digests_of
+from lobcq_fx.storage.index import PIECE, FolderIndex, bytes_of, described, differing, digests_of
 from lobcq_fx.storage.rehearse import rehearse
 from lobcq_fx.storage.shards import SHARD_INDEX, WEIGHTS, Shards, is_shard
 from lobcq_fx.storage.validate import check_parameters, restore_packed_weights
@@ -34,7 +37,7 @@ MAPPED = tuple(f".{part}" for part in PARTS if part != "tensor_scale")
 """Ends of the names of tensors that stay where a file is mapped until they are repacked."""
 
 READ_AT_ONCE = 2**24
-"""Bytes of tensors for which a file is mapped anew: what was read of a mapping is resident while any look into it."""
+"""Bytes of tensors for which a file is opened anew: what was read of a mapping is resident while any look into it."""
 
 
 def validated_root(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
@@ -112,16 +115,40 @@ def read_tensors(directory: Path, entry: str, graphs: Sequence[fx.Graph]) -> dic
             raise CheckpointError(f"{directory / entry} lacks {missing[0]} and {len(missing) - 1} more tensors")
         paths = {name: weights.path(name) for name in wanted}
     tensors: dict[str, Tensor] = {}
-    for waiting in _by_file(paths).values():
+    for (path, mapped), waiting in _by_file(paths).items():
         while waiting:
-            with _opened(paths[waiting[0]]) as file:
+            with _opened(path) as file, path.open("rb", buffering=0) as raw:
+                places = {} if mapped else _places(raw)
                 room = READ_AT_ONCE
                 while waiting and room > 0:
                     name = waiting.popleft()
                     tensor = file.get_tensor(name)
-                    tensors[name] = tensor if name.endswith(MAPPED) else tensor.clone()
+                    tensors[name] = tensor if mapped else _copied(tensor, raw, places.get(name))
                     room -= tensor.nbytes
     return {name: tensors[name] for name in wanted}
+
+
+def _places(raw: FileIO) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a file begins, and its bytes, by a header that is known to be right."""
+    start = 8 + int.from_bytes(raw.read(8), "little")
+    header = json.loads(raw.read(start - 8))
+    found = {name: one["data_offsets"] for name, one in header.items() if name != "__metadata__"}
+    return {name: (start + begin, end - begin) for name, (begin, end) in found.items()}
+
+
+def _copied(mapped: Tensor, raw: FileIO, place: tuple[int, int] | None) -> Tensor:
+    """In memory of its own. A large tensor is read: what is copied out of a mapping is resident there too."""
+    if mapped.nbytes <= PIECE:
+        return mapped.clone()
+    result, done = torch.empty_like(mapped), 0
+    content = memoryview(bytes_of(result)).cast("B")
+    begin, size = place or (0, 0)
+    raw.seek(begin)
+    while done < mapped.nbytes and (read := raw.readinto(content[done : done + PIECE])):
+        done += read
+    if not size == done == mapped.nbytes:
+        raise CheckpointError(f"{raw.name} was changed while it was read. Remedy: load it again")
+    return result
 
 
 def _by_file(paths: Mapping[str, Path]) -> dict[tuple[Path, bool], deque[str]]:

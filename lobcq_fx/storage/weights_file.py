@@ -49,7 +49,7 @@ class WeightsFile:
         begin, end = self._places[name]
         content = memoryview(bytes_of(tensor)).cast("B")
         assert len(content) == end - begin, f"{name} has {len(content)} bytes, not {end - begin}"
-        with _naming(self._path), _locked(self._descriptor, begin, end):
+        with naming(self._path), _locked(self._descriptor, begin, end):
             write_all(self._descriptor, content, begin)
 
     def digest(self, name: str) -> str:
@@ -63,7 +63,7 @@ class WeightsFile:
 
     def sync(self) -> None:
         """Flush what was written to the disk."""
-        with _naming(self._path):
+        with naming(self._path):
             os.fsync(self._descriptor)
 
     def lay_out(self) -> None:
@@ -73,7 +73,7 @@ class WeightsFile:
             OSError: the disk is full, or fails.
         """
         size = max((end for _, end in self._places.values()), default=len(self._header))
-        with _naming(self._path):
+        with naming(self._path):
             _reserve(self._descriptor, size)
             write_all(self._descriptor, memoryview(self._header), 0)
 
@@ -232,7 +232,7 @@ def _locked(descriptor: int, begin: int, end: int) -> Iterator[None]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Errors of calls that know a file by its number alone say which it is."""
     try:
         yield

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from lobcq_fx.encoding import EncodedWeight, encode_planned, records_of, register_static_scales
@@ -28,9 +27,9 @@ from lobcq_fx.pipeline import Progress
 from lobcq_fx.plan import PlannedMatmul, PlannedWeight
 from lobcq_fx.preparation import Preparation
 from lobcq_fx.storage.atomic_folder import flush
-from lobcq_fx.storage.index import TensorDigest, bytes_of, digest_of, digest_of_pieces, digested
+from lobcq_fx.storage.index import TensorDigest, bytes_of, described, digest_of, digest_of_pieces, digested
 from lobcq_fx.storage.journal import Journal, entries_of_all
-from lobcq_fx.storage.weights_file import size_of
+from lobcq_fx.storage.weights_file import size_of, weights_file
 from lobcq_fx.streaming.emission import Made, Outline
 from lobcq_fx.streaming.float_folder import FloatFolder
 from lobcq_fx.streaming.handover import Handover, own_calls
@@ -279,8 +278,10 @@ def _name(index: int) -> str:
 
 
 def _store(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file(dict(tensors), path)
-    flush(path)
+    with weights_file(path, {name: described(one) for name, one in tensors.items()}) as file:
+        for name, one in tensors.items():
+            file.write(name, one)
+        file.sync()
     flush(path.parent)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.storage.files import check_regular, json_object, read_bytes
-from lobcq_fx.storage.index import PIECE, bytes_of, digest_of, digest_of_pieces
+from lobcq_fx.storage.index import bytes_of, digest_of
 from lobcq_fx.storage.weights_file import DTYPES
 
 SINGLE, SHARDED = "model.safetensors", "model.safetensors.index.json"
@@ -39,16 +39,19 @@ class FloatFolder:
         """Open every file of weights, none of whose tensors is read yet.
 
         Raises:
-            CheckpointError: there is no model, or none in safetensors, or a file is missing or not whole.
+            CheckpointError: there is no model, or none in safetensors, or a file or tensor is missing or not whole.
         """
         self.path = path
         self.config = json_object(read_bytes(path / CONFIG, INDEX_LIMIT), path / CONFIG)
         self._files: dict[Path, Any] = {}
         self._homes: dict[str, Path] = {}
-        for file in _weight_files(path):
+        expected = _weight_files(path)
+        for file in expected:
             self._files[file] = _opened(file)
             # In the order of the file, in which transformers looks for the first of floats.
             self._homes |= dict.fromkeys(self._files[file].offset_keys(), file)
+        for file, names in expected.items():
+            _check_there(file, names - self._homes.keys())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._homes)
@@ -81,7 +84,7 @@ class FloatFolder:
         Raises:
             CheckpointError: its file cannot be read.
         """
-        # A slice of all of it would be there twice while it is read.
+        # A slice, of all or of a part of it, would be cut out of the whole.
         return self._reading(name, lambda file: file.get_tensor(name))
 
     def without_content(self, name: str) -> Tensor:
@@ -89,21 +92,12 @@ class FloatFolder:
         return torch.zeros((), dtype=self.dtype(name), device="cpu").expand(self.shape(name))
 
     def digest(self, name: str) -> str:
-        """BLAKE3 of a tensor's content, read piece by piece.
+        """BLAKE3 of a tensor's content.
 
         Raises:
             CheckpointError: its file cannot be read.
         """
-        shape = self.shape(name)
-        if not shape:
-            return digest_of(bytes_of(self.read(name)))
-        rows = max(1, PIECE * shape[0] // max(1, self.size(name)))
-
-        def part(start: int) -> Tensor:
-            rows_of_it = slice(start, min(start + rows, shape[0]))
-            return self._reading(name, lambda file: file.get_slice(name)[rows_of_it])
-
-        return digest_of_pieces(bytes_of(part(start)) for start in range(0, shape[0], rows))
+        return digest_of(bytes_of(self.read(name)))
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells whether the folder is the same later: of each file of weights its size, its time and a digest of
@@ -141,18 +135,21 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
-def _weight_files(path: Path) -> list[Path]:
+def _weight_files(path: Path) -> dict[Path, set[str]]:
+    """Each file, in their order, and which tensors the index has in it: none where there is no index."""
     if (path / SINGLE).is_file():
-        return [path / SINGLE]
+        return {path / SINGLE: set()}
     if (path / SHARDED).is_file():
         index = json_object(read_bytes(path / SHARDED, INDEX_LIMIT), path / SHARDED)
+        found: dict[str, set[str]] = {}
         try:
-            names = {str(name) for name in index["weight_map"].values()}
+            for tensor, name in index["weight_map"].items():
+                found.setdefault(str(name), set()).add(tensor)
         except (AttributeError, KeyError, TypeError):
             raise CheckpointError(f"{path / SHARDED} has no weight_map: copy or download the file again") from None
-        if not names or any(Path(name).name != name for name in names):
+        if not found or any(Path(name).name != name for name in found):
             raise CheckpointError(f"{path / SHARDED} names no files beside itself: copy or download the file again")
-        return [path / name for name in sorted(names)]
+        return {path / name: found[name] for name in sorted(found)}
     others = sorted(
         file.name for pattern in ("*.bin", "*.safetensors", "*.gguf", "*.pt") for file in path.glob(pattern)
     )
@@ -170,6 +167,15 @@ def _opened(file: Path) -> Any:
         return safe_open(file, framework="pt", backend="pread")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} is not whole, copy or download it again: {error}") from None
+
+
+def _check_there(file: Path, missing: set[str]) -> None:
+    """Else transformers would make it up."""
+    if missing:
+        raise CheckpointError(
+            f"{file} lacks {min(missing)}, and {len(missing) - 1} more tensors, which {SHARDED} has in it: copy or"
+            " download both again"
+        )
 
 
 def _state_of(file: Path) -> list[Any]:

@@ -17,6 +17,7 @@ import torch
 from lobcq_fx.observation import Observed
 from lobcq_fx.passes.insert_observers import Observer
 from lobcq_fx.streaming.ranks import Ranks
+from lobcq_fx.streaming.torch_files import write_values
 
 _POLL = 0.05
 
@@ -42,7 +43,7 @@ class Handover:
     def pass_on(self, observers: Sequence[Observer], seen: Observed) -> None:
         """Hand on what all ranks up to this one have seen; then encode what is ready."""
         file = self._file(seen.index, self._ranks.rank)
-        torch.save([one.state() for one in observers], file.with_suffix(".partial"))
+        write_values(file.with_suffix(".partial"), [one.state() for one in observers])
         file.with_suffix(".partial").rename(file)
         if seen.index % self._ranks.count == self._ranks.rank:
             self._waiting[seen.index] = observers, seen

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lobcq_fx.observation import Values
+from lobcq_fx.streaming.torch_files import write_values
 
 
 class SpilledValues(MutableSequence[Values]):
@@ -55,7 +56,7 @@ class SpilledValues(MutableSequence[Values]):
             self._file(index).unlink(missing_ok=True)
         else:
             self._kept[index] = None
-            torch.save(alone, self._file(index))
+            write_values(self._file(index), alone)
 
     def insert(self, index: int, value: Values) -> None:
         """Add one at the end."""

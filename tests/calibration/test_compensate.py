@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import lobcq_fx
 from lobcq_fx import FormatSpec, LobcqConfig
-from lobcq_fx.calibration.compensate import DAMPING, _factor, compensate
+from lobcq_fx.calibration.compensate import DAMPING, _arranged, _factor, compensate
 from lobcq_fx.calibration.encode_weight import encode_weight
 from lobcq_fx.errors import CalibrationError
 from lobcq_fx.format import Encoded, decode, encode, universal_codebooks
@@ -170,7 +173,7 @@ def test_fp32_suffices_for_the_factor():
     direction, w = inputs(1, 1024), weights(16, 1024)
     moments = direction.t() @ direction + torch.eye(1024) * 1e-9
     moments /= moments.diagonal().mean()
-    coupling, power, damping = _factor(moments)
+    coupling, power, damping = _factor(moments, 1.0, torch.arange(1024))
     damped = moments.double() + torch.eye(1024) * damping
     exact = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     factors = (coupling, power), ((exact / exact.diagonal()).float(), exact.diagonal().square().float())
@@ -184,6 +187,46 @@ def test_fp32_suffices_for_the_factor():
         costs.append(cost(w, packed, damped))
     assert damping == DAMPING
     assert abs(costs[0] / costs[1] - 1) < 5e-3
+
+
+@pytest.mark.parametrize("columns", [100, 600], ids=["padded", "padded, in several pieces"])
+def test_moments_are_arranged_as_the_factor_takes_them(columns: int):
+    padded, generator = FormatSpec().padded_columns(columns), torch.Generator().manual_seed(5)
+    moments, places = torch.randn(columns, columns, generator=generator), torch.randperm(padded, generator=generator)
+    wanted = nn.functional.pad(moments / 1.7, (0, padded - columns, 0, padded - columns))[places][:, places]
+    found = _arranged(moments, 1.7, places)
+    assert torch.equal(found, wanted)
+    assert found.t().is_contiguous()
+
+
+PROCESS = """
+import re
+from pathlib import Path
+import torch
+from lobcq_fx.calibration.compensate import compensate
+from lobcq_fx.calibration.encode_weight import encode_weight
+from lobcq_fx.format import FormatSpec, universal_codebooks
+
+def resident(which="VmRSS"):
+    return 1024 * int(re.search(which + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+def peak(columns):
+    x, w = torch.randn(512, columns), torch.randn(32, columns)
+    moments, nearest = x.t() @ x, encode_weight(w, FormatSpec(), universal_codebooks(8), "w")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls back to what is resident now
+    before = resident()
+    compensate(w, moments, nearest)
+    return resident("VmHWM") - before
+
+peak(64)
+print(peak(4096) / 4096**2 / 4)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not bind_cpu_core(), reason="reads /proc; the core makes one copy")
+def test_two_matrices_besides_the_moments_are_in_memory():
+    done = subprocess.run([sys.executable, "-c", PROCESS], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 2.3
 
 
 def test_moments_that_are_not_finite_are_refused():

@@ -6,9 +6,10 @@ import os
 import signal
 import tempfile
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,23 +17,32 @@ from unittest.mock import patch
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 
 import lobcq_fx
+from lobcq_fx import LobcqConfig
+from lobcq_fx.observation import Observed
+from lobcq_fx.pipeline import Progress
 from lobcq_fx.storage.atomic_folder import MODEL, unfinished
+from lobcq_fx.storage.index import TensorDigest, digested
 from lobcq_fx.storage.journal import entries_of
-from lobcq_fx.storage.weights_file import weights_files
+from lobcq_fx.streaming import calibrated
 from lobcq_fx.streaming import quantize_folder as whole
-from lobcq_fx.streaming.emission import Emission, Outline
+from lobcq_fx.streaming.emission import Outline
 from lobcq_fx.streaming.skeleton import Skeleton
 from lobcq_fx.streaming.together import JOURNAL
-from lobcq_fx.streaming.transfer import Finished, _Transfer
+from lobcq_fx.streaming.transfer import _Transfer
 from lobcq_fx.streaming.workers import WORKERS
 from tests.fuzz.results import options, report
 
 SETTINGS: dict[str, Any] = {"static_cache": False, "max_shard_size": "1MB"}
-COUNTS = ("kills", "lost", "done again", "different", "finished", "gone on")
-"""Kills; parameters of a journal that are not in its file; kills that left more to do again than there are workers;
-folders that are not what they should be; kills that came too late; and those that left something to go on with."""
+COUNTS = ("kills", "lost", "done again", "encoded twice", "different", "finished", "gone on")
+"""Kills; entries of a journal whose tensors are not in their file; kills that left more to do again than may be under
+way; what was encoded although it was there; folders that are not what they should be; kills that came too late; and
+those that left something to go on with."""
+
+TERMINATED = 128 + signal.SIGTERM
+"""How a process ends that SIGTERM has ended as an exception would."""
 
 
 def main() -> None:
@@ -40,8 +50,9 @@ def main() -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
     with tempfile.TemporaryDirectory() as folder:
         counts = crash(Path(folder), given.kills, given.seed)
-    lost = counts["lost"] + counts["done again"] + counts["different"]
-    report("streaming", tried=counts["kills"], lost=lost, record=given.record, gone_on=counts["gone on"])
+    lost = sum(counts[name] for name in ("lost", "done again", "encoded twice", "different"))
+    more = {"gone_on": counts["gone on"], "calibrated": given.kills // 2}
+    report("streaming", tried=counts["kills"], lost=lost, record=given.record, **more)
 
 
 def float_model(folder: Path, layers: int = 2) -> Path:
@@ -53,6 +64,13 @@ def float_model(folder: Path, layers: int = 2) -> Path:
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="10MB")
     return folder
+
+
+def calibrating() -> dict[str, Any]:
+    """Settings that need data, and two calls: six segments, and files for what calls hold between them."""
+    ids = torch.randint(3, 1024, (2, 1, 32), generator=torch.Generator().manual_seed(1))
+    data = [{"input_ids": one, "attention_mask": torch.ones_like(one)} for one in ids]
+    return {**SETTINGS, "config": LobcqConfig.of_recipe("best"), "calibration_data": data, "max_memory": 100_000}
 
 
 @contextmanager
@@ -77,75 +95,148 @@ def traced_once() -> Iterator[None]:
 
 
 def crash(folder: Path, kills: int, seed: int) -> Counter[str]:
-    """Kill processes that quantize one folder; each goes on with what the one before has done.
-
-    After each, what its journal has must be in the file, and no more under way than a parameter for each worker.
-    """
+    """Kill processes that quantize a folder, in half of the kills with calibration data."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    source, expected, target = float_model(folder / "float"), folder / "expected", folder / "q"
     rng, counts = Random(seed), Counter(dict.fromkeys(COUNTS, 0))
-    with traced_once():
-        started = time.perf_counter()
-        lobcq_fx.quantize_folder(source, expected, **SETTINGS)
-        started = time.perf_counter()
-        lobcq_fx.quantize_folder(source, expected, **SETTINGS)
-        seconds = time.perf_counter() - started
-        emission = whole.emit()
-        while counts["kills"] < kills:
-            begun = kill(source, target, rng.uniform(0, 1.5 * seconds), rng.choice([signal.SIGKILL, signal.SIGTERM]))
-            counts["kills"] += 1
-            if target.exists():
-                counts["finished"] += 1
-            else:
-                kept = _kept(target, emission)
-                counts["gone on"] += bool(kept)
-                counts["lost"] += sum(not there for there in kept.values())
-                counts["done again"] += len(begun - kept.keys()) > WORKERS
-            if target.exists() or rng.random() < 0.2:
-                lobcq_fx.quantize_folder(source, target, **SETTINGS)
-                counts["different"] += contents(target) != contents(expected) or unfinished(target).exists()
-                for one in target.iterdir():
-                    one.unlink()
-                target.rmdir()
+    for name, settings, layers, share in (
+        ("data-free", SETTINGS, 2, kills - kills // 2),
+        ("calibrated", calibrating(), 1, kills // 2),
+    ):
+        (folder / name).mkdir()
+        source = float_model(folder / f"float-{name}", layers)
+        with traced_once():
+            trace(source, folder / name / "traced", settings)
+            counts.update(crash_one(source, folder / name, settings, share, rng))
     return counts
 
 
-def kill(source: Path, target: Path, after: float, number: int) -> set[str]:
-    """The parameters whose encoding a process had begun when it was killed."""
+def trace(source: Path, target: Path, settings: Mapping[str, Any]) -> None:
+    """End a call when it begins to work on weights: what processes are forked after this need not do again."""
+
+    class _TracedError(Exception):
+        pass
+
+    def stop(step: str, *_: Any) -> None:
+        if step in ("calibrate", "encode"):
+            raise _TracedError
+
+    with suppress(_TracedError):
+        lobcq_fx.quantize_folder(source, target, **settings, progress=stop)
+    assert not list(target.parent.iterdir()), "it was ended before there was anything to go on with"
+
+
+def crash_one(source: Path, folder: Path, settings: Mapping[str, Any], kills: int, rng: Random) -> Counter[str]:
+    """Kill processes that quantize one folder; each goes on with what the one before has done.
+
+    After each, what its journals have must be in files, and no more under way than a segment, or a parameter for each
+    worker.
+    """
+    expected, target = folder / "expected", folder / "q"
+    counts, kept = Counter(dict.fromkeys(COUNTS, 0)), set[str]()
+    started = time.perf_counter()
+    run(source, expected, settings)
+    seconds = time.perf_counter() - started
+    while counts["kills"] < kills:
+        number = rng.choice([signal.SIGKILL, signal.SIGTERM])
+        begun = run(source, target, settings, rng.uniform(0, 1.5 * seconds), number)
+        counts["kills"] += 1
+        counts["encoded twice"] += len(begun & kept)
+        if target.exists():
+            counts["finished"] += 1
+            counts["different"] += contents(target) != contents(expected)
+            kept = set()
+        else:
+            noted = _noted(target)
+            counts["lost"] += sum(not there for there in noted.values())
+            kept = {name for name, there in noted.items() if there}
+            counts["gone on"] += bool(kept)
+            counts["done again"] += _too_many(begun - kept)
+        if target.exists() or rng.random() < 0.2:
+            counts["encoded twice"] += len(run(source, target, settings) & kept)
+            counts["different"] += contents(target) != contents(expected) or unfinished(target).exists()
+            for one in target.iterdir():
+                one.unlink()
+            target.rmdir()
+            kept = set()
+    return counts
+
+
+def run(
+    source: Path, target: Path, settings: Mapping[str, Any], after: float | None = None, number: int = 0
+) -> set[str]:
+    """The parameters and segments whose encoding a process had begun when it ended, or was killed after some seconds.
+
+    Raises:
+        RuntimeError: it failed by itself.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        store = _Transfer._store
-
-        def noting(self: _Transfer, name: str, parameter: torch.Tensor) -> None:
-            os.write(writing, f"{name}\n".encode())
-            store(self, name, parameter)
-
+        status = 1
         try:
-            with patch.object(_Transfer, "_store", noting):
-                lobcq_fx.quantize_folder(source, target, **SETTINGS)
+            with _noting(writing):
+                lobcq_fx.quantize_folder(source, target, **settings)
+            status = 0
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        except BaseException:
+            traceback.print_exc()
         finally:
-            os._exit(0)  # and not up into the caller, which would clear up for two
+            os._exit(status)  # and not up into the caller, which would clear up for two
     os.close(writing)
-    time.sleep(after)
-    os.kill(child, number)
-    os.waitpid(child, 0)
-    with os.fdopen(reading) as begun:
-        return set(begun.read().split())
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, number)
+    with os.fdopen(reading) as file:
+        begun = set(file.read().splitlines())
+    _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status) not in (0, *([-number, TERMINATED] if number else [])):
+        raise RuntimeError("it failed by itself")
+    return begun
 
 
-def _kept(target: Path, emission: Emission) -> dict[str, bool]:
-    """The parameters of an unfinished folder's journal, and whether each is in the file as it says."""
-    place = unfinished(target)
-    entries = entries_of(place / JOURNAL)
-    if not entries:
-        return {}
-    with weights_files(place / MODEL, emission.shards.files, emission.tensors) as files:
-        return {
-            name: all(files.digest(stored) == one.blake3 for stored, one in Finished.from_dict(entry).tensors.items())
-            for name, entry in entries.items()
-        }
+@contextmanager
+def _noting(descriptor: int) -> Iterator[None]:
+    """Within, the name of each parameter and segment that begins to be encoded is written to a pipe."""
+    store, piece = _Transfer._store, calibrated.Calibration._piece
+
+    def storing(self: _Transfer, name: str, parameter: torch.Tensor) -> None:
+        os.write(descriptor, f"{name}\n".encode())
+        store(self, name, parameter)
+
+    def encoding(self: calibrated.Calibration, part: Observed, progress: Progress) -> calibrated.Piece:
+        os.write(descriptor, f"segment {part.index}\n".encode())
+        return piece(self, part, progress)
+
+    with patch.object(_Transfer, "_store", storing), patch.object(calibrated.Calibration, "_piece", encoding):
+        yield
+
+
+def _noted(target: Path) -> dict[str, bool]:
+    """What an unfinished folder's journals have, and whether its tensors are in files as they say."""
+    place, noted = unfinished(target), dict[str, bool]()
+    for journal, folder in ((f"{calibrated.JOURNAL}-0", calibrated.PIECES), (JOURNAL, MODEL)):
+        entries = entries_of(place / journal)
+        found = _digests(place / folder) if entries else {}
+        for name, entry in entries.items():
+            digests = {stored: TensorDigest.from_dict(one) for stored, one in entry["tensors"].items()}
+            noted[name] = digests.items() <= found.items()
+    return noted
+
+
+def _digests(folder: Path) -> dict[str, TensorDigest]:
+    """Of all tensors of a folder's files, but for those that a kill has left in pieces."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with suppress(SafetensorError), safe_open(path, framework="pt") as file:
+            found |= {name: digested(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def _too_many(begun: set[str]) -> bool:
+    segments = {name for name in begun if name.startswith("segment ")}
+    return len(segments) > 1 or len(begun - segments) > WORKERS
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -219,6 +219,29 @@ def test_a_process_that_is_asked_to_end_leaves_nothing(tmp_path, number):
     assert leftovers(tmp_path) == []
 
 
+DROPPING = """
+import os, signal, sys, time, weakref
+from lobcq_fx.storage.terminations import terminations_unwind
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+watched = {1, 2}
+callback = weakref.ref(watched, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+with terminations_unwind():
+    try:
+        del watched
+        print("dropped", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleared up", flush=True)
+"""
+
+
+def test_a_termination_that_comes_in_a_callback_is_not_lost():
+    done = subprocess.run([sys.executable, "-c", DROPPING], capture_output=True, text=True, timeout=30)
+    assert done.returncode in (128 + signal.SIGTERM, -signal.SIGTERM)
+    assert done.stdout == "dropped\ncleared up\n"
+    assert done.stderr == ""
+
+
 def test_a_handler_of_the_program_s_own_stays():
     taken = []
     before = signal.signal(signal.SIGTERM, lambda *_: taken.append(1))

@@ -10,7 +10,10 @@ import torch
 from torch import nn
 
 import lobcq_fx
-from lobcq_fx.storage.stored_tensors import READ_AT_ONCE
+from lobcq_fx import LobcqConfig
+from lobcq_fx.errors import CheckpointError
+from lobcq_fx.storage.index import PIECE
+from lobcq_fx.storage.stored_tensors import READ_AT_ONCE, _copied
 from tests.passes.graphs import values
 
 PROCESS = """
@@ -36,12 +39,14 @@ print(loaded, resident() - before, peak)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_loaded_model_holds_its_packed_bytes_once(tmp_path):
+@pytest.mark.parametrize("float_layers", [(), ("32",)], ids=["packed", "most of it in float"])
+def test_a_loaded_model_holds_its_packed_bytes_once(tmp_path, float_layers):
     sizes = {}
     for name, layers in (("small", 1), ("large", 32)):
         torch.manual_seed(0)
-        model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(layers)])
-        q = lobcq_fx.quantize(model.eval(), example_inputs=values(2, 2048))
+        shapes = [(2048, 2048)] * layers + [(2048, 16384) for _ in float_layers if name == "large"]
+        model = nn.Sequential(*[nn.Linear(*shape, bias=False) for shape in shapes])
+        q = lobcq_fx.quantize(model.eval(), config=LobcqConfig(exclude=float_layers), example_inputs=values(2, 2048))
         q.save_pretrained(tmp_path / name)
         sizes[name] = (tmp_path / name / "lobcq.safetensors").stat().st_size
     command = [sys.executable, "-c", PROCESS, tmp_path / "small", tmp_path / "large"]
@@ -49,4 +54,15 @@ def test_a_loaded_model_holds_its_packed_bytes_once(tmp_path):
     loaded, used, peak = (int(number) for number in done.stdout.split())
     assert loaded < 1.1 * sizes["large"]
     assert used < 1.1 * sizes["large"]
-    assert peak < 1.1 * sizes["large"] + READ_AT_ONCE + 8 * 2**20  # what is repacked is there twice
+    # What is repacked is there twice, and a piece of what is copied.
+    assert peak < 1.1 * sizes["large"] + READ_AT_ONCE + 8 * 2**20
+
+
+@pytest.mark.parametrize("place", [None, (0, PIECE), (5, PIECE + 1)], ids=["gone", "smaller", "cut"])
+def test_a_large_tensor_that_is_not_where_it_was_is_no_tensor(tmp_path, place):
+    content = torch.arange(PIECE + 1, dtype=torch.int64).to(torch.uint8)
+    (tmp_path / "file").write_bytes(content.numpy().tobytes())
+    with (tmp_path / "file").open("rb", buffering=0) as raw:
+        assert torch.equal(_copied(content, raw, (0, PIECE + 1)), content)
+        with pytest.raises(CheckpointError, match=r"file was changed while it was read. Remedy: load it again"):
+            _copied(content, raw, place)
