@@ -107,7 +107,7 @@ def check_attention(given: Arguments) -> None:
 def attention_float_states(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, enable_gqa: bool
 ) -> Tensor:
-    """`scaled_dot_product_attention`, for which a device may have a kernel of its own where queries are few.
+    """`scaled_dot_product_attention`, for which a device may have a kernel of its own where there is one query.
 
     Args:
         query: [B, Hq, T, D], fp32, bf16 or fp16.

@@ -1,4 +1,4 @@
-"""Pass: attention over float keys and values runs in the device's own kernel where queries are few.
+"""Pass: attention over float keys and values runs in the device's own kernel where there is one query.
 
 sdpa(q, k, v, mask, scale, enable_gqa)  ->  attention.float_states(q, k, v, mask, scale, enable_gqa)
 """

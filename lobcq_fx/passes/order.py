@@ -58,9 +58,9 @@ def emitting(plan: QuantizationPlan, codebooks: CodebookSets, rotated: AbstractS
 def lowering(device: torch.device, prepack: Prepack) -> tuple[GraphPass, ...]:
     """From a stored graph to the one that a device runs.
 
-    On the CPU nothing is fused into linears; attention reads grouped heads unrepeated, few queries in the core's own
-    kernel, and norms and rotations are one call each. The fused attention of GPUs takes grouped heads only without a
-    mask; there the encoders take over what comes before them.
+    On the CPU nothing is fused into linears; attention reads grouped heads unrepeated, that of one query in the core's
+    own kernel, and norms and rotations are one call each. The fused attention of GPUs takes grouped heads only without
+    a mask; there the encoders take over what comes before them.
     """
     if device.type == "cpu":
         return (prepack, MergeSiblings(), GroupQueryHeads(), AttendFloats(), FuseBetweenLinears(), *GUARDS)

@@ -1,4 +1,4 @@
-"""What runs between linears as one call: the operators that models spell out, bit for bit; attention of few queries."""
+"""What runs between linears as one call: the operators that models spell out, bit for bit; attention of one query."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_rotate_half_is_what_llama_spells_out(rotate_half, dtype, factor_dtype):
 @needs_core
 @pytest.mark.parametrize("queries", [1, 2, 8, 40])
 @pytest.mark.parametrize("heads", [2, 8])
-def test_attention_is_torch_s_whether_queries_are_few_or_many(queries, heads):
+def test_attention_is_torch_s_whether_there_is_one_query_or_more(queries, heads):
     query, key, value = randn(2, 8, queries, 24), randn(2, heads, 60, 24, seed=1), randn(2, heads, 60, 40, seed=2)
     mask = randn(2, 1, queries, 60, seed=3) > -1
     for given in (None, mask, mask.expand(2, 8, queries, 60), torch.where(mask, 0.1, -1e30)):

@@ -87,8 +87,8 @@ def test_the_cpu_fuses_nothing_and_does_not_repeat_heads():
     q = own_causal_lm("llama")
     assert lowered(q, torch.device("cpu")) == ()
     assert {target for target in targets(q.graph_module) if "linear_prepacked" in str(target)} == {op.default}
-    (first, _) = nodes(q.graph_module, aten.scaled_dot_product_attention.default)
-    assert first.kwargs["enable_gqa"]
+    (first, _) = nodes(q.graph_module, torch.ops.lobcq.attention.float_states)
+    assert first.args[5] is True  # enable_gqa
 
 
 @torch.no_grad()

@@ -153,8 +153,6 @@ Tensor Attend::run() {
     return out;
 }
 
-constexpr int64_t kFewRows = 16;  // of several queries of one key head up to which the core is faster than torch
-
 // The arguments of lobcq::attention.float_states.
 struct AttendFloats {
     Tensor query, key, value, mask;
@@ -191,14 +189,17 @@ Tensor AttendFloats::run() {
     if (requires_grad(query) || requires_grad(key) || requires_grad(value)) refuse(kNoGradient);
     // As torch's own attention lays its result out: the heads of a token side by side.
     const std::vector<int64_t> strides{queries * query_heads * value_width, value_width, query_heads * value_width, 1};
-    Tensor out = Tensor::empty({batch, query_heads, queries, value_width}, strides, dtype);
-    const bool few = queries == 1 || (group > 1 && queries * group <= kFewRows);
+    // A step of decoding, which torch spends on packing; of several queries its own kernel is as fast, or faster.
     const bool fits = std::min({width, value_width, tokens}) > 0 && std::max(width, value_width) <= kMaxWidth;
-    if (!few || !fits) {
-        Value stack[3] = {out.another().release(), by_torch().release(), 0};
+    if (queries != 1 || !fits) {
+        Tensor found = by_torch();
+        if (found.strides() == strides) return found;
+        Tensor out = Tensor::empty({batch, query_heads, queries, value_width}, strides, dtype);
+        Value stack[3] = {out.release(), found.release(), 0};
         check(api.torch_call_dispatcher("aten::copy_", "", stack, kVersion), "copy_");
         return Tensor(stack[0]);
     }
+    Tensor out = Tensor::empty({batch, query_heads, queries, value_width}, strides, dtype);
     query = readable(std::move(query));
     key = readable(std::move(key));
     value = readable(std::move(value));
