@@ -146,5 +146,8 @@ class Conversation:
         from transformers import DynamicCache
 
         from lobcq_fx import LobcqCache
+        from lobcq_fx.frontends.reserving_cache import ReservingCache
 
-        return DynamicCache() if self.cache is None else LobcqCache(**self.cache)
+        if self.cache is not None:
+            return LobcqCache(**self.cache)
+        return DynamicCache() if getattr(self.model, "_is_stateful", False) else ReservingCache()
