@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import LobcqError
+from lobcq_fx.graph.bound_forward import BoundForward
 from lobcq_fx.graph.graph_module import copied
 from lobcq_fx.graph.run_on_zeros import run_on_zeros
 from lobcq_fx.inventory import Inventory
@@ -109,6 +110,7 @@ class QuantizedModel(NotPickled):
         # State dicts carry the float model's names: `model.norm.weight`, `...q_proj.weight.codes`.
         self.register_state_dict_post_hook(_strip_prefix)
         self.register_load_state_dict_pre_hook(_add_prefix)
+        self.register_load_state_dict_post_hook(QuantizedModel._forget_bound)
         self.graph_module.eval()
         for graph in self.graphs.values():
             graph.graph_module.training = False
@@ -143,8 +145,21 @@ class QuantizedModel(NotPickled):
         inputs = graph.calling.flatten(args, kwargs)
         if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
             raise LobcqError(NO_GRADIENT)
-        outputs = without_autocast(graph.graph_module, inputs)
+        outputs = without_autocast(self._runner(graph.graph_module), inputs)
         return graph.calling.unflatten(outputs, args, kwargs)
+
+    def _runner(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
+        """What runs a graph: torch.compile traces the module itself, whose tensors are its parameters."""
+        if torch.compiler.is_compiling():
+            return graph_module
+        bound = self._bound.get(graph_module)
+        if bound is None or not bound.serves(graph_module):
+            bound = self._bound[graph_module] = BoundForward(graph_module)
+        return bound
+
+    def _forget_bound(self, *_: Any) -> None:
+        """Tensors may be others from here on."""
+        self._bound: dict[fx.GraphModule, BoundForward] = {}
 
     def _serving(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelGraph:
         """The graph that serves a call."""
@@ -152,6 +167,7 @@ class QuantizedModel(NotPickled):
 
     def _prepack(self) -> None:
         """Where the device has kernels of its own, run graphs that are lowered to them; guarded ones in any case."""
+        self._forget_bound()
         layout = weight_layout(self.device)
         if layout is not None:
             self.inventory = replace(self.inventory, refusals=self._lower(layout, self.device))
@@ -186,6 +202,7 @@ class QuantizedModel(NotPickled):
 
     def _restore(self) -> None:
         """Run the stored graphs on stored weights again."""
+        self._forget_bound()
         restore_weights(self.graph_module)
         for one in self.graphs.values():
             one.graph_module.graph = one.stored
@@ -266,6 +283,7 @@ class QuantizedModel(NotPickled):
         if leaves:
             self._restore()  # the layout belongs to the device that is left
         super()._apply(lambda tensor: _keeping_dtype(fn, tensor), recurse)
+        self._forget_bound()
         if leaves:
             for graph in self.graphs.values():
                 RetargetDevice(self.device)(graph.graph_module)

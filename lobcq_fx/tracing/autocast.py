@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 
@@ -22,13 +22,13 @@ def no_autocast() -> Iterator[None]:
         yield
 
 
-def without_autocast(graph_module: fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
+def without_autocast(graph: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
     """Run a captured graph: caches, residuals and results have the dtypes that it was captured with.
 
     Dynamo can trace it, unlike `no_autocast`.
     """
     device_type = inputs[0].device.type
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return graph_module(*inputs)
+        return graph(*inputs)
     with torch.autocast(device_type, enabled=False):
-        return graph_module(*inputs)
+        return graph(*inputs)
