@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
 def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
-    """The mode that made the graph's metadata, or None where there is none."""
-    for node in graph.nodes:
+    """The mode that made the graph's metadata, or None where there is none: of inputs, where it has any."""
+    for node in graph.find_nodes(op="placeholder", sort=False) or graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, FakeTensor):
             return value.fake_mode

@@ -44,7 +44,14 @@ class GraphPass(ABC):
     requires: ClassVar[tuple[Condition, ...]] = ()
 
     def __call__(self, graph_module: fx.GraphModule) -> PassResult:
-        """Run the pass, check the graph and regenerate its code if it changed.
+        """Run the pass, check the graph and regenerate its code if it changed; raises as `run`."""
+        result = self.run(graph_module)
+        if result.modified:
+            graph_module.recompile()
+        return result
+
+    def run(self, graph_module: fx.GraphModule) -> PassResult:
+        """Run the pass and check the graph, whose code stays as it was: generating it takes longer than most passes.
 
         Raises:
             RuntimeError: the graph is not what the pass requires, or malformed afterwards (a bug in the list of passes,
@@ -58,9 +65,10 @@ class GraphPass(ABC):
             modified, refusals = self.attempt(graph_module)
         if modified:
             graph_module.graph.lint()
-            graph_module.recompile()
         if os.environ.get(PRINT_AFTER) in (self.name, "all"):
-            sys.stderr.write(f"# after {self.name}, modified: {modified}\n{graph_module.code}\n")
+            sys.stderr.write(
+                f"# after {self.name}, modified: {modified}\n{graph_module.graph.python_code('self').src}\n"
+            )
         return PassResult(graph_module, modified, tuple(refusals))
 
     def attempt(self, graph_module: fx.GraphModule) -> tuple[bool, list[Refusal]]:
@@ -82,5 +90,5 @@ class Sequential(GraphPass):
 
     def attempt(self, graph_module: fx.GraphModule) -> tuple[bool, list[Refusal]]:
         """Run every pass; report whether any of them changed the graph, and what each refused."""
-        results = [one(graph_module) for one in self.passes]
+        results = [one.run(graph_module) for one in self.passes]
         return any(result.modified for result in results), [refusal for one in results for refusal in one.refusals]
