@@ -1,7 +1,9 @@
-"""Resident memory of one contender of benchmarks/model/generation.py, loaded in a process of its own (Linux only)."""
+"""Memory and time to the first token of one contender of benchmarks/model/generation.py, loaded in a process of its own
+(Linux only)."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ MIB = 1 << 20
 def measure_memory(folders: Folders, name: str, llama_cpp: Path | None = None) -> dict[str, Any]:
     """MiB on disk, and resident above what the imported modules take: loaded, after an eager prompt and step, at most.
 
-    What is mapped from a file counts from the first time it is read, therefore the prompt and the step.
+    What is mapped from a file counts from the first time it is read, therefore the prompt and the step. And, with one
+    thread, seconds from the imported modules to the first token behind the prompt; files may be in the system's cache.
     """
     if name in LLAMA_CPP:
         assert llama_cpp is not None, f"{name} has no interpreter"
@@ -33,39 +36,47 @@ def measure_memory(folders: Folders, name: str, llama_cpp: Path | None = None) -
     return _measured(folders, name, lambda: _in_this_process(folders, name), "self")
 
 
-def _measured(folders: Folders, name: str, load: Callable[[], Callable[[], object]], process: str) -> dict[str, Any]:
-    """load: returns what reads a prompt and makes a step. process: where that is, in /proc."""
+def _measured(folders: Folders, name: str, load: Callable[[], Callable[[], float]], process: str) -> dict[str, Any]:
+    """load: returns what reads a prompt and makes a step; its seconds to the first token. process: where, in /proc."""
     before = status_mib("VmRSS", process)
     Path(f"/proc/{process}/clear_refs").write_text("5")  # the high-water mark falls back to what is resident now
+    started = time.perf_counter()
     use = load()
+    load_seconds = time.perf_counter() - started
     loaded = status_mib("VmRSS", process) - before
-    use()
+    first_token_seconds = load_seconds + use()
     return {
         "contender": name,
         "disk_mib": folders.bytes_of(name) / MIB,
         "loaded_mib": loaded,
         "used_mib": status_mib("VmRSS", process) - before,
         "peak_mib": status_mib("VmHWM", process) - before,
+        "load_seconds": load_seconds,
+        "first_token_seconds": first_token_seconds,
     }
 
 
-def _in_this_process(folders: Folders, name: str) -> Callable[[], object]:
+def _in_this_process(folders: Folders, name: str) -> Callable[[], float]:
     model: Any = (
         OnnxModel(folders.onnx(name), 1)
         if name.startswith("ORT")
         else TorchModel(load_torch_model(folders, name), compiled=False)
     )
 
-    def use() -> object:
+    def use() -> float:
+        started = time.perf_counter()
         logits, cache = model.prefill(prompt(CHECKED_TOKENS))
-        return model.step(logits.argmax(dim=-1, keepdim=True), cache)
+        token = logits.argmax(dim=-1, keepdim=True)
+        seconds = time.perf_counter() - started
+        model.step(token, cache)
+        return seconds
 
     return use
 
 
-def _of_llama_cpp(process: LlamaCpp, path: Path) -> Callable[[], object]:
+def _of_llama_cpp(process: LlamaCpp, path: Path) -> Callable[[], float]:
     model = LlamaCppModel(process, path, 1)
-    return lambda: model.decode_seconds(prompt(CHECKED_TOKENS), 1)
+    return lambda: model.generate(prompt(CHECKED_TOKENS), 2).first_seconds
 
 
 def status_mib(field: str, process: str = "self") -> float:

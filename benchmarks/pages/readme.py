@@ -103,6 +103,7 @@ def cpu_model() -> str:
         return NOT_MEASURED
     report = results("cpu_model")
     resident = {row["contender"]: row["used_mib"] for row in report["memory"]}
+    first = {row["contender"]: row["first_token_seconds"] for row in report["memory"] if "first_token_seconds" in row}
     columns = cpu_model_columns(report)
     rows = [
         [
@@ -110,10 +111,12 @@ def cpu_model() -> str:
             str(row["threads"]),
             *(_speed_and_ratio(row, what) for what in columns),
             f"{resident[row['contender']] / 1024:.2f}",
+            *([f"{first[row['contender']]:.1f}"] if first else []),
         ]
         for row in report["speed"]
     ]
-    parts = [table(["model", "threads", *columns.values(), "resident GiB"], rows)]
+    header = ["model", "threads", *columns.values(), "resident GiB", *(["first token, s"] if first else [])]
+    parts = [table(header, rows)]
     absent = [f"{name} ({reason})" for name, reason in report.get("not_run", {}).items()]
     return "\n\n".join([*parts, *([f"Not run: {'; '.join(absent)}."] if absent else [])])
 
