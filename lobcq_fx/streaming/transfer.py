@@ -81,6 +81,7 @@ def transfer(
     if done.keys() != share.keys():
         with _Transfer(parameters, files, journal, progress, share.keys() - done.keys(), done) as under_way:
             load_through(parameters.folder, parameters.dtype, under_way.read, under_way.take)
+            under_way.wait()  # in the block, which a signal ends before the files are closed
     missing = sorted(share.keys() - done.keys())
     if missing:
         raise CheckpointError(f"{parameters.folder.path} gave no {missing[0]}, and {len(missing) - 1} more parameters")
@@ -138,6 +139,10 @@ class _Transfer:
                 self._workers.submit(tensor.nbytes, partial(self._store, name, tensor))
         self._report()
         return {}
+
+    def wait(self) -> None:
+        """Until all that was passed on is on the disk."""
+        self._workers.wait_for_all()
 
     def _store(self, name: str, parameter: Tensor) -> None:
         use, encoded = self._emission.uses[name], dict[str, tuple[int, float]]()

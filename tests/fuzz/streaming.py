@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
@@ -36,10 +37,12 @@ from lobcq_fx.streaming.workers import WORKERS
 from tests.fuzz.results import options, report
 
 SETTINGS: dict[str, Any] = {"static_cache": False, "max_shard_size": "1MB"}
-COUNTS = ("kills", "lost", "done again", "encoded twice", "different", "finished", "gone on")
-"""Kills; entries of a journal whose tensors are not in their file; kills that left more to do again than may be under
-way; what was encoded although it was there; folders that are not what they should be; kills that came too late; and
-those that left something to go on with."""
+LOSSES = ("not in files", "done again", "encoded twice", "different")
+"""Entries of a journal whose tensors are not in their file; kills that left more to do again than may be under way;
+what was encoded although it was there; folders that are not what they should be."""
+
+COUNTS = ("kills", *LOSSES, "finished", "gone on")
+"""Kills; those; kills that came too late; and those that left something to go on with."""
 
 TERMINATED = 128 + signal.SIGTERM
 """How a process ends that SIGTERM has ended as an exception would."""
@@ -50,8 +53,8 @@ def main() -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
     with tempfile.TemporaryDirectory() as folder:
         counts = crash(Path(folder), given.kills, given.seed)
-    lost = sum(counts[name] for name in ("lost", "done again", "encoded twice", "different"))
-    more = {"gone_on": counts["gone on"], "calibrated": given.kills // 2}
+    more = {name.replace(" ", "_"): counts[name] for name in (*LOSSES, "gone on")} | {"calibrated": given.kills // 2}
+    lost = sum(counts[name] for name in LOSSES)
     report("streaming", tried=counts["kills"], lost=lost, record=given.record, **more)
 
 
@@ -98,7 +101,7 @@ def crash(folder: Path, kills: int, seed: int) -> Counter[str]:
     """Kill processes that quantize a folder, in half of the kills with calibration data."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    rng, counts = Random(seed), Counter(dict.fromkeys(COUNTS, 0))
+    counts = Counter(dict.fromkeys(COUNTS, 0))
     for name, settings, layers, share in (
         ("data-free", SETTINGS, 2, kills - kills // 2),
         ("calibrated", calibrating(), 1, kills // 2),
@@ -107,7 +110,7 @@ def crash(folder: Path, kills: int, seed: int) -> Counter[str]:
         source = float_model(folder / f"float-{name}", layers)
         with traced_once():
             trace(source, folder / name / "traced", settings)
-            counts.update(crash_one(source, folder / name, settings, share, rng))
+            counts.update(crash_one(source, folder / name, settings, share, seed))
     return counts
 
 
@@ -126,11 +129,11 @@ def trace(source: Path, target: Path, settings: Mapping[str, Any]) -> None:
     assert not list(target.parent.iterdir()), "it was ended before there was anything to go on with"
 
 
-def crash_one(source: Path, folder: Path, settings: Mapping[str, Any], kills: int, rng: Random) -> Counter[str]:
+def crash_one(source: Path, folder: Path, settings: Mapping[str, Any], kills: int, seed: int) -> Counter[str]:
     """Kill processes that quantize one folder; each goes on with what the one before has done.
 
     After each, what its journals have must be in files, and no more under way than a segment, or a parameter for each
-    worker.
+    worker. What is lost goes to the standard error, with the kill, which the seed and its number choose.
     """
     expected, target = folder / "expected", folder / "q"
     counts, kept = Counter(dict.fromkeys(COUNTS, 0)), set[str]()
@@ -138,28 +141,45 @@ def crash_one(source: Path, folder: Path, settings: Mapping[str, Any], kills: in
     run(source, expected, settings)
     seconds = time.perf_counter() - started
     while counts["kills"] < kills:
+        rng = Random(f"{seed} {folder.name} {counts['kills']}")
         number = rng.choice([signal.SIGKILL, signal.SIGTERM])
-        begun = run(source, target, settings, rng.uniform(0, 1.5 * seconds), number)
+        after = rng.uniform(0, 1.5 * seconds)
+        kill = (
+            f"{folder.name} kill {counts['kills']} of seed {seed}, {number.name} {after:.3f} s into a work of"
+            f" {seconds:.3f} s"
+        )
+        begun = run(source, target, settings, after, number)
         counts["kills"] += 1
-        counts["encoded twice"] += len(begun & kept)
+        counts["encoded twice"] += _told(kill, "encoded twice", begun & kept)
         if target.exists():
             counts["finished"] += 1
-            counts["different"] += contents(target) != contents(expected)
+            counts["different"] += bool(_told(kill, "different", differing(target, expected)))
             kept = set()
         else:
             noted = _noted(target)
-            counts["lost"] += sum(not there for there in noted.values())
+            counts["not in files"] += _told(kill, "not in files", [name for name, there in noted.items() if not there])
             kept = {name for name, there in noted.items() if there}
             counts["gone on"] += bool(kept)
-            counts["done again"] += _too_many(begun - kept)
+            if _too_many(begun - kept):
+                counts["done again"] += bool(_told(f"{kill}, {len(kept)} kept", "done again", begun - kept))
         if target.exists() or rng.random() < 0.2:
-            counts["encoded twice"] += len(run(source, target, settings) & kept)
-            counts["different"] += contents(target) != contents(expected) or unfinished(target).exists()
+            after_it = f"whole work after {kill}"
+            counts["encoded twice"] += _told(after_it, "encoded twice", run(source, target, settings) & kept)
+            left = [unfinished(target).name] if unfinished(target).exists() else []
+            counts["different"] += bool(_told(after_it, "different", differing(target, expected) + left))
             for one in target.iterdir():
                 one.unlink()
             target.rmdir()
             kept = set()
     return counts
+
+
+def _told(kill: str, loss: str, names: Iterable[str]) -> int:
+    """Say what of a kill is a loss, if anything is; how many names that are."""
+    found = sorted(names)
+    if found:
+        sys.stderr.write(f"{kill}: {loss}: {', '.join(found)}\n")
+    return len(found)
 
 
 def run(
@@ -175,6 +195,7 @@ def run(
     if child == 0:
         status = 1
         try:
+            torch.set_num_threads(1)  # two threads that are the first to need torch's pool after a fork race for it
             with _noting(writing):
                 lobcq_fx.quantize_folder(source, target, **settings)
             status = 0
@@ -241,6 +262,12 @@ def _too_many(begun: set[str]) -> bool:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def differing(folder: Path, expected: Path) -> list[str]:
+    """The names of files that only one of two folders has, or that are not the same in both."""
+    found, wanted = contents(folder), contents(expected)
+    return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
 
 
 if __name__ == "__main__":

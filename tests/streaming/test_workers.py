@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+import time
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -50,3 +53,50 @@ def test_the_first_failure_ends_the_work() -> None:
         workers.wait_for_room(3)
     with pytest.raises(ValueError, match="the first"), workers:
         pass
+
+
+class _AskedToEndError(BaseException):
+    pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs signals to threads")
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_ends_the_block_only_once_no_job_runs(signals: int) -> None:
+    begun, ended = list[int](), list[int]()
+    running, handled, go = threading.Barrier(3), threading.Semaphore(0), threading.Event()
+
+    def job(number: int) -> None:
+        begun.append(number)
+        if number < 2:
+            running.wait(30)
+            go.wait(30)
+        ended.append(number)
+
+    def run() -> None:
+        with Workers(100) as workers:
+            for number in range(6):
+                workers.submit(1, partial(job, number))
+
+    def end(*_: object) -> None:
+        handled.release()
+        raise _AskedToEndError
+
+    def interrupt() -> None:
+        running.wait(30)
+        for _ in range(signals):
+            time.sleep(0.2)  # Python sees a signal late that comes right before it waits
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            handled.acquire(timeout=30)
+        time.sleep(0.2)  # the block goes on to its end, and waits there
+        go.set()
+
+    before = signal.signal(signal.SIGUSR1, end)
+    interrupting = threading.Thread(target=interrupt)
+    try:
+        interrupting.start()
+        with pytest.raises(_AskedToEndError):
+            run()
+        assert sorted(ended) == sorted(begun) == [0, 1]
+    finally:
+        interrupting.join()
+        signal.signal(signal.SIGUSR1, before)
