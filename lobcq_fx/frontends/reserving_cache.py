@@ -44,7 +44,9 @@ class Reserved:
         return cls(memory, filled)
 
     def continues(self, states: Tensor, more: int) -> bool:
-        """Whether `states` are all that is filled, and `more` tokens fit behind them."""
+        """Whether `states` are all that is filled, `more` tokens fit behind them, and may be written there."""
+        if self.memory.is_inference() and not torch.is_inference_mode_enabled():
+            return False
         batch, heads, _, width = self.memory.shape
         return (
             states.shape == (batch, heads, self.filled, width)

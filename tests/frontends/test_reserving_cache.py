@@ -139,6 +139,18 @@ def test_a_float_model_takes_it_too():
     assert torch.equal(*results)
 
 
+def test_memory_of_inference_mode_is_left_there(llama):
+    """Outside of it torch refuses to write to tensors that were made inside."""
+    ids, results = tokens(1, 9), []
+    for cache in (ReservingCache(), DynamicCache()):
+        with torch.inference_mode():
+            logits(llama, ids[:, :7], cache)
+        with torch.no_grad():
+            logits(llama, ids[:, 7:8], cache)
+            results.append(logits(llama, ids[:, 8:], cache))
+    torch.testing.assert_close(*results)
+
+
 @torch.no_grad()
 def test_a_compiled_step_goes_on_from_it(llama):
     step = torch.compile(llama, fullgraph=True, dynamic=True, backend="eager")
