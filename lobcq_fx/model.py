@@ -149,8 +149,8 @@ class QuantizedModel(NotPickled):
         return graph.calling.unflatten(outputs, args, kwargs)
 
     def _runner(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
-        """What runs a graph: torch.compile traces the module itself, whose tensors are its parameters."""
-        if torch.compiler.is_compiling():
+        """What runs a graph: the module itself where it has hooks, and where torch.compile wants its parameters."""
+        if torch.compiler.is_compiling() or graph_module._forward_hooks or graph_module._forward_pre_hooks:
             return graph_module
         bound = self._bound.get(graph_module)
         if bound is None or not bound.serves(graph_module):

@@ -18,7 +18,7 @@ from lobcq_fx.graph.attributes import get_attribute
 class BoundForward:
     """Calls what the graph module's code is now, on the tensors that it has now: for the time until one is replaced.
 
-    What is written to the tensors shows; hooks of the graph module are not called.
+    What is written to the tensors shows. Hooks of the graph module are not called: with some, call the module itself.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
