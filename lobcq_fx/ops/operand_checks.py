@@ -45,8 +45,9 @@ def check_fake(op: str, given: Arguments) -> None:
     Raises:
         OperandError: an operand breaks its contract (names it, what it is and what to pass).
     """
-    if given.get("dtype", torch.float32) not in FLOATS:
-        raise OperandError(f"{op}: dtype is {_dtype_name(given['dtype'])}: pass {_dtype_names(FLOATS)}")
+    for name in ("dtype", "normalized"):
+        if given.get(name, torch.float32) not in FLOATS:
+            raise OperandError(f"{op}: {name} is {_dtype_name(given[name])}: pass {_dtype_names(FLOATS)}")
     device = given[OPERANDS[op][0].name].device
     for operand in OPERANDS[op]:
         for name, tensor, _ in _tensors(op, operand, given):

@@ -175,7 +175,8 @@ def break_some(op: str, given: dict[str, Any], rng: Random, other: Weights) -> l
     """Break up to three arguments in place; says which and how."""
     if "weights" in given and rng.random() < 0.1:
         return exchange_a_weight(given, rng, other)
-    names = [operand.name for operand in OPERANDS[op] if given.get(operand.name) is not None] + ["a number"]
+    names = [operand.name for operand in OPERANDS[op] if given.get(operand.name) is not None]
+    names += ["a number"] if any(broken_numbers(given)) else []
     broken: list[str] = []
     for name in rng.sample(names, k=min(rng.choice((1, 1, 2, 3)), len(names))):
         if name == "a number":

@@ -108,6 +108,10 @@ def broken_numbers(given: Arguments) -> Iterator[tuple[str, Any]]:
         yield from (("in_features", columns) for columns in (-1, 0, 192, 257, 2**62))
     for name in ("heads", "width", "value_width"):
         yield from ((name, size) for size in (-1, 0, 65, 2**62) if name in given)
+    if "half" in given:
+        yield from (("half", columns) for columns in (-1, 51, 2**62, -(2**63)))
+    if "normalized" in given:
+        yield from (("normalized", dtype) for dtype in (torch.float64, torch.int32, torch.uint8))
     if isinstance(given.get("out_features"), int):
         first = given["out_features"]
         for n in {-1, 0, first - 1, first + 1, first + 16, 2**31 + 1, 2**62, -(2**63)}:

@@ -76,6 +76,7 @@ Tensor inverse_root(Tensor squares, float eps) {
 
 Tensor normalized(const Tensor& given, const Tensor& weight, float eps, int32_t inner) {
     require_activation(given);
+    if (float_dtype(inner) < 0) refuse("normalized is " + dtype_name(inner) + ": pass float32, bfloat16 or float16");
     const std::vector<int64_t> sizes = given.sizes();
     const int64_t columns = sizes.back();
     require({"weight", floats(), {columns}}, weight);
