@@ -96,7 +96,8 @@ def measure_models(runners: list[Runner], load: Load, progress: Progress) -> dic
 def random_prompt(runners: list[Runner], tokens: int) -> Tensor:
     """Ids that each of the models knows, int64 [1, tokens], always the same: speed does not depend on what they say."""
     vocabulary = min(one.model.config.get_text_config().vocab_size for one in runners)
-    return torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0), device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocabulary, (1, tokens), generator=generator, dtype=torch.int64, device="cpu")
 
 
 def _step_bytes(model: Any, ids: Tensor) -> int:

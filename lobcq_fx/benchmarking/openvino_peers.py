@@ -54,7 +54,7 @@ def openvino_int4(weight: Tensor, threads: int) -> Contender:
         rows * columns // 2 + half.nbytes,
         copy,
         accept=lambda x: openvino.Tensor(x.numpy(), shared_memory=True),
-        product=lambda result: torch.tensor(result.data),
+        product=lambda result: torch.from_numpy(result.data.copy()),
     )
 
 
