@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
 from torch.nn import functional
+from transformers import DynamicCache
 
 import lobcq_fx
 from lobcq_fx.errors import CallError, CheckpointError
@@ -323,7 +324,7 @@ def test_compiled_calls_keep_one_graph_for_all_lengths_that_are_served():
 def test_a_language_model_refuses_sizes_that_do_not_belong_together():
     q = quantized_causal_lm("gpt2")[1]
     ids = torch.arange(3, 9).view(2, 3)
-    cache = q(ids).past_key_values
+    cache = q(ids, past_key_values=DynamicCache()).past_key_values
     mask = torch.ones(3, 4, dtype=torch.long)
     with pytest.raises(CallError, match=r"attention_mask has shape \[3, 4\]: pass \[2, 4\]"):
         q(ids[:, :1], attention_mask=mask, past_key_values=copy.deepcopy(cache))
