@@ -19,9 +19,8 @@ from lobcq_fx.benchmarking.reading import MODEL_BYTES, read_rate, reading_bursts
 from lobcq_fx.benchmarking.step_reads import bytes_of_a_step, bytes_of_states
 
 GROUPS = {
-    "our kernels": ("lobcq::",),
+    "our kernels, attention and norms among them": ("lobcq::",),
     "float matmuls (head)": ("aten::mm", "aten::addmm", "aten::linear", "mkl::", "mkldnn::", "aten::bmm"),
-    "attention": ("aten::_scaled_dot_product",),
     "Inductor's kernels": ("cpp_fused", "graph_"),
     "guards": ("TorchDynamo Cache Lookup",),
 }
