@@ -138,21 +138,11 @@ def _normalized(node: Any) -> _Normalized | str | None:
 
 def _inverse(rsqrt: fx.Node, wide: fx.Node) -> tuple[float, tuple[fx.Node, ...]] | str | None:
     """eps and the nodes of `rsqrt(mean(wide**2) + eps)`."""
-    total = rsqrt.args[0]
-    if not isinstance(total, fx.Node) or total.target is not aten.add.Tensor:
+    found = root_mean_square(rsqrt, wide)
+    if found is None:
         return None
-    mean, eps = total.args
-    if not isinstance(mean, fx.Node) or mean.target is not aten.mean.dim:
-        return None
-    square = mean.args[0]
-    assert isinstance(square, fx.Node)
-    squares = {
-        aten.pow.Tensor_Scalar: square.args == (wide, 2),
-        aten.mul.Tensor: square.args == (wide, wide),
-        aten.square.default: square.args == (wide,),
-    }
-    if not squares.get(square.target, False):  # type: ignore[call-overload]
-        return None
+    total, mean, square = found
+    eps = total.args[1]
     value = value_of(wide)
     if value is None:
         return NO_METADATA
@@ -164,6 +154,26 @@ def _inverse(rsqrt: fx.Node, wide: fx.Node) -> tuple[float, tuple[fx.Node, ...]]
     if value.dtype != torch.float32 or mean.kwargs:
         return "its mean is not in fp32"
     return float(eps), (rsqrt, total, mean, square)
+
+
+def root_mean_square(rsqrt: fx.Node, wide: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """The sum, the mean and the square where a node is `rsqrt(mean(wide**2, ...) + ...)`, of whatever dimensions."""
+    if rsqrt.target is not aten.rsqrt.default:
+        return None
+    total = rsqrt.args[0]
+    if not isinstance(total, fx.Node) or total.target is not aten.add.Tensor:
+        return None
+    mean = total.args[0]
+    if not isinstance(mean, fx.Node) or mean.target is not aten.mean.dim:
+        return None
+    square = mean.args[0]
+    assert isinstance(square, fx.Node)
+    squares = {
+        aten.pow.Tensor_Scalar: square.args == (wide, 2),
+        aten.mul.Tensor: square.args == (wide, wide),
+        aten.square.default: square.args == (wide,),
+    }
+    return (total, mean, square) if squares.get(square.target, False) else None  # type: ignore[call-overload]
 
 
 def _with_weight(core: _Normalized, weight: Any, nodes: tuple[fx.Node, ...]) -> RmsNorm | str:

@@ -23,8 +23,8 @@ INT32, INT64 = (torch.int32,), (torch.int64,)
 class Operand:
     """One row of the table.
 
-    shape: sizes, or names of sizes, `x.0` that of x's first dimension; `...` stands for the activation's leading
-        dimensions.
+    shape: sizes, or names of sizes, `x.0` that of x's first dimension, with ` or 1` one that may be repeated; `...`
+        stands for the activation's leading dimensions.
     like: the argument whose dtype the operand has; in place of `dtypes`.
     contiguous: whether kernels are given its address alone, not its strides.
     or_empty: in a list, [0] in any of the float dtypes stands for none.

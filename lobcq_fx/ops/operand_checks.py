@@ -26,6 +26,9 @@ Arguments = Mapping[str, Any]
 Shape = tuple[int | None, ...]
 """None matches any size."""
 
+OR_1 = " or 1"
+"""Behind the name of a size: a dimension that may be repeated."""
+
 
 @dataclass(frozen=True)
 class PrepackedSizes:
@@ -133,20 +136,21 @@ class _Sizes:
     def of(self, operand: Operand, tensor: Tensor, index: int) -> Shape:
         """The shape that an operand must have, of which `tensor` was given."""
         shape: list[int | None] = []
-        for part in operand.shape:
+        for place, part in enumerate(operand.shape):
             if isinstance(part, EllipsisType):
                 shape += self.leading
+            elif isinstance(part, str) and part.endswith(OR_1) and tensor.shape[place : place + 1] == (1,):
+                shape.append(1)
             else:
-                shape.append(self.size(part, tensor, index) if isinstance(part, str) else part)
+                shape.append(self.size(part.removesuffix(OR_1), tensor, index) if isinstance(part, str) else part)
         return tuple(shape)
 
     def size(self, name: str, tensor: Tensor, index: int) -> int | None:
         """One size of an operand."""
         if "." in name:
-            other, _, dimension = name.removesuffix(" or 1").partition(".")
+            other, _, dimension = name.partition(".")
             known: int = self.given[other].shape[int(dimension)]
-            repeated = name.endswith(" or 1") and int(dimension) < tensor.dim() and tensor.shape[int(dimension)] == 1
-            return 1 if repeated else known
+            return known
         match name:
             case "K":
                 return self.columns
@@ -155,11 +159,8 @@ class _Sizes:
             case "E":
                 matrices: int = self.given["w_codes" if "w_codes" in self.given else "weights"].shape[0]
                 return matrices
-            case "batch" | "tokens":
+            case "batch" | "query_heads" | "queries" | "tokens":
                 return self.attention[name]
-            case "batch or 1" | "query_heads or 1" | "queries or 1" | "tokens or 1":
-                whole = self.attention[name.removesuffix(" or 1")]
-                return 1 if tensor.dim() == 4 and tensor.shape[list(self.attention).index(name[:-5])] == 1 else whole
             case "N":
                 return self.outputs(index)
             case "N_c":

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from lobcq_fx.graph.attributes import add_call, get_attribute, has_attribute
 from lobcq_fx.graph.dead_code import erase_dead_nodes
+from lobcq_fx.graph.norms import FLOATS, root_mean_square
 from lobcq_fx.passes.group_query_heads import keeps_everything
 from lobcq_fx.passes.infra import GraphPass
 from lobcq_fx.tracing.ranks import rank_of
@@ -21,7 +22,6 @@ from lobcq_fx.tracing.ranks import rank_of
 aten = torch.ops.aten
 lobcq = torch.ops.lobcq
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LAST = 3
 """Dimension of the columns in [B, H, T, D]."""
 
@@ -72,15 +72,12 @@ def _rms_norm(graph_module: fx.GraphModule, node: fx.Node) -> Found | None:
 
 def _eps(inverse: fx.Node, wide: fx.Node) -> float | None:
     """eps where a node is `rsqrt(mean(wide**2) + eps)` over the last dimension."""
-    total = _argument(inverse, aten.rsqrt.default)
-    mean = _argument(total, aten.add.Tensor)
-    square = _argument(mean, aten.mean.dim)
-    if square is None or _argument(square, aten.pow.Tensor_Scalar) is not wide or square.args[1] != 2:
+    found = root_mean_square(inverse, wide)
+    if found is None:
         return None
-    assert total is not None
-    assert mean is not None
+    total, mean, _ = found
     eps = total.args[1]
-    plain = isinstance(eps, float) and not total.kwargs and not mean.kwargs and mean.args[1:] == ([-1], True)
+    plain = not total.kwargs and not mean.kwargs and mean.args[1:] == ([-1], True)
     return eps if plain and isinstance(eps, float) else None
 
 

@@ -95,7 +95,8 @@ class Core:
     def register_torch_ops(self) -> None:
         """Register for CPU tensors, in C++, the ops that every step of a model calls. Once a process.
 
-        They are the prepacked linears, dense and grouped, `lobcq::quantize_states` and `lobcq::attention`.
+        They are the prepacked linears, dense and grouped, `lobcq::quantize_states`, `lobcq::attention` with its
+        overload for floats, `lobcq::rms_norm` and `lobcq::rotate_half`.
 
         Raises:
             CoreError: this libtorch is older than 2.10, or has the ops already.

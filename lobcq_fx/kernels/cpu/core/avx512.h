@@ -25,7 +25,7 @@ void multiply(const WeightTile& tile, const ActivationView& a, int64_t first_row
               int64_t chunks, float* sums);
 
 constexpr int64_t kFusedRows = 16;
-constexpr int64_t kFusedLimit = 16;
+constexpr int64_t kFusedLimit = kFusedRows;  // more go through a tile, which is faster than decoding twice
 
 // All 256 biased entries: byte look-ups by selector << 4 | code.
 struct EntryTable {

@@ -34,4 +34,27 @@ static inline uint16_t float_to_fp16(float x) {
     return static_cast<uint16_t>(result | sign);
 }
 
+// n scalars of a dtype (enum lobcq_dtype) as fp32, and back.
+static inline void load_row(const void* from, int32_t dtype, int64_t n, float* to) {
+    const auto* half = static_cast<const uint16_t*>(from);
+    if (dtype == LOBCQ_FP32) {
+        std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+    } else if (dtype == LOBCQ_BF16) {
+        for (int64_t i = 0; i < n; ++i) to[i] = bf16_to_float(half[i]);
+    } else {
+        for (int64_t i = 0; i < n; ++i) to[i] = fp16_to_float(half[i]);
+    }
+}
+
+static inline void store_row(const float* from, int32_t dtype, int64_t n, void* to) {
+    auto* half = static_cast<uint16_t*>(to);
+    if (dtype == LOBCQ_FP32) {
+        std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
+    } else if (dtype == LOBCQ_BF16) {
+        for (int64_t i = 0; i < n; ++i) half[i] = float_to_bf16(from[i]);
+    } else {
+        for (int64_t i = 0; i < n; ++i) half[i] = float_to_fp16(from[i]);
+    }
+}
+
 }  // namespace lobcq

@@ -10,17 +10,6 @@
 namespace lobcq {
 namespace {
 
-void load_row(const void* from, int32_t dtype, int64_t n, float* to) {
-    const auto* half = static_cast<const uint16_t*>(from);
-    if (dtype == LOBCQ_FP32) {
-        std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
-    } else if (dtype == LOBCQ_BF16) {
-        for (int64_t i = 0; i < n; ++i) to[i] = bf16_to_float(half[i]);
-    } else {
-        for (int64_t i = 0; i < n; ++i) to[i] = fp16_to_float(half[i]);
-    }
-}
-
 void absmax_rows(const float* x, int64_t arrays, int array_size, uint32_t* bits) {
     for (int64_t g = 0; g < arrays; ++g, x += array_size) {
         int32_t most = 0;
@@ -138,14 +127,7 @@ void finish_row(const float* sums, int64_t sums_stride, int planes, int64_t n, f
     for (int64_t i = 0; i < n; ++i) result[i] = result[i] * row_scale * weight_scale;  // their product may underflow
     if (bias)
         for (int64_t i = 0; i < n; ++i) result[i] += bias[i];
-    auto* half = static_cast<uint16_t*>(out);
-    if (dtype == LOBCQ_FP32) {
-        std::memcpy(out, result, static_cast<size_t>(n) * sizeof(float));
-    } else if (dtype == LOBCQ_BF16) {
-        for (int64_t i = 0; i < n; ++i) half[i] = float_to_bf16(result[i]);
-    } else {
-        for (int64_t i = 0; i < n; ++i) half[i] = float_to_fp16(result[i]);
-    }
+    store_row(result, dtype, n, out);
 }
 
 }  // namespace

@@ -1,42 +1,16 @@
 #include "torch_between.h"
 
 #include <algorithm>
-#include <cmath>
 
-#include "fp_mode.h"
 #include "half.h"
-#include "layout.h"
+#include "parallel.h"
 #include "torch_operands.h"
 
 namespace lobcq::torch {
 namespace {
 
-constexpr int64_t kGrainScalars = 1 << 14;  // below this a thread costs more than it saves
-
-std::vector<int32_t> floats() {
-    return {api.aoti_torch_dtype_float32(), api.aoti_torch_dtype_bfloat16(), api.aoti_torch_dtype_float16()};
-}
-
 // torch's rule for two float dtypes.
 int32_t promoted(int32_t one, int32_t other) { return one == other ? one : api.aoti_torch_dtype_float32(); }
-
-void load(const void* from, int32_t dtype, int64_t n, float* to) {
-    const auto* half = static_cast<const uint16_t*>(from);
-    if (dtype == LOBCQ_FP32) std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
-    else if (dtype == LOBCQ_BF16)
-        for (int64_t i = 0; i < n; ++i) to[i] = bf16_to_float(half[i]);
-    else
-        for (int64_t i = 0; i < n; ++i) to[i] = fp16_to_float(half[i]);
-}
-
-void store(const float* from, int32_t dtype, int64_t n, void* to) {
-    auto* half = static_cast<uint16_t*>(to);
-    if (dtype == LOBCQ_FP32) std::memcpy(to, from, static_cast<size_t>(n) * sizeof(float));
-    else if (dtype == LOBCQ_BF16)
-        for (int64_t i = 0; i < n; ++i) half[i] = float_to_bf16(from[i]);
-    else
-        for (int64_t i = 0; i < n; ++i) half[i] = float_to_fp16(from[i]);
-}
 
 // Rounds to a dtype and back.
 void round_to(int32_t dtype, int64_t n, float* x) {
@@ -49,14 +23,7 @@ void round_to(int32_t dtype, int64_t n, float* x) {
 // Runs body(begin, end) over n rows.
 template <class Body>
 void over_rows(int64_t n, int64_t columns, const Body& body) {
-    const auto task = [](int64_t begin, int64_t end, void* context) {
-        const IeeeMode mode;
-        (*static_cast<const Body*>(context))(begin, end);
-    };
-    const int64_t grain = std::max<int64_t>(1, kGrainScalars / std::max<int64_t>(1, columns));
-    void* context = const_cast<Body*>(&body);
-    if (n <= grain) task(0, n, context);
-    else check(api.torch_parallel_for(0, n, grain, task, context), "parallel_for");
+    check_core(run(n, row_grain(columns), api.torch_parallel_for, body));
 }
 
 // 1 / sqrt(mean of each row + eps), fp32 [R], by torch's own operators: in the order in which it sums.
@@ -79,7 +46,7 @@ Tensor normalized(const Tensor& given, const Tensor& weight, float eps, int32_t 
     if (float_dtype(inner) < 0) refuse("normalized is " + dtype_name(inner) + ": pass float32, bfloat16 or float16");
     const std::vector<int64_t> sizes = given.sizes();
     const int64_t columns = sizes.back();
-    require({"weight", floats(), {columns}}, weight);
+    require({"weight", float_dtypes(), {columns}}, weight);
     if (requires_grad(given) || requires_grad(weight)) refuse(kNoGradient);
     const Tensor x = realigned(contiguous(given.another()), 4);
     const int32_t dtype = promoted(inner, weight.dtype());
@@ -94,7 +61,7 @@ Tensor normalized(const Tensor& given, const Tensor& weight, float eps, int32_t 
     over_rows(rows, columns, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             float* to = square + row * columns;
-            load(from + row * row_bytes, x_dtype, columns, to);
+            load_row(from + row * row_bytes, x_dtype, columns, to);
             for (int64_t i = 0; i < columns; ++i) to[i] *= to[i];
         }
     });
@@ -102,17 +69,17 @@ Tensor normalized(const Tensor& given, const Tensor& weight, float eps, int32_t 
     const auto* factors = inverse.data<float>();
     const Tensor whole = realigned(contiguous(weight.another()), 4);
     std::vector<float> weights(static_cast<size_t>(columns));
-    load(whole.data<void>(), float_dtype(whole.dtype()), columns, weights.data());
+    load_row(whole.data<void>(), float_dtype(whole.dtype()), columns, weights.data());
     auto* to = out.data<uint8_t>();
     over_rows(rows, columns, [&](int64_t begin, int64_t end) {
         std::vector<float> buffer(static_cast<size_t>(columns));
         float* y = buffer.data();
         for (int64_t row = begin; row < end; ++row) {
-            load(from + row * row_bytes, x_dtype, columns, y);
+            load_row(from + row * row_bytes, x_dtype, columns, y);
             for (int64_t i = 0; i < columns; ++i) y[i] *= factors[row];
             round_to(inner_dtype, columns, y);
             for (int64_t i = 0; i < columns; ++i) y[i] *= weights[static_cast<size_t>(i)];
-            store(y, out_dtype, columns, to + row * out_bytes);
+            store_row(y, out_dtype, columns, to + row * out_bytes);
         }
     });
     return out;
@@ -129,7 +96,7 @@ struct Factor {
         const std::vector<int64_t> sizes = given.sizes();
         for (size_t i = 0; i < 3 && i < sizes.size(); ++i)
             if (sizes[i] == 1) expected[i] = 1;
-        require({name, floats(), expected}, given);
+        require({name, float_dtypes(), expected}, given);
         tensor = given.another();
         if (sizes.back() > 1 && tensor.strides().back() != 1) tensor = contiguous(std::move(tensor));
         tensor = realigned(std::move(tensor), 4);
@@ -144,7 +111,7 @@ struct Factor {
 };
 
 Tensor rotated(const Tensor& x, const Tensor& cos, const Tensor& sin, int64_t half) {
-    require({"x", floats(), {-1, -1, -1, -1}}, x);
+    require({"x", float_dtypes(), {-1, -1, -1, -1}}, x);
     const std::vector<int64_t> sizes = x.sizes();
     const int64_t heads = sizes[1], tokens = sizes[2], width = sizes[3];
     if (half < 0 || half > width)
@@ -166,9 +133,9 @@ Tensor rotated(const Tensor& x, const Tensor& cos, const Tensor& sin, int64_t ha
         float *a = buffers.data(), *turned = a + width, *c = turned + width, *s = c + width;
         for (int64_t row = begin; row < end; ++row) {
             const int64_t b = row / (heads * tokens), h = row / tokens % heads, t = row % tokens;
-            load(from.row(b, h, t), from.dtype, width, a);
-            load(cosines.row(b, h, t), cosines.dtype, width, c);
-            load(sines.row(b, h, t), sines.dtype, width, s);
+            load_row(from.row(b, h, t), from.dtype, width, a);
+            load_row(cosines.row(b, h, t), cosines.dtype, width, c);
+            load_row(sines.row(b, h, t), sines.dtype, width, s);
             for (int64_t i = half; i < width; ++i) turned[i - half] = -a[i];
             std::copy(a, a + half, turned + width - half);
             for (int64_t i = 0; i < width; ++i) a[i] *= c[i];
@@ -177,7 +144,7 @@ Tensor rotated(const Tensor& x, const Tensor& cos, const Tensor& sin, int64_t ha
             round_to(other, width, turned);
             for (int64_t i = 0; i < width; ++i) a[i] += turned[i];
             const int64_t place = b * strides[0] + h * strides[1] + t * strides[2];
-            store(a, out_dtype, width, to + place * scalar_bytes(out_dtype));
+            store_row(a, out_dtype, width, to + place * scalar_bytes(out_dtype));
         }
     });
     return out;

@@ -107,6 +107,10 @@ void require_activation(const Tensor& x) {
         refuse_operand(kX, x, kAlone, std::string(names_of(kX.dtypes)) + " [..., K]");
 }
 
+std::vector<int32_t> float_dtypes() {
+    return {api.aoti_torch_dtype_float32(), api.aoti_torch_dtype_bfloat16(), api.aoti_torch_dtype_float16()};
+}
+
 int32_t float_dtype(int32_t torch_dtype) {
     if (torch_dtype == api.aoti_torch_dtype_float32()) return LOBCQ_FP32;
     if (torch_dtype == api.aoti_torch_dtype_bfloat16()) return LOBCQ_BF16;

@@ -70,6 +70,9 @@ void require(const StridedContract& contract, const Tensor& operand);
 // The activation, whose shape is the caller's to choose.
 void require_activation(const Tensor& x);
 
+// torch's numbers of the ops' float dtypes.
+std::vector<int32_t> float_dtypes();
+
 // enum lobcq_dtype of one of the ops' float dtypes.
 int32_t float_dtype(int32_t torch_dtype);
 

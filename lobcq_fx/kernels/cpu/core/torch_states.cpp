@@ -12,10 +12,6 @@
 namespace lobcq::torch {
 namespace {
 
-std::vector<int32_t> floats() {
-    return {api.aoti_torch_dtype_float32(), api.aoti_torch_dtype_bfloat16(), api.aoti_torch_dtype_float16()};
-}
-
 // Look-up tables of the codebooks that a thread has used last: a model has one set.
 const Tables& tables_of(const Tensor& codebooks) {
     struct Known {
@@ -57,7 +53,7 @@ Tensor readable(Tensor x) {
 }
 
 Tensor quantized(const Tensor& given, const Tensor& codebooks, int64_t array_size) {
-    require({"x", floats(), {-1, -1, -1, -1}}, given);
+    require({"x", float_dtypes(), {-1, -1, -1, -1}}, given);
     const Tables& tables = tables_of(codebooks);
     const int32_t size = array_size_of(array_size, "array_size");
     if (requires_grad(given)) refuse(kNoGradient);
@@ -76,7 +72,7 @@ Tensor quantized(const Tensor& given, const Tensor& codebooks, int64_t array_siz
 // Refuses a mask of another shape, or dtype; dimensions of size 1 are repeated.
 void require_mask(const Tensor& mask, const std::vector<int64_t>& wanted) {
     if (!mask) return;
-    std::vector<int32_t> dtypes = floats();
+    std::vector<int32_t> dtypes = float_dtypes();
     dtypes.insert(dtypes.begin(), api.aoti_torch_dtype_bool());
     const std::vector<int64_t> sizes = mask.sizes();
     std::vector<int64_t> expected = wanted;
@@ -110,7 +106,7 @@ struct Attend {
 };
 
 Tensor Attend::run() {
-    require({"query", floats(), {-1, -1, -1, -1}}, query);
+    require({"query", float_dtypes(), {-1, -1, -1, -1}}, query);
     const Tables& tables = tables_of(codebooks);
     const std::vector<int64_t> sizes = query.sizes();
     const int64_t batch = sizes[0], query_heads = sizes[1], queries = sizes[2], width = sizes[3];
@@ -175,7 +171,7 @@ Tensor AttendFloats::by_torch() {
 
 Tensor AttendFloats::run() {
     const int32_t dtype = query.dtype();
-    require({"query", floats(), {-1, -1, -1, -1}}, query);
+    require({"query", float_dtypes(), {-1, -1, -1, -1}}, query);
     const std::vector<int64_t> sizes = query.sizes();
     const int64_t batch = sizes[0], query_heads = sizes[1], queries = sizes[2], width = sizes[3];
     require({"key", {dtype}, {batch, -1, -1, width}}, key);
