@@ -23,7 +23,7 @@ void decode(const Tables& t, const WeightView& w, int64_t panel, int64_t chunk, 
 void multiply(const WeightTile& tile, const ActivationView& a, int64_t first_row, int64_t rows, int64_t chunk,
               int64_t chunks, float* sums);
 
-constexpr int64_t kFusedRows = 2;
-constexpr int64_t kFusedLimit = 4;
+constexpr int64_t kFusedRows = 8;
+constexpr int64_t kFusedLimit = 8;
 
 }  // namespace lobcq::avx2
