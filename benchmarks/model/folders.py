@@ -7,6 +7,7 @@ float model with decoded weights and fake-quantized activations, for which `lobc
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,21 +18,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lobcq_fx
 from benchmarks.model.onnx_model import export_onnx, quantize_onnx
 from lobcq_fx.config import DEFAULT_EXCLUDE
-from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, universal_codebooks
+from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, encode_int8, universal_codebooks
 
 TORCH_FP32, TORCH_BF16, ORT_FP32, ORT_INT4 = "torch fp32", "torch bf16", "ORT fp32", "ORT int4"
-W4A4, W4A4_HEAD, W4A16 = "lobcq W4A4", "lobcq W4A4, head W4A16", "lobcq W4A16"
+W4A4, W4A4_HEAD, W4A8, W4A16 = "lobcq W4A4", "lobcq W4A4, head W4A16", "lobcq W4A8, head too", "lobcq W4A16"
 LLAMA_CPP = {"llama.cpp Q4_0": "Q4_0", "llama.cpp Q4_K": "Q4_K"}
 """Contenders in llama.cpp, and what it calls their weights' format."""
 
-NAMES = (TORCH_FP32, TORCH_BF16, W4A4, W4A4_HEAD, W4A16, ORT_FP32, ORT_INT4, *LLAMA_CPP)
+NAMES = (TORCH_FP32, TORCH_BF16, W4A4, W4A4_HEAD, W4A8, W4A16, ORT_FP32, ORT_INT4, *LLAMA_CPP)
 
+ALL_LINEARS = tuple(pattern for pattern in DEFAULT_EXCLUDE if pattern not in ("@head", "*lm_head"))
 CONFIGS = {
     W4A4: lobcq_fx.LobcqConfig(),
-    W4A4_HEAD: lobcq_fx.LobcqConfig(
-        exclude=tuple(pattern for pattern in DEFAULT_EXCLUDE if pattern not in ("@head", "*lm_head")),
-        overrides={"*lm_head": {"mode": "w4a16"}},
-    ),
+    W4A4_HEAD: lobcq_fx.LobcqConfig(exclude=ALL_LINEARS, overrides={"*lm_head": {"mode": "w4a16"}}),
+    W4A8: lobcq_fx.LobcqConfig(mode="w4a8", exclude=ALL_LINEARS),
     W4A16: lobcq_fx.LobcqConfig(mode="w4a16"),
 }
 
@@ -129,17 +129,27 @@ def _fake_quantized_logits(model: nn.Module) -> dict[str, Tensor]:
     spec, linears = FormatSpec(), {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     books = universal_codebooks(spec.num_codebooks)
 
-    def encoded_input(_module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        rows = inputs[0].reshape(-1, inputs[0].shape[-1])
-        return decode(encode(rows, spec, books, absmax_row_scale(rows))).view(inputs[0].shape)
+    def four_bits(rows: Tensor) -> Tensor:
+        return decode(encode(rows, spec, books, absmax_row_scale(rows)))
+
+    def eight_bits(rows: Tensor) -> Tensor:
+        return decode(encode_int8(rows, spec.array_size))
+
+    def logits_of(encoded: Callable[[Tensor], Tensor], layers: Iterable[nn.Module]) -> Tensor:
+        def hook(_module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+            return encoded(inputs[0].reshape(-1, inputs[0].shape[-1])).view(inputs[0].shape)
+
+        hooks = [layer.register_forward_pre_hook(hook) for layer in layers]
+        logits = _last_logits(model)
+        for each in hooks:
+            each.remove()
+        return logits
 
     head = linears.pop("lm_head")
     for linear in linears.values():
         linear.weight.copy_(decode(encode(linear.weight, spec, books, search_scales=True)))
-    logits = {W4A16: _last_logits(model)}
-    for linear in linears.values():
-        linear.register_forward_pre_hook(encoded_input)
-    logits[W4A4] = _last_logits(model)
+    logits = {W4A16: _last_logits(model), W4A4: logits_of(four_bits, linears.values())}
     head.weight.copy_(decode(encode(head.weight, spec, books, search_scales=True)))
-    logits[W4A4_HEAD] = _last_logits(model)
+    logits[W4A4_HEAD] = logits_of(four_bits, linears.values())
+    logits[W4A8] = logits_of(eight_bits, (*linears.values(), head))
     return logits

@@ -20,6 +20,7 @@ from benchmarks.model.folders import (
     TORCH_FP32,
     W4A4,
     W4A4_HEAD,
+    W4A8,
     W4A16,
     Folders,
     prompt,
@@ -36,7 +37,8 @@ CODES_FLIP = 0.4
 the difference grows. Two ways to compute the same 16 layers of random weights differ by about 0.2, two layers by less
 than 0.1; two unrelated rows of logits by 1.4."""
 
-TOLERANCES = {TORCH_BF16: 0.05, ORT_INT4: 0.8, W4A4: CODES_FLIP, W4A4_HEAD: CODES_FLIP} | dict.fromkeys(LLAMA_CPP, 0.9)
+TOLERANCES = {TORCH_BF16: 0.05, ORT_INT4: 0.8, W4A4: CODES_FLIP, W4A4_HEAD: CODES_FLIP, W4A8: 0.05}
+TOLERANCES |= dict.fromkeys(LLAMA_CPP, 0.9)
 OTHER_TOLERANCE = 0.02
 """Relative errors in norm of a contender's logits against its reference, and of the compiled model's against the eager
 one's: fp32 rounding; what bf16 and round-to-nearest int4 do to the float model's logits (int4 about 0.3 with 2 layers
