@@ -83,6 +83,7 @@ extern const Isa kAvx2;
 extern const Isa kAvx512;
 #elif defined(__aarch64__)
 extern const Isa kNeon;
+extern const Isa kNeonI8mm;
 #endif
 
 // |x| / divisor up to here (600 grid steps; 31, or 33 with the scale's rounding, is usual): what the fast encoders
