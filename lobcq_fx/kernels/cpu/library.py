@@ -89,7 +89,7 @@ class Core:
 
     @property
     def isa(self) -> str:
-        """The instruction set in use: "portable", "avx2", "avx512" or "neon"."""
+        """The instruction set in use: "portable", "avx2", "avx512", "neon" or "neon_i8mm"."""
         return str(self._lib.lobcq_isa().decode())
 
     def register_torch_ops(self) -> None:

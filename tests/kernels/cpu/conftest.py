@@ -13,7 +13,7 @@ from lobcq_fx.errors import ConfigError
 from lobcq_fx.kernels.cpu.library import Core, torch_parallel_for
 
 INSTRUCTION_SETS = (
-    ("portable", "neon") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
+    ("portable", "neon", "neon_i8mm") if platform.machine() in ("aarch64", "arm64") else ("portable", "avx2", "avx512")
 )
 
 

@@ -107,23 +107,46 @@ def _target_root() -> str:
     return str(Path(libc.stdout.strip()).resolve().parents[1])
 
 
-@pytest.fixture(scope="session", params=sweep(["neon", "portable"], ["neon"]))
+CPUS = {"neon_i8mm": "max", "neon": "neoverse-n1", "portable": "cortex-a72"}
+"""Whose best instruction set it is: what a better one adds would be an illegal instruction there."""
+
+
+@pytest.fixture(scope="session", params=sweep(CPUS, ["neon_i8mm", "neon"]))
 def core(request: pytest.FixtureRequest, start: Start) -> EmulatedCore:
-    """On a CPU with every extension; and on one with none, where a dot product would be an illegal instruction."""
-    core = start({"neon": "max", "portable": "cortex-a72"}[request.param])
+    core = start(CPUS[request.param])
     assert core.isa == request.param
     return core
 
 
-def test_the_environment_chooses_among_what_the_cpu_runs(start: Start) -> None:
-    assert start("max", "portable").isa == "portable"
+@pytest.mark.parametrize(("cpu", "wanted"), [("max", "neon"), ("max", "portable"), ("neoverse-n1", "portable")])
+def test_the_environment_chooses_among_what_the_cpu_runs(start: Start, cpu: str, wanted: str) -> None:
+    assert start(cpu, wanted).isa == wanted
 
 
-@pytest.mark.parametrize(("cpu", "wanted"), [("max", "avx2"), ("cortex-a72", "neon")])
+@pytest.mark.parametrize(("cpu", "wanted"), [("max", "avx2"), ("neoverse-n1", "neon_i8mm"), ("cortex-a72", "neon")])
 def test_an_instruction_set_that_the_cpu_lacks_is_refused(start: Start, cpu: str, wanted: str) -> None:
     with pytest.raises(CoreError) as error:
         start(cpu, wanted).tables(codebooks(FormatSpec()))
     assert error.value.status == UNKNOWN_ISA
+
+
+@pytest.mark.parametrize("array_size", [16, 64, 128])
+def test_matrix_products_are_the_dot_products_bit_for_bit(start: Start, array_size: int) -> None:
+    """Pairs of rows and rows that are left over, fused and through tiles; panels in pairs and one left over."""
+    dots, matrices = start("max", "neon"), start("max", "neon_i8mm")
+    w, x = weight(dots, FormatSpec(8, array_size), 44, 1100), activation(300, 1100)
+
+    def products(core: EmulatedCore, x: torch.Tensor) -> list[torch.Tensor]:
+        activations = (
+            core.encode_activation(w.tables, x, array_size),
+            core.encode_activation(None, x, array_size),
+            core.split_activation(x, array_size),
+        )
+        return [core.linear(w.tables, w.kernel, a) for a in activations]
+
+    for rows in (1, 2, 3, 4, 5, 6, 7, 300):
+        for a, b in zip(products(dots, x[:rows]), products(matrices, x[:rows]), strict=True):
+            assert torch.equal(a, b), rows
 
 
 def test_the_callers_floating_point_mode_changes_nothing_and_is_kept(core: EmulatedCore) -> None:

@@ -9,6 +9,8 @@
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include "isa.h"
@@ -40,6 +42,19 @@ bool runs_neon() {
     return false;  // no way to ask
 #endif
 }
+
+bool runs_neon_i8mm() {
+#if defined(__linux__)
+    constexpr unsigned long i8mm = 1 << 13;  // HWCAP2_I8MM, which C libraries before 2020 do not name
+    return runs_neon() && (getauxval(AT_HWCAP2) & i8mm);
+#elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_I8MM", &has, &size, nullptr, 0) == 0 && has;
+#else
+    return false;
+#endif
+}
 #endif
 
 // What this CPU runs, the best first.
@@ -48,6 +63,7 @@ std::vector<const Isa*> runnable() {
     if (runs_avx512()) return {&kAvx512, &kAvx2, &kPortable};
     if (runs_avx2()) return {&kAvx2, &kPortable};
 #elif defined(__aarch64__)
+    if (runs_neon_i8mm()) return {&kNeonI8mm, &kNeon, &kPortable};
     if (runs_neon()) return {&kNeon, &kPortable};
 #endif
     return {&kPortable};

@@ -12,7 +12,8 @@ constexpr int kTileRows = kTilePanels * kPanel;
 constexpr int kTileColumns = 512;       // 16 KiB of decoded weights: half of a usual L1 cache
 constexpr int kTileArrays = kTileColumns / 16;
 
-// Decoded weights of kTilePanels panels: biased entries [panel][columns/4][16 rows][4], fp32 scales [array][32 rows].
+// Decoded weights of kTilePanels panels: biased entries [panel][columns/16], there 16 columns of 16 rows in the order
+// that the instruction set multiplies them in; fp32 scales [array][32 rows].
 struct alignas(64) WeightTile {
     uint8_t entries[kTilePanels][kTileColumns * kPanel];
     float scales[kTileArrays][kTileRows];
@@ -82,6 +83,7 @@ extern const Isa kAvx2;
 extern const Isa kAvx512;
 #elif defined(__aarch64__)
 extern const Isa kNeon;
+extern const Isa kNeonI8mm;
 #endif
 
 // |x| / divisor up to here (600 grid steps; 31, or 33 with the scale's rounding, is usual): what the fast encoders

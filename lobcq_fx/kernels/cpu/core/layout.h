@@ -4,7 +4,8 @@
 // Weight. 16 rows (outputs) make a panel, 64 columns of it a chunk; N and K are padded. A chunk's codes are 4 block
 // pairs of 128 bytes: two halves of 8 rows, for each row 8 bytes whose low nibbles are the first block of the pair and
 // whose high nibbles are the second. So 8 bytes that are decoded together share a codebook, which is what byte shuffles
-// want, and vshufps of the two halves gives 4 columns of 16 rows in order, which is what dot product instructions want.
+// want, and vshufps of the two halves gives 4 columns of 16 rows in order, which is what dot product instructions want;
+// Arm's matrix products want 8 columns of two rows, as they are.
 // Its selectors are in 8 groups, each the rows (a, a + 4) that a 256-bit register holds at the same place of its two
 // 128-bit lanes: for each of 8 blocks the row a's bits, then the row a+4's, so that both together index a table of
 // codebook pairs. The bytes of codes, selectors and scales are three streams, each in the order it is read in.

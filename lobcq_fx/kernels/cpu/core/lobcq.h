@@ -119,9 +119,9 @@ typedef struct {
 
 LOBCQ_API int32_t lobcq_abi_version(void);
 
-/* "portable", "avx2", "avx512" or "neon" (Armv8 with byte dot products; run in an emulator only, its speed was never
- * measured): the best this CPU runs, or what the environment variable LOBCQ_CPU_ISA named at the first call of any
- * function. Static storage. */
+/* "portable", "avx2", "avx512", "neon" (Armv8 with byte dot products) or "neon_i8mm" (with products of 8-bit matrices
+ * too; both have run in an emulator only, their speed was never measured): the best this CPU runs, or what the
+ * environment variable LOBCQ_CPU_ISA named at the first call of any function. Static storage. */
 LOBCQ_API const char* lobcq_isa(void);
 
 /* LOBCQ_UNKNOWN_ISA: LOBCQ_CPU_ISA named none that this CPU runs. lobcq_tables_init says so too: without tables there

@@ -12,7 +12,7 @@
 
 namespace lobcq {
 
-const Isa kNeon = {
+constexpr Isa kNeon = {
     .name = "neon",
     .planes = 3,
     .load = load_row,
@@ -38,6 +38,16 @@ const Isa kNeon = {
     .attend_floats = attend_block<FloatProducts<PlainStates>>,
     .finish = finish_row,
 };
+
+// The same but for the products.
+constexpr Isa kNeonI8mm = [] {
+    Isa isa = kNeon;
+    isa.name = "neon_i8mm";
+    isa.fused = neon_i8mm::fused;
+    isa.decode = neon_i8mm::decode;
+    isa.multiply = neon_i8mm::multiply;
+    return isa;
+}();
 
 }  // namespace lobcq
 

@@ -24,7 +24,7 @@ void multiply(const WeightTile& tile, const ActivationView& a, int64_t first_row
               int64_t chunks, float* sums);
 
 constexpr int64_t kFusedRows = 4;  // their 16 accumulators, and what decoding needs, stay in the 32 registers
-constexpr int64_t kFusedLimit = kFusedRows;  // whether decoding twice would beat a tile was not measured
+constexpr int64_t kFusedLimit = kFusedRows;  // decoding is most of the work: not twice. Not measured
 
 // What a code of each lane has to be combined with (bitwise or) for look_up: lanes 8 to 15 read the second codebook.
 inline uint8x16_t second_codebook() { return vcombine_u8(vdup_n_u8(0), vdup_n_u8(kCodebookSize)); }
@@ -37,3 +37,14 @@ inline uint8x16_t look_up(const uint8_t* first, const uint8_t* second, uint8x16_
 }
 
 }  // namespace lobcq::neon
+
+// The products of CPUs that can multiply 8-bit matrices, too: neon_i8mm.h.
+namespace lobcq::neon_i8mm {
+
+void fused(const Tables& t, const WeightView& w, const ActivationView& a, int64_t panel, float* sums);
+void decode(const Tables& t, const WeightView& w, int64_t panel, int64_t chunk, int64_t chunks, int slot,
+            WeightTile* tile);
+void multiply(const WeightTile& tile, const ActivationView& a, int64_t first_row, int64_t rows, int64_t chunk,
+              int64_t chunks, float* sums);
+
+}  // namespace lobcq::neon_i8mm

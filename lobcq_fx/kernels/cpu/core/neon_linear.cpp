@@ -1,218 +1,76 @@
-// Products with NEON. One tbl decodes 8 columns of two rows, each row by a codebook of its own; sdot then adds 4
-// columns of 4 rows to 4 sums, the activation's 4 columns being one lane of a register that holds 16.
-//
-// sdot multiplies signed bytes. Biased entries, 1..63, are the same numbers signed and unsigned, so they are multiplied
-// as they are: the tables, the tile and the corrections that sums start from are those of every other instruction set,
-// and taking the bias off before would cost an instruction for every register decoded. 32-bit sums cannot overflow.
+// Products with sdot: it adds 4 columns of 4 rows to 4 sums, the activation's 4 columns being one lane of a register
+// that holds 16.
 #if defined(__aarch64__)
-#include <cstring>
-
 #include "neon.h"
+#include "neon_linear.h"
 
 namespace lobcq::neon {
 namespace {
 
-constexpr int kQuads = kPanel / 4;  // 4 rows are a quad: their sums fill a register
+struct DotProducts {
+    // Part k: columns 4 k to 4 k + 3 of row 0, then of row 1, 2, 3.
+    static Quad arranged(const uint8x16_t w[2][2]) { return {{even(w[0]), odd(w[0]), even(w[1]), odd(w[1])}}; }
 
-// 16 columns of a quad, biased entries: columns[k] holds columns 4 k to 4 k + 3 of row 0, then of row 1, 2, 3.
-struct Quad {
-    uint8x16_t columns[4];
-};
-
-// Decodes block pairs of one panel in order.
-class Decoder {
-  public:
-    Decoder(const Tables& t, const WeightView& w, int64_t panel, int64_t chunk)
-        : codebooks_(t.biased), codes_(w.codes_at(panel, chunk)), selectors_(w.selectors_at(panel, chunk)),
-          bits_(w.bits), mask_((1u << w.bits) - 1) {}
-
-    void next_chunk() {
-        for (int g = 0; g < 8; ++g) std::memcpy(&groups_[g], selectors_ + g * 2 * bits_, sizeof groups_[g]);
-        selectors_ += 8 * 2 * bits_;
-    }
-
-    Quad quad(int i) const {
-        uint8x16_t w[2][2];  // [block][half]
-        for (int half = 0; half < 2; ++half) {
-            const uint8x16_t codes = vld1q_u8(codes_ + half * kChunk + i * 2 * kBlock);
-            const uint8x16_t low = vandq_u8(codes, vdupq_n_u8(0x0f));
-            w[0][half] = look_up(half, i, 0, vorrq_u8(low, second_codebook()));
-            w[1][half] = look_up(half, i, 1, vsriq_n_u8(second_codebook(), codes, 4));
+    template <int kRows>
+    class Sums {
+      public:
+        Sums(const ActivationView& a, int64_t first_row, int64_t array) {
+            for (int m = 0; m < kRows; ++m)
+                for (int i = 0; i < kQuads; ++i)
+                    dots_[m][i] = vdupq_n_s32(a.corrections_at(first_row + m)[array * a.parts]);
         }
-        return {{even(w[0]), odd(w[0]), even(w[1]), odd(w[1])}};
-    }
 
-    void next_pair() {
-        codes_ += kPairBytes;
-        for (uint64_t& group : groups_) group >>= 2 * 2 * bits_;
-    }
+        template <class Weights>
+        void add(const Weights& weights, const int8_t* a, int64_t stride) {
+            int8x16_t x[kRows];
+            for (int m = 0; m < kRows; ++m) x[m] = vld1q_s8(a + m * stride);
+#pragma GCC unroll 4
+            for (int i = 0; i < kQuads; ++i) {
+                const Quad w = weights.quad(i);
+#pragma GCC unroll 4
+                for (int m = 0; m < kRows; ++m) {
+                    int32x4_t& dot = dots_[m][i];
+                    dot = vdotq_laneq_s32(dot, vreinterpretq_s8_u8(w.parts[0]), x[m], 0);
+                    dot = vdotq_laneq_s32(dot, vreinterpretq_s8_u8(w.parts[1]), x[m], 1);
+                    dot = vdotq_laneq_s32(dot, vreinterpretq_s8_u8(w.parts[2]), x[m], 2);
+                    dot = vdotq_laneq_s32(dot, vreinterpretq_s8_u8(w.parts[3]), x[m], 3);
+                }
+                keep_loads_here();
+            }
+        }
+
+        int32x4_t quad(int m, int i) const { return dots_[m][i]; }
+
+      private:
+        int32x4_t dots_[kRows][kQuads];
+    };
 
   private:
-    // One block of a half's places 2 i and 2 i + 1.
-    uint8x16_t look_up(int half, int i, int block, uint8x16_t index) const {
-        return neon::look_up(codebook(half, 2 * i, block), codebook(half, 2 * i + 1, block), index);
-    }
-
-    const uint8_t* codebook(int half, int place, int block) const {
-        const int bit = bits_ * (2 * block + selector_second(place));
-        return codebooks_ + ((groups_[selector_group(half, place)] >> bit) & mask_) * kCodebookSize;
-    }
-
-    // Half 0 holds 8 columns of a quad's rows 0 and 1, half 1 those of rows 2 and 3: the first and the last 4 of each.
+    // Of the two rows in each half, the first and the last 4 columns.
     static uint8x16_t even(const uint8x16_t half[2]) {
         return vreinterpretq_u8_u32(vuzp1q_u32(vreinterpretq_u32_u8(half[0]), vreinterpretq_u32_u8(half[1])));
     }
     static uint8x16_t odd(const uint8x16_t half[2]) {
         return vreinterpretq_u8_u32(vuzp2q_u32(vreinterpretq_u32_u8(half[0]), vreinterpretq_u32_u8(half[1])));
     }
-
-    const uint8_t *codebooks_, *codes_, *selectors_;
-    uint64_t groups_[8];
-    int bits_;
-    uint64_t mask_;
 };
-
-// 16 columns of a panel in a tile.
-struct TileColumns {
-    const uint8_t* w;
-
-    Quad quad(int i) const {
-        Quad quad;
-        for (int k = 0; k < 4; ++k) quad.columns[k] = vld1q_u8(w + k * 4 * kPanel + i * 16);
-        return quad;
-    }
-};
-
-// Keeps GCC from loading what all four quads need before it multiplies the first, which spills registers.
-void keep_loads_here() { asm volatile("" : : : "memory"); }
-
-template <int kRows>
-using Dots = int32x4_t[kRows][kQuads];
-
-template <int kRows>
-void start(const ActivationView& a, int64_t first_row, int64_t array, Dots<kRows>& dots) {
-    for (int m = 0; m < kRows; ++m)
-        for (int i = 0; i < kQuads; ++i)
-            dots[m][i] = vdupq_n_s32(a.corrections_at(first_row + m)[array * a.parts]);
-}
-
-// Adds 16 columns of kRows activation rows times the panel that `weights` gives quad by quad.
-template <int kRows, class Weights>
-void add_columns(const Weights& weights, const int8_t* a, int64_t stride, Dots<kRows>& dots) {
-    int8x16_t x[kRows];
-    for (int m = 0; m < kRows; ++m) x[m] = vld1q_s8(a + m * stride);
-#pragma GCC unroll 4
-    for (int i = 0; i < kQuads; ++i) {
-        const Quad w = weights.quad(i);
-#pragma GCC unroll 4
-        for (int m = 0; m < kRows; ++m) {
-            int32x4_t& dot = dots[m][i];
-            dot = vdotq_laneq_s32(dot, vreinterpretq_s8_u8(w.columns[0]), x[m], 0);
-            dot = vdotq_laneq_s32(dot, vreinterpretq_s8_u8(w.columns[1]), x[m], 1);
-            dot = vdotq_laneq_s32(dot, vreinterpretq_s8_u8(w.columns[2]), x[m], 2);
-            dot = vdotq_laneq_s32(dot, vreinterpretq_s8_u8(w.columns[3]), x[m], 3);
-        }
-        keep_loads_here();
-    }
-}
-
-// 16 E4M3 bytes, not negative and not NaN, as fp32: moved into place they are fp16 numbers times 2^-8.
-void scales_of(const uint8_t* bytes, float32x4_t scales[kQuads]) {
-    const uint8x16_t e4m3 = vld1q_u8(bytes);
-    const float16x8_t low = vreinterpretq_f16_u16(vshll_n_u8(vget_low_u8(e4m3), 7));
-    const float16x8_t high = vreinterpretq_f16_u16(vshll_high_n_u8(e4m3, 7));
-    scales[0] = vmulq_n_f32(vcvt_f32_f16(vget_low_f16(low)), 256.0f);
-    scales[1] = vmulq_n_f32(vcvt_high_f32_f16(low), 256.0f);
-    scales[2] = vmulq_n_f32(vcvt_f32_f16(vget_low_f16(high)), 256.0f);
-    scales[3] = vmulq_n_f32(vcvt_high_f32_f16(high), 256.0f);
-}
-
-float32x4_t scaled(int32x4_t dot, float32x4_t w_scale, float a_scale, float32x4_t sum) {
-    return vfmaq_f32(sum, vcvtq_f32_s32(dot), vmulq_n_f32(w_scale, a_scale));
-}
-
-template <int kRows>
-void fused_rows(const Tables& t, const WeightView& w, const ActivationView& a, int64_t panel, float* sums) {
-    Decoder decoder(t, w, panel, 0);
-    float32x4_t sum[kRows][kQuads] = {};
-    int64_t column = 0;
-    for (int64_t g = 0; g < w.arrays; ++g) {
-        Dots<kRows> dots;
-        start<kRows>(a, 0, g, dots);
-        for (const int64_t end = column + w.array_size; column < end; column += kPairColumns) {
-            if (column % kChunk == 0) decoder.next_chunk();
-            add_columns<kRows>(decoder, a.entries + column, a.stride, dots);
-            decoder.next_pair();
-        }
-        float32x4_t w_scales[kQuads];
-        scales_of(w.scales_at(panel, g), w_scales);
-        for (int m = 0; m < kRows; ++m)
-            for (int i = 0; i < kQuads; ++i)
-                sum[m][i] = scaled(dots[m][i], w_scales[i], a.scales_at(m)[g], sum[m][i]);
-    }
-    for (int m = 0; m < kRows; ++m)
-        for (int i = 0; i < kQuads; ++i) vst1q_f32(sums + m * kPanel + 4 * i, sum[m][i]);
-}
-
-// kRows activation rows by one panel: 32-bit sums of an array in registers, fp32 sums in memory.
-template <int kRows>
-void multiply_rows(const uint8_t* w, const float* w_scales, const ActivationView& a, int64_t first_row, int64_t chunk,
-                   int64_t chunks, float* sums) {
-    const int64_t first = chunk * kChunk / a.array_size, arrays = chunks * kChunk / a.array_size;
-    const int8_t* entries = a.entries_at(first_row) + chunk * kChunk;
-    for (int64_t g = 0; g < arrays; ++g, w_scales += kTileRows) {
-        Dots<kRows> dots;
-        start<kRows>(a, first_row, first + g, dots);
-        for (int k = 0; k < a.array_size; k += 16, entries += 16, w += 16 * kPanel)
-            add_columns<kRows>(TileColumns{w}, entries, a.stride, dots);
-        for (int m = 0; m < kRows; ++m)
-            for (int i = 0; i < kQuads; ++i) {
-                float* sum = sums + m * kTileRows + 4 * i;
-                const float a_scale = a.scales_at(first_row + m)[first + g];
-                vst1q_f32(sum, scaled(dots[m][i], vld1q_f32(w_scales + 4 * i), a_scale, vld1q_f32(sum)));
-            }
-    }
-}
 
 }  // namespace
 
 void fused(const Tables& t, const WeightView& w, const ActivationView& a, int64_t panel, float* sums) {
-    constexpr decltype(&fused) kernels[kFusedRows] = {fused_rows<1>, fused_rows<2>, fused_rows<3>, fused_rows<4>};
+    constexpr decltype(&fused) kernels[kFusedRows] = {fused_rows<DotProducts, 1>, fused_rows<DotProducts, 2>,
+                                                      fused_rows<DotProducts, 3>, fused_rows<DotProducts, 4>};
     kernels[a.rows * a.planes - 1](t, w, a, panel, sums);
 }
 
 void decode(const Tables& t, const WeightView& w, int64_t panel, int64_t chunk, int64_t chunks, int slot,
             WeightTile* tile) {
-    Decoder decoder(t, w, panel, chunk);
-    uint8_t* to = tile->entries[slot];
-    for (int64_t pair = 0; pair < chunks * 4; ++pair, to += kPairColumns * kPanel) {
-        if (pair % 4 == 0) decoder.next_chunk();
-#pragma GCC unroll 4
-        for (int i = 0; i < kQuads; ++i) {
-            const Quad quad = decoder.quad(i);
-            for (int k = 0; k < 4; ++k) vst1q_u8(to + k * 4 * kPanel + i * 16, quad.columns[k]);
-        }
-        decoder.next_pair();
-    }
-    const uint8_t* scales = w.scales_at(panel, chunk * kChunk / w.array_size);
-    for (int64_t g = 0; g < chunks * kChunk / w.array_size; ++g) {
-        float32x4_t values[kQuads];
-        scales_of(scales + g * kPanel, values);
-        for (int i = 0; i < kQuads; ++i) vst1q_f32(tile->scales[g] + slot * kPanel + 4 * i, values[i]);
-    }
+    decode_panel<DotProducts>(t, w, panel, chunk, chunks, slot, tile);
 }
 
 void multiply(const WeightTile& tile, const ActivationView& a, int64_t first_row, int64_t rows, int64_t chunk,
               int64_t chunks, float* sums) {
-    constexpr int kMost = 4;
-    constexpr decltype(&multiply_rows<kMost>) kernels[kMost] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>,
-                                                                multiply_rows<4>};
-    for (int slot = 0; slot < kTilePanels; ++slot)
-        for (int64_t m = 0; m < rows; m += kMost) {
-            const int64_t n = rows - m < kMost ? rows - m : kMost;
-            kernels[n - 1](tile.entries[slot], tile.scales[0] + slot * kPanel, a, first_row + m, chunk, chunks,
-                           sums + m * kTileRows + slot * kPanel);
-        }
+    multiply_tile<DotProducts>(tile, a, first_row, rows, chunk, chunks, sums);
 }
 
 }  // namespace lobcq::neon
