@@ -1,4 +1,4 @@
-"""The CPU core's W4A4 linear against other linears: what the README's speed tables show.
+"""The CPU core's linear, in W4A4 if nothing else is said, against other linears: what the README's speed tables show.
 
     python -m benchmarks.cpu.linears
 
@@ -39,6 +39,7 @@ def main() -> None:
             rows=tuple(arguments.rows),
             rounds=arguments.rounds,
             threads=threads,
+            mode=arguments.mode,
             peers=tuple(peer for peer in PEERS if peer.name in arguments.peers),
         )
         print(f"== {threads} threads", flush=True)
@@ -74,6 +75,7 @@ def parse() -> argparse.Namespace:
     names = [peer.name for peer in PEERS]
     parser.add_argument("--shapes", nargs="+", default=[shape_name(shape) for shape in SHAPES], metavar="NxK")
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
+    parser.add_argument("--mode", default="w4a4", choices=("w4a4", "w4a8", "w4a16"))
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, os.cpu_count() or 1])
     parser.add_argument("--peers", nargs="*", default=names, choices=names)

@@ -50,13 +50,16 @@ PROFILED = (W4A4, W4A4_HEAD)
 def main() -> None:
     """Command line."""
     arguments = parse()
-    names = tuple(name for name in NAMES if name in arguments.contenders or name == TORCH_FP32)
+    names = tuple(name for name in NAMES if name in arguments.contenders or name == arguments.against)
     reason = why_absent(arguments.llama_cpp)
     absent = {name: reason for name in names if name in LLAMA_CPP and reason}
+    if arguments.against in absent:
+        raise SystemExit(f"{arguments.against}, which ratios are of, cannot run: {reason}")
     for name in absent:
         print(f"not run: {name} ({reason})", flush=True)
     settings = Settings(
         tuple(name for name in names if name not in absent),
+        arguments.against,
         tuple(arguments.prompts),
         tuple(arguments.decode_from or arguments.prompts[:1]),
         tuple(arguments.batches),
@@ -94,6 +97,7 @@ def measure(folders: Folders, settings: Settings, arguments: argparse.Namespace)
         "cores": os.cpu_count(),
         "versions": versions(settings),
         "layers": arguments.layers,
+        "against": settings.against,
         "prompts": settings.prompts,
         "decode_from": settings.decode_from,
         "batches": settings.batches,
@@ -147,7 +151,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1], help="more than one: of torch and llama.cpp")
     parser.add_argument("--steps", type=int, default=32, help="tokens of a decode burst")
     parser.add_argument("--rounds", type=int, default=7, help="fewer are run of prompts longer than twice the first")
-    parser.add_argument("--contenders", nargs="+", default=list(NAMES), choices=NAMES, help="torch fp32 always runs")
+    parser.add_argument("--contenders", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--against", default=TORCH_FP32, choices=NAMES, help="always runs: the one that ratios are of")
     parser.add_argument("--llama-cpp", type=Path, metavar="PYTHON", help="an interpreter that imports llama_cpp")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
     parser.add_argument("--output", type=Path, default=RESULT)

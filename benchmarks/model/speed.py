@@ -53,12 +53,14 @@ GRAPHS = 64
 class Settings:
     """What to measure.
 
-    names: contenders. prompts: tokens of each that is read. decode_from: tokens of prompts that steps are made behind.
+    names: contenders. against: the one of them that ratios are of. prompts: tokens of each that is read.
+    decode_from: tokens of prompts that steps are made behind.
     batches: sequences at once, behind the first of those. steps: of a decode burst. rounds: fewer of long prompts.
     llama_cpp: an interpreter that imports llama_cpp, where any contender needs it.
     """
 
     names: tuple[str, ...]
+    against: str
     prompts: tuple[int, ...]
     decode_from: tuple[int, ...]
     batches: tuple[int, ...]
@@ -117,7 +119,7 @@ def _take(turn: Turn) -> float:
 
 
 def summary(speed: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
-    """One row a contender: tokens a second, of all sequences, and how many times as fast as the fp32 model is.
+    """One row a contender: tokens a second, of all sequences, and how many times as fast as `settings.against` is.
 
     "decode" and "prefill" are of the loops, "generate" of plain `generate()`.
     """
@@ -128,16 +130,16 @@ def summary(speed: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
             race = decode_name(length, batch, settings)
             if race in decode:
                 row[f"{race}_tokens_per_second"] = batch / statistics.median(decode[race])
-                row[f"{race}_ratio"] = median_ratio(speed["decode"][TORCH_FP32][race], decode[race])
+                row[f"{race}_ratio"] = median_ratio(speed["decode"][settings.against][race], decode[race])
         for length in settings.prompts:
             prefill = speed["prefill"][name][str(length)]
             row[f"prefill_{length}_tokens_per_second"] = length / statistics.median(prefill)
-            row[f"prefill_{length}_ratio"] = median_ratio(speed["prefill"][TORCH_FP32][str(length)], prefill)
+            row[f"prefill_{length}_ratio"] = median_ratio(speed["prefill"][settings.against][str(length)], prefill)
         for length in settings.decode_from:
             times = speed["generate"][str(length)]
             if name in times:
                 prefix = "generate" if length == settings.decode_from[0] else f"generate_{length}"
-                columns = generate_columns(times, name, TORCH_FP32, length, speed["steps"])
+                columns = generate_columns(times, name, settings.against, length, speed["steps"])
                 row |= {key.replace("generate", prefix, 1): value for key, value in columns.items()}
         rows.append(row)
     return rows

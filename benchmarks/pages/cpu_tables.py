@@ -10,8 +10,6 @@ from benchmarks.pages.markdown import table
 SHOWN = "8x64"
 """The format that is compared with others' linears; the table of rates has every one."""
 
-ROWS = (1, 8, 64, 512)
-
 Run = Mapping[str, Any]
 """What was measured with one number of threads."""
 
@@ -34,16 +32,17 @@ def _made_on(runs: list[Run]) -> str:
     machine, shapes = runs[0]["machine"], dict.fromkeys(row["shape"] for run in runs for row in run["results"])
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     return (
-        f"How many times as fast as others the W4A4 linear of format {SHOWN} is: the range over N x K ="
-        f" {', '.join(shapes)}, {_per_run(_threads(run) for run in runs)}. {machine['cpu']}, instruction set"
+        f"How many times as fast as others the {runs[0]['mode'].upper()} linear of format {SHOWN} is: the range over"
+        f" N x K = {', '.join(shapes)}, {_per_run(_threads(run) for run in runs)}. {machine['cpu']}, instruction set"
         f" {machine['isa']}; {versions}:"
     )
 
 
 def _speedups(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
     peers = dict.fromkeys(peer for run in runs for row in run["results"] for peer in row["speedups"])
-    body = [[peer, *(_per_run(_speedup(run, peer, rows) for run in runs) for rows in ROWS)] for peer in peers]
-    return ["compared with", *(f"M = {rows}" for rows in ROWS)], body
+    measured = dict.fromkeys(row["rows"] for run in runs for row in run["results"])
+    body = [[peer, *(_per_run(_speedup(run, peer, rows) for run in runs) for rows in measured)] for peer in peers]
+    return ["compared with", *(f"M = {rows}" for rows in measured)], body
 
 
 def _speedup(run: Run, peer: str, rows: int) -> str:

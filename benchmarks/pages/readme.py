@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.pages.accuracy import by_activations
+from benchmarks.pages.cpu_models import model_section, step_section
 from benchmarks.pages.cpu_tables import cpu_section
 from benchmarks.pages.markdown import keep_page, table
 
@@ -99,58 +100,12 @@ def cpu() -> str:
 
 def cpu_model() -> str:
     """Generation by a model of 1.1 billion parameters, each contender's speed and memory."""
-    if not measured("cpu_model"):
-        return NOT_MEASURED
-    report = results("cpu_model")
-    resident = {row["contender"]: row["used_mib"] for row in report["memory"]}
-    first = {row["contender"]: row["first_token_seconds"] for row in report["memory"] if "first_token_seconds" in row}
-    columns = cpu_model_columns(report)
-    rows = [
-        [
-            row["contender"],
-            str(row["threads"]),
-            *(_speed_and_ratio(row, what) for what in columns),
-            f"{resident[row['contender']] / 1024:.2f}",
-            *([f"{first[row['contender']]:.1f}"] if first else []),
-        ]
-        for row in report["speed"]
-    ]
-    header = ["model", "threads", *columns.values(), "resident GiB", *(["first token, s"] if first else [])]
-    parts = [table(header, rows)]
-    absent = [f"{name} ({reason})" for name, reason in report.get("not_run", {}).items()]
-    return "\n\n".join([*parts, *([f"Not run: {'; '.join(absent)}."] if absent else [])])
-
-
-def cpu_model_columns(report: dict[str, Any]) -> dict[str, str]:
-    """Titles by what results call it: loops written by hand, then plain `generate()` where it was measured."""
-    longer, prompts = report.get("decode_from", [])[1:], report["prompts"]
-    columns = {"decode": "decode, tokens/s"}
-    columns |= {f"decode_{length}": f"decode behind {length}" for length in longer}
-    columns |= {f"decode_batch_{batch}": f"decode, batch {batch}" for batch in report.get("batches", []) if batch > 1}
-    columns |= {f"prefill_{length}": f"prompt of {length}" for length in prompts}
-    if "generate_decode_ratio" in report["speed"][0]:
-        columns["generate_decode"] = "decode by `generate()`"
-        columns |= {f"generate_{length}_decode": f"behind {length}" for length in longer}
-    return columns
-
-
-def _speed_and_ratio(row: dict[str, Any], what: str) -> str:
-    rate, ratio = (row.get(f"{what}_{end}") for end in ("tokens_per_second", "ratio"))
-    return "-" if rate is None else f"{rate:.1f} ({ratio:.2f}x)"
+    return model_section(results("cpu_model")) if measured("cpu_model") else NOT_MEASURED
 
 
 def cpu_model_step() -> str:
     """Where one decode step's milliseconds go."""
-    if not measured("cpu_model"):
-        return NOT_MEASURED
-    steps = results("cpu_model")["decode_step"]
-    header = ["ms of one decode step", *(f"{step['contender']}, {step['threads']} threads" for step in steps)]
-    rows = [[part, *(f"{step['parts_ms'][part]:.1f}" for step in steps)] for part in steps[0]["parts_ms"]]
-    rows += [
-        [title, *(f"{step[key]:.1f}" for step in steps)]
-        for title, key in (("all, unprofiled", "step_ms"), ("to read what is read once", "floor_ms"))
-    ]
-    return table(header, rows)
+    return step_section(results("cpu_model")) if measured("cpu_model") else NOT_MEASURED
 
 
 def onnx() -> str:

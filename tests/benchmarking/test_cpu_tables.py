@@ -21,6 +21,7 @@ def run(threads: int) -> dict:
     rates = {"weight_scalars_per_second": 5e8, "repack_scalars_per_second": 6e8, "activation_ns_per_scalar": 1.25}
     return {
         "threads": threads,
+        "mode": "w4a4",
         "machine": {"cpu": "A CPU", "isa": "avx2", "versions": {"torch": "2.0", "torchao": None}},
         "results": [
             row(shape, rows, name, factor * threads)

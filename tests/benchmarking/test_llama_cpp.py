@@ -5,7 +5,6 @@ The variable names an interpreter that has what benchmarks/model/llama_cpp says.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from benchmarks.model.llama_cpp.client import LlamaCpp, LlamaCppModel, why_absen
 from benchmarks.model.plain_generate import CALL, race_generate
 from benchmarks.model.speed import Settings, decode_name, summary
 from benchmarks.model.turns import decode_turn, prefill_turn
-from benchmarks.pages import readme
+from benchmarks.pages import cpu_models
 
 VARIABLE = "LOBCQ_LLAMA_CPP"
 PYTHON = Path(os.environ.get(VARIABLE, ""))
@@ -117,8 +116,8 @@ def test_what_goes_wrong_there_is_said_here(process: LlamaCpp, tmp_path: Path) -
         process.call("close")
 
 
-def test_rows_of_the_summary_and_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings(("torch fp32", "ORT int4"), (8,), (8, 32), (1, 4), steps=4, rounds=8)
+def test_rows_of_the_summary_and_of_the_page() -> None:
+    settings = Settings(("torch fp32", "ORT int4"), "torch fp32", (8,), (8, 32), (1, 4), steps=4, rounds=8)
     assert settings.decodes == [(8, 1), (32, 1), (8, 4)]
     assert [settings.rounds_of(length) for length in (8, 16, 32, 64)] == [8, 8, 4, 2]
     assert [decode_name(*one, settings) for one in settings.decodes] == ["decode", "decode_32", "decode_batch_4"]
@@ -148,11 +147,9 @@ def test_rows_of_the_summary_and_of_the_page(tmp_path: Path, monkeypatch: pytest
         "generate_32_decode": "behind 32",
     }
     report = {"prompts": [8], "decode_from": [8, 32], "batches": [1, 4], "speed": [first, other]}
-    assert readme.cpu_model_columns(report) == columns
+    assert cpu_models.columns_of(report) == columns
     memory = [{"contender": name, "used_mib": 512} for name in settings.names]
     absent = {"llama.cpp Q4_0": "no interpreter"}
-    (tmp_path / "cpu_model.json").write_text(json.dumps(report | {"memory": memory, "not_run": absent}))
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    page = readme.cpu_model()
+    page = cpu_models.model_section(report | {"memory": memory, "not_run": absent})
     assert "| ORT int4 | 1 | 4.0 (2.00x) | 4.0 (4.00x) | - | 8.0 (2.00x) | - | - | 0.50 |" in page
     assert page.endswith("Not run: llama.cpp Q4_0 (no interpreter).")

@@ -1,0 +1,45 @@
+"""Put what was measured under AVX2 into docs/cpu.md, between its markers.
+
+    python -m benchmarks.pages.cpu           # rewrite the page
+    python -m benchmarks.pages.cpu --check   # exit with 1 if it differs
+
+The scripts are those of the README's tables: `python -m benchmarks.cpu.linears --output
+benchmarks/results/cpu_avx2.json` and `python -m benchmarks.model.generation --output
+benchmarks/results/cpu_model_avx2.json`, on a CPU without AVX-512 or under LOBCQ_CPU_ISA=avx2.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pages.cpu_models import model_section, step_section
+from benchmarks.pages.cpu_tables import cpu_section
+from benchmarks.pages.markdown import keep_page
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "cpu.md"
+
+
+def main() -> None:
+    """Fill the page."""
+    model = results("cpu_model_avx2")
+    made_on = ", ".join(f"{name} {version}" for name, version in model["versions"].items() if isinstance(version, str))
+    parts = {
+        "linears": cpu_section(results("cpu_avx2")),
+        "linears-w4a8": cpu_section(results("cpu_avx2_w4a8")),
+        "models": f"{model['cpu']}; {made_on}:\n\n{model_section(model)}",
+        "steps": step_section(model),
+    }
+    keep_page(PAGE, parts, "cpu", __doc__)
+
+
+def results(name: str) -> dict[str, Any]:
+    """What a benchmark wrote."""
+    loaded: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+if __name__ == "__main__":
+    main()
