@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from lobcq_fx.config import LobcqConfig
 from lobcq_fx.errors import LobcqError
 from lobcq_fx.graph.bound_forward import BoundForward
-from lobcq_fx.graph.graph_module import copied
+from lobcq_fx.graph.graph_module import copied, ensure_code, hold
 from lobcq_fx.graph.run_on_zeros import run_on_zeros
 from lobcq_fx.inventory import Inventory
 from lobcq_fx.kernels.bind import rows_to_warm, weight_layout
@@ -176,11 +176,13 @@ class QuantizedModel(NotPickled):
             for one in self.graphs.values():
                 for guard in GUARDS:
                     guard(one.graph_module)
+        for one in self.graphs.values():
+            ensure_code(one.graph_module)
 
     def _copy_graphs(self) -> None:
         """Run copies of the stored graphs."""
         for one in self.graphs.values():
-            one.graph_module.graph = copied(one.stored)
+            hold(one.graph_module, copied(one.stored))
 
     def _lower(self, layout: WeightLayout, device: torch.device) -> tuple[Refusal, ...]:
         """Run copies of the stored graphs that are lowered to a device's kernels; what its passes left alone."""
@@ -205,7 +207,7 @@ class QuantizedModel(NotPickled):
         self._forget_bound()
         restore_weights(self.graph_module)
         for one in self.graphs.values():
-            one.graph_module.graph = one.stored
+            hold(one.graph_module, one.stored)
         self.inventory = replace(self.inventory, refusals=())
 
     def save_pretrained(

@@ -36,7 +36,7 @@ from lobcq_fx.frontends.static_cache_call import (
 )
 from lobcq_fx.frontends.vision_language_call import IMAGES
 from lobcq_fx.frontends.whole_batches import WholeBatches
-from lobcq_fx.graph.graph_module import copied
+from lobcq_fx.graph.graph_module import copied, ensure_code
 from lobcq_fx.graph.shared_tensors import SharingGraphModule
 from lobcq_fx.model import ModelGraph, ModelParts, QuantizedModel, Reader
 from lobcq_fx.passes.order import quantizing_cache
@@ -319,6 +319,7 @@ class QuantizedCausalLM(CausalLMForward, QuantizedModel, PreTrainedModel, Genera
             call: CallingConvention = QuantizedCacheCall(calling, row_bytes, constants)
             if isinstance(graph.calling, StaticCacheCall):
                 call = QuantizedStaticCacheCall(calling, graph.calling.guards, row_bytes, constants)
+            ensure_code(graph_module)
             self._quantized_caches[key] = ModelGraph(graph_module, graph.stored, call)
         return self._quantized_caches[key]
 

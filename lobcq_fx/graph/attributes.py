@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from functools import cache
 from itertools import chain, count
 from typing import Any
 
@@ -112,8 +113,13 @@ def get_attr_node(graph_module: fx.GraphModule, name: str) -> fx.Node:
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an operator's node by its schema's names; those left to their defaults are absent."""
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return {**dict(zip(_argument_names(node.target), node.args, strict=False)), **node.kwargs}
+
+
+@cache
+def _argument_names(operator: Any) -> tuple[str, ...]:
+    """Asked once: torch makes new objects of a schema's arguments each time."""
+    return tuple(argument.name for argument in operator._schema.arguments)
 
 
 def add_call(

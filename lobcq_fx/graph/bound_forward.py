@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from lobcq_fx.graph.attributes import get_attribute
+from lobcq_fx.graph.graph_module import ensure_code
 
 
 class BoundForward:
@@ -22,6 +23,7 @@ class BoundForward:
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
+        ensure_code(graph_module)
         self.forward = _forward_of(graph_module)
         self._self = SimpleNamespace()
         for node in graph_module.graph.nodes:

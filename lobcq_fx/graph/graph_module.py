@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import linecache
 import weakref
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 from torch.fx.graph import PythonCode
@@ -26,6 +26,12 @@ class LobcqGraphModule(fx.GraphModule):
 
     _lobcq_source: ClassVar[weakref.finalize | None] = None  # type: ignore[type-arg]
 
+    @property
+    def code(self) -> str:
+        """The source of `forward`."""
+        ensure_code(self)
+        return super().code
+
     def recompile(self) -> PythonCode:
         """Generate `forward` anew; the source of the one before is forgotten."""
         code = super().recompile()
@@ -35,6 +41,28 @@ class LobcqGraphModule(fx.GraphModule):
         own._lobcq_source = weakref.finalize(self, _forget, own.forward.__code__.co_filename)
         own._lobcq_source.atexit = False
         return code
+
+
+def hold(graph_module: fx.GraphModule, graph: fx.Graph) -> None:
+    """Give a graph module a graph that passes are going to change, or that another will replace.
+
+    To generate code takes longer than most passes: it is done by the first call, or before that by `ensure_code`.
+    """
+    graph_module._graph = graph
+    graph.owning_module = graph_module
+    type(graph_module).forward = _generate_and_run
+
+
+def ensure_code(graph_module: fx.GraphModule) -> None:
+    """Generate the code of a graph that was given to `hold` and not changed since by passes, which do so."""
+    if type(graph_module).forward is _generate_and_run:
+        graph_module.recompile()
+
+
+def _generate_and_run(graph_module: fx.GraphModule, *inputs: Any) -> Any:
+    """The `forward` of a graph that has no code yet."""
+    ensure_code(graph_module)
+    return graph_module.forward(*inputs)
 
 
 def _forget(source: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lobcq_fx.graph.attributes import delete_attribute, free_name, get_attribute, has_attribute, register_attribute
-from lobcq_fx.graph.graph_module import LobcqGraphModule
+from lobcq_fx.graph.graph_module import LobcqGraphModule, ensure_code, hold
 
 _ROOT = "_lobcq_root"
 """A name that hides no parameter or submodule of a model."""
@@ -19,7 +19,7 @@ class SharingGraphModule(LobcqGraphModule):
     """Runs a graph on the parameters, buffers and submodules of another graph module, the root.
 
     It has the root's own dictionaries, so that what is registered, deleted or moved in one of them is in the other. It
-    is not registered in the root, whose state dict and parameters stay as they are.
+    is not registered in the root, whose state dict and parameters stay as they are. The graph has no code yet.
     """
 
     def __init__(self, root: fx.GraphModule, graph: fx.Graph) -> None:
@@ -27,12 +27,14 @@ class SharingGraphModule(LobcqGraphModule):
         self.__dict__[_ROOT] = root  # not by setattr, which would make it a submodule
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[name] = getattr(root, name)
-        self.graph = graph
+        hold(self, graph)
         self.training = root.training
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharingGraphModule:
         # The root's copy, which memo has if the root is being copied too: fx would copy the tensors once more.
-        return SharingGraphModule(copy.deepcopy(self.__dict__[_ROOT], memo), copy.deepcopy(self.graph, memo))
+        copied = SharingGraphModule(copy.deepcopy(self.__dict__[_ROOT], memo), copy.deepcopy(self.graph, memo))
+        ensure_code(copied)
+        return copied
 
 
 def drop_shared(graph_module: fx.GraphModule, root: fx.GraphModule) -> None:

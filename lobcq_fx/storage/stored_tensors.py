@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, fx, nn
 
 from lobcq_fx.errors import CheckpointError
-from lobcq_fx.graph.attributes import has_attribute, register_attribute
-from lobcq_fx.graph.graph_module import LobcqGraphModule
+from lobcq_fx.graph.attributes import register_attribute
+from lobcq_fx.graph.graph_module import LobcqGraphModule, hold
 from lobcq_fx.modules.packed_weight import PARTS
 from lobcq_fx.storage.files import FILE_LIMIT, check_regular, read_bytes
 from lobcq_fx.storage.index import PIECE, FolderIndex, bytes_of, described, differing, digests_of
@@ -50,15 +51,13 @@ def validated_root(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parame
 
 
 def root_of(tensors: Mapping[str, Tensor], graphs: list[fx.Graph], parameters: set[str]) -> fx.GraphModule:
-    """A module that runs the first graph, with the tensors of all of them."""
-    module = nn.Module()
-    for name, tensor in tensors.items():
+    """A module that runs the first graph, which has no code yet, with the tensors of all of them."""
+    root = LobcqGraphModule(nn.Module(), fx.Graph(), class_name="LobcqGraph")
+    for name in stored_names(graphs):
+        tensor = tensors[name]
         is_parameter = name in parameters and tensor.is_floating_point()
-        register_attribute(module, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
-    root = LobcqGraphModule(module, graphs[0], class_name="LobcqGraph")
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if not has_attribute(root, name):  # the line above copies what its own graph reads
-            register_attribute(root, name, tensor)
+        register_attribute(root, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+    hold(root, graphs[0])
     return root
 
 
@@ -107,7 +106,10 @@ def stored_names(graphs: Sequence[fx.Graph]) -> list[str]:
 
 
 def read_tensors(directory: Path, entry: str, graphs: Sequence[fx.Graph]) -> dict[str, Tensor]:
-    """What the graphs refer to, from the files that `entry` leads to: copied, or where it is to be repacked mapped."""
+    """What the graphs refer to, from the files that `entry` leads to: copied, or where it is to be repacked mapped.
+
+    Large tensors are read in as many threads as there are cores.
+    """
     wanted = sorted(set(stored_names(graphs)))
     with open_weights(directory, entry) as weights:
         missing = sorted({*wanted} - weights.names)
@@ -115,40 +117,47 @@ def read_tensors(directory: Path, entry: str, graphs: Sequence[fx.Graph]) -> dic
             raise CheckpointError(f"{directory / entry} lacks {missing[0]} and {len(missing) - 1} more tensors")
         paths = {name: weights.path(name) for name in wanted}
     tensors: dict[str, Tensor] = {}
-    for (path, mapped), waiting in _by_file(paths).items():
-        while waiting:
-            with _opened(path) as file, path.open("rb", buffering=0) as raw:
-                places = {} if mapped else _places(raw)
-                room = READ_AT_ONCE
-                while waiting and room > 0:
-                    name = waiting.popleft()
-                    tensor = file.get_tensor(name)
-                    tensors[name] = tensor if mapped else _copied(tensor, raw, places.get(name))
-                    room -= tensor.nbytes
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        reading = []
+        for (path, mapped), waiting in _by_file(paths).items():
+            while waiting:
+                with _opened(path) as file:
+                    places = {} if mapped else _places(path)
+                    room = READ_AT_ONCE
+                    while waiting and room > 0:
+                        name = waiting.popleft()
+                        tensor = file.get_tensor(name)
+                        room -= tensor.nbytes
+                        if not mapped and tensor.nbytes > PIECE:
+                            tensor = torch.empty_like(tensor)
+                            reading.append(threads.submit(_read, path, places.get(name, (0, 0)), tensor))
+                        elif not mapped:
+                            tensor = tensor.clone()
+                        tensors[name] = tensor
+        for one in reading:
+            one.result()
     return {name: tensors[name] for name in wanted}
 
 
-def _places(raw: FileIO) -> dict[str, tuple[int, int]]:
+def _places(path: Path) -> dict[str, tuple[int, int]]:
     """Where each tensor of a file begins, and its bytes, by a header that is known to be right."""
-    start = 8 + int.from_bytes(raw.read(8), "little")
-    header = json.loads(raw.read(start - 8))
+    with path.open("rb", buffering=0) as raw:
+        start = 8 + int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(start - 8))
     found = {name: one["data_offsets"] for name, one in header.items() if name != "__metadata__"}
     return {name: (start + begin, end - begin) for name, (begin, end) in found.items()}
 
 
-def _copied(mapped: Tensor, raw: FileIO, place: tuple[int, int] | None) -> Tensor:
-    """In memory of its own. A large tensor is read: what is copied out of a mapping is resident there too."""
-    if mapped.nbytes <= PIECE:
-        return mapped.clone()
-    result, done = torch.empty_like(mapped), 0
-    content = memoryview(bytes_of(result)).cast("B")
-    begin, size = place or (0, 0)
-    raw.seek(begin)
-    while done < mapped.nbytes and (read := raw.readinto(content[done : done + PIECE])):
-        done += read
-    if not size == done == mapped.nbytes:
-        raise CheckpointError(f"{raw.name} was changed while it was read. Remedy: load it again")
-    return result
+def _read(path: Path, place: tuple[int, int], tensor: Tensor) -> None:
+    """Fill a large tensor. What is copied out of a mapping instead is resident there too."""
+    content, done = memoryview(bytes_of(tensor)).cast("B"), 0
+    begin, size = place
+    with path.open("rb", buffering=0) as raw:
+        raw.seek(begin)
+        while done < tensor.nbytes and (read := raw.readinto(content[done : done + PIECE])):
+            done += read
+    if not size == done == tensor.nbytes:
+        raise CheckpointError(f"{path} was changed while it was read. Remedy: load it again")
 
 
 def _by_file(paths: Mapping[str, Path]) -> dict[tuple[Path, bool], deque[str]]:
