@@ -11,8 +11,8 @@ Each way runs in processes of its own, whose peak is their VmHWM, what Python an
 largest, and the sum of their processor times. What all ways write is compared byte for byte, but for what is
 calibrated. Loading what was written is measured too. So are the parts that the way "streamed" cannot do without, each
 alone: reading the files plainly, from the disk where the system lets their cached pages go, and encoding the tensors
-that are encoded there, from memory. Results go into benchmarks/results/streaming.json, size by size;
-those of ways that are not run again stay, each with the processor that it was measured on.
+that are encoded there, from memory, by as many threads as there. Results go into benchmarks/results/streaming.json,
+size by size; those of ways that are not run again stay, each with the processor that it was measured on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +47,7 @@ from lobcq_fx.inventory import Inventory
 from lobcq_fx.storage.checkpoint import INVENTORY, verify_folder
 from lobcq_fx.storage.index import described
 from lobcq_fx.storage.weights_file import check_room, weights_file
+from lobcq_fx.streaming.workers import WORKERS
 
 RESULT = Path(__file__).parents[1] / "results" / "streaming.json"
 SHARD = 2**32
@@ -244,12 +246,25 @@ def measure_part(part: str, folder: str, threads: int) -> dict[str, Any]:
     else:
         found = Inventory.from_dict(json.loads((Path(folder) / "streamed" / INVENTORY).read_text(encoding="utf-8")))
         formats = {f"{record.layer}.weight": FormatSpec.from_name(str(record.format)) for record in found.quantized}
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                for name in formats.keys() & set(opened.keys()):
-                    weight, spec = opened.get_tensor(name).clone(), formats[name]  # in memory, not in the file's pages
-                    timed(partial(encode_weight, weight, spec, universal_codebooks(spec.num_codebooks), name))
+        with ThreadPoolExecutor(WORKERS) as workers:
+            for file in files:
+                with safe_open(file, framework="pt") as opened:  # clones are in memory, not in the file's pages
+                    weights = [(name, opened.get_tensor(name).clone()) for name in formats.keys() & set(opened.keys())]
+                weights.sort(key=lambda named: -named[1].numel())
+                jobs = [partial(encoded, name, weight, formats[name]) for name, weight in weights]
+                timed(partial(run_all, workers, jobs))
     return {"seconds": spent[0], "processor_seconds": spent[1]}
+
+
+def encoded(name: str, weight: torch.Tensor, spec: FormatSpec) -> None:
+    """Encode a weight, and let what comes of it go."""
+    encode_weight(weight, spec, universal_codebooks(spec.num_codebooks), name)
+
+
+def run_all(workers: Executor, jobs: Sequence[Callable[[], None]]) -> None:
+    """Run jobs, until all are done."""
+    for done in [workers.submit(job) for job in jobs]:
+        done.result()
 
 
 def read_plainly(files: Sequence[Path]) -> None:
