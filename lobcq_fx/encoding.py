@@ -6,17 +6,17 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, fx, nn
 
 from lobcq_fx.calibration.codebook_sets import CodebookSets
-from lobcq_fx.calibration.compensate import decoded_weight
 from lobcq_fx.calibration.encode_weight import encode_stacked_weight, encode_weight
 from lobcq_fx.calibration.groups import GroupMoments, Moments
 from lobcq_fx.calibration.rounding_error import encoded_sample
 from lobcq_fx.calibration.statistics import ActivationStatistics
 from lobcq_fx.float_weights import FloatWeights
 from lobcq_fx.format import Encoded, EncodedStack, sqnr_db
-from lobcq_fx.format.error import sqnr_db_of_all
+from lobcq_fx.format.error import sqnr_db_of
 from lobcq_fx.format.spec import ENTRY_MAX, INT8_MAX
 from lobcq_fx.graph.attributes import delete_attribute, device_of, get_attribute, has_attribute, register_attribute
 from lobcq_fx.inventory import MatmulRecord
@@ -87,12 +87,18 @@ def encode_planned(
     if planned.stacked:
         assert not isinstance(moments, Tensor)
         stack = encode_stacked_weight(matrices(), *used, moments)
-        pairs = ((one, stack.matrix(index)) for index, one in enumerate(matrices()))
-        return stack, sqnr_db_of_all(pairs, decoded_weight)
+        squares = [_squares(one, stack.matrix(index)) for index, one in enumerate(matrices())]
+        return stack, sqnr_db_of(torch.cat(squares))
     assert not isinstance(moments, GroupMoments)
     (weight,) = matrices()
     encoded = encode_weight(weight, *used, moments)
-    return encoded, sqnr_db(weight, encoded, decoded_weight)
+    return encoded, sqnr_db_of(_squares(weight, encoded))
+
+
+def _squares(weight: Tensor, w: Encoded) -> Tensor:
+    parts = (w.codes, w.selectors, w.scales, w.tensor_scale, w.codebooks)
+    squares: Tensor = torch.ops.lobcq.weight_squares(weight, *parts, w.spec.array_size)
+    return squares
 
 
 def register_codebooks(graph_module: fx.GraphModule, codebooks: CodebookSets) -> None:

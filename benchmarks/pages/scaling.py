@@ -29,7 +29,7 @@ def main() -> None:
         json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in ("streaming", "tracing", "plan")
     )
     parts = {
-        "streaming": streaming(found), "steps": steps(found),
+        "streaming": streaming(found), "steps": steps(found), "alone": alone(found),
         "loading": loading(found), "tracing": tracing(traced), "plan": plan(simulated),
     }  # fmt: skip
     keep_page(PAGE, parts, "scaling", __doc__)
@@ -61,6 +61,23 @@ def steps(found: dict[str, Any]) -> str:
             taken = [end - begin for begin, end in pairwise(ends)]
             rows.append([f"{one['float_gib']:.2f} GiB", *(f"{value:.0f}" for value in taken)])
     return table(["float model", *(f"{title}, s" for title in STEPS.values())], rows) if rows else "Not measured."
+
+
+def alone(found: dict[str, Any]) -> str:
+    """Of each size the weights' step beside what reading and encoding take alone, and the share of the slower one."""
+    rows = []
+    for size in sorted(found["sizes"], key=float):
+        one = found["sizes"][size]
+        way = one["ways"]["streamed"]
+        if "alone" in one and "seconds_after" in way:
+            for kind, title in (("processor_seconds", "processor"), ("seconds", "clock")):
+                after, parts = way[f"{kind}_after"], [one["alone"][part][kind] for part in ("reading", "encoding")]
+                step = after["encode"] - after["trace"]
+                share = f"{100 * max(parts) / step:.0f} %"
+                seconds = (f"{value:.1f}" for value in (*parts, step))
+                rows.append([f"{one['float_gib']:.2f} GiB", title, *seconds, share, way["cpu"]])
+    header = ["float model", "time", "reading alone, s", "encoding alone, s", "weights, s", "share", "processor"]
+    return table(header, rows) if rows else "Not measured."
 
 
 def loading(found: dict[str, Any]) -> str:

@@ -9,8 +9,10 @@ python -m benchmarks.scale.streaming --folder /a/large/disk
 
 Each way runs in processes of its own, whose peak is their VmHWM, what Python and torch take included; of several, the
 largest, and the sum of their processor times. What all ways write is compared byte for byte, but for what is
-calibrated. Loading what was written is measured too. Results go into benchmarks/results/streaming.json, size by size;
-those of ways that are not run again stay, each with the processor that it was measured on.
+calibrated. Loading what was written is measured too. So are the parts that the way "streamed" cannot do without, each
+alone: reading the files plainly, from the disk where the system lets their cached pages go, and encoding the tensors
+that are encoded there, from memory, by as many threads as there. Results go into benchmarks/results/streaming.json,
+size by size; those of ways that are not run again stay, each with the processor that it was measured on.
 """
 
 from __future__ import annotations
@@ -23,20 +25,29 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lobcq_fx
 from benchmarks.model.memory import status_mib
 from lobcq_fx.benchmarking.machine import machine
-from lobcq_fx.storage.checkpoint import verify_folder
+from lobcq_fx.benchmarking.ours import require_core
+from lobcq_fx.calibration.encode_weight import encode_weight
+from lobcq_fx.format import FormatSpec, universal_codebooks
+from lobcq_fx.inventory import Inventory
+from lobcq_fx.storage.checkpoint import INVENTORY, verify_folder
 from lobcq_fx.storage.index import described
 from lobcq_fx.storage.weights_file import check_room, weights_file
+from lobcq_fx.streaming.workers import WORKERS
 
 RESULT = Path(__file__).parents[1] / "results" / "streaming.json"
 SHARD = 2**32
@@ -47,6 +58,12 @@ FIXED_GIB, LARGEST_TENSORS = 1.5, 2
 """What the peak must stay below: so much, and so many times the largest tensor."""
 
 CALIBRATED, LOADED = "calibrated", "loaded"
+PARTS = ("reading", "encoding")
+"""Of the step that reads, encodes and writes the weights: what each takes alone."""
+
+PIECE = 2**24
+"""Bytes that a plain reader reads at a time, into the same memory."""
+
 CALLS, TOKENS, MAX_MEMORY = 16, 512, 2**31
 """Calibration data, of random tokens, and what the segments and their values get."""
 
@@ -64,7 +81,8 @@ def main() -> None:
     parser.add_argument("--worker", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
-        print(json.dumps(measure(*given.worker, given.threads)))
+        way, folder = given.worker
+        print(json.dumps((measure_part if way in PARTS else measure)(way, folder, given.threads)))
         return
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         folder = Path(name)
@@ -77,6 +95,7 @@ def main() -> None:
         if given.calibrated:
             found[CALIBRATED] = run(CALIBRATED, folder, given.threads)
         result["loading"] = run(LOADED, folder, given.threads)
+        result["alone"] = {part: run_part(part, folder, given.threads) for part in PARTS}
     results = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"sizes": {}}
     results |= {"machine": machine(), "transformers": version("transformers")}
     before = results["sizes"].get(f"{given.gigabytes:g}", {"ways": {}})
@@ -134,7 +153,7 @@ def run(way: str, folder: Path, threads: int) -> dict[str, Any]:
     """`measure` in a process of its own, or in as many as the way has."""
     count, _, _ = way.partition(" processes")
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", count, "-m"] if count.isdigit() else []
-    command = [sys.executable, "-m", *launcher, "benchmarks.scale.streaming", "--threads", str(threads), "--worker"]
+    command = worker(threads, launcher)
     if way == "resumed":
         killed = subprocess.run([*command, KILLED, str(folder)], stdout=subprocess.DEVNULL)
         assert killed.returncode == -signal.SIGKILL
@@ -146,7 +165,7 @@ def run(way: str, folder: Path, threads: int) -> dict[str, Any]:
         "seconds": seconds,
         "processor_seconds": sum(one["processor_seconds"] for one in found),
         **{name: max(one[name] for one in found) for name in ("peak_gib", "imported_gib")},
-        **{name: max((one[name] for one in found), key=len) for name in ("peak_gib_after", "processor_seconds_after")},
+        **{name: max((one[name] for one in found), key=len) for name in found[0] if name.endswith("_after")},
         "cpu": machine()["cpu"],
     }
 
@@ -156,16 +175,17 @@ def measure(way: str, folder: str, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     source, output = Path(folder) / "float", Path(folder) / ("resumed" if way == KILLED else way)
-    steps, taken = dict[str, float](), dict[str, float]()
+    steps, taken, clock = dict[str, float](), dict[str, float](), dict[str, float]()
     if way == LOADED:  # on top of what Python, the modules and the core take
         lobcq_fx.quantize_folder(lobcq_fx.default_model_path(), Path(folder) / "small", static_cache=False)
         lobcq_fx.load(Path(folder) / "small")
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls back to what is resident now
     imported = status_mib("VmHWM")
-    start = time.process_time()
+    start, begun = time.process_time(), time.perf_counter()
 
     def note(step: str, done: int, total: int | None) -> None:
         steps[step], taken[step] = status_mib("VmHWM") / 1024, time.process_time() - start
+        clock[step] = time.perf_counter() - begun
         if way == KILLED and step == "encode" and total is not None and 2 * done > total:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -189,7 +209,71 @@ def measure(way: str, folder: str, threads: int) -> dict[str, Any]:
         "imported_gib": imported / 1024,
         "peak_gib_after": steps,
         "processor_seconds_after": taken,
+        "seconds_after": clock,
     }
+
+
+def worker(threads: int, launcher: Sequence[str] = ()) -> list[str]:
+    """The command of a process that measures; a way or part, and the folder, are to follow."""
+    return [sys.executable, "-m", *launcher, "benchmarks.scale.streaming", "--threads", str(threads), "--worker"]
+
+
+def run_part(part: str, folder: Path, threads: int) -> dict[str, Any]:
+    """`measure_part` in a process of its own."""
+    done = subprocess.run([*worker(threads), part, str(folder)], stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found | {"cpu": machine()["cpu"]}
+
+
+def measure_part(part: str, folder: str, threads: int) -> dict[str, Any]:
+    """Read the float model's files, or encode what was encoded of it, and do nothing else; seconds, of both kinds."""
+    torch.set_num_threads(threads)
+    require_core()
+    files = sorted((Path(folder) / "float").glob("*.safetensors"))
+    spent = [0.0, 0.0]
+
+    def timed(work: Callable[[], object]) -> None:
+        before = time.perf_counter(), time.process_time()
+        work()
+        for place, now in enumerate((time.perf_counter(), time.process_time())):
+            spent[place] += now - before[place]
+
+    if part == "reading":
+        for file in files:
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        timed(partial(read_plainly, files))
+    else:
+        found = Inventory.from_dict(json.loads((Path(folder) / "streamed" / INVENTORY).read_text(encoding="utf-8")))
+        formats = {f"{record.layer}.weight": FormatSpec.from_name(str(record.format)) for record in found.quantized}
+        with ThreadPoolExecutor(WORKERS) as workers:
+            for file in files:
+                with safe_open(file, framework="pt") as opened:  # clones are in memory, not in the file's pages
+                    weights = [(name, opened.get_tensor(name).clone()) for name in formats.keys() & set(opened.keys())]
+                weights.sort(key=lambda named: -named[1].numel())
+                jobs = [partial(encoded, name, weight, formats[name]) for name, weight in weights]
+                timed(partial(run_all, workers, jobs))
+    return {"seconds": spent[0], "processor_seconds": spent[1]}
+
+
+def encoded(name: str, weight: torch.Tensor, spec: FormatSpec) -> None:
+    """Encode a weight, and let what comes of it go."""
+    encode_weight(weight, spec, universal_codebooks(spec.num_codebooks), name)
+
+
+def run_all(workers: Executor, jobs: Sequence[Callable[[], None]]) -> None:
+    """Run jobs, until all are done."""
+    for done in [workers.submit(job) for job in jobs]:
+        done.result()
+
+
+def read_plainly(files: Sequence[Path]) -> None:
+    """All bytes of some files, into the same memory."""
+    memory = memoryview(bytearray(PIECE))
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            while opened.readinto(memory):
+                pass
 
 
 def compared(folder: Path, ways: tuple[str, ...]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,12 +14,22 @@ from lobcq_fx.format.encoded import Operand, decode
 ROWS = 1 << 18
 """Scalars of the rows that are decoded at a time: few enough for caches, many enough that the call costs little."""
 
-LEAST = 1e-25
-"""Sum of a row's squares from which on those that fp32 is too small for do not count."""
 
-
-def sqnr_db(x: Tensor, encoded: Operand, decoded: Callable[[Any], Tensor] = decode) -> float:
+def sqnr_db(x: Tensor, encoded: Operand) -> float:
     """Signal-to-quantization-noise ratio, `10 log10(sum x^2 / sum (x - decoded)^2)`, in dB.
+
+    Args:
+        x: [R, K], what was encoded.
+        encoded: the result.
+
+    Returns:
+        dB; infinity where the code is exact, NaN for all-zero or empty x. Works through the rows in chunks.
+    """
+    return sqnr_db_of(row_squares(x, encoded))
+
+
+def row_squares(x: Tensor, encoded: Operand, decoded: Callable[[Any], Tensor] = decode) -> Tensor:
+    """Of each row the sum of its squares, and that of its distances from what `encoded` decodes to.
 
     Args:
         x: [R, K], what was encoded.
@@ -27,28 +37,21 @@ def sqnr_db(x: Tensor, encoded: Operand, decoded: Callable[[Any], Tensor] = deco
         decoded: what decodes some rows of it.
 
     Returns:
-        dB; infinity where the code is exact, NaN for all-zero or empty x. Works through the rows in chunks.
+        fp64 [R, 2]. Distances are rounded to fp32; their squares, and their sums, are doubles.
     """
-    return sqnr_db_of_all([(x, encoded)], decoded)
+    step = max(1, ROWS // max(1, encoded.columns))
+    sums = torch.empty((x.shape[0], 2), dtype=torch.float64, device=x.device)
+    for start in range(0, x.shape[0], step):
+        part = x[start : start + step].float()
+        errors = part - decoded(encoded.rows(start, start + step))
+        for place, values in enumerate((part, errors)):
+            sums[start : start + step, place] = values.double().square().sum(1)
+    return sums
 
 
-def sqnr_db_of_all(operands: Iterable[tuple[Tensor, Operand]], decoded: Callable[[Any], Tensor] = decode) -> float:
-    """The same of several operands together, such as the matrices of a stack."""
-    signal = noise = 0.0
-    for x, encoded in operands:
-        step = max(1, ROWS // max(1, encoded.columns))
-        for start in range(0, x.shape[0], step):
-            part = x[start : start + step].float()
-            signal += _square(part)
-            noise += _square(part - decoded(encoded.rows(start, start + step)))
+def sqnr_db_of(squares: Tensor) -> float:
+    """The ratio of all rows together; squares: fp64 [R, 2], of `row_squares`. It does not depend on their order."""
+    signal, noise = (math.fsum(column) for column in squares.t().tolist())
     if signal == 0:
         return math.nan
     return math.inf if noise == 0 else 10 * math.log10(signal / noise)
-
-
-def _square(x: Tensor) -> float:
-    """The sum of squares of [R, K] fp32: a row's in fp32, if that has the range for them, and all rows' in double."""
-    rows = torch.linalg.vecdot(x, x)
-    if not bool(((rows > LEAST) & rows.isfinite()).all()):
-        rows = x.double().square().sum(1)
-    return float(rows.sum(dtype=torch.float64))

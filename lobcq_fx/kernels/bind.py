@@ -70,6 +70,7 @@ def bind_cpu_core() -> bool:
     torch.library.impl(schemas.QUANTIZE_WEIGHT, "CPU", _quantize_weight)
     torch.library.impl(schemas.QUANTIZE_WEIGHT_SEARCHED, "CPU", _quantize_weight_searched)
     torch.library.impl(schemas.DEQUANTIZE_WEIGHT, "CPU", _dequantize_weight)
+    torch.library.impl(schemas.WEIGHT_SQUARES, "CPU", _weight_squares)
     torch.library.impl(schemas.COMPENSATE, "CPU", _compensate)
     torch.library.impl(schemas.DEQUANTIZE_STATES, "CPU", partial(decode_states, _decoded))
     stored = StoredLinears(_scaled_entries)
@@ -200,6 +201,20 @@ def _dequantize_weight(
     return _decoded(w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, in_features, array_size)
 
 
+def _weight_squares(
+    w: Tensor,
+    w_codes: Tensor,
+    w_selectors: Tensor,
+    w_scales: Tensor,
+    w_tensor_scale: Tensor,
+    w_codebooks: Tensor,
+    array_size: int,
+) -> Tensor:
+    check(schemas.WEIGHT_SQUARES, locals())
+    packed = _operand(w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, w.shape[1], array_size)
+    return _core().squares(tables_of(w_codebooks), w.detach().contiguous(), packed)
+
+
 def _compensate(
     weight: Tensor,
     other_errors: Tensor,
@@ -228,8 +243,17 @@ def _decoded(
     codes: Tensor, selectors: Tensor, scales: Tensor, tensor_scale: Tensor, codebooks: Tensor, columns: int,
     array_size: int,
 ) -> Tensor:  # fmt: skip
+    packed = _operand(codes, selectors, scales, tensor_scale, codebooks, columns, array_size)
+    return _core().decode(tables_of(codebooks), packed)
+
+
+def _operand(
+    codes: Tensor, selectors: Tensor, scales: Tensor, tensor_scale: Tensor, codebooks: Tensor, columns: int,
+    array_size: int,
+) -> PackedOperand:  # fmt: skip
+    """What is stored of an operand with any leading dimensions, as the core takes it."""
     rows = codes.shape[:-1].numel()
-    packed = PackedOperand(
+    return PackedOperand(
         codes.reshape(rows, codes.shape[-1]).contiguous(),
         selectors.reshape(rows, selectors.shape[-1]).contiguous(),
         scales.view(torch.uint8).reshape(rows, scales.shape[-1]).contiguous(),
@@ -237,7 +261,6 @@ def _decoded(
         FormatSpec(codebooks.shape[0], array_size),
         columns,
     )
-    return _core().decode(tables_of(codebooks), packed)
 
 
 def _core() -> Core:

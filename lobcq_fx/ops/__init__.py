@@ -20,6 +20,7 @@ from lobcq_fx.ops.quantize_weight import quantize_weight, quantize_weight_search
 from lobcq_fx.ops.rotate import rotate
 from lobcq_fx.ops.selective_scan import selective_scan
 from lobcq_fx.ops.states import dequantize_states, quantize_states
+from lobcq_fx.ops.weight_squares import weight_squares
 
 __all__ = [
     "attention",
@@ -44,4 +45,5 @@ __all__ = [
     "rotate",
     "rotate_half",
     "selective_scan",
+    "weight_squares",
 ]

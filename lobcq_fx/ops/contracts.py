@@ -90,6 +90,7 @@ OPERANDS: dict[str, tuple[Operand, ...]] = {
     schemas.QUANTIZE_WEIGHT: _W,
     schemas.QUANTIZE_WEIGHT_SEARCHED: _W,
     schemas.DEQUANTIZE_WEIGHT: _WEIGHT[:-1],
+    schemas.WEIGHT_SQUARES: (Operand("w", FLOATS, ("N", "K")), *_WEIGHT[:-1]),
     schemas.COMPENSATE: (
         Operand("weight", FLOAT32, ("N", "K")),
         Operand("other_errors", FLOAT32, (..., "K")),

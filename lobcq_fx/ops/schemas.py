@@ -28,6 +28,7 @@ ROTATE = "lobcq::rotate"
 QUANTIZE_WEIGHT = "lobcq::quantize_weight"
 QUANTIZE_WEIGHT_SEARCHED = "lobcq::quantize_weight.searched"
 DEQUANTIZE_WEIGHT = "lobcq::dequantize_weight"
+WEIGHT_SQUARES = "lobcq::weight_squares"
 COMPENSATE = "lobcq::compensate"
 QUANTIZE_STATES = "lobcq::quantize_states"
 DEQUANTIZE_STATES = "lobcq::dequantize_states"
@@ -74,6 +75,7 @@ for _name in (QUANTIZE_WEIGHT, QUANTIZE_WEIGHT_SEARCHED):
         " -> (Tensor codes, Tensor selectors, Tensor scales, Tensor tensor_scale)",
     )
 torch.library.define(DEQUANTIZE_WEIGHT, f"({_WEIGHT}, int in_features, int array_size) -> Tensor")
+torch.library.define(WEIGHT_SQUARES, f"(Tensor w, {_WEIGHT}, int array_size) -> Tensor")
 torch.library.define(
     COMPENSATE,
     "(Tensor weight, Tensor other_errors, Tensor coupling, Tensor power, Tensor tensor_scale, Tensor codebooks,"
@@ -187,7 +189,8 @@ def _refuse_backward(*_: Any) -> NoReturn:
 
 _ON_STORED = (
     QUANTIZE_ACTIVATION, QUANTIZE_ACTIVATION_INT8, ROTATE, QUANTIZE_WEIGHT, QUANTIZE_WEIGHT_SEARCHED,
-    DEQUANTIZE_WEIGHT, COMPENSATE, DEQUANTIZE_STATES, LINEAR, LINEAR_INT8_ACTIVATION, LINEAR_FLOAT_ACTIVATION,
+    DEQUANTIZE_WEIGHT, WEIGHT_SQUARES, COMPENSATE, DEQUANTIZE_STATES, LINEAR, LINEAR_INT8_ACTIVATION,
+    LINEAR_FLOAT_ACTIVATION,
     GROUPED_LINEAR, GROUPED_LINEAR_FLOAT_ACTIVATION, GROUPED_LINEAR_INT8_ACTIVATION,
     SELECTIVE_SCAN, CHUNK_SCAN, GATED_DELTA_RULE,
 )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.storage.files import check_regular, json_object, read_bytes
-from lobcq_fx.storage.index import bytes_of, digest_of
+from lobcq_fx.storage.index import PIECE, bytes_of, digest_of, digest_of_pieces
 from lobcq_fx.storage.weights_file import DTYPES
 
 SINGLE, SHARDED = "model.safetensors", "model.safetensors.index.json"
@@ -27,6 +27,10 @@ INDEX_LIMIT = 256 * 2**20
 
 _NOT_READ = ("uint16", "uint32", "uint64", "complex64")
 _DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for name, code in DTYPES.items() if name not in _NOT_READ}
+
+
+def _new_memory(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
 class FloatFolder:
@@ -45,11 +49,13 @@ class FloatFolder:
         self.config = json_object(read_bytes(path / CONFIG, INDEX_LIMIT), path / CONFIG)
         self._files: dict[Path, Any] = {}
         self._homes: dict[str, Path] = {}
+        self._begins: dict[str, int] = {}
         expected = _weight_files(path)
         for file in expected:
             self._files[file] = _opened(file)
             # In the order of the file, in which transformers looks for the first of floats.
             self._homes |= dict.fromkeys(self._files[file].offset_keys(), file)
+            self._begins |= _begins_in(file)
         for file, names in expected.items():
             _check_there(file, names - self._homes.keys())
 
@@ -78,14 +84,17 @@ class FloatFolder:
         """Bytes of a tensor."""
         return self.dtype(name).itemsize * torch.Size(self.shape(name)).numel()
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, memory: Callable[[int], Tensor] = _new_memory) -> Tensor:
         """A tensor, in memory of its own.
+
+        memory: gives as many bytes as it is called for, uint8, of any content.
 
         Raises:
             CheckpointError: its file cannot be read.
         """
-        # A slice, of all or of a part of it, would be cut out of the whole.
-        return self._reading(name, lambda file: file.get_tensor(name))
+        content = memory(self.size(name))
+        self._fill(name, bytes_of(content))
+        return content.view(self.dtype(name)).view(self.shape(name))
 
     def without_content(self, name: str) -> Tensor:
         """A tensor of the same dtype and shape, in no memory of its own."""
@@ -97,7 +106,15 @@ class FloatFolder:
         Raises:
             CheckpointError: its file cannot be read.
         """
-        return digest_of(bytes_of(self.read(name)))
+        size, piece = self.size(name), memoryview(bytearray(PIECE))
+
+        def pieces() -> Iterator[memoryview]:
+            for at in range(0, size, PIECE):
+                content = piece[: size - at]
+                self._fill(name, content, at)
+                yield content
+
+        return digest_of_pieces(pieces())
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells whether the folder is the same later: of each file of weights its size, its time and a digest of
@@ -115,14 +132,21 @@ class FloatFolder:
     def _slice(self, name: str) -> Any:
         return self._files[self._homes[name]].get_slice(name)
 
-    def _reading(self, name: str, read: Callable[[Any], Tensor]) -> Tensor:
+    def _fill(self, name: str, content: memoryview, at: int = 0) -> None:
+        """Fill a buffer with what a tensor holds from a byte on."""
+        path = self._homes[name]
         try:
-            tensor = read(self._files[self._homes[name]])
-        except (OSError, RuntimeError, SafetensorError) as error:
+            with path.open("rb", buffering=0) as file:
+                file.seek(self._begins[name] + at)
+                while content:
+                    count = file.readinto(content[:PIECE])
+                    if not count:
+                        raise EOFError("it ends before the tensor does")
+                    content = content[count:]
+        except (OSError, EOFError) as error:
             raise CheckpointError(
-                f"cannot read {name} of {self._homes[name]}: {error}. Remedy: copy or download the file again"
+                f"cannot read {name} of {path}: {error}. Remedy: copy or download the file again"
             ) from None
-        return tensor
 
 
 def has_safetensors(path: Path) -> bool:
@@ -163,10 +187,17 @@ def _weight_files(path: Path) -> dict[Path, set[str]]:
 def _opened(file: Path) -> Any:
     check_regular(file)
     try:
-        # Not mapped: what is mapped, and was read, stays resident until memory runs short.
+        # Not mapped: this is for names, dtypes and shapes alone.
         return safe_open(file, framework="pt", backend="pread")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} is not whole, copy or download it again: {error}") from None
+
+
+def _begins_in(file: Path) -> dict[str, int]:
+    """Where each tensor of a file begins; its header was checked when it was opened."""
+    length, header = _header_of(file)
+    found = json_object(header, file)
+    return {name: 8 + length + one["data_offsets"][0] for name, one in found.items() if name != "__metadata__"}
 
 
 def _check_there(file: Path, missing: set[str]) -> None:
@@ -178,12 +209,20 @@ def _check_there(file: Path, missing: set[str]) -> None:
         )
 
 
-def _state_of(file: Path) -> list[Any]:
+def _header_of(file: Path) -> tuple[int, bytes]:
+    """The length that a file says its header has, and the header."""
     try:
-        found = file.stat()
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            header = opened.read(min(length, LONGEST_HEADER))
+            return length, opened.read(min(length, LONGEST_HEADER))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error}") from None
+
+
+def _state_of(file: Path) -> list[Any]:
+    _, header = _header_of(file)
+    try:
+        found = file.stat()
     except OSError as error:
         raise CheckpointError(f"cannot read {file}: {error}") from None
     return [found.st_size, found.st_mtime_ns, digest_of(header)]

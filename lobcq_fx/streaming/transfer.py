@@ -22,6 +22,7 @@ from lobcq_fx.storage.weights_file import WeightsFiles
 from lobcq_fx.streaming.emission import Emission
 from lobcq_fx.streaming.float_folder import FloatFolder
 from lobcq_fx.streaming.skeleton import Provenance
+from lobcq_fx.streaming.spare_memory import SpareMemory
 from lobcq_fx.streaming.transformers_loading import load_through
 from lobcq_fx.streaming.workers import Workers
 
@@ -107,7 +108,8 @@ class _Transfer:
         self._folder, self._provenance = parameters.folder, parameters.provenance
         self._emission = parameters.emission
         self._files, self._journal, self._progress, self._left, self._done = files, journal, progress, left, done
-        self._workers = Workers(max(LEAST_LIMIT, 2 * max(self._emission.sizes.values())))
+        self._limit = max(LEAST_LIMIT, 2 * max(self._emission.sizes.values()))
+        self._workers, self._memory = Workers(self._limit), SpareMemory()
 
     def __enter__(self) -> _Transfer:
         self._workers.__enter__()
@@ -128,7 +130,9 @@ class _Transfer:
             self._workers.wait_for_room(whole)
         if not parameters & self._left:
             return self._folder.without_content(name)
-        return self._folder.read(name)
+        made = whole if size != whole else 0  # of what is read, in memory of torch's
+        under_way = max(self._workers.under_way, self._memory.given)
+        return self._folder.read(name, partial(self._memory.take, most=self._limit - under_way - size - made))
 
     def take(self, model: PreTrainedModel, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Pass what is left to do on."""

@@ -20,8 +20,8 @@ EVERY = 1.0
 """Seconds from one sign of life to the next."""
 
 SILENT = 300.0
-"""Seconds without one after which a process is taken for dead. Reading a large tensor from a slow disk holds Python's
-lock for much of a minute; who is killed on the same machine is noticed at once, and by torchrun on each machine."""
+"""Seconds without one after which a process is taken for dead. A call into a library may hold Python's lock for much of
+a minute; who is killed on the same machine is noticed at once, and by torchrun on each machine."""
 
 KILLED = "it has ended without a word, as what is killed does; the system kills where memory runs short"
 GONE = f"nothing was heard of it for {SILENT:.0f} seconds: it stands still, or its machine is gone"

@@ -10,6 +10,9 @@ from types import TracebackType
 WORKERS = 2
 """The kernels that encode have threads of their own: one worker encodes while another looks at its results."""
 
+AHEAD = 2
+"""Jobs that wait while as many as there are workers run: more would hold memory and gain nothing."""
+
 
 class Workers:
     """Runs jobs, none of which outlives the block, however that ends: after it, files that jobs write to may be closed.
@@ -38,9 +41,16 @@ class Workers:
         finally:
             self._end()
 
+    @property
+    def under_way(self) -> int:
+        """Bytes that jobs hold."""
+        return self._under_way
+
     def wait_for_room(self, size: int) -> None:
-        """Until so many bytes more may be under way."""
-        self._wait_for(lambda: not self._under_way or self._under_way + size <= self._limit)
+        """Until a job of so many bytes more may be under way."""
+        self._wait_for(
+            lambda: not self._under_way or (self._under_way + size <= self._limit and self._left < WORKERS + AHEAD)
+        )
 
     def wait_for_all(self) -> None:
         """Until all jobs are done."""

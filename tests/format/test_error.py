@@ -20,7 +20,7 @@ def coded(x, scale=None):
 @pytest.mark.parametrize("shape", [(1, 9), (3, 100), (700, 1000)])
 @pytest.mark.parametrize("rule", ["weight", "row"])
 def test_definition(shape, rule):
-    """[700, 1000] takes three chunks. A row's squares are added in fp32, which moves what is printed by nothing."""
+    """[700, 1000] takes three chunks. Distances are rounded to fp32, which moves what is printed by nothing."""
     x = torch.from_numpy(matrix("heavy", *shape, seed=0))
     encoded = coded(x, absmax_row_scale(x) if rule == "row" else None)
     noise = (x.double() - decode(encoded).double()).square().sum()

@@ -75,6 +75,9 @@ def test_weights_are_encoded_as_by_default(name, shape, dtype):
             same_bits(one, other)
         call = (*expected, books, shape[1], spec.array_size)
         same_bits(torch.ops.lobcq.dequantize_weight(*call), lobcq_fx.ops.dequantize_weight(*call))
+        call = (weight, *expected, books, spec.array_size)
+        actual, expected = torch.ops.lobcq.weight_squares(*call), lobcq_fx.ops.weight_squares(*call)
+        torch.testing.assert_close(actual, expected, rtol=1e-13, atol=0)
 
 
 def test_a_weight_that_is_not_finite_is_named():

@@ -58,6 +58,7 @@ DEFAULTS = {
     schemas.QUANTIZE_WEIGHT: lobcq_fx.ops.quantize_weight,
     schemas.QUANTIZE_WEIGHT_SEARCHED: lobcq_fx.ops.quantize_weight_searched,
     schemas.DEQUANTIZE_WEIGHT: lobcq_fx.ops.dequantize_weight,
+    schemas.WEIGHT_SQUARES: lobcq_fx.ops.weight_squares,
     schemas.COMPENSATE: lobcq_fx.ops.compensate,
     schemas.QUANTIZE_STATES: lobcq_fx.ops.quantize_states,
     schemas.DEQUANTIZE_STATES: lobcq_fx.ops.dequantize_states,

@@ -111,6 +111,7 @@ def test_dtypes_and_strides_agree_with_the_fake_kernels(dtype):
         (torch.ops.lobcq.quantize_weight.default, (x[0], codebooks, 64)),
         (torch.ops.lobcq.quantize_weight.searched, (x[0], codebooks, 64)),
         (torch.ops.lobcq.dequantize_weight.default, (*weight_args(w), 200, 64)),
+        (torch.ops.lobcq.weight_squares.default, (torch.zeros(48, 200, dtype=dtype), *weight_args(w), 64)),
         (torch.ops.lobcq.quantize_states.default, (states, codebooks, 64)),
         (torch.ops.lobcq.dequantize_states.default, (rows, codebooks, 3, 64, 64, dtype)),
         (torch.ops.lobcq.attention.default, (states, rows, rows, codebooks, None, 3, 64, 64, 64, 0.125)),

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from lobcq_fx.streaming.workers import Workers
+from lobcq_fx.streaming.workers import AHEAD, WORKERS, Workers
 
 
 def test_what_is_under_way_has_a_bound() -> None:
@@ -100,3 +100,22 @@ def test_a_signal_ends_the_block_only_once_no_job_runs(signals: int) -> None:
     finally:
         interrupting.join()
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_no_more_jobs_wait_than_workers_soon_take() -> None:
+    go, waited = threading.Event(), threading.Event()
+    with Workers(1000) as workers:
+        for _ in range(WORKERS + AHEAD):
+            workers.wait_for_room(1)
+            workers.submit(1, lambda: go.wait(30) and None)
+
+        def wait() -> None:
+            workers.wait_for_room(1)
+            waited.set()
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        assert not waited.wait(0.2)
+        go.set()
+        assert waited.wait(30)
+        waiting.join()

@@ -192,6 +192,16 @@ class Core:
         self._call("decode", _pointer(tables.data), ctypes.byref(operand), ctypes.byref(matrix), self._parallel())
         return out
 
+    def squares(self, tables: Tables, x: Tensor, packed: PackedOperand) -> Tensor:
+        """Of each row of x [R, K] the sums of its squares and of those of its distances from `packed`, fp64 [R, 2]."""
+        sums = torch.empty((x.shape[0], 2), dtype=torch.float64, device="cpu")
+        matrix, operand = c_matrix(x), c_packed(packed)
+        self._call(
+            "squares", _pointer(tables.data), ctypes.byref(matrix), ctypes.byref(operand), _pointer(sums),
+            self._parallel(),
+        )  # fmt: skip
+        return sums
+
     def pack_weight(self, packed: PackedOperand) -> KernelWeight:
         """Kernel layout of a packed weight [N, K] with one tensor scale."""
         rows, spec = packed.codes.shape[0], packed.spec

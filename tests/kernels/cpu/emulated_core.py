@@ -34,6 +34,7 @@ class _Operation(IntEnum):
     ENCODE_SEARCHED = auto()
     COMPENSATE = auto()
     DECODE = auto()
+    SQUARES = auto()
     PACK_WEIGHT = auto()
     UNPACK_WEIGHT = auto()
     ENCODE_ACTIVATION = auto()
@@ -147,6 +148,11 @@ class EmulatedCore:
         arrays = [tables.data, *_parts(packed)]
         values = self._call(_Operation.DECODE, arrays, [4 * out.numel()], **_matrix(out), **_fields(packed))[0]
         return values.view(torch.float32).reshape(out.shape)
+
+    def squares(self, tables: Tables, x: Tensor, packed: PackedOperand) -> Tensor:
+        arrays = [tables.data, _storage(x), *_parts(packed)]
+        sums = self._call(_Operation.SQUARES, arrays, [16 * x.shape[0]], **_matrix(x), **_fields(packed))[0]
+        return sums.view(torch.float64).view(x.shape[0], 2)
 
     def pack_weight(self, packed: PackedOperand) -> KernelWeight:
         data = self._call(_Operation.PACK_WEIGHT, _parts(packed), [0], **_fields(packed))[0]

@@ -46,6 +46,19 @@ def assert_int8(core: Core, x: torch.Tensor, array_size: int, scale: torch.Tenso
     return actual
 
 
+def assert_squares(sums: torch.Tensor, x: torch.Tensor, decoded: torch.Tensor) -> None:
+    """In doubles; column i adds to place i % 16, and the places are added in their order, on every instruction set."""
+    expected = torch.zeros(x.shape[0], 2, dtype=torch.float64)
+    for place, values in enumerate((x.float(), x.float() - decoded)):
+        squares, places = values.double().square(), torch.zeros(x.shape[0], 16, dtype=torch.float64)
+        for first in range(0, x.shape[1], 16):
+            part = squares[:, first : first + 16]
+            places[:, : part.shape[1]] += part
+        for column in places.unbind(1):
+            expected[:, place] += column
+    assert torch.equal(sums.view(torch.int64), expected.view(torch.int64))
+
+
 def assert_encodes(core: Core, x: torch.Tensor, spec: FormatSpec, books: torch.Tensor) -> None:
     """All three rules for the tensor scale, and decoding; the same in int8."""
     scale = absmax_tensor_scale(x)
@@ -60,6 +73,7 @@ def assert_encodes(core: Core, x: torch.Tensor, spec: FormatSpec, books: torch.T
         assert_same_bytes(actual, expected)
         values, truth = core.decode(tables, actual), decode(expected)
         assert torch.equal(values.view(torch.int32), truth.view(torch.int32))
+        assert_squares(core.squares(tables, x, actual), x, truth)
     expected = encode(x, spec, books, search_scales=True)
     assert_same_bytes(core.encode_searched(tables, x, spec.array_size, static), expected)
 

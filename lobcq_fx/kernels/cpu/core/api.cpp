@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "attention.h"
+#include "decode.h"
 #include "encode.h"
 #include "linear.h"
 #include "pack.h"
@@ -299,6 +300,18 @@ int32_t lobcq_decode(const void* tables, const lobcq_packed* packed, lobcq_matri
     if (packed->num_codebooks != as_tables(tables).num_codebooks) return LOBCQ_INVALID_ARGUMENT;
     return run(out->rows, row_grain(out->columns), parallel, [&](int64_t begin, int64_t end) {
         decode_packed(as_tables(tables), *packed, *out, begin, end);
+    });
+}
+
+int32_t lobcq_squares(const void* tables, const lobcq_matrix* x, const lobcq_packed* packed, double* squares,
+                      lobcq_parallel_for parallel) {
+    if (!valid_tables(tables) || !valid_matrix(x)) return LOBCQ_INVALID_ARGUMENT;
+    if (const int32_t status = check_packed(packed, true)) return status;
+    if (!same_shape(*x, *packed) || packed->num_codebooks != as_tables(tables).num_codebooks)
+        return LOBCQ_INVALID_ARGUMENT;
+    if (x->rows > 0 && !aligned(squares, alignof(double))) return LOBCQ_INVALID_ARGUMENT;
+    return run(x->rows, row_grain(x->columns), parallel, [&](int64_t begin, int64_t end) {
+        add_up_squares(as_tables(tables), *x, *packed, squares, begin, end);
     });
 }
 

@@ -231,22 +231,13 @@ void encode_activation(const Tables& t, const lobcq_matrix& x, int32_t scale_rul
 
 void load_activation(const Tables& t, const lobcq_packed& packed, const ActivationView& a, int64_t begin,
                      int64_t end) {
-    const PackedRow bytes(packed.columns, t.num_codebooks, packed.array_size);
-    const int bits = selector_bits(t.num_codebooks);
+    const PackedRow bytes(packed.columns, packed.num_codebooks, packed.array_size);
     Slab slab;
     for (int64_t row = begin; row < end; ++row) {
         clear_padding(a, row);
-        a.row_scales[row] = packed.tensor_scale[packed.num_tensor_scales == 1 ? 0 : row];
+        a.row_scales[row] = tensor_scale_at(packed, row);
         for (int64_t column = 0; column < packed.columns; column += kSlab) {
-            const int64_t left = packed.columns - column, n = left < kSlab ? left : kSlab;
-            const int64_t padded = round_up(n, packed.array_size);
-            unpack_codes(packed.codes + row * bytes.codes + column / 2, padded, slab.codes);
-            unpack_selectors(packed.selectors + row * bytes.selectors + column / kBlock * bits / 8, padded / kBlock,
-                             bits, slab.selectors);
-            std::memset(slab.codes + padded, 0, static_cast<size_t>(kSlab - padded));
-            std::memset(slab.selectors + padded / kBlock, 0, static_cast<size_t>((kSlab - padded) / kBlock));
-            std::memcpy(slab.scales, packed.scales + row * bytes.scales + column / packed.array_size,
-                        static_cast<size_t>(padded / packed.array_size));
+            const int64_t n = slab.load_packed(packed, bytes, row, column);
             store_entries(t, slab, a, row, column, n);
         }
         isa().correct(a.entries_at(row), a.arrays, a.array_size, a.corrections_at(row));
@@ -295,27 +286,6 @@ void rotate_rows(const lobcq_matrix& x, int array_size, const lobcq_matrix& out,
             float* to = static_cast<float*>(out.data) + row * out.row_stride + column;
             std::memcpy(to, slab.x, static_cast<size_t>(columns) * sizeof(float));
         });
-}
-
-void decode_packed(const Tables& t, const lobcq_packed& packed, const lobcq_matrix& out, int64_t begin, int64_t end) {
-    const PackedRow bytes(packed.columns, t.num_codebooks, packed.array_size);
-    const int bits = selector_bits(t.num_codebooks);
-    for (int64_t row = begin; row < end; ++row) {
-        const uint8_t* codes = packed.codes + row * bytes.codes;
-        const uint8_t* scales = packed.scales + row * bytes.scales;
-        const float tensor_scale = packed.tensor_scale[packed.num_tensor_scales == 1 ? 0 : row];
-        float* to = static_cast<float*>(out.data) + row * out.row_stride;
-        for (int64_t block = 0; block < ceil_div(packed.columns, kBlock); ++block) {
-            const uint8_t* codebook =
-                t.biased + selector_at(packed.selectors + row * bytes.selectors, block, bits) * kCodebookSize;
-            const float scale = e4m3_value(scales[block * kBlock / packed.array_size]);
-            const int64_t first = block * kBlock, left = packed.columns - first;
-            for (int64_t i = 0; i < (left < kBlock ? left : kBlock); ++i) {
-                const int code = codes[(first + i) / 2] >> (i % 2 * 4) & 15;
-                to[first + i] = static_cast<float>(codebook[code] - kBias) * scale * tensor_scale;
-            }
-        }
-    }
 }
 
 }  // namespace lobcq

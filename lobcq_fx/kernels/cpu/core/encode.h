@@ -38,7 +38,4 @@ void load_int8_activation(const lobcq_int8& operand, const ActivationView& a, in
 // Rows [begin, end) with each block array rotated, in fp32.
 void rotate_rows(const lobcq_matrix& x, int array_size, const lobcq_matrix& out, int64_t begin, int64_t end);
 
-// Rows [begin, end) of packed bytes to floats.
-void decode_packed(const Tables& t, const lobcq_packed& packed, const lobcq_matrix& out, int64_t begin, int64_t end);
-
 }  // namespace lobcq

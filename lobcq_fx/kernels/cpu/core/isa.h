@@ -19,6 +19,12 @@ struct alignas(64) WeightTile {
     float scales[kTileArrays][kTileRows];
 };
 
+// Sums of squares of a row's scalars and errors: column i adds to place i % 16, in doubles, which hold each square of
+// a float exactly. So the sums are those of any instruction set.
+struct RowSquares {
+    double scalars[16], errors[16];
+};
+
 struct QueryBlock;
 
 struct Isa {
@@ -44,6 +50,10 @@ struct Isa {
     // Errors on the grid of arrays with these entries, divisors as for encode.
     void (*errors)(const float* x, const float* divisors, const int8_t* entries, int64_t arrays, int array_size,
                    int32_t* errors);
+    // What n entries decode to, n a multiple of 16, with a scale for each 16 of them.
+    void (*values)(const int8_t* entries, const float* scales, float tensor_scale, int64_t n, float* values);
+    // Adds the squares of n scalars, and of their distances from others, to sums.
+    void (*squares)(const float* x, const float* values, int64_t n, RowSquares* sums);
     // Rows [first, last) of lobcq_compensate.
     void (*compensate)(const Tables& t, const lobcq_feedback& f, int64_t first, int64_t last);
     // Corrections of one row of entries [arrays * array_size]; what they are is up to the kernels below. Those of wide

@@ -192,6 +192,11 @@ LOBCQ_API int32_t lobcq_compensate(const void* tables, const lobcq_feedback* fee
 LOBCQ_API int32_t lobcq_decode(const void* tables, const lobcq_packed* packed, lobcq_matrix* out,
                                lobcq_parallel_for parallel);
 
+/* Of each row of x two sums, squares [rows][2]: of its scalars squared, and of their distances from what packed decodes
+ * to squared, which are rounded to fp32 before. In doubles, in one order on every instruction set. */
+LOBCQ_API int32_t lobcq_squares(const void* tables, const lobcq_matrix* x, const lobcq_packed* packed, double* squares,
+                                lobcq_parallel_for parallel);
+
 /* Kernel layout of a weight and back; the tensor scale is no part of it. `weight_bytes` returns -1 for an invalid
  * shape, and is the packed size but for padding to 16 rows and 64 columns and a stamp that names format, rows
  * and columns, these rounded up to a multiple of array_size, which is all that stored bytes tell: what reads a weight of

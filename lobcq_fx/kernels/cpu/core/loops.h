@@ -69,6 +69,23 @@ void grid_errors(const float* x, const float* divisors, const int8_t* entries, i
     }
 }
 
+// Each product rounded once, in this order.
+void entry_values(const int8_t* entries, const float* scales, float tensor_scale, int64_t n, float* values) {
+    for (int64_t part = 0; part < n / 16; ++part, entries += 16, values += 16)
+        for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(entries[i]) * scales[part] * tensor_scale;
+}
+
+void add_squares(const float* x, const float* values, int64_t n, RowSquares* sums) {
+    RowSquares own = *sums;
+    for (int64_t part = 0; part < n / 16; ++part, x += 16, values += 16)
+        for (int i = 0; i < 16; ++i) {
+            const auto scalar = static_cast<double>(x[i]), error = static_cast<double>(x[i] - values[i]);
+            own.scalars[i] += scalar * scalar;
+            own.errors[i] += error * error;
+        }
+    *sums = own;
+}
+
 // The correction -kBias * sum(entries) of each array, for kernels that accumulate in 32 bits.
 void correct_arrays(const int8_t* entries, int64_t arrays, int array_size, int32_t* corrections) {
     const int parts = array_size > kChunk ? array_size / kChunk : 1;

@@ -5,6 +5,10 @@
 
 namespace lobcq {
 
+inline float tensor_scale_at(const lobcq_packed& packed, int64_t row) {
+    return packed.tensor_scale[packed.num_tensor_scales == 1 ? 0 : row];
+}
+
 inline void pack_codes(const uint8_t* codes, int64_t n, uint8_t* to) {
     for (int64_t i = 0; i < n / 2; ++i) to[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
 }

@@ -1,8 +1,9 @@
-// What encoding an activation takes, whatever it is encoded to: its rows come in slabs.
+// What encoding and decoding take, whatever the operand is: its rows come in slabs.
 #pragma once
 
 #include "encode.h"
 #include "isa.h"
+#include "packed_row.h"
 
 namespace lobcq {
 
@@ -27,6 +28,22 @@ struct Slab {
         isa().load(static_cast<const uint8_t*>(m.data) + place, m.dtype, n, x);
         for (int64_t i = n; i < round_up(n, kGroup); ++i) x[i] = 0.0f;
         if (rotation) isa().rotate(x, n / rotation, rotation);
+        return n;
+    }
+
+    // Codes, selectors and scales of the same columns of a packed row, zeros behind its end. Returns how many columns there
+    // are.
+    int64_t load_packed(const lobcq_packed& packed, const PackedRow& bytes, int64_t row, int64_t column) {
+        const int bits = selector_bits(packed.num_codebooks);
+        const int64_t n = packed.columns - column < kSlab ? packed.columns - column : kSlab;
+        const int64_t padded = round_up(n, packed.array_size);
+        unpack_codes(packed.codes + row * bytes.codes + column / 2, padded, codes);
+        unpack_selectors(packed.selectors + row * bytes.selectors + column / kBlock * bits / 8, padded / kBlock, bits,
+                         selectors);
+        std::memset(codes + padded, 0, static_cast<size_t>(kSlab - padded));
+        std::memset(selectors + padded / kBlock, 0, static_cast<size_t>((kSlab - padded) / kBlock));
+        std::memcpy(scales, packed.scales + row * bytes.scales + column / packed.array_size,
+                    static_cast<size_t>(padded / packed.array_size));
         return n;
     }
 

@@ -28,6 +28,7 @@ enum Operation {
     kEncodeSearched,
     kCompensate,
     kDecode,
+    kSquares,
     kPackWeight,
     kUnpackWeight,
     kEncodeActivation,
@@ -127,6 +128,7 @@ struct Call {
     int32_t encode_searched();
     int32_t compensate();
     int32_t decode();
+    int32_t squares();
     int32_t pack_weight();
     int32_t unpack_weight();
     int32_t fill_activation();
@@ -184,6 +186,12 @@ int32_t Call::decode() {
     const lobcq_packed operand = packed(in.data() + 1);
     lobcq_matrix values = matrix(out[0]);
     return lobcq_decode(in[0].as(), &operand, &values, nullptr);
+}
+
+int32_t Call::squares() {
+    const lobcq_matrix x = matrix(in[1]);
+    const lobcq_packed operand = packed(in.data() + 2);
+    return lobcq_squares(in[0].as(), &x, &operand, out[0].as<double>(), nullptr);
 }
 
 int32_t Call::pack_weight() {
@@ -254,6 +262,7 @@ int32_t Call::run() {
         case kEncodeSearched: return encode_searched();
         case kCompensate: return compensate();
         case kDecode: return decode();
+        case kSquares: return squares();
         case kPackWeight: return pack_weight();
         case kUnpackWeight: return unpack_weight();
         case kEncodeActivation:
