@@ -136,7 +136,7 @@ def test_a_float_model_takes_it_too():
         for a, b in BOUNDS:
             last = logits(model, tokens(2, 11)[:, a:b], cache)
         results.append(last)
-    assert torch.equal(*results)
+    torch.testing.assert_close(*results)  # torch's attention sums in an order that depends on how the states lie
 
 
 def test_memory_of_inference_mode_is_left_there(llama):
