@@ -21,7 +21,7 @@ from lobcq_fx.format import (
     sqnr_db,
     universal_codebooks,
 )
-from lobcq_fx.format.error import sqnr_db_of_all
+from lobcq_fx.format.error import row_squares, sqnr_db_of
 from lobcq_fx.format.stacked import EncodedStack, group_bounds
 from tests.format.cases import bits
 from tests.format.stacked_vectors import FILE
@@ -60,9 +60,9 @@ def test_each_matrix_is_encoded_as_if_alone(weights, search):
     for index, one in enumerate(alone):
         for part in ("codes", "selectors", "scales", "tensor_scale"):
             assert torch.equal(*(getattr(e, part).view(-1).view(torch.uint8) for e in (stack.matrix(index), one)))
-    assert sqnr_db_of_all([(weights[0], alone[0])]) == sqnr_db(weights[0], alone[0])
-    pairs = [(weights[index], stack.matrix(index)) for index in (0, 1)]
-    assert sqnr_db(weights[0], alone[0]) - 1 < sqnr_db_of_all(pairs) < sqnr_db(weights[0], alone[0]) + 1
+    squares = [row_squares(weights[index], stack.matrix(index)) for index in (0, 1)]
+    assert sqnr_db_of(squares[0]) == sqnr_db(weights[0], alone[0])
+    assert abs(sqnr_db_of(torch.cat(squares)) - sqnr_db(weights[0], alone[0])) < 1
 
 
 @pytest.mark.parametrize("kind", ["codebooks", "int8"])
