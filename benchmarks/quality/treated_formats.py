@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.quality.peer_formats import MXFP4, NF4_BLOCKS, NVFP4, BlockFormat, int4
-from lobcq_fx.calibration.compensate import DAMPING, decoded_weight
+from lobcq_fx.calibration.compensate import DAMPING
 from lobcq_fx.calibration.encode_activation import decode_activation, encode_activation
 from lobcq_fx.calibration.encode_weight import encode_weight
 from lobcq_fx.format import FormatSpec, universal_codebooks
+from lobcq_fx.ops.dequantize_weight import decoded_weight
 
 SEARCHED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
 """Shares of a block's largest magnitude that its scale is tried for."""

@@ -21,6 +21,7 @@ from lobcq_fx.calibration.single_thread import single_thread
 from lobcq_fx.errors import CalibrationError
 from lobcq_fx.format import Encoded, FormatSpec, block_arrays
 from lobcq_fx.format.packing import pack_codes, pack_selectors
+from lobcq_fx.ops.dequantize_weight import decoded_weight
 
 DAMPING = 0.01
 """Of the mean of H's diagonal, added to it: columns that always move together would take each other's errors whole."""
@@ -73,13 +74,6 @@ def compensate(weight: Tensor, second_moments: Tensor, nearest: Encoded) -> Enco
     squares = [errors.double().square().sum(1) for errors in (weight - decoded_weight(done), nearest_errors)]
     seen = costs - damping * torch.stack(squares, dim=1)
     return _chosen_rows(seen[:, 1] < seen[:, 0], nearest, done)
-
-
-def decoded_weight(w: Encoded) -> Tensor:
-    """A weight's values, fp32 [N, K], by its device's kernel."""
-    parts = (w.codes, w.selectors, w.scales, w.tensor_scale, w.codebooks)
-    values: Tensor = torch.ops.lobcq.dequantize_weight(*parts, w.columns, w.spec.array_size)
-    return values
 
 
 def _order(powers: Tensor, spec: FormatSpec) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import lobcq_fx.ops  # noqa: F401  (registers the ops that encode)
-from lobcq_fx.calibration.compensate import decoded_weight
 from lobcq_fx.format import Encoded, FormatSpec, Int8Activation, Operand, decode
+from lobcq_fx.ops.dequantize_weight import decoded_weight
 
 
 def encode_activation(

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from lobcq_fx.calibration.compensate import decoded_weight
 from lobcq_fx.calibration.encode_activation import decode_activation, encode_activation
 from lobcq_fx.calibration.encode_weight import encode_weight
 from lobcq_fx.calibration.statistics import ActivationStatistics, scaled_sample
 from lobcq_fx.format import FormatSpec, Operand, universal_codebooks
 from lobcq_fx.format.spec import ENTRY_MAX, INT8_MAX
+from lobcq_fx.ops.dequantize_weight import decoded_weight
 
 SMALLEST = torch.finfo(torch.float32).tiny
 """Divides what is 0."""

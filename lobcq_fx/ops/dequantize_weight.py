@@ -1,4 +1,4 @@
-"""`lobcq::dequantize_weight`: default implementation and fake kernel."""
+"""`lobcq::dequantize_weight`: default implementation, fake kernel, and the op on an encoded weight."""
 
 from __future__ import annotations
 
@@ -56,3 +56,10 @@ def _fake(
 ) -> Tensor:
     check_fake(DEQUANTIZE_WEIGHT, locals())
     return w_codes.new_empty((w_codes.shape[0], in_features), dtype=torch.float32)
+
+
+def decoded_weight(w: Encoded) -> Tensor:
+    """A weight's values, fp32 [N, K], by its device's kernel."""
+    parts = (w.codes, w.selectors, w.scales, w.tensor_scale, w.codebooks)
+    values: Tensor = torch.ops.lobcq.dequantize_weight(*parts, w.columns, w.spec.array_size)
+    return values

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lobcq_fx.format import Encoded, FormatSpec
 from lobcq_fx.format.error import row_squares
+from lobcq_fx.ops.dequantize_weight import decoded_weight
 from lobcq_fx.ops.operand_checks import check, check_fake
 from lobcq_fx.ops.schemas import WEIGHT_SQUARES
 
@@ -40,14 +41,7 @@ def weight_squares(
     check(WEIGHT_SQUARES, locals())
     spec, columns = FormatSpec(w_codebooks.shape[0], array_size), w.shape[1]
     encoded = Encoded(w_codes, w_selectors, w_scales, w_tensor_scale, w_codebooks, spec, columns)
-    return row_squares(w, encoded, _decoded)
-
-
-def _decoded(w: Encoded) -> Tensor:
-    """By its device's kernel."""
-    parts = (w.codes, w.selectors, w.scales, w.tensor_scale, w.codebooks)
-    values: Tensor = torch.ops.lobcq.dequantize_weight(*parts, w.columns, w.spec.array_size)
-    return values
+    return row_squares(w, encoded, decoded_weight)
 
 
 torch.library.impl(WEIGHT_SQUARES, "CompositeExplicitAutograd", weight_squares)

@@ -10,9 +10,9 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import lobcq_fx
-from lobcq_fx.calibration.compensate import decoded_weight
 from lobcq_fx.calibration.encode_weight import encode_weight
 from lobcq_fx.format import universal_codebooks
+from lobcq_fx.ops.dequantize_weight import decoded_weight
 from tests.families import ONE_LAYER, fake_quantized, quantized_layers
 from tests.frontends.test_causal_lm_families import assert_logits_close, batch
 

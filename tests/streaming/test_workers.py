@@ -14,22 +14,28 @@ import torch
 from lobcq_fx.streaming.workers import AHEAD, WORKERS, Workers
 
 
+def waits_for_room(workers: Workers, size: int, go: threading.Event) -> None:
+    """There is none, and there is when `go` has let the jobs end."""
+    waited = threading.Event()
+
+    def wait() -> None:
+        workers.wait_for_room(size)
+        waited.set()
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    assert not waited.wait(0.2)
+    go.set()
+    assert waited.wait(30)
+    waiting.join()
+
+
 def test_what_is_under_way_has_a_bound() -> None:
-    go, waited = threading.Event(), threading.Event()
+    go = threading.Event()
     with Workers(10) as workers:
         workers.submit(6, lambda: go.wait(30) and None)
         workers.wait_for_room(4)
-
-        def wait() -> None:
-            workers.wait_for_room(5)
-            waited.set()
-
-        waiting = threading.Thread(target=wait)
-        waiting.start()
-        assert not waited.wait(0.2)
-        go.set()
-        assert waited.wait(30)
-        waiting.join()
+        waits_for_room(workers, 5, go)
         workers.wait_for_room(1000)  # more than all of it, but alone
 
 
@@ -103,19 +109,9 @@ def test_a_signal_ends_the_block_only_once_no_job_runs(signals: int) -> None:
 
 
 def test_no_more_jobs_wait_than_workers_soon_take() -> None:
-    go, waited = threading.Event(), threading.Event()
+    go = threading.Event()
     with Workers(1000) as workers:
         for _ in range(WORKERS + AHEAD):
             workers.wait_for_room(1)
             workers.submit(1, lambda: go.wait(30) and None)
-
-        def wait() -> None:
-            workers.wait_for_room(1)
-            waited.set()
-
-        waiting = threading.Thread(target=wait)
-        waiting.start()
-        assert not waited.wait(0.2)
-        go.set()
-        assert waited.wait(30)
-        waiting.join()
+        waits_for_room(workers, 1, go)
