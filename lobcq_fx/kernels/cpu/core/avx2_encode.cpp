@@ -1,8 +1,8 @@
 // Encoding with AVX2: all scalars of a group against one codebook after the other, in integers.
 //
 // A scalar q on the grid is in bucket p and g above its lower end. With the biased entry u that a codebook has for p,
-// (q - 16 (u - kBias))^2 is what it would be without a codebook, plus 32 (8 u (u - p) - u g): what is summed over a block
-// and compared. Its parts fit into 16 bits, as |q| <= 600 leaves |g| < 100.
+// (q - 16 (u - kBias))^2 is what it would be without a codebook, plus 32 (8 u (u - p) - u g): this is summed over a
+// block and compared. Its parts fit into 16 bits, as |q| <= 600 leaves |g| < 100.
 #if defined(__x86_64__)
 #include <cstring>
 

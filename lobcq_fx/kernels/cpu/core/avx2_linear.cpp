@@ -25,14 +25,14 @@ void add32(__m256i& sum, __m256i x) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(
 
 constexpr int kAnyBits = -1;  // of a selector: known when the weight is
 
-// Decodes a quarter of a panel: places 4 j to 4 j + 3 of a half, in 8 columns each. With kBits known, where an array has
+// Decodes a quarter of a panel: places 4 j to 4 j + 3 of a half, in 8 columns each. With kBits known, where arrays have
 // a chunk or more, the shifts of its selectors are constants.
 template <int kBits>
 class Quarter {
   public:
     Quarter(const Tables& t, const WeightView& w, int64_t panel, int64_t chunk, int half, int j)
         : pairs_(t.pairs[0][0]), codes_(w.codes_at(panel, chunk) + half * kChunk + j * 32),
-          selectors_(w.selectors_at(panel, chunk) + (half * 4 + j * 2) * 2 * w.bits), bits_(2 * w.bits) {}
+          selectors_(w.selectors_at(panel, chunk) + (half * 4 + j * 2) * 2 * w.bits), group_bits_(2 * w.bits) {}
 
     // Selectors of the chunk that comes `chunks` after the first.
     void to_chunk(int64_t chunks) {
@@ -53,7 +53,7 @@ class Quarter {
     }
 
   private:
-    int group_bits() const { return kBits == kAnyBits ? bits_ : 2 * kBits; }
+    int group_bits() const { return kBits == kAnyBits ? group_bits_ : 2 * kBits; }
 
     // The codes are in the low nibbles.
     __m256i block(__m256i codes, int place) const {
@@ -75,7 +75,7 @@ class Quarter {
 
     const uint8_t *pairs_, *codes_, *selectors_;
     uint64_t groups_[2];
-    int bits_;
+    int group_bits_;
 };
 
 constexpr int64_t kPrefetch = 4096 + 512;  // bytes ahead: into the next page, where hardware prefetchers stop
@@ -165,8 +165,8 @@ void add_quarters(Quarter<kBits>* quarters, const ActivationView& a, int64_t pai
         for (int m = 0; m < kRows; ++m) dots[q][m] = sums[q][m];
 }
 
-// Here a 16-bit lane sums at most 16 products of biased entries, 63 * 32 each: it cannot wrap around, and the correction
-// is made in 32 bits.
+// Here a 16-bit lane sums at most 16 products of biased entries, 63 * 32 each: it cannot wrap around, and corrections
+// are made in 32 bits.
 template <int kRows, bool kWide, int kBits>
 void fused_rows(const Tables& t, const WeightView& w, const ActivationView& a, int64_t panel, float* sums) {
     constexpr int kTogether = kRows <= 2 ? 4 : kRows <= 4 ? 2 : 1;
