@@ -327,6 +327,7 @@ int32_t lobcq_weight_pack(const lobcq_packed* packed, lobcq_weight* weight, lobc
         packed->array_size != weight->array_size)
         return LOBCQ_INVALID_ARGUMENT;
     const WeightView w(*weight);
+    ask_for_large_pages(w);
     std::atomic<bool> intact{true};
     const int32_t status = run(w.panels, 1, parallel, [&](int64_t begin, int64_t end) {
         if (!pack_weight(*packed, w, begin, end)) intact = false;

@@ -1,12 +1,12 @@
-// AVX2 and FMA. To be included after the standard headers: what follows it in a file is compiled for that target.
+// AVX2 and what CPUs with it have besides. To be included after the standard headers: what follows it in a file is compiled for that target.
 #pragma once
 
 #include "isa.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,bmi2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,bmi2,fma,f16c")
 #endif
 
 #include <immintrin.h>

@@ -9,6 +9,7 @@
 // whose sum is widened at once. Sums and corrections of a whole array then have 32 bits.
 #if defined(__x86_64__)
 #include <array>
+#include <bit>
 #include <cstring>
 #include <utility>
 
@@ -68,8 +69,8 @@ class Quarter {
         constexpr int kShift = 5;
         static_assert(sizeof(__m256i) == 1 << kShift);
         const uint64_t mask = ((uint64_t{1} << group_bits()) - 1) << kShift;
-        const int shift = place * group_bits() - kShift;
-        const uint64_t offset = (shift < 0 ? group << -shift : group >> shift) & mask;
+        // A rotation, unlike a shift by a constant, has an instruction that writes another register.
+        const uint64_t offset = std::rotr(group, place * group_bits() - kShift) & mask;
         return _mm256_load_si256(at256(pairs_ + offset));
     }
 

@@ -1,5 +1,10 @@
 #include "pack.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include "packed_row.h"
 
 namespace lobcq {
@@ -206,6 +211,17 @@ void unpack(const WeightView& w, const lobcq_packed& packed, int64_t begin, int6
 }
 
 }  // namespace
+
+void ask_for_large_pages([[maybe_unused]] const WeightView& w) {
+#if defined(__linux__)
+    constexpr int64_t kLargePage = 2 << 20;
+    if (w.bytes < kLargePage) return;
+    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(w.codes) + page - 1) / page * page;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(w.codes) + static_cast<uintptr_t>(w.bytes)) / page * page;
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // where it is refused, pages stay small
+#endif
+}
 
 bool pack_weight(const lobcq_packed& packed, const WeightView& w, int64_t begin, int64_t end) {
     constexpr bool (*of_bits[])(const lobcq_packed&, const WeightView&, int64_t, int64_t) = {pack<0>, pack<1>, pack<2>,
