@@ -74,7 +74,7 @@ def generate_columns(
         "generate_prefill_tokens_per_second": length / statistics.median(first),
         "generate_decode_tokens_per_second": (steps - 1) / statistics.median(rest),
     }
-    for other, title in {base: "ratio", **{one: f"x_{one}" for one in LLAMA_CPP if one in times}}.items():
+    for other, title in ((base, "ratio"), *((one, f"x_{one}") for one in LLAMA_CPP if one in times)):
         others = zip(*times[other][CALL], strict=True)
         for what, theirs, own in zip(("prefill", "decode"), others, (first, rest), strict=True):
             columns[f"generate_{what}_{title}"] = median_ratio(theirs, own)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from lobcq_fx.storage.files import FILE_LIMIT, check_regular, read_bytes
 from lobcq_fx.storage.index import PIECE, FolderIndex, bytes_of, described, differing, digests_of
 from lobcq_fx.storage.rehearse import rehearse
 from lobcq_fx.storage.shards import SHARD_INDEX, WEIGHTS, Shards, is_shard
+from lobcq_fx.storage.unmapped import fill, places_in
 from lobcq_fx.storage.validate import check_parameters, restore_packed_weights
 
 WEIGHTS_OF_VERSION_1 = "model.safetensors"
@@ -122,7 +122,7 @@ def read_tensors(directory: Path, entry: str, graphs: Sequence[fx.Graph]) -> dic
         for (path, mapped), waiting in _by_file(paths).items():
             while waiting:
                 with _opened(path) as file:
-                    places = {} if mapped else _places(path)
+                    places = {} if mapped else places_in(path)
                     room = READ_AT_ONCE
                     while waiting and room > 0:
                         name = waiting.popleft()
@@ -139,25 +139,17 @@ def read_tensors(directory: Path, entry: str, graphs: Sequence[fx.Graph]) -> dic
     return {name: tensors[name] for name in wanted}
 
 
-def _places(path: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor of a file begins, and its bytes, by a header that is known to be right."""
-    with path.open("rb", buffering=0) as raw:
-        start = 8 + int.from_bytes(raw.read(8), "little")
-        header = json.loads(raw.read(start - 8))
-    found = {name: one["data_offsets"] for name, one in header.items() if name != "__metadata__"}
-    return {name: (start + begin, end - begin) for name, (begin, end) in found.items()}
-
-
 def _read(path: Path, place: tuple[int, int], tensor: Tensor) -> None:
-    """Fill a large tensor. What is copied out of a mapping instead is resident there too."""
-    content, done = memoryview(bytes_of(tensor)).cast("B"), 0
+    """Fill a large tensor."""
     begin, size = place
-    with path.open("rb", buffering=0) as raw:
-        raw.seek(begin)
-        while done < tensor.nbytes and (read := raw.readinto(content[done : done + PIECE])):
-            done += read
-    if not size == done == tensor.nbytes:
-        raise CheckpointError(f"{path} was changed while it was read. Remedy: load it again")
+    try:
+        if size != tensor.nbytes:
+            raise EOFError
+        fill(bytes_of(tensor), path, begin)
+    except EOFError:
+        raise CheckpointError(f"{path} was changed while it was read. Remedy: load it again") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from None
 
 
 def _by_file(paths: Mapping[str, Path]) -> dict[tuple[Path, bool], deque[str]]:

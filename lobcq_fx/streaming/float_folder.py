@@ -14,13 +14,11 @@ from torch import Tensor
 from lobcq_fx.errors import CheckpointError
 from lobcq_fx.storage.files import check_regular, json_object, read_bytes
 from lobcq_fx.storage.index import PIECE, bytes_of, digest_of, digest_of_pieces
+from lobcq_fx.storage.unmapped import fill, header_of, places_in
 from lobcq_fx.storage.weights_file import DTYPES
 
 SINGLE, SHARDED = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-
-LONGEST_HEADER = 100_000_000
-"""Bytes, as the library that reads the files has it."""
 
 INDEX_LIMIT = 256 * 2**20
 """Bytes of the file that says which shard has which tensor."""
@@ -55,7 +53,7 @@ class FloatFolder:
             self._files[file] = _opened(file)
             # In the order of the file, in which transformers looks for the first of floats.
             self._homes |= dict.fromkeys(self._files[file].offset_keys(), file)
-            self._begins |= _begins_in(file)
+            self._begins |= {name: begin for name, (begin, _) in places_in(file).items()}
         for file, names in expected.items():
             _check_there(file, names - self._homes.keys())
 
@@ -136,13 +134,7 @@ class FloatFolder:
         """Fill a buffer with what a tensor holds from a byte on."""
         path = self._homes[name]
         try:
-            with path.open("rb", buffering=0) as file:
-                file.seek(self._begins[name] + at)
-                while content:
-                    count = file.readinto(content[:PIECE])
-                    if not count:
-                        raise EOFError("it ends before the tensor does")
-                    content = content[count:]
+            fill(content, path, self._begins[name] + at)
         except (OSError, EOFError) as error:
             raise CheckpointError(
                 f"cannot read {name} of {path}: {error}. Remedy: copy or download the file again"
@@ -193,13 +185,6 @@ def _opened(file: Path) -> Any:
         raise CheckpointError(f"{file} is not whole, copy or download it again: {error}") from None
 
 
-def _begins_in(file: Path) -> dict[str, int]:
-    """Where each tensor of a file begins; its header was checked when it was opened."""
-    length, header = _header_of(file)
-    found = json_object(header, file)
-    return {name: 8 + length + one["data_offsets"][0] for name, one in found.items() if name != "__metadata__"}
-
-
 def _check_there(file: Path, missing: set[str]) -> None:
     """Else transformers would make it up."""
     if missing:
@@ -209,18 +194,8 @@ def _check_there(file: Path, missing: set[str]) -> None:
         )
 
 
-def _header_of(file: Path) -> tuple[int, bytes]:
-    """The length that a file says its header has, and the header."""
-    try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            return length, opened.read(min(length, LONGEST_HEADER))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from None
-
-
 def _state_of(file: Path) -> list[Any]:
-    _, header = _header_of(file)
+    _, header = header_of(file)
     try:
         found = file.stat()
     except OSError as error:

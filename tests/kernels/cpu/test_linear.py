@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from lobcq_fx.format import FormatSpec, absmax_row_scale, decode, encode, encode_int8
 from lobcq_fx.kernels.cpu.library import Core
-from lobcq_fx.kernels.cpu.operands import KernelActivation
+from lobcq_fx.kernels.cpu.operands import KernelActivation, PackedOperand
 from tests.format.cases import ALL_SPECS, PROPERTY
 from tests.kernels.cpu.operands import activation, at_offset, codebooks, encode_rows, packed, weight
 from tests.kernels.products import assert_product
@@ -21,6 +23,8 @@ from tests.sweeps import crossed
 
 SHAPES = [(1, 1, 1), (2, 37, 200), (8, 16, 1000), (31, 70, 777)]
 """M, N, K: one row to several micro-kernels, tails in every direction."""
+
+LARGE_PAGES, SMAPS = Path("/sys/kernel/mm/transparent_hugepage"), Path("/proc/self/smaps")
 
 
 @pytest.mark.parametrize(("spec", "shape"), crossed(ALL_SPECS, SHAPES))
@@ -143,6 +147,18 @@ def test_a_non_finite_row_gives_nan_and_disturbs_no_other(core: Core, rows: int,
     for out, expected in zip(products(dirty), products(clean), strict=True):
         assert bool(out[rows // 2].isnan().all())
         assert torch.equal(out[others], expected[others])
+
+
+@pytest.mark.skipif(not LARGE_PAGES.is_dir(), reason="not Linux, or no large pages")
+def test_a_large_weight_asks_for_large_pages(core: Core) -> None:
+    stored = PackedOperand.empty(2048, 2048, FormatSpec(), torch.ones(()))
+    for part in (stored.codes, stored.selectors, stored.scales):
+        part.zero_()
+    data = core.pack_weight(stored).data
+    middle = data.data_ptr() + data.nbytes // 2
+    mappings = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags:(.*?)$", SMAPS.read_text(), re.MULTILINE | re.DOTALL)
+    (flags,) = (flags for first, last, flags in mappings if int(first, 16) <= middle < int(last, 16))
+    assert "hg" in flags.split()
 
 
 @pytest.mark.parametrize("offset", [1, 4, 16, 32])
