@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.pages.cpu_models import model_section, step_section
 from benchmarks.pages.cpu_tables import cpu_section
-from benchmarks.pages.markdown import keep_page
+from benchmarks.pages.markdown import keep_page, table
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "cpu.md"
@@ -34,6 +34,7 @@ def main() -> None:
         "linears-w4a8": linears("cpu_avx2_w4a8"),
         "models": f"{_made_on(model)}:\n\n{model_section(model)}" if model else NOT_MEASURED,
         "steps": step_section(model) if model else NOT_MEASURED,
+        "first-token": first_token(results("first_token")),
     }
     keep_page(PAGE, parts, "cpu", __doc__)
 
@@ -42,6 +43,24 @@ def linears(name: str) -> str:
     """What benchmarks/cpu/linears.py wrote."""
     found = results(name)
     return cpu_section(found) if found else NOT_MEASURED
+
+
+def first_token(report: Mapping[str, Any]) -> str:
+    """What benchmarks/model/first_token.py wrote."""
+    if not report:
+        return NOT_MEASURED
+    steps = [f"`lobcq quantize`: {step}" for step in report["quantize"][0]["steps"]]
+    header = ["seconds", *(f"{one['threads']} thread{'s' * (one['threads'] > 1)}" for one in report["quantize"])]
+    quantized = [[f"{one['steps'][step]:.1f}" for one in report["quantize"]] for step in report["quantize"][0]["steps"]]
+    opened = {step: [f"{one['steps'][step][0]:.2f}" for one in report["open"]] for step in report["open"][0]["steps"]}
+    rows = [
+        ["`lobcq quantize`, all of the process", *(f"{one['seconds']:.1f}" for one in report["quantize"])],
+        *([title, *row] for title, row in zip(steps, quantized, strict=True)),
+        *([f"new process: {step}", *row] for step, row in opened.items()),
+    ]
+    size = f"{report['parameters'] / 1e9:.2f} billion parameters, {report['float_bytes'] / 1e9:.2f} GB in bf16"
+    quantized_size = f"{report['packed_bytes'] / 1e9:.2f} GB quantized"
+    return f"{_made_on(report)}; {size}, {quantized_size}:\n\n{table(header, rows)}"
 
 
 def _made_on(model: Mapping[str, Any]) -> str:
