@@ -67,3 +67,8 @@ def test_a_large_tensor_that_is_not_where_it_was_is_no_tensor(tmp_path, place):
     assert torch.equal(found, content)
     with pytest.raises(CheckpointError, match=r"file was changed while it was read. Remedy: load it again"):
         _read(tmp_path / "file", place, found)
+
+
+def test_a_file_that_is_gone_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot read .*file: .*No such file"):
+        _read(tmp_path / "file", (0, 8), torch.zeros(8, dtype=torch.uint8))
