@@ -1,6 +1,7 @@
 #include "torch_between.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "half.h"
 #include "parallel.h"
@@ -26,19 +27,19 @@ void over_rows(int64_t n, int64_t columns, const Body& body) {
     check_core(run(n, row_grain(columns), api.torch_parallel_for, body));
 }
 
-// 1 / sqrt(mean of each row + eps), fp32 [R], by torch's own operators: in the order in which it sums.
-Tensor inverse_root(Tensor squares, float eps) {
+// 1 / sqrt(mean of each row + eps), fp32 [R]: summed by torch's own operator, in its order. What follows the sum is exact
+// or rounded once, whoever does it.
+Tensor inverse_root(Tensor squares, int64_t columns, float eps) {
     void* list = nullptr;
     check(api.torch_new_list_reserve_size(1, &list), "new_list");
     check(api.torch_list_push_back(list, static_cast<Value>(int64_t{-1})), "list_push_back");
     Value stack[4] = {squares.release(), give_optional(reinterpret_cast<Value>(list)), 0, 0};
-    check(api.torch_call_dispatcher("aten::mean", "dim", stack, kVersion), "aten::mean");
-    Tensor mean(stack[0]);
-    auto* means = mean.data<float>();
-    for (int64_t i = 0, n = mean.numel(); i < n; ++i) means[i] += eps;
-    stack[0] = mean.release();
-    check(api.torch_call_dispatcher("aten::rsqrt", "", stack, kVersion), "aten::rsqrt");
-    return Tensor(stack[0]);
+    check(api.torch_call_dispatcher("aten::sum", "dim_IntList", stack, kVersion), "aten::sum");
+    Tensor sums(stack[0]);
+    auto* inverse = sums.data<float>();
+    for (int64_t i = 0, n = sums.numel(); i < n; ++i)
+        inverse[i] = 1.0f / std::sqrt(inverse[i] / static_cast<float>(columns) + eps);
+    return sums;
 }
 
 Tensor normalized(const Tensor& given, const Tensor& weight, float eps, int32_t inner) {
@@ -65,7 +66,7 @@ Tensor normalized(const Tensor& given, const Tensor& weight, float eps, int32_t 
             for (int64_t i = 0; i < columns; ++i) to[i] *= to[i];
         }
     });
-    const Tensor inverse = inverse_root(std::move(squares), eps);
+    const Tensor inverse = inverse_root(std::move(squares), columns, eps);
     const auto* factors = inverse.data<float>();
     const Tensor whole = realigned(contiguous(weight.another()), 4);
     std::vector<float> weights(static_cast<size_t>(columns));
