@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+import lobcq_fx
 from lobcq_fx.cli import app
+from lobcq_fx.export.folder import ExportSummary
+from lobcq_fx.kernels.cpu.installed import cpu_core
 
 TEXT = "\n".join(
     f"{subject} {verb} the {thing} under a tree." for subject in ("The cat", "A dog", "Some bird")
@@ -105,6 +109,31 @@ def quantized_llama(lobcq: Run, llama: Path, text_file: Path) -> tuple[Path, dic
     """Quantized with a calibration text, and what the command printed."""
     folder = llama.parent / "llama-4bit"
     return folder, lobcq.json("quantize", llama, "-o", folder, "--calibrate", text_file, "--calibration-length", 32)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported folder, what the command printed, and what `export_onnx` said."""
+
+    folder: Path
+    found: dict[str, Any]
+    summary: ExportSummary
+
+
+@pytest.fixture(scope="session")
+def exported_llama(lobcq: Run, quantized_llama: tuple[Path, dict[str, Any]]) -> Exported:
+    """With the op library where there is one."""
+    folder, summaries, export = quantized_llama[0].parent / "llama-onnx", [], lobcq_fx.export_onnx
+
+    def recorded(*arguments: Any, **settings: Any) -> ExportSummary:
+        summaries.append(export(*arguments, **settings))
+        return summaries[-1]
+
+    library = () if cpu_core() is None else ("--include-library",)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lobcq_fx, "export_onnx", recorded)
+        found = lobcq.json("export", "onnx", quantized_llama[0], "-o", folder, *library)
+    return Exported(folder, found, *summaries)
 
 
 @pytest.fixture(scope="session")

@@ -11,22 +11,9 @@ import pytest
 
 import lobcq_fx
 from tests.cli.conftest import Run
+from tests.cli.processes import fork, start
 
-START = "import sys; sys.argv[0] = 'lobcq'; from lobcq_fx.cli import app; app()"
 COMMANDS = ("quantize", "eval", "generate", "export", "report", "calibrate", "bench")
-
-
-def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    root = str(Path(lobcq_fx.__file__).parents[1])
-    variables = {**os.environ, "PYTHONPATH": root, "COLUMNS": "200", **environment}
-    return subprocess.run(
-        [sys.executable, "-c", START, *arguments],
-        capture_output=True,
-        text=True,
-        env=variables,
-        check=False,
-        timeout=120,
-    )
 
 
 def test_help_names_the_commands_and_exit_codes() -> None:
@@ -67,7 +54,7 @@ def test_a_failure_is_one_message_without_a_traceback() -> None:
 
 
 def test_debug_shows_the_traceback() -> None:
-    for result in (start("--debug", "eval", "/no/such"), start("eval", "/no/such", LOBCQ_DEBUG="1")):
+    for result in (fork("--debug", "eval", "/no/such"), fork("eval", "/no/such", LOBCQ_DEBUG="1")):
         assert result.returncode == 1
         assert "Traceback" in result.stderr
         assert "InputError" in result.stderr

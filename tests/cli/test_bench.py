@@ -9,7 +9,7 @@ from lobcq_fx.benchmarking.peers import PEERS
 from lobcq_fx.kernels.bind import bind_cpu_core
 from lobcq_fx.kernels.cpu.installed import SWITCH, cpu_core
 from tests.cli.conftest import Run
-from tests.cli.test_application import start
+from tests.cli.processes import fork
 
 needs_core = pytest.mark.skipif(not bind_cpu_core(), reason="the CPU core was not built, or is switched off")
 QUICK = ("--rounds", "1", "--threads", "1")
@@ -30,7 +30,7 @@ READING = {"gb_per_second": float, "read_gb_per_second": float, "read_share": fl
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: ONNX Runtime's shared pool, once made, is every later session's, for good."""
-    result = start("bench", *arguments, *QUICK)
+    result = fork("bench", *arguments, *QUICK)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -100,7 +100,7 @@ def test_settings_that_cannot_be(lobcq: Run) -> None:
 
 
 def test_without_a_core_there_is_nothing_to_measure() -> None:
-    result = start("bench", "--shape", "64x64", **{SWITCH: "0"})
+    result = fork("bench", "--shape", "64x64", **{SWITCH: "0"})
     assert result.returncode == 3
     assert result.stdout == ""
     assert "lobcq: there is no C++ core to measure" in result.stderr

@@ -20,7 +20,7 @@ from lobcq_fx.errors import NotStreamedError
 from lobcq_fx.storage.journal import Journal
 from lobcq_fx.streaming import skeleton
 from tests.cli.conftest import Run
-from tests.cli.test_application import start
+from tests.cli.processes import fork
 
 
 def test_the_summary_agrees_with_the_float_model(quantized_llama: tuple[Path, dict[str, Any]], llama: Path) -> None:
@@ -147,7 +147,7 @@ def test_the_tables_people_see(lobcq: Run, llama: Path, tmp_path: Path) -> None:
 
 
 def test_json_is_all_that_standard_output_holds(llama: Path, tmp_path: Path) -> None:
-    result = start("quantize", str(llama), "-o", str(tmp_path / "q"), "--json")
+    result = fork("quantize", str(llama), "-o", str(tmp_path / "q"), "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["layers_quantized"] == 14
     assert "Encode weights" in result.stderr

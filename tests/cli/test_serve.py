@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,14 +26,14 @@ openai = pytest.importorskip("openai", reason="the server's packages are not ins
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 NEW = {"max_tokens": 8, "temperature": 0}
-PROMPT = "def __init__(self, "
+PROMPT = "The cat sees"
 
 
 @pytest.fixture(scope="module")
-def folder(lobcq: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model quantized, with a chat template."""
+def folder(quantized_llama: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quantized model with a chat template."""
     folder = tmp_path_factory.mktemp("served") / "q"
-    lobcq("quantize", "default", "-o", folder)
+    shutil.copytree(quantized_llama[0], folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -61,7 +63,7 @@ def client(folder: Path) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def of_folder(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -76,19 +78,19 @@ def written(graph: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: 
     return str(tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
-def test_a_completion_is_the_graphs(client, folder, graph, tokenizer):
+def test_a_completion_is_the_graphs(client, folder, graph, of_folder):
     answer = client.completions.create(model=str(folder), prompt=PROMPT, **NEW)
-    assert answer.choices[0].text == written(graph, tokenizer, tokenizer(PROMPT, return_tensors="pt"))
+    assert answer.choices[0].text == written(graph, of_folder, of_folder(PROMPT, return_tensors="pt"))
     assert answer.usage.completion_tokens == NEW["max_tokens"]
 
 
-def test_an_answer_comes_piece_by_piece(client, folder, graph, tokenizer):
+def test_an_answer_comes_piece_by_piece(client, folder, graph, of_folder):
     messages = [{"role": "user", "content": PROMPT}]
     stream = client.chat.completions.create(model=str(folder), messages=messages, stream=True, **NEW)
     pieces = [event.choices[0].delta.content or "" for event in stream if event.choices]
     assert len([piece for piece in pieces if piece]) > 1
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
-    assert "".join(pieces) == written(graph, tokenizer, prompt)
+    prompt = of_folder.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    assert "".join(pieces) == written(graph, of_folder, prompt)
 
 
 def test_no_folder_and_no_such_option(lobcq: Run) -> None:

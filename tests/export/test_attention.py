@@ -7,15 +7,13 @@ import dataclasses
 import onnx
 import pytest
 import torch
-import transformers
 
 import lobcq_fx
-from lobcq_fx.export import export_onnx
 from lobcq_fx.export.attention import UseGroupQueryAttention
 from lobcq_fx.export.stored_module import stored_module
 from lobcq_fx.passes.group_query_heads import GroupQueryHeads
 from tests.export.sessions import Session
-from tests.families import causal_lm, quantized_causal_lm
+from tests.families import causal_lm
 from tests.passes.graphs import assert_unchanged
 
 aten = torch.ops.aten
@@ -42,11 +40,11 @@ def gpt_neox():
     return lobcq_fx.quantize(causal_lm("gpt-neox", num_hidden_layers=2), static_cache=False)
 
 
-def test_narrow_heads_stay(gpt_neox):
-    q = quantized_causal_lm("llama", static_cache=False)[1]
+def test_narrow_heads_stay(exported_lm):
+    q = exported_lm("llama").q
     graph_module = stored_module(q)
     fused, refused = use_group_query_attention(graph_module, q.calling)
-    assert (fused, len(refused), len(attentions(graph_module))) == (0, 2, 2)
+    assert (fused, len(refused), len(attentions(graph_module))) == (0, 1, 1)
     assert "its heads are 18 and 18 wide" in refused[0]
 
 
@@ -73,12 +71,12 @@ def test_what_is_no_growing_cache_stays(gpt_neox):
 
 
 @torch.no_grad()
-def test_fused_equals_unfused(gpt_neox, tmp_path):
+def test_fused_equals_unfused(exported_lm):
     """A prompt padded on the left, then a token; and several tokens after a cache, which the fused takes one by one."""
-    summaries = [export_onnx(gpt_neox, tmp_path / str(fuse), fuse=fuse) for fuse in (True, False)]
-    assert [summary.fused_attentions for summary in summaries] == [2, 0]
-    assert [summary.nodes.get("com.microsoft::GroupQueryAttention", 0) for summary in summaries] == [2, 0]
-    fused, plain = (Session(tmp_path / str(fuse)) for fuse in (True, False))
+    both = exported_lm("gpt-neox"), exported_lm("gpt-neox", fuse=False)
+    assert [one.summary.fused_attentions for one in both] == [1, 0]
+    assert [one.summary.nodes.get("com.microsoft::GroupQueryAttention", 0) for one in both] == [1, 0]
+    fused, plain = (Session(one.folder) for one in both)
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[0, :2] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -98,19 +96,15 @@ def test_fused_equals_unfused(gpt_neox, tmp_path):
     )
 
 
-def test_numbers_of_heads_that_a_reshape_leaves_to_be_computed(tmp_path):
+def test_numbers_of_heads_that_a_reshape_leaves_to_be_computed(exported_lm):
     """GPT-2's: the exported model is compared with torch, as every one is."""
-    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 32, "vocab_size": 96}
-    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
-    torch.manual_seed(0)
-    q = lobcq_fx.quantize(transformers.GPT2LMHeadModel(config).eval(), static_cache=False)
-    assert export_onnx(q, tmp_path / "gpt2").fused_attentions == 1
+    assert exported_lm("gpt2", mode="w4a16", target="matmulnbits").summary.fused_attentions == 1
 
 
-def test_a_fused_graph_is_read_by_the_checker(gpt_neox, tmp_path):
+def test_a_fused_graph_is_read_by_the_checker(exported_lm):
     """ONNX Runtime's own norms lie in ONNX's domain, where the checker knows none."""
-    q = quantized_causal_lm("qwen3", static_cache=False)[1]
-    summary = export_onnx(q, tmp_path / "out")
+    exported = exported_lm("llama")
+    summary = exported.summary
     assert "SimplifiedLayerNormalization" not in summary.nodes
     assert summary.nodes["com.microsoft::SkipSimplifiedLayerNormalization"] > 0
-    onnx.checker.check_model(str(tmp_path / "out" / "model.onnx"), full_check=True)
+    onnx.checker.check_model(str(exported.folder / "model.onnx"), full_check=True)

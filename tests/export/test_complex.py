@@ -10,6 +10,7 @@ import lobcq_fx
 from lobcq_fx.errors import ExportError
 from lobcq_fx.export import export_onnx
 from tests.export.sessions import Session
+from tests.sweeps import sweep
 
 
 class Rotated(nn.Module):
@@ -30,15 +31,16 @@ class Rotated(nn.Module):
         return self.out(torch.view_as_real(self.compute(z)).flatten(2))
 
 
-def test_rotary_embeddings(tmp_path):
+@pytest.mark.parametrize("loaded", sweep([False, True], [True]))
+def test_rotary_embeddings(tmp_path, loaded):
+    """As traced, and loaded, which export alike."""
     x = torch.randn(2, 5, 64)
     q = lobcq_fx.quantize(Rotated().eval(), example_inputs=x)
     q.save_pretrained(tmp_path / "packed")
-    for name, model in (("traced", q), ("loaded", lobcq_fx.load(tmp_path / "packed"))):
-        summary = export_onnx(model, tmp_path / name, x)
-        assert summary.nodes["lobcq::Linear"] == 2
-        found = Session(tmp_path / name)(x=x[:1, :3])["output"]
-        torch.testing.assert_close(found, q(x[:1, :3]), rtol=1e-4, atol=1e-4)
+    summary = export_onnx(lobcq_fx.load(tmp_path / "packed") if loaded else q, tmp_path / "out", x)
+    assert summary.nodes["lobcq::Linear"] == 2
+    found = Session(tmp_path / "out")(x=x[:1, :3])["output"]
+    torch.testing.assert_close(found, q(x[:1, :3]), rtol=1e-4, atol=1e-4)
 
 
 def test_what_else_is_complex_is_named(tmp_path):

@@ -19,13 +19,13 @@ def q():
     return quantized_causal_lm("gpt-neox", static_cache=False)[1]
 
 
-def test_an_export_without_fusions(q, tmp_path):
-    export_onnx(q, tmp_path / "out", fuse=False)
+def test_an_export_without_fusions(exported_lm):
+    exported = exported_lm("gpt-neox", fuse=False)
     settings = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     ids = torch.tensor([[5, 17, 3, 60, 8]])
-    expected = q.generate(ids, **settings)
+    expected = exported.q.generate(ids, **settings)
     for use_library in (False, True):
-        found = OnnxCausalLM(tmp_path / "out", use_library=use_library).generate(ids, **settings)
+        found = OnnxCausalLM(exported.folder, use_library=use_library).generate(ids, **settings)
         assert torch.equal(found, expected)
 
 

@@ -10,19 +10,16 @@ from torch import nn
 import lobcq_fx
 from lobcq_fx.errors import CallError, ExportError
 from lobcq_fx.export import OnnxCausalLM, export_onnx
-from tests.families import quantized_causal_lm
 
 
 @pytest.fixture(scope="module")
-def q():
-    return quantized_causal_lm("gpt-neox", static_cache=False)[1]
+def q(exported_lm):
+    return exported_lm("gpt-neox").q
 
 
 @pytest.fixture(scope="module")
-def folder(q, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runtime") / "out"
-    export_onnx(q, out)
-    return out
+def folder(exported_lm):
+    return exported_lm("gpt-neox").folder
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +68,14 @@ def test_loss_and_outputs(q, model):
 
 
 @torch.no_grad()
-def test_calls_that_an_export_cannot_serve_say_why(q, model, tmp_path):
+def test_calls_that_an_export_cannot_serve_say_why(q, model, exported_lm):
     mask = torch.ones(2, 7, dtype=torch.bool)  # the type that masks are often made in
     ids = torch.arange(10, dtype=torch.int32).view(2, 5)
     out = model(ids, attention_mask=mask[:, :5])
     torch.testing.assert_close(out.logits, q(ids, attention_mask=mask[:, :5]).logits, rtol=1e-4, atol=1e-5)
     with pytest.raises(CallError, match="2 tokens after a cache of 5 for a batch of 2"):
         model(ids[:, :2], attention_mask=mask, past_key_values=out.past_key_values)
-    export_onnx(q, tmp_path / "last", last_logits_only=True)
-    last = OnnxCausalLM(tmp_path / "last", threads=1)
+    last = OnnxCausalLM(exported_lm("gpt-neox", last_logits_only=True).folder, threads=1)
     for call in ({"labels": IDS}, {"logits_to_keep": 3}, {"logits_to_keep": torch.tensor([1])}):
         with pytest.raises(CallError, match="export without last_logits_only"):
             last(IDS, **call)
