@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-import lobcq_fx
 from lobcq_fx.cli import app
-from lobcq_fx.export.folder import ExportSummary
 from lobcq_fx.kernels.cpu.installed import cpu_core
 
 TEXT = "\n".join(
@@ -111,29 +108,12 @@ def quantized_llama(lobcq: Run, llama: Path, text_file: Path) -> tuple[Path, dic
     return folder, lobcq.json("quantize", llama, "-o", folder, "--calibrate", text_file, "--calibration-length", 32)
 
 
-@dataclass(frozen=True)
-class Exported:
-    """An exported folder, what the command printed, and what `export_onnx` said."""
-
-    folder: Path
-    found: dict[str, Any]
-    summary: ExportSummary
-
-
 @pytest.fixture(scope="session")
-def exported_llama(lobcq: Run, quantized_llama: tuple[Path, dict[str, Any]]) -> Exported:
-    """With the op library where there is one."""
-    folder, summaries, export = quantized_llama[0].parent / "llama-onnx", [], lobcq_fx.export_onnx
-
-    def recorded(*arguments: Any, **settings: Any) -> ExportSummary:
-        summaries.append(export(*arguments, **settings))
-        return summaries[-1]
-
+def exported_llama(lobcq: Run, quantized_llama: tuple[Path, dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """An exported folder, with the op library where there is one, and what the command printed."""
+    folder = quantized_llama[0].parent / "llama-onnx"
     library = () if cpu_core() is None else ("--include-library",)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lobcq_fx, "export_onnx", recorded)
-        found = lobcq.json("export", "onnx", quantized_llama[0], "-o", folder, *library)
-    return Exported(folder, found, *summaries)
+    return folder, lobcq.json("export", "onnx", quantized_llama[0], "-o", folder, *library)
 
 
 @pytest.fixture(scope="session")

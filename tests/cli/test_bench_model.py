@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from lobcq_fx.benchmarking.generating import OtherTokensError, check_tokens, generate, timed_generate
 from lobcq_fx.benchmarking.model_speed import Load, Runner, measure_models
 from lobcq_fx.benchmarking.step_reads import bytes_of_a_step, bytes_of_states
-from tests.cli.conftest import Exported, Run
+from tests.cli.conftest import Run
 from tests.families import quantized_causal_lm
 
 QUICK = ("--rounds", 2, "--threads", 1, "--prompt-tokens", 12, "--new-tokens", 4)
@@ -73,9 +73,9 @@ def test_defaults_fit_into_the_model(lobcq: Run, llama: Path) -> None:
 
 
 def test_an_exported_model_has_turns_too(
-    lobcq: Run, quantized_llama: tuple[Path, dict[str, Any]], exported_llama: Exported
+    lobcq: Run, quantized_llama: tuple[Path, dict[str, Any]], exported_llama: tuple[Path, dict[str, Any]]
 ) -> None:
-    out = exported_llama.folder
+    out = exported_llama[0]
     found = lobcq.json("bench", "--model", quantized_llama[0], "--onnx", out, *QUICK)
     assert [row["model"] for row in found["results"]] == ["llama-4bit (quantized)", "llama-onnx (ONNX Runtime)"]
     assert "step_bytes" not in found["results"][1]

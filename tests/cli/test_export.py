@@ -1,19 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-import lobcq_fx
-from lobcq_fx.export.folder import ExportSummary
-from tests.cli.conftest import Exported, Run
+from tests.cli.conftest import Run
 
 
-def test_summary(exported_llama: Exported) -> None:
-    out, found = exported_llama.folder, exported_llama.found
+def test_summary(exported_llama: tuple[Path, dict[str, Any]]) -> None:
+    out, found = exported_llama
     assert found["bytes"] == sum((out / name).stat().st_size for name in ("model.onnx",))
     assert found["library_nodes"] == found["nodes"]["lobcq::Linear"] + found["nodes"]["lobcq::QuantizeActivation"]
     assert found["difference_with_function_bodies"] < 1e-3
@@ -23,28 +18,16 @@ def test_summary(exported_llama: Exported) -> None:
 
 
 def test_the_exported_model_writes_the_same_text(
-    lobcq: Run, quantized_llama: tuple[Path, dict[str, Any]], exported_llama: Exported
+    lobcq: Run, quantized_llama: tuple[Path, dict[str, Any]], exported_llama: tuple[Path, dict[str, Any]]
 ) -> None:
     arguments = ("-p", "The cat sees", "--max-new-tokens", 12)
     expected = lobcq.json("generate", quantized_llama[0], *arguments)
-    found = lobcq.json("generate", "--onnx", exported_llama.folder, *arguments)
+    found = lobcq.json("generate", "--onnx", exported_llama[0], *arguments)
     assert (found["tokens"], found["text"]) == (expected["tokens"], expected["text"])
 
 
-def test_people_see_a_table(
-    lobcq: Run,
-    quantized_llama: tuple[Path, dict[str, Any]],
-    exported_llama: Exported,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def export(q: Any, out: Path, *, include_library: bool, **_: Any) -> ExportSummary:
-        """What an export has said: one takes long, and this is about the words."""
-        assert include_library
-        return replace(exported_llama.summary, path=out)
-
-    monkeypatch.setattr(lobcq_fx, "export_onnx", export)
-    shown = lobcq("export", "onnx", quantized_llama[0], "-o", tmp_path / "onnx", "--include-library").stdout
+def test_people_see_a_table(lobcq: Run, quantized_llama: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    shown = lobcq("export", "onnx", quantized_llama[0], "-o", tmp_path / "onnx").stdout
     for words in ("Largest difference to torch", "lobcq::Linear", "lm_head", "lobcq generate --onnx"):
         assert words in shown
 
@@ -53,13 +36,13 @@ def test_refusals(
     lobcq: Run,
     llama: Path,
     quantized_llama: tuple[Path, dict[str, Any]],
-    exported_llama: Exported,
+    exported_llama: tuple[Path, dict[str, Any]],
     tmp_path: Path,
     edited: Callable[..., Path],
 ) -> None:
     quantized = quantized_llama[0]
     assert "is a float model: quantize it first" in lobcq.refused("export", "onnx", llama, "-o", tmp_path / "a", code=3)
-    assert "pass --overwrite" in lobcq.refused("export", "onnx", quantized, "-o", exported_llama.folder, code=4)
+    assert "pass --overwrite" in lobcq.refused("export", "onnx", quantized, "-o", exported_llama[0], code=4)
     refused = lobcq.refused("export", "onnx", quantized, "-o", llama, "--overwrite", code=4)
     assert "holds files that are not a" in refused
     assert "holds no model.onnx" in lobcq.refused("generate", "--onnx", quantized, "-p", "a", code=3)
