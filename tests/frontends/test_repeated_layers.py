@@ -98,7 +98,7 @@ def test_the_graphs_are_those_of_a_trace_of_all_layers(graphs):
 
 
 def test_the_model_is_left_as_it_was():
-    _, left, _, _ = traces("windows", static_cache=False)
+    _, left, _, _ = traces("windows", False)
     assert left
 
 
@@ -210,7 +210,7 @@ def own(model, graphs):
 
 @torch.no_grad()
 def test_a_quantized_model_is_the_same(tmp_path, monkeypatch):
-    model, _, *both = traces("llama", static_cache=True)
+    model, _, *both = traces("llama", True)
     front_end = front_end_of(model).__class__
     of_three, of_all = (own(model, graphs) for graphs in both)
     monkeypatch.setattr(front_end, "trace_repeated", lambda *_, **__: of_three)
