@@ -86,8 +86,13 @@ STACKS = ("gate_up_proj", "up_proj", "down_proj")
 WITH_STATIC_CACHE = ("llama", "mistral", "gemma2", "gemma3", "gpt2", "bloom", "opt", "phi3")
 """Families that tests give both graphs: in what a cache, masks and positions are, the others are as one of these."""
 
-EVERY_CAUSAL_LM = sweep(CAUSAL_LMS, WITH_STATIC_CACHE)
+BY_DAY = ("llama", "mistral", "gemma2", "gpt2", "bloom", "opt")
+"""One family of a kind: Gemma 3's windows are among those of Gemma 2, and Phi-3 is a Llama with joined projections."""
+
+EVERY_CAUSAL_LM = sweep(CAUSAL_LMS, BY_DAY)
 """For parametrizations: by day one family of a kind, at night all."""
+
+EVERY_WITH_STATIC_CACHE = sweep(WITH_STATIC_CACHE, BY_DAY)
 
 
 def quantized_causal_lm(

@@ -11,8 +11,8 @@ from tests.families import EVERY_CAUSAL_LM, VOCABULARY, fake_quantized, quantize
 LENGTH = 11
 
 
-@pytest.fixture(scope="module", params=EVERY_CAUSAL_LM)
-def pair(request):
+@pytest.fixture(params=EVERY_CAUSAL_LM)
+def pair(request, traced_once):
     return quantized_causal_lm(request.param)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 import transformers
 
 import lobcq_fx
 from lobcq_fx.errors import CallError, TraceError
-from tests.families import LLAMA, TOKENS, VOCABULARY, fake_quantized, quantized_layers, trace_main
+from tests.families import ONE_LAYER, TOKENS, VOCABULARY, fake_quantized, quantized_layers, trace_main
 
 BERT = {"hidden_size": 72, "intermediate_size": 172, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -43,12 +45,24 @@ def images(batch, length):
 CASES = {"bert": (bert, tokens), "vit": (vit, images), "t5-encoder": (t5_encoder, tokens)}
 
 
-@pytest.fixture(scope="module", params=list(CASES))
-def case(request):
-    make, inputs = CASES[request.param]
+@cache
+def quantized(name):
+    make, inputs = CASES[name]
     torch.manual_seed(0)
     model = make().eval()
     return model, lobcq_fx.quantize(model), inputs
+
+
+@pytest.fixture(params=list(CASES))
+def case(request):
+    return quantized(request.param)
+
+
+@cache
+def with_hidden_states():
+    """By an example that says so."""
+    model = bert().eval()
+    return model, lobcq_fx.quantize(model, example_inputs={**tokens(2, 5), "output_hidden_states": True})
 
 
 @torch.no_grad()
@@ -78,9 +92,7 @@ def test_saved_and_loaded_outputs_are_bit_identical(case, tmp_path):
 
 @torch.no_grad()
 def test_a_call_may_leave_out_what_the_model_has_defaults_for():
-    torch.manual_seed(0)
-    model = bert().eval()
-    q = lobcq_fx.quantize(model)
+    model, q, _ = quantized("bert")
     call = tokens(2, 5)
     token_types = {"token_type_ids": torch.ones(2, 5, dtype=torch.long)}
     for given in (call, {"input_ids": call["input_ids"]}, {**call, **token_types}):
@@ -90,7 +102,7 @@ def test_a_call_may_leave_out_what_the_model_has_defaults_for():
 
 
 def test_what_stays_in_float_is_listed_with_its_reason():
-    q = lobcq_fx.quantize(vit().eval())
+    _, q, _ = quantized("vit")
     reasons = {record.layer: record.reason for record in q.inventory.left_alone}
     assert reasons["classifier"] == "excluded by pattern '@head'"
     assert "vit.embeddings.patch_embeddings.projection" in quantized_layers(q)
@@ -171,12 +183,13 @@ def test_other_models_that_say_encoder_decoder_and_are_called_once(make):
 
 
 def test_a_classifier_without_a_padding_token_is_refused_with_what_to_set():
-    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**{**LLAMA, "pad_token_id": None}))
+    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**{**ONE_LAYER, "pad_token_id": None}))
     with pytest.raises(TraceError, match=r"no padding token is defined\. Remedy: set model\.config\.pad_token_id"):
         lobcq_fx.quantize(model, example_inputs={"input_ids": torch.arange(5)[None]})
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("traced_once")
 def test_labels_are_ignored_in_calibration_data():
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -203,7 +216,7 @@ def test_a_call_may_say_what_the_graph_was_traced_with(case):
 
 
 def test_what_the_example_says_is_part_of_the_graph(tmp_path):
-    q = lobcq_fx.quantize(bert().eval(), example_inputs={**tokens(2, 5), "output_hidden_states": True})
+    _, q = with_hidden_states()
     q.save_pretrained(tmp_path)
     loaded = lobcq_fx.load(tmp_path)
     states = loaded(**tokens(2, 5), output_hidden_states=True, return_dict=True).hidden_states
@@ -213,7 +226,6 @@ def test_what_the_example_says_is_part_of_the_graph(tmp_path):
 
 
 def test_tracing_leaves_what_the_float_model_returns():
-    model = bert().eval()
+    model, _ = with_hidden_states()
     call = {**tokens(2, 5), "output_hidden_states": True}
-    lobcq_fx.quantize(model, example_inputs=call)
     assert len(model(**call).hidden_states) == BERT["num_hidden_layers"] + 1

@@ -67,6 +67,7 @@ TREATMENTS: list[dict[str, str]] = [
 ]
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("treatment", TREATMENTS, ids=str)
 def test_compensation_lowers_the_error_on_what_was_not_seen(treatment: dict[str, str]) -> None:
     nearest, _ = error(**treatment)
@@ -74,6 +75,7 @@ def test_compensation_lowers_the_error_on_what_was_not_seen(treatment: dict[str,
     assert compensated < 0.9 * nearest
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_smoothing_and_rotation_lower_it_each() -> None:
     plain, _ = error(mode="w4a4")
     smoothed, of_smoothed = error(mode="w4a4", smoothing="folded")

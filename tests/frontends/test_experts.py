@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from lobcq_fx.format import universal_codebooks
 from lobcq_fx.ops.dequantize_weight import decoded_weight
 from tests.families import ONE_LAYER, fake_quantized, quantized_layers
 from tests.frontends.test_causal_lm_families import assert_logits_close, batch
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 SMALL = {**ONE_LAYER, "hidden_size": 64, "head_dim": 16, "num_experts_per_tok": 2}
 FAMILIES = {
@@ -47,10 +50,15 @@ def float_model(family: str) -> transformers.PreTrainedModel:
     return model
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
-def pair(request):
-    model = float_model(request.param)
+@cache
+def quantized(family):
+    model = float_model(family)
     return model, lobcq_fx.quantize(model, static_cache=False)
+
+
+@pytest.fixture(params=list(FAMILIES))
+def pair(request, traced_once):
+    return quantized(request.param)
 
 
 @torch.no_grad()

@@ -32,13 +32,13 @@ WAYS = {
 }
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral"])
-def pair(request):
+@pytest.fixture(params=["llama", "mistral"])
+def pair(request, traced_once):
     return quantized_causal_lm(request.param)
 
 
-@pytest.fixture(scope="module")
-def llama():
+@pytest.fixture
+def llama(traced_once):
     return quantized_causal_lm("llama")
 
 

@@ -15,7 +15,7 @@ import lobcq_fx
 from lobcq_fx.errors import TraceError
 from lobcq_fx.frontends.causal_lm import CausalLMForward
 from lobcq_fx.frontends.generation_overrides import GENERATION, check_overrides, delegated, lost_overrides, overrides
-from tests.families import LLAMA, causal_lm, fake_quantized, quantized_layers
+from tests.families import LLAMA, ONE_LAYER, causal_lm, fake_quantized, quantized_layers
 
 PREPARE, UPDATE = "prepare_inputs_for_generation", "_update_model_kwargs_for_generation"
 POSITIONS = "_prepare_position_ids_for_generation"
@@ -116,7 +116,7 @@ def longrope(config_class, **changes):
         "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12,
         "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 4.0,
     }  # fmt: skip
-    sizes = {**LLAMA, "hidden_size": 64, "head_dim": 16, "max_position_embeddings": 48, **changes}
+    sizes = {**ONE_LAYER, "hidden_size": 64, "head_dim": 16, "max_position_embeddings": 48, **changes}
     torch.manual_seed(0)
     config = config_class(**sizes, original_max_position_embeddings=12, rope_parameters=rope)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()

@@ -14,6 +14,7 @@ from lobcq_fx.frontends.lobcq_cache import LobcqCache
 from lobcq_fx.frontends.output_types import CACHE_NAME
 from tests.families import EVERY_CAUSAL_LM, causal_lm, fake_quantized, quantized_causal_lm, quantized_layers
 from tests.frontends.test_causal_lm_families import LENGTH, assert_logits_close, batch
+from tests.sweeps import sweep
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 
@@ -87,8 +88,8 @@ def test_logits_are_those_of_a_cache_of_decoded_floats(family, rotate):
     assert cache.nbytes == 3 * LENGTH * (states * head_bytes + 2 * len(cache.layers) * 4)
 
 
-@pytest.fixture(scope="module")
-def pair():
+@pytest.fixture
+def pair(traced_once):
     return quantized_causal_lm("llama")
 
 
@@ -264,7 +265,7 @@ def test_what_the_graph_cannot_serve_is_refused(q):
         q(torch.ones(3, 1, dtype=torch.long), past_key_values=cache)
     with pytest.raises(CallError, match=r"attention_mask has shape \[2, 11\]: pass \[2, 12\]"):
         q(ids[:, :1], attention_mask=mask, past_key_values=cache)
-    other = quantized_causal_lm("qwen2")[1]
+    other = quantized_causal_lm("opt")[1]
     with pytest.raises(CallError, match=r"holds 2 layers of .* needs 1 of .*pass a new LobcqCache"):
         other(ids[:, :1], past_key_values=cache)
     with pytest.raises(ConfigError, match="num_codebooks=9"):
@@ -286,7 +287,7 @@ def test_saved_models_of_any_age_take_it(q, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", sweep([torch.bfloat16, torch.float16], [torch.bfloat16]))
 def test_half_precision(dtype):
     model = causal_lm("llama").to(dtype)
     q = lobcq_fx.quantize(model, static_cache=False)

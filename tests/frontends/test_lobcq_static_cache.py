@@ -12,7 +12,7 @@ from lobcq_fx.errors import CallError, ConfigError
 from lobcq_fx.frontends.lobcq_cache import LobcqCache
 from lobcq_fx.frontends.lobcq_static_cache import LobcqStaticCache, LobcqStaticLayer
 from lobcq_fx.frontends.output_types import CACHE_NAME
-from tests.families import WITH_STATIC_CACHE, causal_lm, quantized_causal_lm
+from tests.families import EVERY_WITH_STATIC_CACHE, causal_lm, quantized_causal_lm
 from tests.frontends.test_causal_lm_families import LENGTH, assert_logits_close, batch
 from tests.frontends.test_static_cache import GREEDY, pieces
 
@@ -25,7 +25,7 @@ def q():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", WITH_STATIC_CACHE)
+@pytest.mark.parametrize("family", EVERY_WITH_STATIC_CACHE)
 def test_logits_are_those_with_a_cache_that_grows(family):
     """Attention that is written out (gemma2, bloom) decodes the whole memory, and sums over more zeros."""
     q = quantized_causal_lm(family)[1]

@@ -16,13 +16,16 @@ from lobcq_fx.frontends.causal_lm_call import CausalLMCall
 from lobcq_fx.frontends.causal_lm_trial import PROMPT
 from lobcq_fx.frontends.output_types import import_output_types, output_type
 from lobcq_fx.frontends.transformers_trace import trace_causal_lm
-from tests.families import LLAMA, ONE_LAYER, VOCABULARY, causal_lm, quantized_causal_lm, trace_main
+from tests.families import ONE_LAYER, VOCABULARY, causal_lm, quantized_causal_lm, trace_main
 from tests.more_families import FAMILIES
 from tests.sweeps import sweep
 
 IDS = torch.arange(3, 13).view(2, 5)
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "ernie4_5_moe", "phimoe", "jamba")
+CHANGING = {"output_hidden_states": True, "output_attentions": True, "use_cache": True, "return_dict": False}
+"""What changes results by saying something other than encoders' defaults, or might."""
 FLAGS = ("output_hidden_states", "output_attentions", "use_cache", "return_dict")
+SAID = [{name: value} for name in FLAGS for value in (True, False)]
 
 
 def call(traced, *args, **kwargs):
@@ -40,7 +43,7 @@ def flagged(config, **flags):
 @torch.no_grad()
 @pytest.mark.parametrize("value", [True, False])
 def test_a_llama_returns_what_its_configuration_says_of_cache_and_form(value):
-    model = causal_lm("llama")
+    model = causal_lm("llama-tied")
     flagged(model.config, **dict.fromkeys(FLAGS, value))
     q = lobcq_fx.quantize(model, static_cache=False)
     assert [getattr(model.config, name) for name in FLAGS] == [value] * len(FLAGS)  # as its owner left it
@@ -60,7 +63,7 @@ def test_a_llama_returns_what_its_configuration_says_of_cache_and_form(value):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("flags", [{name: value} for name in FLAGS for value in (True, False)], ids=str)
+@pytest.mark.parametrize("flags", sweep(SAID, [{name: value} for name, value in CHANGING.items()]), ids=str)
 def test_a_bert_returns_what_its_configuration_says(flags):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -76,7 +79,7 @@ def test_a_bert_returns_what_its_configuration_says(flags):
 def test_a_loss_that_settings_add_to_is_refused_and_routers_logits_are_left_out():
     torch.manual_seed(0)
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
-    config = transformers.MixtralConfig(**{**LLAMA, "num_hidden_layers": 1}, **experts)
+    config = transformers.MixtralConfig(**ONE_LAYER, **experts)
     model = transformers.MixtralForCausalLM(config).eval()
     traced = trace_causal_lm(model)
     assert model.config.output_router_logits
@@ -132,7 +135,7 @@ def test_a_model_with_outputs_that_would_be_lost_is_refused():
             return output
 
     with pytest.raises(TraceError, match="Talkative returns hidden_states besides logits and cache, which would be"):
-        lobcq_fx.quantize(Talkative(transformers.LlamaConfig(**LLAMA)))
+        lobcq_fx.quantize(Talkative(transformers.LlamaConfig(**ONE_LAYER)))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
+
 import pytest
 import torch
 import transformers
@@ -16,6 +20,7 @@ from lobcq_fx.frontends.static_cache_call import STATIC_CACHE
 from lobcq_fx.frontends.tried import Tried
 from lobcq_fx.tracing.trace import MAIN
 from tests.families import CAUSAL_LMS, LLAMA, TOKENS
+from tests.sweeps import sweep
 
 COUNT = 5
 SMALL = LLAMA | {"num_hidden_layers": COUNT}
@@ -58,13 +63,28 @@ def structure(graph_module):
     return [of(node) for node in nodes]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_graphs_are_those_of_a_trace_of_all_layers(name):
+@cache
+def traces(name, static_cache):
+    """A model, whether tracing left it as it was, its graphs of three layers, and those of all."""
     model = model_of(MODELS[name]())
+    before = model.config.to_dict(), [id(one) for one in model.modules()]
     front_end = front_end_of(model)
-    repeated = front_end.trace_repeated(model, static_cache=True)
-    whole = front_end.trace(model, None, static_cache=True)
-    assert repeated.graphs.keys() == whole.graphs.keys() == {MAIN, STATIC_CACHE}
+    repeated = front_end.trace_repeated(model, static_cache=static_cache)
+    after = model.config.to_dict(), [id(one) for one in model.modules()]
+    return model, before == after, repeated, front_end.trace(model, None, static_cache=static_cache)
+
+
+GRAPHS = [f"{name}, {kind}" for name in MODELS for kind in ("one graph", "both graphs")]
+
+
+@pytest.mark.parametrize(
+    "graphs", sweep(GRAPHS, ["llama, both graphs", "windows, one graph", "other-names, one graph"])
+)
+def test_the_graphs_are_those_of_a_trace_of_all_layers(graphs):
+    name, _, kind = graphs.partition(", ")
+    static_cache = kind == "both graphs"
+    model, _, repeated, whole = traces(name, static_cache)
+    assert repeated.graphs.keys() == whole.graphs.keys() == {MAIN, *([STATIC_CACHE] if static_cache else [])}
     for kind, one in whole.graphs.items():
         made = repeated.graphs[kind]
         assert made.calling == one.calling
@@ -74,15 +94,12 @@ def test_the_graphs_are_those_of_a_trace_of_all_layers(name):
             n: t.data_ptr() for n, t in tensors.items()
         }
         made.graph_module.graph.lint()
-    assert Tried.of(front_end, model, None, repeated).unlike == {}
+    assert Tried.of(front_end_of(model), model, None, repeated).unlike == {}
 
 
 def test_the_model_is_left_as_it_was():
-    model = model_of(MODELS["windows"]())
-    config, layers = model.config.to_dict(), list(model.model.layers)
-    trace_repeated(model, static_cache=False)
-    assert model.config.to_dict() == config
-    assert list(model.model.layers) == layers
+    _, left, _, _ = traces("windows", False)
+    assert left
 
 
 def scaled(model):
@@ -105,12 +122,22 @@ def shared(model):
     model.model.layers[4].mlp = model.model.layers[3].mlp
 
 
-@pytest.mark.parametrize("change", [scaled, without_a_bias, hooked, of_another_kind, shared])
-def test_layers_that_differ_are_traced_one_by_one(change):
+CHANGES = [scaled, without_a_bias, hooked, of_another_kind, shared]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_layers_that_differ_are_not_repeated(change):
     model = model_of(MODELS["llama"]())
     change(model)
     with pytest.raises(TraceError, match="its layers are not alike"):
         trace_repeated(model, static_cache=False)
+
+
+@pytest.mark.parametrize("change", sweep(CHANGES, [hooked]))
+def test_layers_that_differ_are_traced_one_by_one(change):
+    """Whatever the difference, which the test above has by day, what follows is the same."""
+    model = model_of(MODELS["llama"]())
+    change(model)
     assert not traced(model).repeated
 
 
@@ -148,7 +175,7 @@ def test_a_number_that_goes_by_the_layer_s_place_is_seen(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_difference_that_only_calls_show_is_seen(monkeypatch, caplog, dtype):
-    """A rule in the code of the model, of layers that nothing else tells apart."""
+    """A rule in the code of the model, of layers that nothing else tells apart. The fifth is not among the traced."""
     forward = transformers.models.llama.modeling_llama.LlamaMLP.forward
     model = model_of(MODELS["llama"](), dtype)
     fifth = {id(model.model.layers[4].mlp)}
@@ -156,21 +183,40 @@ def test_a_difference_that_only_calls_show_is_seen(monkeypatch, caplog, dtype):
     def ruled(self, x):
         return forward(self, x) * 1.25 if id(self) in fifth else forward(self, x)
 
+    def whole(*_, **__):
+        raise TraceError("all of them are traced")
+
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.down_proj.weight.mul_(20)  # as much as attention and embedding are
-    assert traced(model).repeated
+    first = traced(model)
+    assert first.repeated
     monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", ruled)
-    with caplog.at_level("INFO"):
-        assert not traced(model).repeated
+    monkeypatch.setattr(front_end_of(model).__class__, "trace_repeated", lambda *_, **__: first)
+    monkeypatch.setattr(front_end_of(model).__class__, "trace", whole)
+    with caplog.at_level("INFO"), pytest.raises(TraceError, match="all of them are traced"):
+        traced(model)
     assert "the main graph that was made so is not the model" in caplog.text
+
+
+def own(model, graphs):
+    """A copy of graphs, whose weights are the model's, as those of a trace are."""
+    memo = {id(one): one for one in model.parameters()}
+    modules = {name: deepcopy(one.graph_module, memo) for name, one in graphs.graphs.items()}
+    return replace(
+        graphs, graphs={name: replace(one, graph_module=modules[name]) for name, one in graphs.graphs.items()}
+    )
 
 
 @torch.no_grad()
 def test_a_quantized_model_is_the_same(tmp_path, monkeypatch):
-    model = model_of(MODELS["llama"]())
+    model, _, *both = traces("llama", True)
+    front_end = front_end_of(model).__class__
+    of_three, of_all = (own(model, graphs) for graphs in both)
+    monkeypatch.setattr(front_end, "trace_repeated", lambda *_, **__: of_three)
     q = lobcq_fx.quantize(model)
-    monkeypatch.setattr(front_end_of(model).__class__, "trace_repeated", lambda *_, **__: None)
+    monkeypatch.setattr(front_end, "trace_repeated", lambda *_, **__: None)
+    monkeypatch.setattr(front_end, "trace", lambda *_, **__: of_all)
     whole = lobcq_fx.quantize(model)
     ids = torch.arange(14).view(2, 7)
     assert torch.equal(q(ids).logits, whole(ids).logits)

@@ -11,8 +11,10 @@ from transformers import DynamicCache
 from lobcq_fx.errors import CallError
 from lobcq_fx.frontends.output_types import CACHE_NAME
 from lobcq_fx.frontends.reserving_cache import LEAST_SPARE, ReservingCache, ReservingLayer
-from tests.families import VOCABULARY, WITH_STATIC_CACHE, causal_lm, quantized_causal_lm
+from tests.families import EVERY_WITH_STATIC_CACHE, VOCABULARY, causal_lm, quantized_causal_lm
 from tests.frontends.test_causal_lm_families import assert_logits_close, batch
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 BOUNDS = ((0, 6), (6, 9), (9, 10), (10, 11))
@@ -32,7 +34,7 @@ def logits(model, ids, cache, mask=None):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", WITH_STATIC_CACHE)
+@pytest.mark.parametrize("family", EVERY_WITH_STATIC_CACHE)
 @pytest.mark.parametrize("size", [1, 3])
 def test_logits_are_those_with_a_dynamic_cache(family, size):
     q, (ids, mask) = quantized_causal_lm(family)[1], batch(size)
@@ -45,7 +47,7 @@ def test_logits_are_those_with_a_dynamic_cache(family, size):
         torch.testing.assert_close(actual.values, expected.values)
 
 
-@pytest.mark.parametrize("family", WITH_STATIC_CACHE)
+@pytest.mark.parametrize("family", EVERY_WITH_STATIC_CACHE)
 def test_models_whose_layers_are_all_whole_make_one(family):
     q = quantized_causal_lm(family)[1]
     slides = bool(q.calling.windows)

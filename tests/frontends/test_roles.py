@@ -40,6 +40,7 @@ def test_heads_are_heads_by_what_they_do(name):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("traced_once")
 def test_a_head_by_another_name_stays_in_float_and_can_be_had_by_its_role():
     torch.manual_seed(0)
     model = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**SMALL)).eval()

@@ -14,19 +14,19 @@ from lobcq_fx.frontends.in_place_cache import InPlaceCache
 from lobcq_fx.frontends.output_types import CACHE_NAME
 from lobcq_fx.modules.packed_weight import PackedWeight
 from lobcq_fx.plan import QuantizationPlan
-from tests.families import VOCABULARY, WITH_STATIC_CACHE, causal_lm, quantized_causal_lm
+from tests.families import EVERY_WITH_STATIC_CACHE, VOCABULARY, causal_lm, quantized_causal_lm
 from tests.frontends.test_causal_lm_families import LENGTH, assert_logits_close, batch
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
-@pytest.fixture(params=WITH_STATIC_CACHE)
-def q(request):
+@pytest.fixture(params=EVERY_WITH_STATIC_CACHE)
+def q(request, traced_once):
     return quantized_causal_lm(request.param)[1]
 
 
 @pytest.fixture
-def llama():
+def llama(traced_once):
     return quantized_causal_lm("llama")[1]
 
 
@@ -249,8 +249,10 @@ def differ(plan, graph_module, paired=QuantizationPlan.pair):
     ],
 )
 def test_a_model_without_such_a_graph_is_quantized_all_the_same(
-    monkeypatch, caplog, tmp_path, target, name, replacement, reason
+    request, monkeypatch, caplog, tmp_path, target, name, replacement, reason
 ):
+    if target is QuantizationPlan:  # the traces are those of other tests
+        request.getfixturevalue("traced_once")
     monkeypatch.setattr(target, name, replacement)
     q = lobcq_fx.quantize(causal_lm("llama"))
     assert "static" in caplog.text
