@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 import transformers
@@ -24,6 +26,12 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
+@cache
+def quantized_llama():
+    """Of one layer, with both graphs; no test changes it."""
+    return lobcq_fx.quantize(causal_lm("llama", num_hidden_layers=1), static_cache=True)
+
+
 def ids(batch, length):
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length))
 
@@ -31,7 +39,9 @@ def ids(batch, length):
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["w4a4", "w4a8", "w4a16"])
 def test_a_causal_lm_compiles_whole(mode):
-    q = lobcq_fx.quantize(causal_lm("llama"), config=lobcq_fx.LobcqConfig(mode=mode), static_cache=False)
+    q = lobcq_fx.quantize(
+        causal_lm("llama", num_hidden_layers=1), config=lobcq_fx.LobcqConfig(mode=mode), static_cache=False
+    )
     compiled = torch.compile(q, fullgraph=True, dynamic=True, backend="aot_eager")
     tokens = ids(2, 9)
     prefill = compiled(input_ids=tokens[:, :6], attention_mask=torch.ones(2, 6, dtype=torch.long))
@@ -47,7 +57,7 @@ def test_a_causal_lm_compiles_whole(mode):
 
 @torch.no_grad()
 def test_the_flat_graph_of_a_causal_lm_compiles_once_for_all_lengths():
-    q = quantized_causal_lm("llama")[1]
+    q = quantized_llama()
     counter = CompileCounter()
     compiled = torch.compile(q.graph_module, fullgraph=True, dynamic=True, backend=counter)
     cache = None
@@ -66,7 +76,7 @@ def test_the_flat_graph_of_a_causal_lm_compiles_once_for_all_lengths():
 @torch.no_grad()
 def test_every_step_after_a_prompt_runs_one_graph():
     """By inductor, which computes what eager torch does."""
-    q = quantized_causal_lm("llama")[1]
+    q = quantized_llama()
     compiled = torch.compile(q, fullgraph=True, dynamic=True)
     cache, own = transformers.DynamicCache(), transformers.DynamicCache()
     for tokens in (ids(1, 6), ids(1, 1), ids(1, 1), ids(1, 1)):
@@ -173,7 +183,7 @@ def values_of(graph):
 
 @torch.no_grad()
 def test_inductor_runs_steps_on_a_static_cache_without_another_graph():
-    q = quantized_causal_lm("llama")[1]
+    q = quantized_llama()
     expected = list(greedy(q, ids(1, 6), 6, q.static_cache(16)))
     steps = torch.compile(q, fullgraph=True)
     actual = greedy(
@@ -184,7 +194,7 @@ def test_inductor_runs_steps_on_a_static_cache_without_another_graph():
 
 
 def test_generate_compiles_the_step_once():
-    q = quantized_causal_lm("llama")[1]
+    q = quantized_llama()
     settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     compile_config = transformers.CompileConfig(fullgraph=True, mode=None, backend="aot_eager")
     compile_config._compile_all_devices = True  # off GPUs generate() compiles nothing unless told

@@ -254,8 +254,9 @@ def test_it_combines_with_static_scales_compensation_and_fitted_codebooks() -> N
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("traced_once")
 def test_a_language_model_folds_in_every_graph_of_it() -> None:
-    model = causal_lm("llama")
+    model = causal_lm("llama", num_hidden_layers=1)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.input_layernorm.weight[::7] *= 40

@@ -11,7 +11,8 @@ from lobcq_fx.config import LobcqConfig
 from lobcq_fx.plan import QuantizationPlan
 from tests.passes.graphs import Function, aten, linear, normalized, parameter, values
 
-ROWS = 2 * 5
+SIZES = 2, 3, 64
+ROWS = 2 * 3
 COUNTED = {
     "linear": (lambda m, x: m.l(x), {"l": linear(32, 64)}),
     "weight on the left": (lambda m, x: m.w @ x, {"w": parameter(48, 5)}),
@@ -24,8 +25,8 @@ COUNTED = {
 }
 
 
-def total(function, members):
-    graph_module = normalized(Function(function, **members), values(2, 5, 64))
+def total(function, members, sizes=(2, 5, 64)):
+    graph_module = normalized(Function(function, **members), values(*sizes))
     return sum(matmul.multiply_adds for matmul in QuantizationPlan.of(graph_module, LobcqConfig()).matmuls)
 
 
@@ -56,7 +57,7 @@ BY_HAND = {
 @pytest.mark.parametrize("case", BY_HAND)
 def test_by_hand(case):
     function, members, expected = BY_HAND[case]
-    assert total(function, members) == expected
+    assert total(function, members, SIZES) == expected
 
 
 def test_experts_count_by_the_tokens_they_get():

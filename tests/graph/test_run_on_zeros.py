@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lobcq_fx
 from lobcq_fx.graph.run_on_zeros import run_on_zeros
 from lobcq_fx.kernels.bind import rows_to_warm, weight_layout
-from tests.families import own_causal_lm, quantized_causal_lm
+from tests.families import causal_lm, quantized_causal_lm
 from tests.passes.graphs import linear, lobcq, parameter, prepacked_graph
 from tests.passes.test_order import lowered
 
@@ -33,8 +33,8 @@ class Calls(TorchDispatchMode):
 
 @pytest.mark.parametrize(("family", "fused"), [("llama", {op.rms_norm, op.residual, op.silu_mul}), ("nemotron", None)])
 def test_every_kind_of_call_of_a_model_runs_once(family, fused):
-    """Its layers are alike: one call for each of the four groups of a block."""
-    q = own_causal_lm(family, torch.bfloat16)
+    """One call for each of the four groups of a block."""
+    q = lobcq_fx.quantize(causal_lm(family, num_hidden_layers=1).bfloat16(), static_cache=False)
     lowered(q)
     with Calls() as calls:
         count = run_on_zeros([q.graph_module], 5)

@@ -13,7 +13,7 @@ from lobcq_fx.passes.annotate_values import AnnotateValues
 from lobcq_fx.storage.graph_json import graph_from_json, graph_to_json
 from lobcq_fx.tracing.example import EXAMPLE, InputExample
 from lobcq_fx.tracing.sizes import fixed_size
-from tests.families import VOCABULARY, own_causal_lm
+from tests.families import VOCABULARY, causal_lm, own_causal_lm
 from tests.passes.graphs import assert_metadata, assert_unchanged, linear, quantized, values
 from tests.sweeps import sweep
 
@@ -25,9 +25,8 @@ def sizes(value: Tensor) -> list[int]:
     return [size if isinstance(size, int) else size.node.hint for size in value.shape]
 
 
-def stored(family: str, dtype: torch.dtype = torch.float32) -> lobcq_fx.QuantizedModel:
+def stored(q: lobcq_fx.QuantizedModel) -> lobcq_fx.QuantizedModel:
     """On the graph that files hold."""
-    q = own_causal_lm(family, dtype)
     q._restore()
     return q
 
@@ -42,7 +41,8 @@ def from_file(graph_module: fx.GraphModule) -> fx.GraphModule:
 
 @pytest.mark.parametrize("family", sweep(["llama", "gemma2", "gpt2", "bloom"], ["llama", "gemma2", "gpt2"]))
 def test_values_are_those_of_the_trace(family):
-    q = stored(family, torch.bfloat16)
+    layers = {"num_hidden_layers": 2 if family == "gemma2" else 1}  # its layers are of two kinds
+    q = stored(lobcq_fx.quantize(causal_lm(family, **layers).bfloat16(), static_cache=False))
     loaded = from_file(q.graph_module)
     assert AnnotateValues(CPU)(loaded).modified
     for actual, expected in zip(loaded.graph.nodes, q.graph_module.graph.nodes, strict=True):
@@ -56,7 +56,7 @@ def test_values_are_those_of_the_trace(family):
 
 
 def test_symbols_stand_for_the_sizes_of_a_call():
-    q = stored("llama")
+    q = stored(own_causal_lm("llama"))
     loaded = from_file(q.graph_module)
     AnnotateValues(CPU)(loaded)
     ids = torch.randint(3, VOCABULARY, (3, 7))

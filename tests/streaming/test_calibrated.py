@@ -29,6 +29,8 @@ from tests.families import ONE_LAYER
 from tests.fuzz.streaming import contents
 from tests.streaming.float_models import save_float_model
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 MODELS = {
     "llama": lambda: transformers.LlamaConfig(**{**ONE_LAYER, "num_hidden_layers": 3}),
     "mixtral": lambda: transformers.MixtralConfig(**ONE_LAYER, num_local_experts=3),

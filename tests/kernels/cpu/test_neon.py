@@ -70,13 +70,19 @@ Start = Callable[..., EmulatedCore]
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
-    """Starts the core, compiled once as users do, on a model of CPU, with LOBCQ_CPU_ISA where one is given."""
+    """Starts the core, compiled once, on a model of CPU, with LOBCQ_CPU_ISA where one is given.
+
+    With less optimization than users have, which takes most of a compiler's time: what is exact does not depend on it.
+    """
     for tool, package in ((COMPILER, "g++-aarch64-linux-gnu"), (EMULATOR, "qemu-user")):
         if not shutil.which(tool):
             pytest.skip(f"{tool} is not installed (Debian's package {package})")
     folder = tmp_path_factory.mktemp("aarch64")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXX", COMPILER)
+        compiler = folder / COMPILER
+        compiler.write_text(f'#!/bin/sh\nexec "{shutil.which(COMPILER)}" "$@" -O1\n')
+        compiler.chmod(0o755)
+        patch.setenv("CXX", str(compiler))
         patch.delenv("LD_PRELOAD", raising=False)  # a sanitizer's runtime, meant for this process alone
         library = compile_core(folder / "liblobcq.so", werror=True)
         server = _compile_server(library)
