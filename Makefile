@@ -106,7 +106,7 @@ sanitize: $(VENV)/.installed
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(BIN)/python -m pytest --capture=sys $(UNSANITIZED) tests/kernels; fi
 
-# Another release, beside the environment: of thousands of files few are imported, and compiled when they are.
+# Another release, beside the environment.
 PIP_BESIDE := $(BIN)/pip install --quiet --no-deps --no-compile --target
 
 # The op library and the function bodies once more, in the oldest ONNX Runtime that opens our exports.
@@ -140,11 +140,12 @@ families: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.quality.families
 	$(BIN)/python -m benchmarks.pages.families
 
-# What is installed is what the hashes say, torch excepted: any build of it will do.
+# What is installed is what the hashes say, torch excepted: any build of it will do. Of tens of thousands of files few are
+# imported, and compiled when they are.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard lobcq_fx/kernels/cpu/core/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --require-hashes --no-deps --requirement constraints.txt
-	$(BIN)/pip install --quiet --editable ".[dev]" torch==$(TORCH)
+	$(BIN)/pip install --quiet --no-compile --require-hashes --no-deps --requirement constraints.txt
+	$(BIN)/pip install --quiet --no-compile --editable ".[dev]" torch==$(TORCH)
 	touch $@
 
 # The API's pages, of its docstrings.
