@@ -17,7 +17,7 @@ BUILD = runpy.run_path(str(Path(__file__).parent / "lobcq_fx" / "kernels" / "cpu
 
 
 class BuildCore(build_ext):
-    """One compiler command of the core's own; the result is a plain shared library, which ctypes opens."""
+    """The core's own compiler commands; the result is a plain shared library, which ctypes opens."""
 
     def get_ext_filename(self, fullname: str) -> str:
         """No Python version in the name: the core calls nothing of Python's."""
