@@ -4,8 +4,9 @@
     python -m benchmarks.model.first_token --layers 2 --output /tmp/x  # a quick look
     python -m benchmarks.model.first_token --quantized DIR             # a saved language model: printed, not written
 
-`lobcq quantize`, with nothing said about the model; then `lobcq_fx.load` and a call on a prompt. Seconds of the clock,
-and of all cores together, are the least of the rounds, by the number of threads. The files are in the system's cache.
+`lobcq quantize` once, with nothing said about the model; then `lobcq_fx.load` and a call on a prompt, of whose seconds
+the least of the rounds are taken: of the clock, and of all cores together, by the number of threads. The files are in
+the system's cache.
 Writes benchmarks/results/first_token.json.
 """
 
@@ -50,7 +51,7 @@ def main() -> None:
     if arguments.quantized is not None:
         opened(arguments.quantized, arguments.threads, arguments.rounds)
         return
-    from benchmarks.model.generation import alone, cpu_name  # imports transformers, which new processes do themselves
+    from benchmarks.model.generation import alone, cpu_name  # not above: new processes import this file
 
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         source, target = Path(folder) / "float", Path(folder) / "quantized"
@@ -101,7 +102,7 @@ def quantize(source: Path, target: Path, threads: int) -> dict[str, Any]:
 
 def opened(folder: Path, threads: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     """Of each number of threads the least of the rounds, by step: seconds of the clock and of all cores."""
-    from benchmarks.model.generation import alone
+    from benchmarks.model.generation import alone  # imports transformers, which new processes are to do by themselves
 
     found: dict[int, list[dict[str, Any]]] = {count: [] for count in threads}
     for _ in range(rounds):

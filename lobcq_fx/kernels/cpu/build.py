@@ -73,8 +73,7 @@ def compile_core(output: Path, *, sanitize: bool = False, werror: bool = False) 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as threads:
         objects = {source: f"{folder}/{source.stem}.o" for source in sorted(CORE.glob("*.cpp"))}
         commands = [[compiler, *flags, "-c", str(source), "-o", to] for source, to in objects.items()]
-        for done in [threads.submit(_run, command) for command in commands]:
-            done.result()
+        list(threads.map(_run, commands))
         _run([compiler, *link, "-o", str(output), *objects.values(), "-ldl"])
     return output
 

@@ -1,4 +1,5 @@
-// AVX2 and what CPUs with it have besides. To be included after the standard headers: what follows it in a file is compiled for that target.
+// AVX2 and what CPUs with it have besides. To be included after the standard headers: what follows it in a file is
+// compiled for that target.
 #pragma once
 
 #include "isa.h"

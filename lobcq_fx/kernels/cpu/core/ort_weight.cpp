@@ -5,9 +5,9 @@
 
 #if defined(__linux__)
 #include <fcntl.h>
-#include <sys/mman.h>
-#include <unistd.h>
 #endif
+
+#include "pages.h"
 
 namespace lobcq::ort {
 namespace {
@@ -105,14 +105,11 @@ std::vector<Weight> repack_stack(const Node& node, const WeightInputs& at, int32
 
 void release_constants([[maybe_unused]] const Node& node, [[maybe_unused]] const WeightInputs& at) {
 #if defined(__linux__)
-    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     for (const size_t index : {at.codes, at.selectors(), at.scales()}) {
         const Tensor& part = node.constant(index);
-        const auto begin = reinterpret_cast<uintptr_t>(part.data);
-        const uintptr_t first = (begin + page - 1) / page * page;
-        const uintptr_t last = (begin + static_cast<uintptr_t>(elements(part.shape))) / page * page;
-        if (first < last && are_file_pages(first / page, last / page))
-            madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+        const WholePages pages(part.data, elements(part.shape));
+        if (!pages.none() && are_file_pages(pages.first / pages.size, pages.last / pages.size))
+            pages.advise(MADV_DONTNEED);
     }
 #endif
 }

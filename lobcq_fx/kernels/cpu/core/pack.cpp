@@ -1,11 +1,7 @@
 #include "pack.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include "packed_row.h"
+#include "pages.h"
 
 namespace lobcq {
 namespace {
@@ -215,11 +211,7 @@ void unpack(const WeightView& w, const lobcq_packed& packed, int64_t begin, int6
 void ask_for_large_pages([[maybe_unused]] const WeightView& w) {
 #if defined(__linux__)
     constexpr int64_t kLargePage = 2 << 20;
-    if (w.bytes < kLargePage) return;
-    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(w.codes) + page - 1) / page * page;
-    const uintptr_t last = (reinterpret_cast<uintptr_t>(w.codes) + static_cast<uintptr_t>(w.bytes)) / page * page;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // where it is refused, pages stay small
+    if (w.bytes >= kLargePage) WholePages(w.codes, w.bytes).advise(MADV_HUGEPAGE);  // refused: pages stay small
 #endif
 }
 
