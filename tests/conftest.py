@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -61,35 +59,10 @@ def _default_dtype() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-TRACED: dict[tuple[object, ...], Any] = {}
-
-
 @pytest.fixture
-def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def traced_once() -> Iterator[None]:
     """Models of one configuration with the same weights are traced once a session, unless an example matters."""
-    from lobcq_fx.frontends.causal_lm_front_end import CausalLMFrontEnd
-    from lobcq_fx.frontends.encoder import EncoderFrontEnd
-    from lobcq_fx.frontends.seq2seq_front_end import Seq2SeqFrontEnd
+    from tests import traces
 
-    traces = {one: one.trace for one in (CausalLMFrontEnd, EncoderFrontEnd, Seq2SeqFrontEnd)}
-
-    def traced(self: Any, model: Any, example_inputs: Any, *, static_cache: bool) -> Any:
-        def trace() -> Any:
-            return traces[type(self)](self, model, example_inputs, static_cache=static_cache)
-
-        if isinstance(self, EncoderFrontEnd) and example_inputs is not None:
-            return trace()
-        weights = hashlib.sha256()
-        for value in model.state_dict().values():
-            weights.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
-        key = (type(model), model.config.to_json_string(), model.dtype, static_cache, weights.digest())
-        if key not in TRACED:
-            TRACED[key] = trace()
-        found, own = deepcopy(TRACED[key]), dict(model.named_parameters(remove_duplicate=False))
-        for one in found.graph_modules.values():
-            for name, parameter in one.named_parameters():
-                parameter.data = own[name].data  # as a trace has it: the model's memory
-        return found
-
-    for one in traces:
-        monkeypatch.setattr(one, "trace", traced)
+    with traces.traced_once():
+        yield

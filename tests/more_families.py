@@ -406,6 +406,9 @@ DAILY = (
     "doge",  # a mask that is computed
     "gpt_bigcode",  # one key and value for all heads
     "gptj",  # rotations of neighbours
+    "gpt_neo",  # attention to a window, unscaled
+    "qwen2_moe",  # experts, and one that all tokens go through
+    "nemotron_h",  # scans, attention and experts
     "albert",  # one layer run several times
     "deberta-v2",  # positions that are multiplied with queries and keys
     "modernbert",  # windows, a gated feed-forward
@@ -413,10 +416,7 @@ DAILY = (
     "siglip_vision_model",  # images, pooled by an nn.MultiheadAttention
     "wav2vec2",  # sound
 )
-"""Of `DISTINCT` one for each way to compute that has no test of its own. The others are tested at night.
-
-Beside it, test_experts.py has experts, test_recurrent.py scans, and test_float_causal_lm.py GPT-Neo's windows.
-"""
+"""Of `DISTINCT` one for each way to compute that has no test of its own. The others are tested at night."""
 TWINS: dict[str, Family] = {
     **families(
         LanguageModel,

@@ -17,7 +17,7 @@ from tests.differential.modules import Generated
 def test_random_modules_give_what_the_model_gives_or_refuse():
     counts: Counter[str] = Counter()
 
-    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
     @given(st.integers(0, 2**31))
     def run(seed):
         counts.update(compare(seed).counts)

@@ -13,9 +13,12 @@ from pathlib import Path
 
 import lobcq_fx
 
+SECONDS = 120
+"""After which a command has hung."""
+
 START = "import sys; sys.argv[0] = 'lobcq'; from lobcq_fx.cli import app; app()"
 FORK = """
-import json, os, sys
+import json, os, signal, sys
 from transformers import AutoModelForCausalLM
 import lobcq_fx
 from lobcq_fx.cli import app
@@ -24,6 +27,7 @@ for line in sys.stdin:
     asked = json.loads(line)
     child = os.fork()
     if child == 0:
+        signal.alarm(int(sys.argv[1]))
         break
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 else:
@@ -41,7 +45,7 @@ def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
     """Run a command in a new process, imports and all."""
     command = [sys.executable, "-c", START, *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, env={**variables(), **environment}, check=False, timeout=120
+        command, capture_output=True, text=True, env={**variables(), **environment}, check=False, timeout=SECONDS
     )
 
 
@@ -63,7 +67,11 @@ def fork(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 @cache
 def forking_process() -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", FORK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables()
+        [sys.executable, "-c", FORK, str(SECONDS)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=variables(),
     )
     atexit.register(process.communicate)
     return process

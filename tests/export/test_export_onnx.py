@@ -18,6 +18,7 @@ from lobcq_fx.export import OnnxCausalLM, export_onnx, folder, self_check
 from lobcq_fx.format import decode
 from lobcq_fx.frontends.output_types import CACHE_NAME
 from lobcq_fx.modules.packed_weight import PackedWeight
+from tests.export.checked import export_checked
 from tests.export.sessions import Session
 from tests.families import VOCABULARY
 from tests.sweeps import sweep
@@ -50,22 +51,12 @@ def mlp():
 
 @pytest.fixture(scope="module")
 def exported_mlp(mlp, tmp_path_factory):
-    """The folder, the summary, and what the self-check compared the model with."""
-    out, checked = tmp_path_factory.mktemp("mlp") / "out", []
-
-    def check_sessions(path, *reference):
-        checked.extend(reference)
-        return self_check.check_sessions(path, *reference)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folder, "check_sessions", check_sessions)
-        summary = export_onnx(mlp, out, torch.randn(2, 3, 72))
-    return out, summary, checked
+    return export_checked(mlp, tmp_path_factory.mktemp("mlp") / "out", torch.randn(2, 3, 72))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 72), (1, 1, 72), (5, 9, 72)], ids=str)
 def test_plain_module_of_any_batch_and_length(mlp, exported_mlp, shape):
-    out, summary, _ = exported_mlp
+    out, summary = exported_mlp.folder, exported_mlp.summary
     assert summary.nodes["lobcq::Linear"] == 3
     assert summary.nodes["lobcq::QuantizeActivation"] == 2  # up and side share one
     assert summary.library_nodes == 5
@@ -77,7 +68,7 @@ def test_plain_module_of_any_batch_and_length(mlp, exported_mlp, shape):
 
 def test_shapes_are_inferred(exported_mlp):
     """From the inputs through our operators to the outputs."""
-    proto = onnx.load(str(exported_mlp[0] / "model.onnx"))
+    proto = onnx.load(str(exported_mlp.folder / "model.onnx"))
     del proto.graph.value_info[:]
     inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
     known = {value.name for value in inferred.graph.value_info if value.type.tensor_type.elem_type}
@@ -244,15 +235,10 @@ def test_refusals_leave_nothing(mlp, tmp_path, monkeypatch):
 
 def test_the_self_check_finds_a_scale_that_is_a_percent_off(exported_mlp, tmp_path):
     """Though only rounding differs in the export itself, and then a code here and there."""
-    out, summary, checked = exported_mlp
-    assert summary.differences.functions < 1e-5
-    assert summary.differences.moved_codes < 0.02
-    model = ir.load(out / "model.onnx")
-    value = model.graph.initializers["down.weight.tensor_scale"]
-    value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1.01), name=value.name)
-    ir.save(model, tmp_path / "wrong.onnx")
+    assert exported_mlp.summary.differences.functions < 1e-5
+    assert exported_mlp.summary.differences.moved_codes < 0.02
     with pytest.raises(ExportError, match="output output differs by"):
-        self_check.check_sessions(tmp_path / "wrong.onnx", *checked)
+        exported_mlp.check_with_a_scale_off("down.weight.tensor_scale", tmp_path / "wrong.onnx")
 
 
 class Outputs(nn.Module):

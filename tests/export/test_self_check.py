@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
 import lobcq_fx
 from lobcq_fx.errors import ExportError
-from lobcq_fx.export import export_onnx, folder
+from lobcq_fx.export import export_onnx
 from lobcq_fx.export.hidden import find_hidden
-from lobcq_fx.export.self_check import _agreement, _difference, check_sessions
+from lobcq_fx.export.self_check import _agreement, _difference
 from lobcq_fx.export.signature import signature_of
 from lobcq_fx.export.stored_module import stored_module
 from lobcq_fx.format import FormatSpec, universal_codebooks
 from lobcq_fx.tracing.trace import trace_module
+from tests.export.checked import export_checked
 from tests.export.sessions import Session
 from tests.families import quantized_causal_lm
 
@@ -42,37 +41,23 @@ class Windows(nn.Module):
 
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory):
-    """A quantized model, exported on an example of which most is padding; and what the self-check compared it with."""
+    """A quantized model, an example of which most is padding, and the export on it."""
     example = {"x": torch.randn(2, 9, 64), "mask": torch.ones(2, 9, dtype=torch.long)}
     example["mask"][0, 3:] = 0
     q = lobcq_fx.quantize(Windows().eval(), example_inputs=example)
-    out, checked = tmp_path_factory.mktemp("padded") / "out", []
-
-    def check(path, *reference):
-        checked.extend(reference)
-        return check_sessions(path, *reference)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folder, "check_sessions", check)
-        summary = export_onnx(q, out, example)
-    return q, example, out, summary, checked
+    return q, example, export_checked(q, tmp_path_factory.mktemp("padded") / "out", example)
 
 
 def test_padding_that_sees_nothing_is_not_compared(padded):
-    q, example, out, summary, _ = padded
-    assert summary.differences.functions < 1e-5
-    ours, theirs = q(**example), Session(out)(**example)["output"]
+    q, example, exported = padded
+    assert exported.summary.differences.functions < 1e-5
+    ours, theirs = q(**example), Session(exported.folder)(**example)["output"]
     assert (ours - theirs)[0, 6:].abs().max() > 0.1  # what would have been refused
 
 
 def test_a_fault_beside_hidden_rows_is_found(padded, tmp_path):
-    _, _, out, _, checked = padded
-    model = ir.load(out / "model.onnx")
-    value = model.graph.initializers["outof.1.weight.tensor_scale"]
-    value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1.01), name=value.name)
-    ir.save(model, tmp_path / "wrong.onnx")
     with pytest.raises(ExportError, match="output output differs by"):
-        check_sessions(tmp_path / "wrong.onnx", *checked)
+        padded[2].check_with_a_scale_off("outof.1.weight.tensor_scale", tmp_path / "wrong.onnx")
 
 
 def test_language_models_are_checked_on_padded_prompts():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -21,6 +19,7 @@ from lobcq_fx.frontends.tried import Tried
 from lobcq_fx.tracing.trace import MAIN
 from tests.families import CAUSAL_LMS, LLAMA, TOKENS
 from tests.sweeps import sweep
+from tests.traces import copied
 
 COUNT = 5
 SMALL = LLAMA | {"num_hidden_layers": COUNT}
@@ -199,20 +198,11 @@ def test_a_difference_that_only_calls_show_is_seen(monkeypatch, caplog, dtype):
     assert "the main graph that was made so is not the model" in caplog.text
 
 
-def own(model, graphs):
-    """A copy of graphs, whose weights are the model's, as those of a trace are."""
-    memo = {id(one): one for one in model.parameters()}
-    modules = {name: deepcopy(one.graph_module, memo) for name, one in graphs.graphs.items()}
-    return replace(
-        graphs, graphs={name: replace(one, graph_module=modules[name]) for name, one in graphs.graphs.items()}
-    )
-
-
 @torch.no_grad()
 def test_a_quantized_model_is_the_same(tmp_path, monkeypatch):
     model, _, *both = traces("llama", True)
     front_end = front_end_of(model).__class__
-    of_three, of_all = (own(model, graphs) for graphs in both)
+    of_three, of_all = (copied(graphs, model) for graphs in both)
     monkeypatch.setattr(front_end, "trace_repeated", lambda *_, **__: of_three)
     q = lobcq_fx.quantize(model)
     monkeypatch.setattr(front_end, "trace_repeated", lambda *_, **__: None)

@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +20,6 @@ import transformers
 import lobcq_fx
 from lobcq_fx import LobcqConfig
 from lobcq_fx.cli import app
-from lobcq_fx.frontends.causal_lm_front_end import CausalLMFrontEnd
 from lobcq_fx.observation import Observed
 from lobcq_fx.pipeline import Progress
 from lobcq_fx.storage.atomic_folder import unfinished
@@ -29,6 +27,7 @@ from lobcq_fx.storage.journal import Journal, entries_of
 from lobcq_fx.streaming import ranks, skeleton, watch
 from lobcq_fx.streaming.calibrated import Calibration, Piece
 from lobcq_fx.streaming.transfer import _Transfer
+from tests import traces
 from tests.fuzz.streaming import SETTINGS, traced_once
 
 RANK = int(os.environ.get("RANK", 0))
@@ -41,24 +40,6 @@ def quantize(root: Path, name: str, source: str = "float", **settings: Any) -> s
     except (lobcq_fx.errors.LobcqError, OSError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{len(found.quantized)} layers"
-
-
-@contextlib.contextmanager
-def copied_graphs() -> Iterator[None]:
-    """Within, the first call's graphs are copied for the others, which calibration changes; of one model."""
-    trace, found = CausalLMFrontEnd.trace, list[Any]()
-
-    def copied(self: CausalLMFrontEnd, model: Any, example_inputs: Any, *, static_cache: bool) -> Any:
-        if not found:
-            found.append(trace(self, model, example_inputs, static_cache=static_cache))
-        copy, own = deepcopy(found[0]), dict(model.named_parameters(remove_duplicate=False))
-        for graph_module in copy.graph_modules.values():
-            for name, parameter in graph_module.named_parameters():
-                parameter.data = own[name].data  # as a trace has it: the model's memory
-        return copy
-
-    with patch.object(CausalLMFrontEnd, "trace", copied):
-        yield
 
 
 def of_several(root: Path) -> dict[str, Any]:
@@ -206,7 +187,7 @@ def main(folder: str) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     root = Path(folder)
-    with patch.object(skeleton, "SMALL", 1024), copied_graphs():
+    with patch.object(skeleton, "SMALL", 1024), traces.traced_once():
         (root / f"calibrated-{RANK}.json").write_text(json.dumps(calibrated(root)))
     with traced_once():
         (root / f"several-{RANK}.json").write_text(json.dumps(of_several(root)))
